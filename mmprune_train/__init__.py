@@ -1,0 +1,21 @@
+"""mmprune_train: train multimodal LLMs with fewer visual tokens, the pruner in the loop."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+__version__ = "0.1.0"
+
+if TYPE_CHECKING:
+    from mmprune_train.model.build import load_model
+
+__all__ = ["__version__", "load_model"]
+
+
+def __getattr__(name: str) -> Any:
+    """`load_model` on first use, so that `import mmprune_train` and the command line's help need no torch."""
+    if name == "load_model":
+        from mmprune_train.model.build import load_model
+
+        return load_model
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

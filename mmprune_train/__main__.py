@@ -1,0 +1,92 @@
+"""The command line: compose the config, run one task, say in an exit code how it went.
+
+Exit codes: 0 done; 2 the user's input is wrong (one or two lines, a traceback only with `debug=true`); 1 anything else.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+import traceback
+from typing import TYPE_CHECKING, Any
+
+from mmprune_train.errors import UserError
+from mmprune_train.tasks import find_task
+from mmprune_train.usage import usage
+
+if TYPE_CHECKING:
+    from omegaconf import DictConfig
+
+_failures: list[Exception] = []
+"""What the task of a single run raised: kept from Hydra, which would announce it with a line of its own."""
+
+
+def run_task(cfg: DictConfig) -> Any:
+    """Check the composed config and run its task; the result goes to Hydra's sweepers."""
+    from hydra.core.hydra_config import HydraConfig
+    from hydra.types import RunMode
+
+    from mmprune_train.config.compose import config_from
+
+    try:
+        config = config_from(cfg)
+        return find_task(config.task)(config)
+    except Exception as error:
+        if HydraConfig.get().mode == RunMode.MULTIRUN:
+            raise  # a sweeper decides what a failed job means
+        _failures.append(error)
+        return None
+
+
+def compose_and_run() -> None:
+    """Let Hydra read `sys.argv`; raises what went wrong in composing or in the task."""
+    os.environ.setdefault("HYDRA_FULL_ERROR", "1")  # Hydra's errors come back to us instead of ending the process
+    import hydra
+
+    from mmprune_train.config.compose import register_schema
+    from mmprune_train.config.paths import conf_dir
+
+    register_schema()
+    _failures.clear()
+    hydra.main(config_path=str(conf_dir()), config_name="config", version_base="1.3")(run_task)()
+    if _failures:
+        raise _failures[0]
+
+
+def user_mistake(error: Exception) -> str | None:
+    """The message for the user when the error is their input's, else None."""
+    if isinstance(error, UserError):
+        return str(error)
+    from hydra.errors import HydraException
+    from omegaconf.errors import OmegaConfBaseException
+
+    if isinstance(error, HydraException | OmegaConfBaseException):
+        from mmprune_train.config.explain import explain
+
+        return explain(error)
+    return None
+
+
+def main() -> None:
+    """Entry of `python -m mmprune_train` and of `mmprune`."""
+    arguments = sys.argv[1:]
+    if "--help" in arguments or "-h" in arguments:
+        print(usage())
+        return
+    try:
+        compose_and_run()
+    except KeyboardInterrupt:
+        print("interrupted; the same command continues the run", file=sys.stderr)
+        sys.exit(1)
+    except Exception as error:
+        message = user_mistake(error)
+        if message is None or any(argument.lstrip("+").lower() == "debug=true" for argument in arguments):
+            traceback.print_exception(error)
+        if message is None:
+            sys.exit(1)
+        print(f"error: {message}", file=sys.stderr)
+        sys.exit(2)
+
+
+if __name__ == "__main__":
+    main()

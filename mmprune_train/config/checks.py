@@ -1,0 +1,269 @@
+"""What types cannot say: values out of range, unknown names, settings that contradict each other.
+
+Every message names the key and the fix. Only the config is read; whether files exist is the tasks' business.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from mmprune_train.config.explain import unknown_name
+from mmprune_train.config.schema import (
+    STAGES,
+    Config,
+    EncoderConfig,
+    KneeConfig,
+    LlmConfig,
+    OptimConfig,
+    PeftConfig,
+    PrunerConfig,
+    StageConfig,
+    WheelConfig,
+)
+from mmprune_train.errors import UserError
+
+STRATEGIES = ("single", "ddp", "deepspeed_zero1", "deepspeed_zero2", "deepspeed_zero3")
+KNEE_METHODS = ("kneedle", "max_chord", "l_method", "fixed_ratio", "fixed_count")
+VISION_SCORES = ("cls_attention", "cls_cosine", "pooled_cosine", "random")
+LANGUAGE_SCORES = ("text_attention", "text_cosine", "last_token_attention", "random")
+POSITIONS = ("contiguous", "original")
+
+
+def check(config: Config) -> None:
+    """Raise UserError at the first setting that cannot work."""
+    check_encoder(config.encoder)
+    check_llm(config.llm)
+    _one_of("projector.name", config.projector.name, ("linear", "mlp2x_gelu"))
+    check_knee("knee", config.knee)
+    check_pruner(config.pruner)
+    _check_pruner_fits(config)
+    _check_stages(config)
+    _check_peft(config.peft, config.stage)
+    check_optim(config.optim)
+    _check_run(config)
+
+
+def check_encoder(encoder: EncoderConfig) -> None:
+    arch = encoder.arch
+    _model_type("encoder", arch)
+    _wheel("encoder.wheel", encoder.wheel)
+    _at_least("encoder.image_size", encoder.image_size, 1)
+    _at_least("encoder.patch_size", encoder.patch_size, 1)
+    if arch.get("patch_size", encoder.patch_size) != encoder.patch_size:
+        raise UserError(
+            f"encoder.patch_size={encoder.patch_size} differs from encoder.arch.patch_size={arch['patch_size']}: "
+            "a patch size belongs to the weights, so set both to theirs"
+        )
+    trained = arch.get("image_size", encoder.image_size)
+    if arch["model_type"] == "dinov2":  # interpolates its position embeddings
+        if encoder.image_size % encoder.patch_size:
+            raise UserError(
+                f"encoder.image_size={encoder.image_size} is no multiple of encoder.patch_size={encoder.patch_size}: "
+                f"use {max(1, round(encoder.image_size / encoder.patch_size)) * encoder.patch_size}"
+            )
+    elif encoder.image_size != trained:
+        raise UserError(
+            f"encoder.image_size={encoder.image_size}: {arch['model_type']} has position embeddings for "
+            f"{trained} pixels only; set encoder.image_size={trained} (or choose encoder=dinov2_small)"
+        )
+    layers = arch.get("num_hidden_layers")
+    if layers is not None and not -layers - 1 <= encoder.feature_layer <= layers:
+        raise UserError(
+            f"encoder.feature_layer={encoder.feature_layer}: {encoder.name} has {layers} layers, so hidden states "
+            f"{-layers - 1}..{layers}; LLaVA uses -2"
+        )
+    for key in ("image_mean", "image_std"):
+        if len(getattr(encoder, key)) != 3:
+            raise UserError(f"encoder.{key} needs three numbers (red, green, blue), got {getattr(encoder, key)}")
+
+
+def check_llm(llm: LlmConfig) -> None:
+    _model_type("llm", llm.arch)
+    _wheel("llm.wheel", llm.wheel)
+    _one_of("llm.template", llm.template, ("v1", "chat"))
+
+
+def check_knee(key: str, knee: KneeConfig) -> None:
+    """`key` is the dotted name of this budget, for the messages."""
+    _one_of(f"{key}.method", knee.method, KNEE_METHODS)
+    _one_of(f"{key}.no_knee", knee.no_knee, ("keep_all", "max_chord"))
+    if not 0 < knee.ratio <= 1:
+        raise UserError(f"{key}.ratio={knee.ratio} is a share of the tokens: more than 0, at most 1")
+    if knee.sensitivity < 0:
+        raise UserError(f"{key}.sensitivity={knee.sensitivity} must not be negative; 1.0 is Kneedle's default")
+    _at_least(f"{key}.count", knee.count, 1)
+    _at_least(f"{key}.min_tokens", knee.min_tokens, 1)
+    if knee.max_tokens is not None and knee.max_tokens < knee.min_tokens:
+        raise UserError(
+            f"{key}.max_tokens={knee.max_tokens} is less than {key}.min_tokens={knee.min_tokens}: raise it, or set null"
+        )
+
+
+def check_pruner(pruner: PrunerConfig) -> None:
+    _one_of("pruner.vision.score", pruner.vision.score, VISION_SCORES)
+    _one_of("pruner.vision.positions", pruner.vision.positions, POSITIONS)
+    check_knee("pruner.vision.knee", pruner.vision.knee)
+    language = pruner.language
+    _one_of("pruner.language.score", language.score, LANGUAGE_SCORES)
+    _one_of("pruner.language.candidates", language.candidates, ("visual_and_text", "visual"))
+    _one_of("pruner.language.no_text", language.no_text, ("keep_all", "last_token_attention"))
+    _one_of("pruner.language.positions", language.positions, POSITIONS)
+    check_knee("pruner.language.knee", language.knee)
+    layers = language.layer if isinstance(language.layer, list) else [language.layer]
+    if not layers or any(not isinstance(n, int) or isinstance(n, bool) or n < 0 for n in layers):
+        raise UserError(
+            f"pruner.language.layer={language.layer} must be a layer index (from 0) or a list of them, [2,8]"
+        )
+    if layers != sorted(set(layers)):
+        raise UserError(f"pruner.language.layer={language.layer} must rise: every layer sees a shorter sequence")
+
+
+def _check_pruner_fits(config: Config) -> None:
+    vision, language = config.pruner.vision, config.pruner.language
+    if vision.enabled and vision.score.startswith("cls_") and not config.encoder.has_cls:
+        raise UserError(
+            f"pruner.vision.score={vision.score} needs a CLS token, which encoder {config.encoder.name} has not: "
+            "add pruner.vision.score=pooled_cosine"
+        )
+    layers = config.llm.arch.get("num_hidden_layers")
+    last = language.layer[-1] if isinstance(language.layer, list) else language.layer
+    if language.enabled and layers is not None and last >= layers:
+        raise UserError(
+            f"pruner.language.layer={last}: llm {config.llm.name} has {layers} layers, counted from 0; "
+            f"the last is {layers - 1}"
+        )
+
+
+def _check_stages(config: Config) -> None:
+    for name in config.stage:
+        if name not in STAGES:
+            raise UserError(unknown_name("stage", name, STAGES))
+    if not config.stages:
+        raise UserError(f"stages is empty: name one or both of {', '.join(STAGES)}")
+    for name in config.stages:
+        if name not in STAGES:
+            raise UserError(unknown_name("stages", name, STAGES))
+        if name not in config.stage:
+            raise UserError(f"stages names {name}, but stage.{name} is not set: choose a stage group that has it")
+    if [name for name in STAGES if name in config.stages] != config.stages:
+        raise UserError(f"stages={config.stages} must be in order and without repeats: {', '.join(STAGES)}")
+    for name in config.stages:
+        _check_stage(config, name, config.stage[name])
+        if config.task == "train" and getattr(config.data, name).annotations is None:
+            raise UserError(f"data.{name}.annotations is not set, and stage {name} needs it: {config.data.how_to_get}")
+
+
+def _check_stage(config: Config, name: str, stage: StageConfig) -> None:
+    key = f"stage.{name}"
+    _one_of(f"{key}.template", stage.template, ("plain", "v1", "chat", "auto"))
+    _one_of(f"{key}.image_aspect_ratio", stage.image_aspect_ratio, ("square", "pad"))
+    if not (stage.train_projector or stage.train_llm or stage.train_vision):
+        raise UserError(f"{key} trains nothing: set one of train_projector, train_llm, train_vision to true")
+    for rate in ("lr", "projector_lr", "vision_lr"):
+        value = getattr(stage, rate)
+        if value is not None and value <= 0:
+            raise UserError(f"{key}.{rate}={value} must be more than 0; to freeze a part set its train_ key to false")
+    for count in ("batch_size", "global_batch_size", "epochs", "max_steps"):
+        if getattr(stage, count) is not None:
+            _at_least(f"{key}.{count}", getattr(stage, count), 1)
+    processes = config.trainer.devices * config.trainer.num_nodes
+    strategy = stage.strategy or config.strategy.name
+    where = f"{key}.strategy" if stage.strategy else "strategy.name"
+    _one_of(where, strategy, STRATEGIES)
+    if strategy == "single" and processes > 1:
+        raise UserError(f"{where}=single runs one process, but trainer asks for {processes}: add strategy=ddp")
+    one_pass = stage.batch_size * processes
+    if processes > 0 and stage.global_batch_size % one_pass:
+        fits = max(1, round(stage.global_batch_size / one_pass)) * one_pass
+        raise UserError(
+            f"{key}.global_batch_size={stage.global_batch_size} is no multiple of {key}.batch_size={stage.batch_size} "
+            f"x {processes} processes: set {key}.global_batch_size={fits}, or another {key}.batch_size"
+        )
+    tokens = (config.encoder.image_size // config.encoder.patch_size) ** 2
+    if stage.max_length <= tokens:
+        raise UserError(
+            f"{key}.max_length={stage.max_length} has no room for text beside an image of {tokens} tokens: "
+            f"set it to {tokens + 256} or more"
+        )
+    context = config.llm.arch.get("max_position_embeddings")
+    if context is not None and stage.max_length > context:
+        raise UserError(
+            f"{key}.max_length={stage.max_length} is longer than llm {config.llm.name} can read: at most {context}"
+        )
+
+
+def _check_peft(peft: PeftConfig, stages: dict[str, StageConfig]) -> None:
+    _one_of("peft.name", peft.name, ("none", "lora", "dora"))
+    _at_least("peft.r", peft.r, 1)
+    _at_least("peft.alpha", peft.alpha, 1)
+    if not 0 <= peft.dropout < 1:
+        raise UserError(f"peft.dropout={peft.dropout} is a probability: from 0 to less than 1")
+    if peft.name == "none":
+        return
+    users = [name for name, stage in stages.items() if stage.use_peft]
+    if not users:
+        raise UserError(f"peft={peft.name}, but no stage uses it: set stage.instruct.use_peft=true")
+    for name in users:
+        if not stages[name].train_llm:
+            raise UserError(f"stage.{name} puts adapters on a frozen LLM: set stage.{name}.train_llm=true")
+
+
+def check_optim(optim: OptimConfig) -> None:
+    _one_of("optim.name", optim.name, ("adamw",))
+    _one_of("optim.schedule", optim.schedule, ("cosine", "linear", "constant"))
+    if len(optim.betas) != 2 or not all(0 <= beta < 1 for beta in optim.betas):
+        raise UserError(f"optim.betas={optim.betas} must be two numbers from 0 to less than 1, [0.9,0.999]")
+    if optim.eps <= 0:
+        raise UserError(f"optim.eps={optim.eps} must be more than 0")
+    if optim.weight_decay < 0:
+        raise UserError(f"optim.weight_decay={optim.weight_decay} must not be negative")
+    if not 0 <= optim.warmup_ratio < 1:
+        raise UserError(f"optim.warmup_ratio={optim.warmup_ratio} is a share of the steps: from 0 to less than 1")
+    if optim.grad_clip is not None and optim.grad_clip <= 0:
+        raise UserError(f"optim.grad_clip={optim.grad_clip} must be more than 0; null turns clipping off")
+
+
+def _check_run(config: Config) -> None:
+    trainer, evaluate = config.trainer, config.evaluate
+    _one_of("trainer.accelerator", trainer.accelerator, ("auto", "cpu", "cuda"))
+    _one_of("trainer.precision", trainer.precision, ("auto", "bf16", "fp32"))
+    for count in ("devices", "num_nodes", "log_every", "checkpoint_every_steps", "keep_checkpoints", "vision_chunk"):
+        _at_least(f"trainer.{count}", getattr(trainer, count), 1)
+    _at_least("trainer.num_workers", trainer.num_workers, 0)
+    _one_of("data.source", config.data.source, ("easy_vqa", None))
+    for split in (*STAGES, "evaluate"):
+        if (limit := getattr(config.data, split).limit) is not None:
+            _at_least(f"data.{split}.limit", limit, 1)
+    if evaluate.limit is not None:
+        _at_least("evaluate.limit", evaluate.limit, 1)
+    _at_least("evaluate.batch_size", evaluate.batch_size, 1)
+    _at_least("evaluate.max_new_tokens", evaluate.max_new_tokens, 1)
+    _at_least("generate.max_new_tokens", config.generate.max_new_tokens, 1)
+    if config.logger.wandb is not None:
+        _one_of("logger.wandb.mode", config.logger.wandb.mode, ("auto", "online", "offline"))
+    for key in ("experiment_name", "run_id"):
+        name = getattr(config, key)
+        if name is not None and (not name or name in (".", "..") or "/" in name or "\\" in name):
+            raise UserError(f"{key}={name} names a folder: no slashes, not empty; runs_dir= says where it goes")
+
+
+def _one_of(key: str, value: Any, known: Sequence[str | None]) -> None:
+    if value not in known:
+        raise UserError(unknown_name(key, value, [name or "null" for name in known]))
+
+
+def _at_least(key: str, value: int, least: int) -> None:
+    if value < least:
+        raise UserError(f"{key}={value} must be at least {least}")
+
+
+def _model_type(key: str, arch: dict[str, Any]) -> None:
+    if not arch.get("model_type"):
+        raise UserError(f"{key}.arch.model_type is not set: name a transformers model, e.g. llama; see conf/{key}/")
+
+
+def _wheel(key: str, wheel: WheelConfig | None) -> None:
+    for part in ("package", "version", "file", "sha256"):
+        if wheel is not None and not getattr(wheel, part):
+            raise UserError(f"{key}.{part} is not set: a wheel needs package, version, file and sha256")

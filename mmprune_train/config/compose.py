@@ -1,0 +1,120 @@
+"""From YAML files, overrides or mappings to the typed `Config`.
+
+Hydra composes, OmegaConf checks types, `checks` checks the rest; every mistake comes out as a `UserError`.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+from mmprune_train.config import checks
+from mmprune_train.config.explain import all_keys, explain, unknown_key, unknown_name
+from mmprune_train.config.paths import conf_dir, options
+from mmprune_train.config.schema import Config, KneeConfig, PrunerConfig
+from mmprune_train.errors import UserError
+
+SCHEMA_NAME = "mmprune_schema"
+"""Name of the typed tree in Hydra's ConfigStore; the first entry of `conf/config.yaml`'s defaults list."""
+
+
+@functools.cache
+def register_schema() -> None:
+    """Put the typed tree where `conf/config.yaml` looks for it."""
+    from hydra.core.config_store import ConfigStore
+
+    ConfigStore.instance().store(name=SCHEMA_NAME, node=Config, provider="mmprune_train")
+
+
+def config_from(cfg: DictConfig) -> Config:
+    """The typed config of a composed tree, with interpolations resolved and every check passed.
+
+    Raises UserError for a missing or inconsistent value.
+    """
+    try:
+        _refuse_extra_keys(cfg)
+        config = OmegaConf.to_object(cfg)
+    except OmegaConfBaseException as error:
+        raise UserError(explain(error)) from error
+    assert isinstance(config, Config)
+    checks.check(config)
+    return config
+
+
+def _refuse_extra_keys(cfg: DictConfig, prefix: str = "") -> None:
+    # Hydra's `+key=value` adds keys even to a typed tree, so a typo behind a plus would go unnoticed.
+    known = set(all_keys())
+    for key in map(str, cfg):
+        name = prefix + key
+        if name not in known:
+            raise UserError(unknown_key(name))
+        if not name.endswith(".arch") and not OmegaConf.is_missing(cfg, key) and OmegaConf.is_dict(cfg[key]):
+            _refuse_extra_keys(cfg[key], f"{name}.")
+
+
+def compose_config(overrides: list[str]) -> Config:
+    """Compose as the command line does, e.g. `compose_config(["+experiment=smoke", "knee=max_chord"])`.
+
+    Raises UserError for an unknown key, group, option or a value that does not fit.
+    """
+    from hydra import compose, initialize_config_dir
+    from hydra.errors import HydraException
+
+    register_schema()
+    with initialize_config_dir(config_dir=str(conf_dir()), version_base="1.3", job_name="mmprune"):
+        try:
+            cfg = compose(config_name="config", overrides=overrides)
+        except (HydraException, OmegaConfBaseException) as error:
+            raise UserError(explain(error)) from error
+    return config_from(cfg)
+
+
+def config_from_file(path: Path) -> Config:
+    """The config that a run wrote to its `config.yaml`. Raises UserError where the file is missing or does not fit."""
+    try:
+        merged = OmegaConf.merge(OmegaConf.structured(Config), OmegaConf.load(path))
+    except FileNotFoundError as error:
+        raise UserError(f"{path} is missing: is {path.parent} a run directory of mmprune_train?") from error
+    except OmegaConfBaseException as error:
+        raise UserError(f"{path}: {explain(error)}") from error
+    assert isinstance(merged, DictConfig)
+    return config_from(merged)
+
+
+def to_yaml(config: Config | PrunerConfig) -> str:
+    """The config as YAML; `config_from_file` reads a whole Config back, `load_pruner` the mapping of a pruner."""
+    return OmegaConf.to_yaml(OmegaConf.create(dataclasses.asdict(config)))
+
+
+def load_pruner(spec: str | Mapping[str, Any] | None) -> PrunerConfig:
+    """A pruner's settings without a whole run's config.
+
+    spec: a name from `conf/pruner`; a mapping shaped like PrunerConfig, whose unset keys come from the preset of its
+    `name` (or from the schema's defaults); or None for the dense model. Budgets that follow the `knee` group get
+    `conf/knee/kneedle.yaml`. Raises UserError for an unknown name, key or value.
+    """
+    given: dict[str, Any] = {"name": "none" if spec is None else spec} if not isinstance(spec, Mapping) else dict(spec)
+    name = given.get("name", PrunerConfig.name)
+    known = options("pruner")
+    if name not in known and not isinstance(spec, Mapping):
+        raise UserError(unknown_name("pruner", name, known))
+    try:
+        tree = OmegaConf.create(
+            {"knee": OmegaConf.structured(KneeConfig), "pruner": OmegaConf.structured(PrunerConfig)}
+        )
+        tree.knee = OmegaConf.merge(tree.knee, OmegaConf.load(conf_dir() / "knee/kneedle.yaml"))
+        preset = OmegaConf.load(conf_dir() / f"pruner/{name}.yaml") if name in known else OmegaConf.create()
+        tree.pruner = OmegaConf.merge(tree.pruner, preset, given)
+        OmegaConf.resolve(tree)
+        pruner = OmegaConf.to_object(tree.pruner)
+    except OmegaConfBaseException as error:
+        raise UserError(f"pruner: {explain(error)}") from error
+    assert isinstance(pruner, PrunerConfig)
+    checks.check_pruner(pruner)
+    return pruner

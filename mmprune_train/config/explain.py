@@ -1,0 +1,103 @@
+"""Hydra's and OmegaConf's errors in a line or two that name the key and the nearest valid one."""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import functools
+import re
+import types
+from collections.abc import Iterable
+from typing import Union, get_args, get_origin, get_type_hints
+
+from mmprune_train.config.paths import options
+from mmprune_train.config.schema import STAGES, Config
+
+_PLUS_GROUPS = ("experiment", "hydra/launcher", "hydra/sweeper")
+
+
+def nearest(word: str, known: Iterable[str]) -> str:
+    """`; did you mean X?` for the most similar known word, or an empty string."""
+    found = difflib.get_close_matches(str(word), list(known), n=1, cutoff=0.5)
+    return f"; did you mean {found[0]}?" if found else ""
+
+
+def unknown_name(what: str, word: str, known: Iterable[str]) -> str:
+    """`knee=kneedl: there is no such option; did you mean kneedle? (one of ...)`, for any closed list of names."""
+    names = list(known)
+    return f"{what}={word}: there is no such option{nearest(word, names)} (one of {', '.join(names)})"
+
+
+def unknown_key(key: str) -> str:
+    """A line for a key that the schema does not have, with the most likely one that it has."""
+    keys = [*all_keys(), *_PLUS_GROUPS]
+    head, last = key.split(".", 1)[0], key.rsplit(".", 1)[-1]
+    found = difflib.get_close_matches(key, [k for k in keys if not key.startswith(f"{k}.")], n=1, cutoff=0.6)
+    if not found or found[0].rsplit(".", 1)[-1] != last:
+        # `pruner.score` is far from `pruner.vision.score` as a string but near as a path: same first and last part.
+        paths = [k for k in keys if k.split(".", 1)[0] == head and k.rsplit(".", 1)[-1] == last and k != key]
+        found = paths[:1] or found
+    return f"{key}: there is no such key; " + (f"did you mean {found[0]}?" if found else "--cfg job lists every key")
+
+
+@functools.cache
+def all_keys(cls: type = Config, prefix: str = "") -> tuple[str, ...]:
+    """Dotted names of every key of a config dataclass; `stage` is spelt out for each of its stages."""
+    keys: list[str] = []
+    hints = get_type_hints(cls)
+    for item in dataclasses.fields(cls):
+        name, hint = prefix + item.name, hints[item.name]
+        keys.append(name)
+        if get_origin(hint) in (Union, types.UnionType):
+            hint = next(part for part in get_args(hint) if part is not type(None))
+        if dataclasses.is_dataclass(hint):
+            keys += all_keys(hint, f"{name}.")  # type: ignore[arg-type]
+        elif get_origin(hint) is dict and dataclasses.is_dataclass(get_args(hint)[1]):
+            for stage in STAGES:
+                keys += [f"{name}.{stage}", *all_keys(get_args(hint)[1], f"{name}.{stage}.")]
+    return tuple(keys)
+
+
+def explain(error: BaseException) -> str:
+    """One or two lines for an error of Hydra or OmegaConf: which key or option is wrong, and the nearest right one."""
+    text, cause = str(error), error.__cause__
+    override = getattr(error, "override", None)  # Hydra's parser keeps the text it could not read
+
+    if match := re.search(r"Could not (?:find|load) '([\w/]+)/([^/']*)'", text):
+        group, name = match.groups()
+        return unknown_name(group, name, options(group))
+    if match := re.search(r"Could not override '([^']+)'", text):
+        key = match.group(1)
+        return f"{key}=...: write it with a plus, +{key}=NAME" if key in _PLUS_GROUPS else unknown_key(key)
+    if match := re.search(r"An item is already at '([^']+)'", text):
+        return f"+{match.group(1)}: the key exists already; write it without the plus"
+    if match := re.search(r"Multiple values for (\S+?)\.", text):
+        return f"+{match.group(1)}=...: the group is chosen already; write it without the plus"
+    if match := re.search(r"Ambiguous value for argument '([^']+)'", text):
+        return f"{match.group(1)}: ambiguous; write a list as [a,b], or add -m for a sweep over the values"
+    if match := re.search(r"Sweep parameters '([^']+)' requires --multirun", text):
+        return f"{match.group(1)}: a sweep needs -m (--multirun)"
+    if match := re.search(r"Error merging override ([^=\s]+)=?(.*)", text):
+        return f"{match.group(1)}={match.group(2)}: {_reason(cause)}"
+    if match := re.search(r"Override (\S+) looks like a config group override", text):
+        return unknown_key(match.group(1).lstrip("+~").split("=", 1)[0])
+    if match := re.search(r"Missing mandatory value: (\S+)", text):
+        return f"{match.group(1)} is not set; give it a value, {match.group(1)}=VALUE"
+    if override:
+        return f"{override}: not readable as KEY=VALUE; put quotes around special characters, 'KEY=\"VALUE\"'"
+    full_key = getattr(error, "full_key", None)
+    if full_key and re.search(r"not in '|not in struct", text):
+        return unknown_key(str(full_key))
+    line = _first_line(text) or _reason(cause)
+    return f"{full_key}: {line}" if full_key and str(full_key) not in line else line
+
+
+def _reason(cause: BaseException | None) -> str:
+    line = _first_line(str(cause))
+    if "is not a ListConfig" in line:
+        return "a list is needed, written [a,b]"
+    return line or type(cause).__name__
+
+
+def _first_line(text: str) -> str:
+    return text.strip().split("\n", 1)[0].strip()

@@ -1,0 +1,71 @@
+"""Which settings make a run the run it is, the directory that follows from them, and how two runs differ."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from mmprune_train.config.schema import Config
+
+NOT_DECISIVE = frozenset(
+    {
+        "task", "experiment_name", "run_id", "runs_dir", "stages", "ckpt", "restart", "debug",
+        "logger", "evaluate", "generate",
+        # where things lie and how mistakes are explained
+        "data.root", "data.how_to_get",
+        # `knee` only feeds the pruner's own budgets, which count
+        "knee",
+        # how fast and how safely, not what
+        "trainer.num_workers", "trainer.log_every", "trainer.checkpoint_every_steps", "trainer.keep_checkpoints",
+        "trainer.vision_chunk",
+        "data.evaluate",
+    }
+)  # fmt: skip
+"""Keys (with all below them) that may change between two starts of one run without changing what it trains."""
+
+
+def decisive(config: Config | Mapping[str, Any]) -> dict[str, Any]:
+    """Dotted key -> value of every setting that decides what is trained."""
+    tree = dataclasses.asdict(config) if dataclasses.is_dataclass(config) and not isinstance(config, type) else config
+    assert isinstance(tree, Mapping)
+    return dict(_leaves(tree))
+
+
+def run_id(config: Config) -> str:
+    """`config.run_id`, or 8 hex digits of a hash of the decisive settings: the same on every rank, at every start."""
+    if config.run_id is not None:
+        return config.run_id
+    text = json.dumps(decisive(config), sort_keys=True, default=str)
+    return hashlib.sha256(text.encode()).hexdigest()[:8]
+
+
+def run_dir(config: Config) -> Path:
+    """`runs_dir/experiment_name/run_id`; not created here."""
+    return Path(config.runs_dir) / config.experiment_name / run_id(config)
+
+
+def differences(old: Config | Mapping[str, Any], new: Config | Mapping[str, Any]) -> list[str]:
+    """Decisive settings in which two configs differ, as `key: old -> new` lines; either may be a plain mapping."""
+    before, after = decisive(old), decisive(new)
+    keys = [key for key in {**before, **after} if before.get(key, _UNSET) != after.get(key, _UNSET)]
+    return [f"{key}: {before.get(key, '(not set)')} -> {after.get(key, '(not set)')}" for key in keys]
+
+
+_UNSET = object()
+
+
+def _leaves(tree: Mapping[str, Any], prefix: str = "") -> list[tuple[str, Any]]:
+    found: list[tuple[str, Any]] = []
+    for key, value in tree.items():
+        name = f"{prefix}{key}"
+        if name in NOT_DECISIVE:
+            continue
+        if isinstance(value, Mapping):
+            found += _leaves(value, f"{name}.")
+        else:
+            found.append((name, value))
+    return found

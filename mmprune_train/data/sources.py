@@ -1,0 +1,47 @@
+"""Where a data set lies, how a built-in one gets there, and the files of a split."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from mmprune_train.assets import cache_dir
+from mmprune_train.config.schema import DataConfig, SplitConfig
+from mmprune_train.data import easy_vqa
+from mmprune_train.errors import UserError
+
+SOURCES: dict[str, Callable[[Path], dict[str, Any]]] = {"easy_vqa": easy_vqa.prepare}
+"""Name in `data.source` -> what writes that data set in LLaVA's format and returns its manifest."""
+
+
+def data_root(data: DataConfig) -> Path:
+    """`data.root`, else a folder of the data set's name in the cache."""
+    return Path(data.root).expanduser() if data.root else cache_dir() / "data" / data.name
+
+
+def prepare_data(data: DataConfig) -> dict[str, Any] | None:
+    """Fetch and write a built-in data set, once; None: the files are the user's own, there is nothing to fetch."""
+    if data.source is None:
+        return None
+    if data.source not in SOURCES:
+        raise UserError(f"data.source={data.source!r} is unknown; choose one of {', '.join(SOURCES)} or null")
+    return SOURCES[data.source](data_root(data))
+
+
+def split_files(data: DataConfig, part: str) -> tuple[Path, Path]:
+    """(annotation file, image folder) of `pretrain`, `instruct` or `evaluate`.
+
+    Raises UserError that names the key and how to get the data where either is missing.
+    """
+    split: SplitConfig = getattr(data, part)
+    remedy = data.how_to_get or f"set data.root and data.{part}.annotations"
+    if not split.annotations:
+        raise UserError(f"data.{part}.annotations is not set; {remedy}")
+    root = data_root(data)
+    annotations, images = root / Path(split.annotations).expanduser(), root / Path(split.images).expanduser()
+    if not annotations.is_file():
+        raise UserError(f"data.{part}.annotations: {annotations} is missing; {remedy}")
+    if not images.is_dir():
+        raise UserError(f"data.{part}.images: {images} is missing; {remedy}")
+    return annotations, images

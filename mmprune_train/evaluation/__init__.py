@@ -1,0 +1,1 @@
+"""Evaluation: questions, batched answers, scores."""

@@ -1,0 +1,102 @@
+"""Answers of a model to many questions, in batches."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from PIL import Image
+from tqdm import tqdm
+
+from mmprune_train.data.templates import Template
+from mmprune_train.errors import UserError
+from mmprune_train.evaluation.questions import Question
+
+COUNTS = ("dense", "stage1", "stage2", "layer_mean", "visual_dense", "visual_stage1", "visual_stage2")
+
+
+@dataclass(frozen=True)
+class Prediction:
+    question: Question
+    text: str
+    counts: dict[str, float]
+    """Tokens of the prompt after each stage, the trace's per-sample names."""
+
+
+def load_images(question: Question) -> list[Image.Image]:
+    """The question's images, RGB; UserError for one that is missing or broken."""
+    images = []
+    for path in question.images:
+        try:
+            with Image.open(path) as image:
+                images.append(image.convert("RGB"))
+        except OSError as error:
+            raise UserError(f"question {question.id}: cannot read image {path} ({error}); mend or remove it") from error
+    return images
+
+
+def blank_images(mean: Sequence[float], side: int) -> Callable[[Question], list[Image.Image]]:
+    """Instead of a question's images, as many of the image mean's colour: nothing to see."""
+    colour = tuple(int(255 * channel) for channel in mean)
+
+    def blank(question: Question) -> list[Image.Image]:
+        return [Image.new("RGB", (side, side), colour) for _ in question.images]
+
+    return blank
+
+
+@torch.inference_mode()
+def answer(
+    model: Any,
+    processor: Any,
+    template: Template,
+    questions: Sequence[Question],
+    batch_size: int,
+    max_new_tokens: int,
+    images_of: Callable[[Question], list[Image.Image]] = load_images,
+    title: str = "evaluate",
+    dtype: torch.dtype = torch.float32,
+) -> list[Prediction]:
+    """Greedy answers, in the order of the questions.
+
+    Args:
+        model, processor: as `load_model` returns them.
+        template: puts a question into the conversation format.
+        images_of: loads a question's images.
+        dtype: bfloat16 computes under autocast.
+    """
+    model.eval()
+    processor.tokenizer.padding_side = "left"
+    device = next(model.parameters()).device
+    predictions = []
+    for batch in progress(list(batches(questions, batch_size)), title):
+        images = [image for question in batch for image in images_of(question)]
+        texts = [template.prompt(q.text, n_images=len(q.images)) for q in batch]
+        inputs = processor(images=images or None, text=texts, return_tensors="pt", padding=True).to(device)
+        with torch.autocast(device.type, dtype=dtype, enabled=dtype != torch.float32):
+            out = model.generate(**inputs, max_new_tokens=max_new_tokens, do_sample=False)
+        told = processor.batch_decode(out[:, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
+        counts = model.last_pruning.per_sample
+        for row, (question, text) in enumerate(zip(batch, told, strict=True)):
+            predictions.append(Prediction(question, text.strip(), {name: float(counts[name][row]) for name in COUNTS}))
+    return predictions
+
+
+def batches(questions: Sequence[Question], size: int) -> Iterator[Sequence[Question]]:
+    for start in range(0, len(questions), size):
+        yield questions[start : start + size]
+
+
+def progress(items: Sequence[Any], title: str) -> Iterable[Any]:
+    """A bar on a terminal, about ten plain lines elsewhere."""
+    if sys.stderr.isatty():
+        yield from tqdm(items, desc=title)
+        return
+    every = max(1, -(-len(items) // 10))
+    for index, item in enumerate(items, 1):
+        yield item
+        if index % every == 0 or index == len(items):
+            print(f"{title} {index}/{len(items)} batches", flush=True)

@@ -1,0 +1,45 @@
+"""Scores of short answers."""
+
+from __future__ import annotations
+
+from collections import Counter, defaultdict
+from collections.abc import Iterable, Sequence
+
+
+def normalise(answer: str) -> str:
+    """Lower case, one space between words, no punctuation at either end."""
+    return " ".join(answer.lower().split()).strip(" .,;:!?\"'")
+
+
+def correct(prediction: str, answer: str) -> bool:
+    """Normalised exact match."""
+    return normalise(prediction) == normalise(answer)
+
+
+def accuracy_by_kind(rows: Iterable[tuple[str, str, str]]) -> dict[str, float]:
+    """(kind, prediction, answer) -> share of correct answers of each kind."""
+    hits: dict[str, list[bool]] = defaultdict(list)
+    for kind, prediction, answer in rows:
+        hits[kind].append(correct(prediction, answer))
+    return {kind: sum(found) / len(found) for kind, found in hits.items()}
+
+
+def blind_majority(training: Iterable[tuple[str, str]], test: Sequence[tuple[str, str, str]]) -> dict[str, float]:
+    """Accuracy by kind of who never looks: each question gets its most frequent answer in training.
+
+    Args:
+        training: (question, answer).
+        test: (kind, question, answer). A question never seen gets the most frequent answer of all.
+    """
+    per_question: dict[str, Counter[str]] = defaultdict(Counter)
+    overall: Counter[str] = Counter()
+    for question, answer in training:
+        per_question[normalise(question)][normalise(answer)] += 1
+        overall[normalise(answer)] += 1
+    common = overall.most_common(1)[0][0] if overall else ""
+
+    def guess(question: str) -> str:
+        seen = per_question.get(normalise(question))
+        return seen.most_common(1)[0][0] if seen else common
+
+    return accuracy_by_kind((kind, guess(question), answer) for kind, question, answer in test)

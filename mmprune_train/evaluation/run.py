@@ -1,0 +1,126 @@
+"""One evaluation: answers, the same with the images blanked, what a blind guess would reach, tokens kept."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Sequence
+from dataclasses import replace
+from pathlib import Path
+from statistics import fmean
+from typing import Any
+
+import torch
+
+from mmprune_train.config.schema import EvaluateConfig
+from mmprune_train.data.templates import Template
+from mmprune_train.evaluation.generate import Prediction, answer, blank_images
+from mmprune_train.evaluation.metrics import accuracy_by_kind, blind_majority
+from mmprune_train.evaluation.questions import Question, choose
+from mmprune_train.reporting.tables import table
+
+
+def evaluate(
+    model: Any,
+    processor: Any,
+    template: Template,
+    questions: Sequence[Question],
+    training: Iterable[tuple[str, str]],
+    settings: EvaluateConfig,
+    folder: Path,
+    dtype: torch.dtype = torch.float32,
+) -> dict[str, Any]:
+    """Evaluate and write predictions.jsonl.
+
+    Args:
+        model, processor: as `load_model` returns them.
+        template: conversation format of the prompts.
+        questions: the evaluation set; `settings.kinds` and `settings.limit` choose from it.
+        training: (question, answer) of the training split, for the blind majority; may be empty.
+        folder: where predictions.jsonl goes.
+    Returns:
+        Numbers for result.json, by kind where they are accuracies.
+    """
+    chosen = choose(list(questions), settings.kinds, settings.limit)
+    generate: dict[str, Any] = {
+        "batch_size": settings.batch_size,
+        "max_new_tokens": settings.max_new_tokens,
+        "dtype": dtype,
+    }
+    seen = answer(model, processor, template, chosen, **generate)
+    write_predictions(folder / "predictions.jsonl", seen)
+    result: dict[str, Any] = {"questions": len(chosen), **token_counts(seen)}
+    known = [p for p in seen if p.question.answer]
+    result["accuracy"] = accuracy_by_kind((p.question.kind, p.text, p.question.answer) for p in known)
+    pairs = list(training)
+    if pairs:
+        test = [(p.question.kind, p.question.plain, p.question.answer) for p in known]
+        result["blind_majority"] = blind_majority(pairs, test)
+    if settings.blank:
+        result["accuracy_blank"] = _blank(model, processor, template, [p.question for p in known], generate)
+    return result
+
+
+def _blank(
+    model: Any, processor: Any, template: Template, questions: list[Question], generate: dict
+) -> dict[str, float]:
+    """With nothing to see, equal words get equal answers: each wording is asked once."""
+    wordings = {(q.text, len(q.images)): replace(q, id=str(i)) for i, q in enumerate(questions)}
+    image_processor = processor.image_processor
+    size = image_processor.crop_size or image_processor.size
+    images_of = blank_images(image_processor.image_mean, size.get("height") or size.get("shortest_edge"))
+    asked = list(wordings.values())
+    answers = answer(model, processor, template, asked, images_of=images_of, title="blank", **generate)
+    told = {(p.question.text, len(p.question.images)): p.text for p in answers}
+    return accuracy_by_kind((q.kind, told[q.text, len(q.images)], q.answer) for q in questions)
+
+
+def token_counts(predictions: Sequence[Prediction]) -> dict[str, float]:
+    """Means over the questions of prompt tokens; `keep_ratio` is the mean of the questions' own ratios."""
+
+    def mean(name: str) -> float:
+        return fmean(p.counts[name] for p in predictions)
+
+    return {
+        "tokens_dense": mean("dense"),
+        "tokens_stage1": mean("stage1"),
+        "tokens_stage2": mean("stage2"),
+        "tokens_layer_mean": mean("layer_mean"),
+        "keep_ratio": fmean(p.counts["layer_mean"] / p.counts["dense"] for p in predictions),
+    }
+
+
+def write_predictions(path: Path, predictions: Sequence[Prediction]) -> None:
+    """One object a question; `answer` only where it is known."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("w", encoding="utf-8") as file:
+        for p in predictions:
+            row: dict[str, Any] = {"id": p.question.id, "question": p.question.plain, "prediction": p.text}
+            if p.question.answer:
+                row["answer"] = p.question.answer
+            row |= {f"visual_tokens_{s}": int(p.counts[f"visual_{s}"]) for s in ("dense", "stage1", "stage2")}
+            file.write(json.dumps(row, ensure_ascii=False) + "\n")
+
+
+def result_table(result: dict[str, Any], title: str = "Evaluation") -> str:
+    """Accuracies by kind, then tokens."""
+    kinds = list(result["accuracy"])
+    rows: list[list[object]] = []
+    for key, name in (
+        ("accuracy", "accuracy"),
+        ("blind_majority", "blind majority (question alone)"),
+        ("accuracy_blank", "accuracy, image blanked"),
+    ):
+        if key in result:
+            rows.append([name, *(result[key].get(kind) for kind in kinds)])
+    scores = table(
+        rows, ["", *(kind.replace("yes_no", "yes/no") for kind in kinds)], f"{title}: {result['questions']:,} questions"
+    )
+    names = {
+        "tokens_dense": "tokens, dense",
+        "tokens_stage1": "tokens after stage 1",
+        "tokens_stage2": "tokens after stage 2",
+        "tokens_layer_mean": "tokens, layer mean",
+        "keep_ratio": "keep ratio",
+    }
+    tokens = table([[name, float(result[key])] for key, name in names.items()], ["per question (mean)", ""])
+    return f"{scores}\n\n{tokens}"

@@ -1,0 +1,250 @@
+"""From names to a network: Hugging Face parts put together as LLaVA, freshly for training or from a saved folder."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import (
+    AutoConfig,
+    AutoModel,
+    AutoModelForCausalLM,
+    AutoProcessor,
+    LlavaConfig,
+    LlavaForConditionalGeneration,
+    LlavaProcessor,
+    PreTrainedConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
+from transformers.models.llava.modeling_llava import LlavaMultiModalProjector
+
+from mmprune_train.config.compose import load_pruner
+from mmprune_train.config.schema import Config, EncoderConfig, LlmConfig, PrunerConfig
+from mmprune_train.data.annotate import Annotator
+from mmprune_train.data.images import image_processor
+from mmprune_train.data.templates import get_template
+from mmprune_train.errors import UserError
+from mmprune_train.model.llava import PackedLlava
+from mmprune_train.model.tokenizer import IMAGE_TOKEN, load_tokenizer
+from mmprune_train.model.weights import encoder_folder, llm_folder
+from mmprune_train.pruning import Pruner
+
+VOCAB_MULTIPLE = 64
+"""A vocabulary that must grow for the image token grows to a multiple of this, as llava-hf's folders do."""
+
+REPORT = {"output_loading_info": True, "ignore_mismatched_sizes": True}
+"""Let `from_pretrained` report a wrong shape as it reports wrong keys; `complete` refuses all of them."""
+
+V1_CHAT_TEMPLATE = (
+    "{% for message in messages %}{{ message['role'].upper() + ': ' }}"
+    "{% if message['content'] is string %}{{ message['content'] }}{% else %}"
+    "{% for part in message['content'] if part['type'] == 'image' %}{{ '<image>\n' }}{% endfor %}"
+    "{% for part in message['content'] if part['type'] == 'text' %}{{ part['text'] }}{% endfor %}{% endif %}"
+    "{{ '</s>' if message['role'] == 'assistant' else ' ' }}{% endfor %}"
+    "{% if add_generation_prompt %}{{ 'ASSISTANT:' }}{% endif %}"
+)
+
+
+def complete(info: Mapping[str, Any], source: object) -> None:
+    """Raise UserError unless a `from_pretrained` report is free of missing, unexpected and mismatched keys."""
+    for fault in ("missing_keys", "unexpected_keys", "mismatched_keys"):
+        if keys := sorted(map(str, info.get(fault) or [])):
+            more = f" and {len(keys) - 3} more" if len(keys) > 3 else ""
+            raise UserError(
+                f"{source}: {fault.replace('_', ' ')}: {', '.join(keys[:3])}{more}; the folder does not hold the model "
+                "its config.json describes (a wrong path, a half-written save, or another architecture)"
+            )
+
+
+def _vision_config(folder: Path | None, arch: dict[str, Any]) -> PreTrainedConfig:
+    if folder is None:
+        return AutoConfig.for_model(**arch)
+    config = AutoConfig.from_pretrained(folder)
+    return getattr(config, "vision_config", config)
+
+
+def vision_tower(cfg: EncoderConfig, folder: Path | None, dtype: torch.dtype) -> PreTrainedModel:
+    """The encoder with its weights (random without a folder). No missing key is tolerated."""
+    config = _vision_config(folder, cfg.arch)
+    if folder is None:
+        return AutoModel.from_config(config, dtype=dtype)
+    if config.hidden_size != cfg.arch["hidden_size"] or config.num_hidden_layers != cfg.arch["num_hidden_layers"]:
+        raise UserError(
+            f"encoder.path: {folder} holds a {config.model_type} of width {config.hidden_size} and "
+            f"{config.num_hidden_layers} layers, encoder={cfg.name} describes another; choose the fitting encoder="
+        )
+    with torch.device("meta"):
+        model_class = type(AutoModel.from_config(config))
+    model, info = model_class.from_pretrained(folder, config=config, dtype=dtype, **REPORT)
+    # A whole CLIP or SigLIP folder also holds the text tower, which is no concern of this model.
+    foreign = ("text_model", "text_projection", "visual_projection", "logit_")
+    extra = [key for key in info["unexpected_keys"] if not key.startswith(foreign)]
+    complete({**info, "unexpected_keys": extra}, folder)
+    return model
+
+
+def language_model(
+    cfg: LlmConfig, folder: Path | None, tokenizer: PreTrainedTokenizerBase, dtype: torch.dtype
+) -> PreTrainedModel:
+    """The LLM with its head (random without a folder), its vocabulary grown where `<image>` did not fit."""
+    if folder is None:
+        model = AutoModelForCausalLM.from_config(AutoConfig.for_model(**cfg.arch), dtype=dtype)
+    else:
+        model, info = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, **REPORT)
+        complete(info, folder)
+    if len(tokenizer) > model.config.vocab_size:
+        model.resize_token_embeddings(len(tokenizer), pad_to_multiple_of=VOCAB_MULTIPLE, mean_resizing=False)
+    return model
+
+
+def llava_config(
+    encoder: EncoderConfig,
+    vision: PreTrainedConfig,
+    text: PreTrainedConfig,
+    projector: str,
+    image_token: int,
+) -> LlavaConfig:
+    """LLaVA's config for an encoder and an LLM; keeps copies of theirs."""
+    return LlavaConfig(
+        vision_config=vision.to_dict(),
+        text_config=text.to_dict(),
+        image_token_index=image_token,
+        image_seq_length=(encoder.image_size // encoder.patch_size) ** 2,
+        projector_hidden_act="linear" if projector == "linear" else "gelu",
+        vision_feature_select_strategy="default" if encoder.has_cls else "full",
+        vision_feature_layer=encoder.feature_layer,
+        tie_word_embeddings=bool(text.tie_word_embeddings),
+    )
+
+
+def make_linear(projector: LlavaMultiModalProjector) -> None:
+    """Turn Hugging Face's two-layer projector into LLaVA's single linear one, loadable with the same keys: the second
+    layer is the identity and is never trained (`requires_grad` is false)."""
+    nn.init.eye_(projector.linear_2.weight)
+    if projector.linear_2.bias is not None:
+        nn.init.zeros_(projector.linear_2.bias)
+    projector.linear_2.requires_grad_(False)
+
+
+def assemble(config: LlavaConfig, vision: PreTrainedModel, language: PreTrainedModel) -> LlavaForConditionalGeneration:
+    """Put a tower and an LLM, as they are, into a LLaVA with a new projector; nothing is initialised twice."""
+    with torch.device("meta"):
+        hf = LlavaForConditionalGeneration(config)
+    hf.model.vision_tower = vision
+    hf.model.language_model = language.model
+    hf.lm_head = language.lm_head
+    projector = LlavaMultiModalProjector(config)
+    if config.projector_hidden_act == "linear":
+        make_linear(projector)
+    hf.model.multi_modal_projector = projector.to(language.dtype)
+    if language.generation_config is not None:
+        hf.generation_config = language.generation_config
+    return hf
+
+
+def make_processor(
+    encoder: EncoderConfig, tokenizer: PreTrainedTokenizerBase, template: str, aspect_ratio: str = "square"
+) -> LlavaProcessor:
+    """The llava-hf processor: images and text in, image tokens already repeated."""
+    return LlavaProcessor(
+        image_processor=image_processor(encoder, aspect_ratio),
+        tokenizer=tokenizer,
+        patch_size=encoder.patch_size,
+        vision_feature_select_strategy="default" if encoder.has_cls else "full",
+        chat_template=V1_CHAT_TEMPLATE if template == "v1" else tokenizer.chat_template,
+        image_token=IMAGE_TOKEN,
+        num_additional_image_tokens=1 if encoder.has_cls else 0,
+    )
+
+
+def build_on_meta(config: Config) -> PackedLlava:
+    """The run's network without weights, from the config alone: for planning, and for testing 7B models on a laptop."""
+    vision, text = AutoConfig.for_model(**config.encoder.arch), AutoConfig.for_model(**config.llm.arch)
+    image_token = text.vocab_size
+    text.vocab_size = -(-(text.vocab_size + 1) // VOCAB_MULTIPLE) * VOCAB_MULTIPLE
+    with torch.device("meta"):
+        hf = LlavaForConditionalGeneration(
+            llava_config(config.encoder, vision, text, config.projector.name, image_token)
+        )
+        if config.projector.name == "linear":
+            hf.model.multi_modal_projector.linear_2.requires_grad_(False)
+        return PackedLlava(hf, Pruner(config.pruner), template=config.llm.template)
+
+
+def build(config: Config, dtype: torch.dtype = torch.float32) -> tuple[PackedLlava, LlavaProcessor]:
+    """The run's network and processor with pretrained parts and a new projector, seeded by `config.seed`.
+
+    Raises UserError where weights are missing or do not fit.
+    """
+    folder = llm_folder(config.llm)
+    tower_folder = encoder_folder(config.encoder)
+    torch.manual_seed(config.seed)
+    tokenizer = load_tokenizer(folder)
+    vision = vision_tower(config.encoder, tower_folder, dtype)
+    language = language_model(config.llm, folder, tokenizer, dtype)
+    image_token = tokenizer.convert_tokens_to_ids(IMAGE_TOKEN)
+    hf_config = llava_config(config.encoder, vision.config, language.config, config.projector.name, image_token)
+    hf = assemble(hf_config, vision, language)
+    processor = make_processor(config.encoder, tokenizer, config.llm.template)
+    annotate = Annotator(get_template(config.llm.template, tokenizer), tokenizer, image_token)
+    chunk = config.trainer.vision_chunk
+    return PackedLlava(hf, Pruner(config.pruner), annotate, config.llm.template, chunk), processor
+
+
+def model_folder(path: str | Path) -> Path | str:
+    """The Hugging Face folder behind a run directory, an exported folder or a hub id."""
+    folder = Path(path).expanduser()
+    if (folder / "manifest.json").is_file():
+        stages = json.loads((folder / "manifest.json").read_text())["stages"]
+        names = list(stages) if isinstance(stages, dict) else [stage["name"] for stage in stages]
+        for name in reversed(names):
+            if (folder / name / "model" / "config.json").is_file():
+                return folder / name / "model"
+        raise UserError(f"{path}: no stage of this run has finished; run the same training command to continue it")
+    if folder.is_dir():
+        if not (folder / "config.json").is_file():
+            raise UserError(f"{path}: neither a run directory (manifest.json) nor a model folder (config.json)")
+        return folder
+    if str(path).startswith(("/", ".", "~")) or str(path).count("/") != 1:
+        raise UserError(f"{path}: no such folder; give a run directory, an exported folder or a llava-hf folder")
+    return str(path)
+
+
+def load_model(
+    path: str | Path,
+    pruner: str | Mapping[str, Any] | PrunerConfig | None = None,
+    dtype: torch.dtype = torch.float32,
+    device: str | torch.device = "cpu",
+) -> tuple[PackedLlava, LlavaProcessor]:
+    """A trained model and its processor, ready to call and to generate.
+
+    Args:
+        path: a run directory, an exported folder, or any llava-hf folder (or hub id).
+        pruner: a name (`available_pruners()`), a mapping of settings, or None for what the folder was trained with
+            (dense where it says nothing).
+    Raises:
+        UserError: no such folder, or its weights do not match its config key for key.
+    """
+    folder = model_folder(path)
+    try:
+        hf, info = LlavaForConditionalGeneration.from_pretrained(folder, dtype=dtype, **REPORT)
+        processor = AutoProcessor.from_pretrained(folder)
+    except OSError as error:
+        raise UserError(f"{path}: {str(error).splitlines()[0]}") from error
+    complete(info, folder)
+    saved = getattr(hf.config, "mmprune", None) or {}
+    if isinstance(pruner, PrunerConfig):
+        settings = pruner
+    else:
+        settings = load_pruner(saved.get("pruner", "none") if pruner is None else pruner)
+    tokenizer = processor.tokenizer
+    own = getattr(tokenizer, "chat_template", None)
+    template = saved.get("template") or ("chat" if own and "USER:" not in own and "upper()" not in own else "v1")
+    annotate = Annotator(get_template(template, tokenizer), tokenizer, hf.config.image_token_id)
+    model = PackedLlava(hf, Pruner(settings), annotate, template).to(device).eval()
+    return model, processor

@@ -1,0 +1,82 @@
+"""The generation cache: every layer holds only the tokens that entered it."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from transformers import DynamicCache
+
+from mmprune_train.pruning.packed import PackedSequence
+
+
+class PrunedCache(DynamicCache):
+    """Keys and values per layer, as [B, Hkv, S_l, d], samples right-aligned, where S_l is that layer's longest sample.
+
+    While the prompt runs through the model packed (`start_layer` names the tokens that enter the next layer), `update`
+    files each sample's keys and values in its row and hands the packed ones back. Later updates append one column per
+    generated token, as in transformers' dynamic cache, and `mask(layer)` tells which columns are real.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._masks: list[Tensor] = []  # per layer [B, S_l] bool at the end of the prompt
+        self._filing: tuple[Tensor, Tensor, Tensor] | None = None  # segment, column, mask of the packed tokens
+        self._next: Tensor | None = None  # [B] position id of the next token of each sample
+
+    def start_layers(self, sequence: PackedSequence) -> None:
+        """The tokens of `sequence` enter every layer from here on (until the next call)."""
+        lengths = sequence.lengths
+        width = int(lengths.max())
+        column = sequence.within() + (width - lengths)[sequence.segment]
+        mask = torch.arange(width, device=lengths.device) >= (width - lengths)[:, None]
+        self._filing = (sequence.segment, column, mask)
+
+    def end_prompt(self, sequence: PackedSequence) -> None:
+        """The prompt is through; `sequence` is what left the last layer."""
+        self._filing = None
+        last = sequence.cu_seqlens[1:].long() - 1
+        self._next = sequence.position[last] + 1
+
+    @property
+    def prompt_is_in(self) -> bool:
+        """Whether a prompt has been filed, so that further tokens are decoded one by one."""
+        return self._next is not None
+
+    def advance(self, new: int) -> Tensor:
+        """Position ids [B, new] of the next tokens."""
+        assert self._next is not None, "decode before the prompt"
+        position = self._next[:, None] + torch.arange(new, device=self._next.device)
+        self._next = self._next + new
+        return position
+
+    def update(self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args, **kwargs):  # type: ignore[no-untyped-def]
+        if self._filing is None:
+            return super().update(key_states, value_states, layer_idx, *args, **kwargs)
+        segment, column, mask = self._filing
+
+        def file(packed: Tensor) -> Tensor:
+            table = packed.new_zeros((mask.shape[0], mask.shape[1], packed.shape[1], packed.shape[3]))
+            table[segment, column] = packed[0].transpose(0, 1)
+            return table.transpose(1, 2)
+
+        super().update(file(key_states), file(value_states), layer_idx)
+        self._masks.append(mask)
+        return key_states, value_states
+
+    def mask(self, layer_idx: int, new: int) -> Tensor:
+        """bool [B, 1, new, S + new] of the columns that `new` further tokens of each sample may see in a layer."""
+        prompt = self._masks[layer_idx]
+        grown = self.get_seq_length(layer_idx) + new - prompt.shape[1]
+        seen = torch.nn.functional.pad(prompt, (0, grown), value=True)[:, None, None]
+        causal = torch.ones((new, seen.shape[-1]), dtype=torch.bool, device=prompt.device)
+        return seen & causal.tril(seen.shape[-1] - new)
+
+    def bytes(self) -> int:
+        """Memory of the keys and values."""
+        return sum(t.numel() * t.element_size() for layer in self.layers for t in (layer.keys, layer.values))
+
+    def reorder_cache(self, beam_idx: Tensor) -> None:
+        super().reorder_cache(beam_idx)
+        self._masks = [mask[beam_idx] for mask in self._masks]
+        if self._next is not None:
+            self._next = self._next[beam_idx]

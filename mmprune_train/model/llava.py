@@ -1,0 +1,384 @@
+"""The trained network: Hugging Face's LLaVA modules, walked over one packed sequence with the pruner in the loop."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn.functional import cross_entropy
+from transformers import GenerationMixin, LlavaConfig, LlavaForConditionalGeneration, PreTrainedModel, ProcessorMixin
+from transformers.models.llava.modeling_llava import LlavaCausalLMOutputWithPast
+
+from mmprune_train.errors import UserError
+from mmprune_train.model import attention
+from mmprune_train.model.cache import PrunedCache
+from mmprune_train.model.language import check_language_model, rotary, scoring_queries_keys
+from mmprune_train.model.vision import encode, family_of
+from mmprune_train.pruning import IGNORE, Kind, PackedSequence, Pruner, PruningTrace
+
+Annotate = Callable[[Tensor], tuple[Tensor, Tensor]]
+"""Token ids of one sample [L] -> kinds [L] and turns [L]."""
+
+
+@dataclass
+class PackedOutput:
+    """Result of one packed pass."""
+
+    hidden: Tensor
+    """[T2, D] normalised states of the tokens that left the last layer."""
+    sequence: PackedSequence
+    """Those tokens."""
+    trace: PruningTrace
+    loss_sum: Tensor
+    """Scalar, float32: sum of the cross-entropies at supervised tokens."""
+    supervised: Tensor
+    """Scalar, int64: how many those are."""
+
+
+def first_of_equal(pixel_values: Tensor) -> tuple[Tensor, Tensor]:
+    """Several questions about one image, or several beams, need it encoded once.
+
+    Args:
+        pixel_values: [I, 3, H, W].
+    Returns:
+        The images that differ from the one before them [J, 3, H, W], and for every image its row among them [I].
+    """
+    new = torch.ones(len(pixel_values), dtype=torch.bool, device=pixel_values.device)
+    new[1:] = (pixel_values[1:] != pixel_values[:-1]).flatten(1).any(1)
+    return pixel_values[new], new.cumsum(0) - 1
+
+
+class PackedLlava(PreTrainedModel, GenerationMixin):
+    """A `LlavaForConditionalGeneration` whose samples run packed, pruned and without padding.
+
+    The Hugging Face model is a member (`hf`), so its checkpoints load and save with its own keys; this class adds no
+    parameter. `forward` and `generate` take the llava-hf processor's inputs; training calls `forward_packed`.
+
+    Args:
+        hf: the model to walk. Its LLM gets the packed attention function; its config is copied first, so another model
+            built from the same config object is left alone.
+        pruner: which tokens to drop.
+        annotate: tells question text from role markers in a prompt's ids; needed where stage 2 is on and `forward`
+            or `generate` is used.
+        template: name of the conversation template the model was trained with, saved beside the pruner's settings.
+        vision_chunk: images per forward pass of the vision tower.
+    """
+
+    config_class = LlavaConfig
+    base_model_prefix = "hf"
+    main_input_name = "input_ids"
+    supports_gradient_checkpointing = True
+    _supports_sdpa = True
+    _supports_flash_attn = True
+    _supports_attention_backend = True
+    _no_split_modules = None
+
+    def __init__(
+        self,
+        hf: LlavaForConditionalGeneration,
+        pruner: Pruner,
+        annotate: Annotate | None = None,
+        template: str = "v1",
+        vision_chunk: int = 64,
+    ) -> None:
+        super().__init__(hf.config)
+        self.hf = hf
+        self.pruner = pruner
+        self.annotate = annotate
+        self.template = template
+        self.vision_chunk = vision_chunk
+        self.last_pruning: PruningTrace | None = None
+        self.generation_config = hf.generation_config
+        language = hf.model.language_model
+        check_language_model(language.config)
+        family_of(hf.model.vision_tower.config.model_type)
+        pruner.check_layers(len(language.layers))
+        own = copy.deepcopy(language.config)
+        shared = language.config
+        for module in language.modules():
+            if getattr(module, "config", None) is shared:
+                module.config = own
+        own._attn_implementation = attention.NAME
+
+    # ------------------------------------------------------------------ the packed pass
+
+    def forward_packed(
+        self, sequence: PackedSequence, pixel_values: Tensor | None, cache: PrunedCache | None = None
+    ) -> PackedOutput:
+        """Embed, prune, run the layers, and take the loss where there is a target.
+
+        Args:
+            sequence: the dense batch, without embeddings.
+            pixel_values: [I, 3, H, W], or None or empty for text alone.
+            cache: filled with every layer's keys and values, for generation.
+        """
+        dense, dense_visual = self._count(sequence)
+        vision_kept: list[Tensor] = []
+        vision_scores = None
+        if pixel_values is not None and len(pixel_values):
+            features, kept, vision_scores = self._select_patches(pixel_values)
+            vision_kept = [row.nonzero().squeeze(1) for row in kept]
+            visual = sequence.visual
+            mask = torch.ones_like(visual)
+            mask[visual] = kept[sequence.image[visual], sequence.patch[visual]]
+            sequence = sequence.keep(mask)
+            if self.pruner.settings.vision.positions == "contiguous":
+                sequence = replace(sequence, position=sequence.within())
+            projected = self.hf.model.multi_modal_projector(features[kept])  # [K, D]
+            row_of = (kept.flatten().cumsum(0) - 1).view_as(kept)  # [I, N]
+        else:
+            projected, row_of = self._absent_image(), None
+        stage1, stage1_visual = self._count(sequence)
+        trace = PruningTrace(dense, dense_visual, stage1, stage1_visual, vision_kept=vision_kept)
+        trace.vision_scores = vision_scores
+        hidden = self._embed(sequence, projected, row_of)
+        sequence, hidden = self._run_layers(replace(sequence, entry=sequence.within()), hidden, trace, cache)
+        supervised = sequence.target != IGNORE
+        logits = self.hf.lm_head(hidden[supervised])
+        loss_sum = cross_entropy(logits.float(), sequence.target[supervised], reduction="sum")
+        return PackedOutput(hidden, sequence, trace, loss_sum, supervised.sum())
+
+    @staticmethod
+    def _count(sequence: PackedSequence) -> tuple[Tensor, Tensor]:
+        visual = torch.bincount(sequence.segment[sequence.visual], minlength=sequence.samples)
+        return sequence.lengths, visual
+
+    def _select_patches(self, pixel_values: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
+        """Features [I, N, Dv] of all images, kept patches [I, N] bool, scores [I, N]."""
+        tower: Any = self.hf.model.vision_tower
+        config = self.config
+        trained = torch.is_grad_enabled() and any(p.requires_grad for p in tower.parameters())
+        features, kept = [], []
+        scores: list[Tensor] = []
+        for chunk in pixel_values.to(tower.dtype).split(self.vision_chunk):
+            with torch.set_grad_enabled(trained):
+                states, view = encode(
+                    tower,
+                    chunk,
+                    config.vision_feature_layer,
+                    drop_cls=config.vision_feature_select_strategy == "default",
+                )
+            if states.shape[1] != view.patches.shape[1]:  # "full" on an encoder with CLS: no patch grid to prune on
+                if self.pruner.settings.vision.enabled:
+                    raise UserError(
+                        "vision_feature_select_strategy='full' feeds the CLS token to the LLM, which stage 1 cannot "
+                        "prune; use 'default', or pruner=language_only"
+                    )
+                view.patches = states
+            mask, score = self.pruner.keep_patches(view)
+            features.append(states)
+            kept.append(mask)
+            if score is not None:
+                scores.append(score)
+        return torch.cat(features), torch.cat(kept), torch.cat(scores) if scores else None
+
+    def _absent_image(self) -> Tensor | None:
+        """In training, a text-only batch runs the vision path on a blank image with zero weight, so that every rank
+        runs the same modules each step whatever its samples (ZeRO-3 and DDP would hang otherwise)."""
+        if not (self.training and torch.is_grad_enabled()):
+            return None
+        size = self.config.vision_config.image_size
+        blank = torch.zeros((1, 3, size, size), device=self.hf.lm_head.weight.device)
+        features, kept, _ = self._select_patches(blank)
+        return self.hf.model.multi_modal_projector(features[kept])
+
+    def _embed(self, sequence: PackedSequence, projected: Tensor | None, row_of: Tensor | None) -> Tensor:
+        visual = sequence.visual
+        embeddings = self.hf.model.language_model.embed_tokens(sequence.ids.masked_fill(visual, 0))  # [T, D]
+        if projected is None:
+            return embeddings
+        if row_of is None:
+            return embeddings + 0.0 * projected.sum()
+        rows = row_of[sequence.image[visual], sequence.patch[visual]]
+        return embeddings.index_copy(0, visual.nonzero().squeeze(1), projected[rows].to(embeddings.dtype))
+
+    def _run_layers(
+        self, sequence: PackedSequence, hidden: Tensor, trace: PruningTrace, cache: PrunedCache | None
+    ) -> tuple[PackedSequence, Tensor]:
+        """All decoder layers, shortening the sequence before those the pruner names."""
+        language: Any = self.hf.model.language_model
+        prune_before = set(self.pruner.layers)
+        rotation, borders, counts = self._enter(sequence, hidden, cache)
+        for index, layer in enumerate(language.layers):
+            if index in prune_before:
+                seen = hidden.detach()
+                keys = scoring_queries_keys(layer, seen, rotation[0][0], rotation[1][0])
+                mask, scores = self.pruner.keep_tokens(sequence, seen, keys)
+                if scores is not None:
+                    trace.language_scores = scores if trace.language_scores is None else trace.language_scores
+                    sequence, hidden = sequence.keep_with(mask, hidden)
+                    if self.pruner.settings.language.positions == "contiguous":
+                        sequence = replace(sequence, position=sequence.within())
+                    rotation, borders, counts = self._enter(sequence, hidden, cache)
+            trace.layers.append(counts[0])
+            trace.layers_visual.append(counts[1])
+            hidden = layer(
+                hidden[None],
+                attention_mask=None,
+                position_ids=sequence.position[None],
+                past_key_values=cache,
+                use_cache=cache is not None,
+                position_embeddings=rotation,
+                borders=borders,
+            )[0]
+        if cache is not None:
+            cache.end_prompt(sequence)
+        trace.language_kept = list(sequence.entry.split(borders.lengths))  # type: ignore[union-attr]
+        return sequence, language.norm(hidden)
+
+    def _enter(
+        self, sequence: PackedSequence, hidden: Tensor, cache: PrunedCache | None
+    ) -> tuple[tuple[Tensor, Tensor], attention.Borders, tuple[Tensor, Tensor]]:
+        """What the layers up to the next pruning share: rotary tables, borders, token counts."""
+        counts = self._count(sequence)
+        if cache is not None:
+            cache.start_layers(sequence)
+        rotation = rotary(self.hf.model.language_model, hidden[None], sequence.position[None])
+        return rotation, attention.Borders(sequence.cu_seqlens, counts[0].tolist()), counts
+
+    # ------------------------------------------------------------------ transformers' interface
+
+    def forward(
+        self,
+        input_ids: Tensor,
+        attention_mask: Tensor | None = None,
+        pixel_values: Tensor | None = None,
+        labels: Tensor | None = None,
+        past_key_values: PrunedCache | None = None,
+        use_cache: bool | None = None,
+        logits_to_keep: int = 0,
+        return_dict: bool = True,
+        **_: Any,
+    ) -> LlavaCausalLMOutputWithPast:
+        """Logits and loss as `LlavaForConditionalGeneration` returns them, from the same inputs.
+
+        Args:
+            input_ids: [B, L], every image as its full number of image tokens; padded on either side.
+            attention_mask: [B, L], 0 at padding; None: no padding.
+            pixel_values: [I, 3, H, W], images in the order of their tokens.
+            labels: [B, L] ids to predict, -100 elsewhere (not shifted).
+            logits_to_keep: 0: logits [B, L, V]; those of dropped tokens are NaN, of padding 0. 1: of each sample's
+                last token, [B, 1, V].
+        Raises:
+            UserError: image tokens and images do not match.
+        """
+        if past_key_values is not None and past_key_values.prompt_is_in:
+            return self._decode(input_ids, past_key_values)
+        if attention_mask is None:
+            attention_mask = torch.ones_like(input_ids)
+        valid = attention_mask.bool()
+        sequence = self._pack(input_ids, valid, pixel_values, labels)
+        entered_at = valid.flatten().nonzero().squeeze(1)  # [T] flat place of each dense token
+        cache = past_key_values
+        if cache is None and use_cache:
+            cache = PrunedCache()
+        row_of = None
+        if pixel_values is not None and len(pixel_values):
+            pixel_values, row_of = first_of_equal(pixel_values)
+            sequence = replace(sequence, image=torch.where(sequence.visual, row_of[sequence.image], -1))
+        packed = self.forward_packed(sequence, pixel_values, cache)
+        if row_of is not None:
+            trace = packed.trace
+            trace.vision_kept = [trace.vision_kept[row] for row in row_of.tolist()]
+            trace.vision_scores = None if trace.vision_scores is None else trace.vision_scores[row_of]
+        self.last_pruning = packed.trace
+        if logits_to_keep == 1:
+            last = packed.sequence.cu_seqlens[1:].long() - 1
+            logits = self.hf.lm_head(packed.hidden[last])[:, None]
+        else:
+            some = self.hf.lm_head(packed.hidden)
+            logits = some.new_full((valid.numel(), some.shape[-1]), torch.nan)
+            logits[~valid.flatten()] = 0
+            logits = logits.index_copy(0, entered_at[packed.sequence.slot], some).view(*valid.shape, -1)
+            logits = logits[:, -logits_to_keep:] if logits_to_keep else logits
+        loss = None if labels is None else packed.loss_sum / packed.supervised
+        return LlavaCausalLMOutputWithPast(loss=loss, logits=logits, past_key_values=cache)
+
+    def _pack(
+        self, input_ids: Tensor, valid: Tensor, pixel_values: Tensor | None, labels: Tensor | None
+    ) -> PackedSequence:
+        """The processor's padded batch as a packed sequence."""
+        batch = input_ids.shape[0]
+        segment = torch.arange(batch, device=input_ids.device)[:, None].expand_as(input_ids)[valid]
+        ids = input_ids[valid]
+        visual = ids == self.config.image_token_id
+        images = 0 if pixel_values is None else len(pixel_values)
+        tokens = int(visual.sum())
+        per_image = self.config.image_seq_length
+        if images:
+            per_image = tokens // images
+        if tokens != images * per_image or (images and per_image == 0):
+            raise UserError(f"{tokens} image tokens in input_ids do not match {images} images in pixel_values")
+        count = visual.cumsum(0) - 1
+        image = torch.where(visual, count // max(per_image, 1), -1)
+        patch = torch.where(visual, count % max(per_image, 1), -1)
+        kind = torch.where(visual, Kind.VISUAL, Kind.PROMPT)
+        turn = torch.ones_like(ids)
+        lengths = valid.sum(1).tolist()
+        if self.pruner.settings.language.enabled:
+            if self.annotate is None:
+                raise UserError("stage 2 must know question text from role markers: pass `annotate` (load_model does)")
+            parts = [self.annotate(part.cpu()) for part in ids.split(lengths)]
+            kind, turn = (torch.cat(fields).to(ids.device) for fields in zip(*parts, strict=True))
+        target = torch.full_like(ids, IGNORE)
+        if labels is not None:
+            label = labels[valid]
+            target[:-1] = torch.where(segment[1:] == segment[:-1], label[1:], IGNORE)
+        slot = torch.arange(len(ids), device=ids.device)
+        sequence = PackedSequence(ids, slot, segment, kind, image, patch, turn, target, slot, batch)
+        return replace(sequence, position=sequence.within())
+
+    def _decode(self, input_ids: Tensor, cache: PrunedCache) -> LlavaCausalLMOutputWithPast:
+        """One further token of each sample [B, 1], against what each layer kept."""
+        language: Any = self.hf.model.language_model
+        new = input_ids.shape[1]
+        hidden = language.embed_tokens(input_ids)
+        position = cache.advance(new)
+        position_embeddings = rotary(language, hidden, position)
+        for index, layer in enumerate(language.layers):
+            hidden = layer(
+                hidden,
+                attention_mask=cache.mask(index, new),
+                position_ids=position,
+                past_key_values=cache,
+                use_cache=True,
+                position_embeddings=position_embeddings,
+            )
+        logits = self.hf.lm_head(language.norm(hidden))
+        return LlavaCausalLMOutputWithPast(logits=logits, past_key_values=cache)
+
+    def generate(self, *args: Any, **kwargs: Any) -> Any:
+        """transformers' generation loop (greedy, sampling, beams) over a cache whose layers hold what they kept."""
+        if kwargs.get("use_cache", True) and kwargs.get("past_key_values") is None:
+            kwargs["past_key_values"] = PrunedCache()
+        return super().generate(*args, **kwargs)
+
+    def _expand_inputs_for_generation(  # type: ignore[override]
+        self, expand_size: int = 1, is_encoder_decoder: bool = False, input_ids: Tensor | None = None, **kwargs: Any
+    ) -> tuple[Tensor, dict[str, Any]]:
+        """Beams and returned sequences repeat samples; a sample's images must be repeated as one block."""
+        pixels = kwargs.pop("pixel_values", None)
+        if pixels is not None and expand_size > 1:
+            visual = (input_ids == self.config.image_token_id).sum(1)  # [B]
+            images = (visual // (visual.sum() // len(pixels))).tolist()
+            blocks = [block.repeat(expand_size, 1, 1, 1) for block in pixels.split(images)]
+            pixels = torch.cat(blocks)
+        input_ids, kwargs = super()._expand_inputs_for_generation(
+            expand_size=expand_size, is_encoder_decoder=is_encoder_decoder, input_ids=input_ids, **kwargs
+        )
+        if pixels is not None:
+            kwargs["pixel_values"] = pixels
+        return input_ids, kwargs
+
+    # ------------------------------------------------------------------ saving
+
+    def save(self, folder: str | Path, processor: ProcessorMixin) -> None:
+        """Write a Hugging Face folder that plain transformers loads, the pruner's settings in its config."""
+        self.hf.config.mmprune = {"pruner": asdict(self.pruner.settings), "template": self.template}
+        self.hf.save_pretrained(folder)
+        processor.save_pretrained(folder)

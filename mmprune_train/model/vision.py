@@ -1,0 +1,100 @@
+"""The vision tower, walked layer by layer: it stops at the feature layer and recomputes one row for scoring."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from mmprune_train.errors import UserError
+from mmprune_train.pruning.scores import VisionView
+
+
+@dataclass(frozen=True)
+class Family:
+    """How one of transformers' vision towers is laid out."""
+
+    embed: Callable[[Any, Tensor], Tensor]
+    """tower, pixels [I, 3, H, W] -> states [I, (1 +) N, D]."""
+    layers: Callable[[Any], Sequence[nn.Module]]
+    norm: str
+    """Attribute of a layer: the norm before attention."""
+    attention: str
+    """Attribute of a layer: the module with q_proj and k_proj."""
+    has_cls: bool
+
+
+FAMILIES: dict[str, Family] = {
+    "clip_vision_model": Family(
+        lambda tower, pixels: tower.pre_layrnorm(tower.embeddings(pixels)),
+        lambda tower: tower.encoder.layers,
+        "layer_norm1",
+        "self_attn",
+        True,
+    ),
+    "dinov2": Family(
+        lambda tower, pixels: tower.embeddings(pixels), lambda tower: tower.encoder.layer, "norm1", "attention", True
+    ),
+    "siglip_vision_model": Family(
+        lambda tower, pixels: tower.embeddings(pixels),
+        lambda tower: tower.encoder.layers,
+        "layer_norm1",
+        "self_attn",
+        False,
+    ),
+}
+
+
+def family_of(model_type: str) -> Family:
+    """The layout of a vision tower; UserError names the supported ones."""
+    if model_type not in FAMILIES:
+        raise UserError(f"encoder of type {model_type!r} is not supported; supported: {', '.join(sorted(FAMILIES))}")
+    return FAMILIES[model_type]
+
+
+def encode(tower: Any, pixels: Tensor, feature_layer: int | list[int], drop_cls: bool) -> tuple[Tensor, VisionView]:
+    """Run the tower up to the feature layer.
+
+    Args:
+        tower: a transformers vision model of a supported family.
+        pixels: [I, 3, H, W].
+        feature_layer: index (or several, concatenated) into the hidden states, 0 = embeddings, negative from the end.
+        drop_cls: features are the patches alone (LLaVA's "default" selection).
+    Returns:
+        features [I, N, D * number of feature layers] for the projector, and the view stage 1 scores.
+    """
+    family = family_of(tower.config.model_type)
+    layers = family.layers(tower)
+    wanted = [feature_layer] if isinstance(feature_layer, int) else list(feature_layer)
+    indices = [index if index >= 0 else len(layers) + 1 + index for index in wanted]
+    deepest = max(indices)
+    states = family.embed(tower, pixels)
+    before = states
+    kept = {0: states}
+    for index in range(deepest):
+        before = states
+        states = layers[index](states, None)
+        kept[index + 1] = states
+    first = 1 if family.has_cls else 0
+    features = torch.cat([kept[index] for index in indices], dim=-1)
+    features = features[:, 1:] if drop_cls else features
+
+    def cls_query_keys() -> tuple[Tensor, Tensor]:
+        layer: Any = layers[max(deepest - 1, 0)]
+        attention = getattr(layer, family.attention)
+        normed = getattr(layer, family.norm)(before.detach())
+        heads = tower.config.num_attention_heads
+        query = attention.q_proj(normed[:, 0]).unflatten(-1, (heads, -1))
+        keys = attention.k_proj(normed[:, 1:]).unflatten(-1, (heads, -1))
+        return query * query.shape[-1] ** -0.5, keys
+
+    view = VisionView(
+        patches=states[:, first:].detach(),
+        cls=states[:, 0].detach() if family.has_cls else None,
+        cls_query_keys=cls_query_keys if family.has_cls else None,
+        encoder=tower.config.model_type,
+    )
+    return features, view

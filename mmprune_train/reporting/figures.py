@@ -1,0 +1,124 @@
+"""Figures: what both stages kept on an image, with the similarity curve and its knee."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+
+KEPT, CURVE, DROPPED = "#c2410c", "#1d4ed8", "#9ca3af"
+
+
+@dataclass
+class PrunedImage:
+    """One image and its way through both stages."""
+
+    pixels: NDArray[np.uint8]
+    """[H, W, 3] as the encoder saw it."""
+    grid: int
+    """Patches along one side."""
+    stage1: list[int]
+    """Kept patches, raster order."""
+    stage2: list[int]
+    """Those of them that also left stage 2."""
+    scores: NDArray[np.float64] | None
+    """[grid * grid] stage-1 scores, where stage 1 scored."""
+
+
+@dataclass
+class PrunedText:
+    """The text tokens of a prompt, in order."""
+
+    words: list[str]
+    kept: list[bool]
+
+
+def faded(image: PrunedImage, kept: Sequence[int]) -> NDArray[np.uint8]:
+    """The image with dropped patches washed out and grey."""
+    side = image.grid
+    mask = np.zeros(side * side, dtype=bool)
+    mask[list(kept)] = True
+    height, width = image.pixels.shape[:2]
+    rows = (np.arange(height) * side // height)[:, None]
+    columns = (np.arange(width) * side // width)[None]
+    shown = mask.reshape(side, side)[rows, columns]
+    grey = image.pixels.mean(-1, keepdims=True).repeat(3, -1)
+    washed = 255 - (255 - grey) * 0.18
+    return np.where(shown[..., None], image.pixels, washed).astype(np.uint8)
+
+
+def draw(images: Sequence[PrunedImage], text: PrunedText, title: str, path: Path) -> None:
+    """One row an image (as seen, after stage 1, after stage 2, the sorted curve), the prompt's text tokens below.
+
+    Needs no display; the format follows the file's ending.
+    """
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    figure, axes = plt.subplots(
+        len(images), 4, figsize=(13, 3.3 * len(images) + 1.3), squeeze=False, width_ratios=[1, 1, 1, 1.5]
+    )
+    for row, image in zip(axes, images, strict=True):
+        total = image.grid**2
+        panels = [
+            (image.pixels, f"as the encoder sees it: {total} patches"),
+            (faded(image, image.stage1), f"after stage 1: {len(image.stage1)} ({len(image.stage1) / total:.0%})"),
+            (faded(image, image.stage2), f"after stage 2: {len(image.stage2)} ({len(image.stage2) / total:.0%})"),
+        ]
+        for axis, (pixels, caption) in zip(row[:3], panels, strict=True):
+            axis.imshow(pixels)
+            axis.set_title(caption, fontsize=10)
+            axis.set_xticks([])
+            axis.set_yticks([])
+        _curve(row[3], image)
+    figure.suptitle(title, fontsize=11, x=0.01, ha="left")
+    figure.tight_layout(rect=(0, 1.0 / (3.3 * len(images) + 1.3), 1, 1))
+    _words(figure, text)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path, dpi=110)
+    plt.close(figure)
+
+
+def _curve(axis, image: PrunedImage) -> None:  # type: ignore[no-untyped-def]
+    if image.scores is None:
+        axis.text(0.5, 0.5, "stage 1 is off", ha="center", va="center", transform=axis.transAxes)
+        axis.set_axis_off()
+        return
+    curve = np.sort(image.scores)[::-1]
+    knee = len(image.stage1)
+    rank = np.arange(1, len(curve) + 1)
+    axis.fill_between(rank[:knee], curve[:knee], color=KEPT, alpha=0.25, lw=0)
+    axis.plot(rank, curve, color=CURVE, lw=1.5)
+    axis.plot(knee, curve[knee - 1], "o", color=KEPT)
+    axis.annotate(
+        f"cut after {knee}",
+        (knee, curve[knee - 1]),
+        xytext=(14, 14),
+        textcoords="offset points",
+        color=KEPT,
+        fontsize=10,
+    )
+    axis.set_xlabel("patches, by score")
+    axis.set_ylabel("stage-1 score")
+    axis.set_ylim(bottom=min(0.0, float(curve[-1])))
+    axis.spines[["top", "right"]].set_visible(False)
+
+
+def _words(figure, text: PrunedText) -> None:  # type: ignore[no-untyped-def]
+    """The text tokens on wrapped lines; dropped ones struck grey."""
+    renderer = figure.canvas.get_renderer()
+    width = figure.bbox.width
+    x, y, line = 12.0, 62.0, 20.0
+    for word, kept in zip(["text tokens after stage 2:  ", *text.words], [None, *text.kept], strict=True):
+        colour = "black" if kept is None else KEPT if kept else DROPPED
+        shown = figure.text(x / width, y / figure.bbox.height, word, fontsize=9, family="monospace", color=colour)
+        extent = shown.get_window_extent(renderer).width
+        if x + extent > width - 12:
+            x, y = 12.0, y - line
+            shown.set_position((x / width, y / figure.bbox.height))
+        x += extent + 5

@@ -1,0 +1,88 @@
+"""`task=inspect`: draw what both stages kept on one or more images, with the similarity curve and its knee."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from mmprune_train.config.identity import run_dir
+from mmprune_train.config.schema import Config
+from mmprune_train.errors import UserError
+from mmprune_train.evaluation.generate import load_images
+from mmprune_train.evaluation.questions import Question
+from mmprune_train.model.build import load_model
+from mmprune_train.reporting.figures import PrunedImage, PrunedText, draw
+from mmprune_train.reporting.tables import table
+from mmprune_train.tasks.evaluate import prompt_template, with_run_settings
+from mmprune_train.training.files import write_json
+from mmprune_train.training.quiet import quiet
+
+
+def run(config: Config) -> dict[str, Any]:
+    """Write `inspect/pruning.png` and `inspect/result.json` to the run directory."""
+    if not config.ckpt:
+        raise UserError("task=inspect needs ckpt=FOLDER: a run directory, an exported folder or a llava-hf folder")
+    images = [Path(path) for path in config.generate.images]
+    if not images:
+        raise UserError("task=inspect needs generate.images=[FILE,...]: the images to draw")
+    chosen, pruner = with_run_settings(config, Path(config.ckpt))
+    question = Question("inspect", images, config.generate.question, "", "open")
+    with quiet():
+        model, processor = load_model(config.ckpt, pruner=pruner)
+    prompt = prompt_template(model, processor, chosen).prompt(question.text, n_images=len(images))
+    inputs = processor(images=load_images(question), text=[prompt], return_tensors="pt")
+    drawn, text, result = trace_prompt(model, processor, inputs)
+    folder = run_dir(config) / "inspect"
+    draw(drawn, text, f"{model.pruner.settings.name}: {question.plain}", folder / "pruning.png")
+    write_json(folder / "result.json", result)
+    rows = [[file.name, one.grid**2, len(one.stage1), len(one.stage2)] for file, one in zip(images, drawn, strict=True)]
+    print(table(rows, ["image", "patches", "after stage 1", "after stage 2"]))
+    print(f"\n{folder / 'pruning.png'}", flush=True)
+    return result
+
+
+def trace_prompt(model: Any, processor: Any, inputs: Any) -> tuple[list[PrunedImage], PrunedText, dict[str, Any]]:
+    """Run one prompt [1, L] and tell where each patch and word went."""
+    with torch.inference_mode():
+        model(**inputs, logits_to_keep=1)
+    trace = model.last_pruning
+    ids = inputs["input_ids"][0]
+    grid = round(model.config.image_seq_length**0.5)
+    visual = (ids == model.config.image_token_id).tolist()
+    entered: list[tuple[int, int] | int] = []  # what entered the LLM: (image, patch) or a place in the prompt
+    seen = 0
+    kept_in_stage1 = [set(kept.tolist()) for kept in trace.vision_kept]
+    for place, is_visual in enumerate(visual):
+        if not is_visual:
+            entered.append(place)
+            continue
+        image, patch = divmod(seen, grid**2)
+        seen += 1
+        if patch in kept_in_stage1[image]:
+            entered.append((image, patch))
+    left = [entered[index] for index in trace.language_kept[0].tolist()]
+    words = [place for place, is_visual in enumerate(visual) if not is_visual]
+    stayed = set(left)
+    drawn = []
+    for image, kept in enumerate(trace.vision_kept):
+        scores = None if trace.vision_scores is None else trace.vision_scores[image]
+        second = [token[1] for token in left if isinstance(token, tuple) and token[0] == image]
+        pixels = visible(inputs["pixel_values"][image], processor.image_processor)
+        curve = None if scores is None else scores.double().numpy()
+        drawn.append(PrunedImage(pixels, grid, kept.tolist(), second, curve))
+    text = PrunedText([repr(processor.decode([ids[w]]))[1:-1] for w in words], [w in stayed for w in words])
+    result = {
+        "tokens": {name: int(trace.per_sample[name][0]) for name in ("dense", "stage1", "stage2")},
+        "images": [{"stage1": d.stage1, "stage2": d.stage2} for d in drawn],
+        "text": [{"token": word, "kept": kept} for word, kept in zip(text.words, text.kept, strict=True)],
+    }
+    return drawn, text, result
+
+
+def visible(pixel_values: torch.Tensor, image_processor: Any) -> np.ndarray:
+    """[3, H, W] normalised values back to [H, W, 3] bytes."""
+    mean, std = (torch.tensor(v)[:, None, None] for v in (image_processor.image_mean, image_processor.image_std))
+    return ((pixel_values.cpu() * std + mean).clamp(0, 1) * 255).round().byte().permute(1, 2, 0).numpy()

@@ -1,0 +1,87 @@
+"""`task=train`: the experiment's stages in order, then the result table. The same command continues a run."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from pytorch_lightning.utilities.rank_zero import rank_zero_only
+
+from mmprune_train.config.identity import run_dir
+from mmprune_train.config.schema import Config
+from mmprune_train.errors import UserError
+from mmprune_train.reporting.tables import table
+from mmprune_train.tasks.prepare import prepare_data, prepare_weights
+from mmprune_train.training.rundir import RunDirectory, open_run
+
+
+def run(config: Config) -> dict[str, Any]:
+    """Train what is not yet trained; returns the run's result."""
+    main = rank_zero_only.rank == 0
+    if unknown := [name for name in config.stages if name not in config.stage]:
+        raise UserError(f"stages: there is no stage {unknown[0]!r}; this run has {', '.join(config.stage)}")
+    found = RunDirectory(run_dir(config), writable=False)
+    todo = [name for name in config.stages if config.restart or not found.finished(name)]
+    result = None if todo else found.result
+    if result is not None and config.evaluate.after_train and "evaluate" not in result:
+        result = None
+    if result is None:  # before the run directory is made: a run that cannot start leaves nothing behind
+        prepare_data(config, [*todo, *(["evaluate"] if config.evaluate.after_train else [])])
+        prepare_weights(config)
+    directory = open_run(config, writable=main)
+    if todo:
+        _train(config, directory, todo, main)
+    if not main:
+        return {}
+    if result is None:
+        result = {"run": str(directory.path), "stages": stage_summaries(directory, config.stages)}
+        if config.evaluate.after_train:
+            from mmprune_train.tasks.evaluate import evaluate_folder
+
+            trained = directory.model(config.stages[-1])
+            result["evaluate"] = evaluate_folder(config, trained, directory.path / "evaluate")
+        directory.write_result(result)
+    print(f"\n{result_text(result)}\n\n{directory.path}", flush=True)
+    return result
+
+
+def _train(config: Config, directory: RunDirectory, todo: list[str], main: bool) -> None:
+    from mmprune_train.training.base_weights import describe
+    from mmprune_train.training.run import run_stage
+
+    if main:
+        directory.update(base_weights=describe(config))
+    for name in todo:
+        run_stage(config, name, directory, start_of(config, directory, name))
+
+
+def start_of(config: Config, directory: RunDirectory, stage: str) -> Path | None:
+    """The `model/` of the nearest stage before this one that the run has finished; None: the base weights."""
+    order = list(config.stage)
+    before = [name for name in order[: order.index(stage)] if (directory.model(name) / "config.json").is_file()]
+    return directory.model(before[-1]) if before else None
+
+
+def stage_summaries(directory: RunDirectory, stages: list[str]) -> dict[str, Any]:
+    """What the manifest says of each stage."""
+    return {name: {k: v for k, v in directory.stage_state(name).items() if k != "state"} for name in stages}
+
+
+def result_text(result: dict[str, Any]) -> str:
+    """The tables that a run ends with."""
+    names = {
+        "steps": "steps",
+        "samples": "samples",
+        "loss": "loss (last 10 steps)",
+        "step_seconds": "seconds per step (median)",
+        "train_minutes": "training minutes",
+        "keep_ratio": "keep ratio in training",
+    }
+    stages = result["stages"]
+    rows = [[text, *(stages[s].get(key) for s in stages)] for key, text in names.items()]
+    text = table(rows, ["Training", *stages])
+    if "evaluate" in result:
+        from mmprune_train.evaluation.run import result_table
+
+        text += "\n\n" + result_table(result["evaluate"])
+    return text

@@ -1,0 +1,1 @@
+"""Training: the LightningModules, their data stream, strategies, checkpoints, and the run directory."""

@@ -1,0 +1,34 @@
+"""Which weights a run started from, for its manifest."""
+
+from __future__ import annotations
+
+import hashlib
+from pathlib import Path
+
+from mmprune_train.config.schema import Config
+from mmprune_train.model.weights import encoder_folder, llm_folder
+
+WEIGHTS = ("*.safetensors", "*.bin")
+
+
+def describe(config: Config) -> dict[str, dict[str, str]]:
+    """For `encoder` and `llm`: name, source, and the SHA-256 of its weight files in name order."""
+    folders = {"encoder": encoder_folder(config.encoder), "llm": llm_folder(config.llm)}
+    names = {"encoder": config.encoder.name, "llm": config.llm.name}
+    described = {}
+    for part, folder in folders.items():
+        if folder is None:
+            described[part] = {"name": names[part], "source": f"random, seed {config.seed}"}
+        else:
+            described[part] = {"name": names[part], "source": folder.name, "sha256": folder_hash(folder)}
+    return described
+
+
+def folder_hash(folder: Path) -> str:
+    """SHA-256 over all weight files of a Hugging Face folder."""
+    digest = hashlib.sha256()
+    for file in sorted(path for pattern in WEIGHTS for path in folder.glob(pattern)):
+        with file.open("rb") as stream:
+            while block := stream.read(1 << 22):
+                digest.update(block)
+    return digest.hexdigest()

@@ -1,0 +1,135 @@
+"""What a run tells while it runs: metrics.jsonl, the loggers, and progress."""
+
+from __future__ import annotations
+
+import json
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytorch_lightning as pl
+from pytorch_lightning.callbacks import TQDMProgressBar
+
+from mmprune_train.training.files import keep_steps
+from mmprune_train.training.module import MultimodalModule
+from mmprune_train.training.stream import BatchStream
+
+
+class StepWatch(pl.Callback):
+    """Base: calls `on_step_end` once an optimizer step, after its last micro-batch."""
+
+    def __init__(self) -> None:
+        self.seen = 0
+
+    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        self.seen = trainer.global_step
+
+    def on_train_batch_end(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        if trainer.global_step != self.seen:
+            self.seen = trainer.global_step
+            self.on_step_end(trainer, pl_module)
+
+    def on_step_end(self, trainer: pl.Trainer, pl_module: Any) -> None:
+        raise NotImplementedError
+
+
+class MetricsWriter(StepWatch):
+    """Writes one line of metrics.jsonl an optimizer step, and hands it to the loggers and to the progress callback."""
+
+    def __init__(self, path: Path, stream: BatchStream) -> None:
+        """Args:
+        path: the stage's metrics.jsonl.
+        stream: tells the epoch and the seconds spent waiting for data.
+        """
+        super().__init__()
+        self.path = path
+        self.stream = stream
+        self.latest: dict[str, Any] = {}
+        self.began = 0.0
+
+    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        super().on_train_start(trainer, pl_module)
+        if trainer.is_global_zero:
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            keep_steps(self.path, trainer.global_step)
+
+    def on_train_batch_start(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int
+    ) -> None:
+        if batch_idx % trainer.accumulate_grad_batches == 0:
+            self.began = time.perf_counter()
+
+    def on_step_end(self, trainer: pl.Trainer, pl_module: MultimodalModule) -> None:
+        measured = pl_module.step_metrics()
+        waited = self.stream.take_waited()
+        seconds = time.perf_counter() - self.began + waited
+        flops = measured.pop("flops")
+        row = {
+            "step": trainer.global_step,
+            "epoch": round(self.stream.epochs_done, 4),
+            **measured,
+            "step_seconds": seconds,
+            "data_seconds": waited,
+            "tflops": flops / 1e12 / seconds / trainer.world_size,
+        }
+        self.latest = row
+        if trainer.is_global_zero:
+            with self.path.open("a", encoding="utf-8") as file:
+                file.write(json.dumps(row) + "\n")
+        for logger in trainer.loggers:
+            logger.log_metrics({k: v for k, v in row.items() if k != "step"}, step=row["step"])
+
+
+class PlainProgress(StepWatch):
+    """One line every `every` steps, where there is no terminal to draw a bar on."""
+
+    def __init__(self, stage: str, total_steps: int, every: int, metrics: MetricsWriter) -> None:
+        super().__init__()
+        self.stage = stage
+        self.total_steps = total_steps
+        self.every = every
+        self.metrics = metrics
+        self.began = 0.0
+        self.first = 0
+
+    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        super().on_train_start(trainer, pl_module)
+        self.began, self.first = time.perf_counter(), trainer.global_step
+
+    def on_step_end(self, trainer: pl.Trainer, pl_module: Any) -> None:
+        step = trainer.global_step
+        if trainer.is_global_zero and (step % self.every == 0 or step in (self.first + 1, self.total_steps)):
+            row = self.metrics.latest
+            each = (time.perf_counter() - self.began) / (step - self.first)
+            print(
+                f"{self.stage} {step}/{self.total_steps}  loss {row['loss']:.4f}  lr {row['lr']:.2e}  "
+                f"kept {row['keep_ratio']:.3f}  {each:.2f} s/step  {(self.total_steps - step) * each:.0f} s left",
+                flush=True,
+            )
+
+
+class StepBar(TQDMProgressBar):
+    """Lightning's bar over the stage's micro-batches, with the latest step's loss and share of tokens kept."""
+
+    def __init__(self, stage: str, metrics: MetricsWriter) -> None:
+        super().__init__(refresh_rate=1)
+        self.stage = stage
+        self.metrics = metrics
+
+    def get_metrics(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> dict[str, Any]:
+        row = self.metrics.latest
+        return {"loss": f"{row['loss']:.4f}", "kept": f"{row['keep_ratio']:.3f}", "step": row["step"]} if row else {}
+
+    def on_train_epoch_start(self, trainer: pl.Trainer, *args: Any) -> None:
+        super().on_train_epoch_start(trainer, *args)
+        self.train_progress_bar.set_description(self.stage)
+
+
+def progress(stage: str, total_steps: int, every: int, metrics: MetricsWriter) -> pl.Callback:
+    """A bar on a terminal, plain lines elsewhere."""
+    if sys.stdout.isatty() and sys.stderr.isatty():
+        return StepBar(stage, metrics)
+    return PlainProgress(stage, total_steps, every, metrics)

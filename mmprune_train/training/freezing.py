@@ -1,0 +1,118 @@
+"""What a stage trains, stated part by part: nothing is guessed from names of folders or left as it was."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+from torch import nn
+
+from mmprune_train.config.schema import StageConfig
+from mmprune_train.errors import UserError
+from mmprune_train.model.llava import PackedLlava
+from mmprune_train.model.vision import family_of
+from mmprune_train.reporting.tables import table
+
+ADAPTER_MARK = "lora_"
+"""Part of the name of every parameter that PEFT's LoRA and DoRA add."""
+
+
+@dataclass(frozen=True)
+class Part:
+    """One part of the network in one stage."""
+
+    name: str
+    """`vision`, `projector`, `llm` or `llm adapters`."""
+    parameters: int
+    trainable: int
+    lr: float | None
+    """Peak learning rate; None: frozen."""
+
+
+def parts_of(model: PackedLlava) -> dict[str, list[nn.Module]]:
+    """The modules behind each part's name; a parameter that two modules share (tied embeddings) is one parameter."""
+    inner = model.hf.model
+    return {
+        "vision": [inner.vision_tower],
+        "projector": [inner.multi_modal_projector],
+        "llm": [inner.language_model, model.hf.lm_head],
+    }
+
+
+def named_parameters(modules: list[nn.Module]) -> Iterator[tuple[str, nn.Parameter]]:
+    """Every parameter once."""
+    seen: set[int] = set()
+    for module in modules:
+        for name, parameter in module.named_parameters():
+            if id(parameter) not in seen:
+                seen.add(id(parameter))
+                yield name, parameter
+
+
+def freeze(model: PackedLlava, stage: StageConfig, adapters: bool) -> list[Part]:
+    """Set `requires_grad` of every parameter and the train/eval mode of every part.
+
+    Args:
+        model: its `hf` holds the parts.
+        stage: what to train and how fast.
+        adapters: the LLM carries PEFT adapters, and they alone are its trainable weights.
+    Raises:
+        UserError: nothing would be trained.
+    """
+    model.requires_grad_(False)
+    model.train()
+    wanted = {"vision": stage.train_vision, "projector": stage.train_projector, "llm": stage.train_llm}
+    rates = {"vision": stage.vision_lr, "projector": stage.projector_lr, "llm": stage.lr}
+    report = []
+    for part, modules in parts_of(model).items():
+        parameters = list(named_parameters(modules))
+        only_adapters = adapters and part == "llm"
+        if wanted[part]:
+            for name, parameter in parameters:
+                parameter.requires_grad_(not only_adapters or ADAPTER_MARK in name)
+        if part == "projector" and model.hf.config.projector_hidden_act == "linear":
+            modules[0].linear_2.requires_grad_(False)  # the identity that makes a linear projector of two layers
+        if part == "vision":
+            for parameter in _never_run(modules[0], model):
+                parameter.requires_grad_(False)
+            if not wanted[part]:
+                modules[0].eval()
+        trainable = sum(_size(p) for _, p in parameters if p.requires_grad)
+        rate = rates[part]
+        report.append(
+            Part(
+                f"{part} adapters" if only_adapters else part,
+                sum(_size(p) for _, p in parameters),
+                trainable,
+                (stage.lr if rate is None else rate) if trainable else None,
+            )
+        )
+    if not any(part.trainable for part in report):
+        raise UserError("this stage trains nothing: set train_projector, train_llm or train_vision to true")
+    return report
+
+
+def freezing_table(parts: list[Part], title: str) -> str:
+    rows = [[p.name, p.parameters, p.trainable, p.lr] for p in parts]
+    rows.append(["total", sum(p.parameters for p in parts), sum(p.trainable for p in parts), None])
+    return table(rows, ["part", "parameters", "trainable", "lr"], title)
+
+
+def _size(parameter: nn.Parameter) -> int:
+    return getattr(parameter, "ds_numel", parameter.numel())
+
+
+def _never_run(tower: nn.Module, model: PackedLlava) -> Iterator[nn.Parameter]:
+    """The tower's parameters after the feature layer: they get no gradient, which data parallelism cannot take."""
+    layers = family_of(model.hf.model.vision_tower.config.model_type).layers(tower)
+    wanted = model.hf.config.vision_feature_layer
+    indices = [wanted] if isinstance(wanted, int) else list(wanted)
+    deepest = max(i if i >= 0 else len(layers) + 1 + i for i in indices)
+    used = {id(p) for p in _embedding_parameters(tower)} | {id(p) for x in layers[:deepest] for p in x.parameters()}
+    return (p for p in tower.parameters() if id(p) not in used)
+
+
+def _embedding_parameters(tower: nn.Module) -> Iterator[nn.Parameter]:
+    for name, parameter in tower.named_parameters():
+        if ("embeddings" in name or "pre_layrnorm" in name) and "mask_token" not in name:
+            yield parameter

@@ -1,0 +1,137 @@
+"""The loggers of the `logger` group. Each continues where a resumed run continues."""
+
+from __future__ import annotations
+
+import csv
+import netrc
+import os
+from argparse import Namespace
+from pathlib import Path
+from typing import Any
+from urllib.parse import urlsplit
+
+from pytorch_lightning.loggers import Logger
+from pytorch_lightning.utilities import rank_zero_only
+
+from mmprune_train.config.schema import LoggerConfig, WandbConfig
+
+
+class CsvLogger(Logger):
+    """metrics.csv with one row a step. Lightning's own starts the file anew when a run resumes."""
+
+    def __init__(self, path: Path, flush_every: int, resumed_step: int) -> None:
+        super().__init__()
+        self.path = path
+        self.flush_every = flush_every
+        self.resumed_step = resumed_step
+        self.rows: list[dict[str, Any]] = []
+        self.opened = False
+
+    @property
+    def name(self) -> str:
+        return "csv"
+
+    @property
+    def version(self) -> str:
+        return ""
+
+    @rank_zero_only
+    def log_hyperparams(self, params: dict[str, Any] | Namespace, *args: Any, **kwargs: Any) -> None:
+        pass  # config.yaml holds them
+
+    @rank_zero_only
+    def log_metrics(self, metrics: dict[str, float], step: int | None = None) -> None:
+        self.rows.append({"step": step, **metrics})
+        if len(self.rows) >= self.flush_every:
+            self.save()
+
+    @rank_zero_only
+    def save(self) -> None:
+        if not self.rows:
+            return
+        if not self.opened:
+            self._cut()
+        with self.path.open("a", newline="", encoding="utf-8") as file:
+            writer = csv.DictWriter(file, list(self.rows[0]))
+            if file.tell() == 0:
+                writer.writeheader()
+            writer.writerows(self.rows)
+        self.rows = []
+
+    @rank_zero_only
+    def finalize(self, status: str) -> None:
+        self.save()
+
+    def _cut(self) -> None:
+        """Drop the rows that the resumed run will write again."""
+        self.opened = True
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        if not self.path.is_file():
+            return
+        lines = self.path.read_text(encoding="utf-8").splitlines(keepends=True)
+        kept = [x for x in lines[1:] if x.endswith("\n") and int(x.split(",", 1)[0]) <= self.resumed_step]
+        self.path.write_text("".join(lines[:1] + kept) if kept else "", encoding="utf-8")
+
+
+def build_loggers(config: LoggerConfig, stage_dir: Path, run_name: str, resumed_step: int) -> list[Logger]:
+    """Args:
+    config: which loggers, and their settings.
+    stage_dir: folder of the stage; every logger writes below it.
+    run_name: the run's and the stage's name, stable over restarts.
+    resumed_step: optimizer step that the run continues after; 0 for a new one.
+    """
+    loggers: list[Logger] = []
+    if config.csv is not None:
+        loggers.append(CsvLogger(stage_dir / "metrics.csv", config.csv.flush_every, resumed_step))
+    if config.tensorboard is not None:
+        from pytorch_lightning.loggers import TensorBoardLogger
+
+        purge = resumed_step + 1 if resumed_step else None
+        seconds = config.tensorboard.flush_seconds
+        loggers.append(
+            TensorBoardLogger(stage_dir, name="tensorboard", version="", purge_step=purge, flush_secs=seconds)
+        )
+    if config.wandb is not None:
+        loggers.append(_wandb(config.wandb, stage_dir, run_name))
+    return loggers
+
+
+def wandb_offline(config: WandbConfig) -> bool:
+    """`auto`: online where an account is set up, else offline, which needs none.
+
+    Asking wandb itself would fix its mode for the whole process.
+    """
+    if config.mode != "auto":
+        return config.mode == "offline"
+    if os.environ.get("WANDB_MODE"):
+        return os.environ["WANDB_MODE"] != "online"
+    return not (os.environ.get("WANDB_API_KEY") or _in_netrc(os.environ.get("WANDB_BASE_URL", "https://api.wandb.ai")))
+
+
+def _in_netrc(url: str) -> bool:
+    """Whether `wandb login` has left an entry for this server."""
+    try:
+        entries = netrc.netrc(os.environ.get("NETRC"))
+    except (OSError, netrc.NetrcParseError):
+        return False
+    return urlsplit(url).hostname in entries.hosts
+
+
+def _wandb(config: WandbConfig, stage_dir: Path, run_name: str) -> Logger:
+    from pytorch_lightning.loggers import WandbLogger
+
+    os.environ.setdefault("WANDB_SILENT", "true")
+    offline = wandb_offline(config)
+    resume = {} if offline else {"resume": "allow"}  # an offline run cannot ask the server what it has
+    stage_dir.mkdir(parents=True, exist_ok=True)
+    return WandbLogger(
+        project=config.project,
+        entity=config.entity,
+        name=run_name,
+        id=run_name,
+        save_dir=stage_dir,
+        offline=offline,
+        mode="offline" if offline else "online",
+        tags=config.tags,
+        **resume,
+    )

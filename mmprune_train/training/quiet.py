@@ -1,0 +1,44 @@
+"""Without the libraries' remarks on what is meant so, and without their progress bars where there is no terminal."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import sys
+import warnings
+from collections.abc import Iterator
+
+from transformers.utils import logging as transformers_logging
+
+LOGGERS = ("pytorch_lightning", "lightning_fabric", "lightning.fabric", "DeepSpeed")
+EXPECTED = (
+    ".*in eval mode at the start of training.*",  # the frozen vision tower
+    ".*GPU available but not used.*",
+    ".*`is_gradient_checkpointing` is deprecated.*",  # peft, of transformers
+    ".*does not have many workers.*",
+    ".*LeafSpec.*",
+    ".*each worker will save a shard.*",
+    ".*torch.distributed..* is deprecated.*",  # deepspeed, of torch
+)
+
+
+@contextlib.contextmanager
+def quiet() -> Iterator[None]:
+    """Errors, and warnings that are not among `EXPECTED`, still come through."""
+    loggers = [logging.getLogger(name) for name in LOGGERS]
+    levels = [logger.level for logger in loggers]
+    bars = transformers_logging.is_progress_bar_enabled()
+    for logger in loggers:
+        logger.setLevel(logging.ERROR)
+    if not sys.stderr.isatty():
+        transformers_logging.disable_progress_bar()
+    try:
+        with warnings.catch_warnings():
+            for message in EXPECTED:
+                warnings.filterwarnings("ignore", message=message)
+            yield
+    finally:
+        for logger, level in zip(loggers, levels, strict=True):
+            logger.setLevel(level)
+        if bars:
+            transformers_logging.enable_progress_bar()

@@ -1,0 +1,161 @@
+"""One stage from start to `model/`: a linear story over Lightning's Trainer."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import time
+from pathlib import Path
+from statistics import fmean, median
+from typing import Any
+
+import pytorch_lightning as pl
+
+from mmprune_train.config.schema import Config, StageConfig
+from mmprune_train.data.images import image_processor
+from mmprune_train.errors import UserError
+from mmprune_train.model.build import build, load_model
+from mmprune_train.model.peft import add_adapters, merge_adapters
+from mmprune_train.training.callbacks import MetricsWriter, progress
+from mmprune_train.training.checkpoints import Checkpoints, last_checkpoint
+from mmprune_train.training.files import read_jsonl
+from mmprune_train.training.freezing import freeze, freezing_table
+from mmprune_train.training.inputs import stage_loader, template_of
+from mmprune_train.training.loggers import build_loggers
+from mmprune_train.training.module import MODULES
+from mmprune_train.training.precision import Precision, choose_accelerator, choose_precision
+from mmprune_train.training.quiet import quiet
+from mmprune_train.training.rundir import RunDirectory
+from mmprune_train.training.strategies import build_strategy, whole_weights
+from mmprune_train.training.stream import BatchStream, steps_of
+
+
+def run_stage(config: Config, name: str, run: RunDirectory, start_from: Path | None) -> dict[str, Any]:
+    """Train one stage, or go on with it, and write its `model/`.
+
+    Args:
+        config: the run's config.
+        name: `pretrain` or `instruct`.
+        run: the run directory; the newest checkpoint in it is continued.
+        start_from: Hugging Face folder of the stage before; None: the base weights.
+    Returns:
+        Summary of the stage, as `summary` gives it.
+    """
+    stage = config.stage[name]
+    folder = run.stage(name)
+    accelerator = choose_accelerator(config.trainer.accelerator)
+    precision = choose_precision(config.trainer.precision, accelerator)
+    if accelerator == "cpu":
+        os.environ.setdefault("DS_ACCELERATOR", "cpu")  # else DeepSpeed, once imported, warns that it found no GPU
+    pl.seed_everything(config.seed, verbose=False)
+    adapters = stage.use_peft and config.peft.name != "none" and stage.train_llm
+    with quiet():
+        model, processor = build(config) if start_from is None else load_model(start_from, pruner=config.pruner)
+        if adapters:
+            add_adapters(model, config.peft)
+        parts = freeze(model, stage, adapters)
+        if stage.gradient_checkpointing:
+            model.activation_checkpointing_enable(activation_checkpointing_kwargs={"use_reentrant": False})
+    model.vision_chunk = config.trainer.vision_chunk
+    model.template = template_of(config, name)
+
+    trainer_options, world = trainer_settings(config, stage, accelerator, precision)
+    window = accumulation(stage, world, name)
+    resume = last_checkpoint(folder / "checkpoints")
+    resumed_step = int(resume.stem.removeprefix("step-")) if resume else 0
+    loggers = build_loggers(config.logger, folder, f"{config.experiment_name}-{run.path.name}-{name}", resumed_step)
+    with quiet():
+        trainer = pl.Trainer(
+            **trainer_options, accumulate_grad_batches=window, default_root_dir=folder, logger=loggers or False
+        )
+    loader = stage_loader(
+        config, name, processor.tokenizer, model.config.image_seq_length, rank=trainer.global_rank, world=world
+    )
+    steps = steps_of(len(loader), stage.epochs, window, stage.max_steps)
+    stream = BatchStream(loader, steps, window)
+    module = MODULES[name](model, parts, config.optim, steps, config.seed)
+    metrics = MetricsWriter(folder / "metrics.jsonl", stream)
+    saves = Checkpoints(folder / "checkpoints", config.trainer.checkpoint_every_steps, config.trainer.keep_checkpoints)
+    trainer.callbacks += [metrics, progress(name, steps, config.trainer.log_every, metrics), saves]
+
+    if trainer.is_global_zero:
+        print(freezing_table(parts, f"\nStage {name}: {steps} steps of {stage.global_batch_size} samples"), flush=True)
+        print(f"{accelerator}, {precision.name} ({precision.reason}), {config.trainer.devices} device(s)", flush=True)
+        if resume:
+            print(f"continues after step {resumed_step}", flush=True)
+    run.update_stage(name, state="running", steps=steps)
+    began = time.perf_counter()
+    with quiet():
+        trainer.fit(module, train_dataloaders=stream, ckpt_path=resume, weights_only=True if resume else None)
+    if trainer.global_step < steps:
+        raise RuntimeError(f"stage {name} stopped at step {trainer.global_step} of {steps}")
+
+    processor.image_processor = image_processor(config.encoder, stage.image_aspect_ratio)
+    with whole_weights(trainer.strategy, model), quiet():
+        if trainer.is_global_zero:
+            save_model(model, processor, run.model(name), adapters)
+    trainer.strategy.barrier("model saved")
+    found = summary(folder / "metrics.jsonl") if trainer.is_global_zero else {}
+    run.update_stage(name, state="done", wall_minutes=(time.perf_counter() - began) / 60, **found)
+    return found
+
+
+def accumulation(stage: StageConfig, world: int, name: str) -> int:
+    """Micro-batches of one optimizer step; UserError where the batch sizes do not divide."""
+    forward = stage.batch_size * world
+    if stage.global_batch_size % forward:
+        raise UserError(
+            f"stage.{name}: global_batch_size={stage.global_batch_size} is not a multiple of batch_size x processes = "
+            f"{stage.batch_size} x {world}; change either"
+        )
+    return stage.global_batch_size // forward
+
+
+def trainer_settings(
+    config: Config, stage: StageConfig, accelerator: str, precision: Precision
+) -> tuple[dict[str, Any], int]:
+    """Arguments of Lightning's Trainer, and the number of processes."""
+    name = stage.strategy or config.strategy.name
+    world = config.trainer.devices * config.trainer.num_nodes
+    if name == "single" and world > 1:
+        raise UserError(f"strategy=single runs one process, not {world}: choose strategy=ddp or a deepspeed one")
+    strategy = build_strategy(name, accelerator, config.strategy.find_unused_parameters, stage.batch_size)
+    return {
+        "accelerator": accelerator,
+        "devices": config.trainer.devices,
+        "num_nodes": config.trainer.num_nodes,
+        "strategy": strategy,
+        "precision": precision.lightning,
+        "gradient_clip_val": config.optim.grad_clip,
+        "max_epochs": 1,  # of the stream, which is the whole stage
+        "enable_checkpointing": False,
+        "enable_progress_bar": False,
+        "enable_model_summary": False,
+        "use_distributed_sampler": False,
+        "num_sanity_val_steps": 0,
+        "log_every_n_steps": 1,
+    }, world
+
+
+def save_model(model: Any, processor: Any, folder: Path, adapters: bool) -> None:
+    """Write a Hugging Face folder whole or not at all; adapters are merged into the weights they adapt."""
+    if adapters:
+        merge_adapters(model)
+    temporary = folder.with_name(f".{folder.name}.tmp")
+    for old in (temporary, folder):
+        shutil.rmtree(old, ignore_errors=True)
+    model.save(temporary, processor)
+    os.replace(temporary, folder)
+
+
+def summary(metrics: Path) -> dict[str, float]:
+    """What a stage's metrics.jsonl says about the whole stage; unlike a clock, it survives interruptions."""
+    rows = read_jsonl(metrics)
+    last = rows[-min(10, len(rows)) :]
+    return {
+        "loss": fmean(row["loss"] for row in last),
+        "train_minutes": sum(row["step_seconds"] for row in rows) / 60,
+        "step_seconds": median(row["step_seconds"] for row in rows),
+        "keep_ratio": sum(r["tokens_layer_mean"] for r in rows) / sum(r["tokens_dense"] for r in rows),
+        "samples": sum(row["samples"] for row in rows),
+    }

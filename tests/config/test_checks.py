@@ -1,0 +1,90 @@
+"""Wrong settings are refused with a message that names the key and the remedy."""
+
+import pytest
+
+from mmprune_train.config.compose import compose_config
+from mmprune_train.errors import UserError
+
+
+@pytest.mark.parametrize(
+    ("override", "words"),
+    [
+        ("pruner=twostge", "pruner=twostge.*did you mean twostage"),
+        ("prunner=none", "prunner.*did you mean pruner"),
+        ("pruner.vision.scroe=random", "did you mean pruner.vision.score"),
+        ("pruner.score=random", "did you mean pruner.vision.score"),
+        ("+trainer.device=2", "did you mean trainer.devices"),
+        ("stage.pretrian.lr=1", "did you mean stage.pretrain.lr"),
+        ("logger=[wndb]", "did you mean wandb"),
+        ("knee=kneedl", "did you mean kneedle"),
+        ("knee.method=kneedl", "knee.method=kneedl.*did you mean kneedle"),
+        ("pruner.language.score=text_atention", "did you mean text_attention"),
+        ("+experiment=dmeo", "did you mean demo"),
+        ("experiment=demo", r"\+experiment"),
+        ("+pruner=none", "without the plus"),
+        ("+seed=1", "without the plus"),
+        ("seed=1,2", "-m"),
+        ("trainer.devices=two", "trainer.devices=two"),
+        ("stages=pretrain", "list"),
+        ("a=[", "readable"),
+        ("encoder=", "one of"),
+        ("data.root=${nowhere}", "nowhere"),
+    ],
+)
+def test_typos_are_answered_with_the_nearest_valid_word(override, words):
+    with pytest.raises(UserError, match=words) as caught:
+        compose_config([override])
+    assert len(str(caught.value).splitlines()) <= 2
+
+
+@pytest.mark.parametrize(
+    ("overrides", "words"),
+    [
+        (["stages=[instruct,pretrain]"], "in order"),
+        (["stages=[]"], "empty"),
+        (["stages=[pretran]"], "did you mean pretrain"),
+        (["stage.instruct.global_batch_size=9"], "global_batch_size=8"),
+        (["stage.instruct.batch_size=0"], "at least 1"),
+        (["stage.pretrain.train_projector=false"], "trains nothing"),
+        (["stage.pretrain.lr=0"], "more than 0"),
+        (["stage.pretrain.max_length=36"], "no room for text"),
+        (["stage.pretrain.max_length=4096"], "at most 2048"),
+        (["stage.pretrain.strategy=zero2"], "stage.pretrain.strategy=zero2.*did you mean deepspeed_zero2"),
+        (["trainer.devices=2"], "strategy=ddp"),
+        (["stage.instruct.use_peft=false"], "use_peft=true"),
+        (["stage.instruct.train_llm=false"], "train_llm=true"),
+        (["pruner.language.layer=4"], "has 4 layers"),
+        (["pruner.language.layer=[3,1]"], "must rise"),
+        (["pruner.language.layer=two"], "layer index"),
+        (["encoder.has_cls=false"], "pooled_cosine"),
+        (["encoder.image_size=64"], "encoder.image_size=48"),
+        (["encoder=dinov2_small", "encoder.image_size=230"], "use 224"),
+        (["encoder.feature_layer=-9"], "feature_layer"),
+        (["encoder.patch_size=16"], "encoder.arch.patch_size"),
+        (["knee.ratio=1.5"], "share"),
+        (["knee.min_tokens=9", "knee.max_tokens=3"], "raise it"),
+        (["optim.betas=[0.9]"], "two numbers"),
+        (["peft.dropout=1"], "probability"),
+        (["run_id=a/b"], "no slashes"),
+        (["data=files"], "data.pretrain.annotations"),
+        (["logger=wandb", "logger.wandb.mode=offlin"], "did you mean offline"),
+    ],
+)
+def test_settings_that_cannot_work_are_refused_with_the_remedy(smoke, overrides, words):
+    with pytest.raises(UserError, match=words):
+        smoke(*overrides)
+
+
+def test_files_need_no_training_annotations_to_be_evaluated():
+    config = compose_config(["task=evaluate", "data=files", "data.evaluate.annotations=questions.json"])
+    assert config.data.pretrain.annotations is None
+
+
+def test_a_stage_that_is_not_run_is_not_checked():
+    assert compose_config(["+experiment=smoke", "stages=[pretrain]", "stage.instruct.batch_size=3"]).stages == [
+        "pretrain"
+    ]
+
+
+def test_free_form_architecture_fields_can_be_added():
+    assert compose_config(["+experiment=smoke", "+llm.arch.attention_bias=true"]).llm.arch["attention_bias"] is True

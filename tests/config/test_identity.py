@@ -1,0 +1,50 @@
+"""A run's identity follows what is trained, and nothing else."""
+
+import dataclasses
+from pathlib import Path
+
+import pytest
+import yaml
+
+from mmprune_train.config.compose import to_yaml
+from mmprune_train.config.explain import all_keys
+from mmprune_train.config.identity import NOT_DECISIVE, differences, run_dir, run_id
+
+
+@pytest.mark.parametrize(
+    "override",
+    [
+        "task=evaluate", "stages=[pretrain]", "logger=wandb", "debug=true", "restart=true", "runs_dir=elsewhere",
+        "trainer.num_workers=2", "evaluate.limit=3", "generate.question=why", "ckpt=x", "data.root=/elsewhere",
+    ],
+)  # fmt: skip
+def test_settings_that_do_not_change_the_training_keep_the_run(smoke, override):
+    assert run_id(smoke(override)) == run_id(smoke())
+
+
+@pytest.mark.parametrize(
+    "override",
+    ["seed=1", "knee=max_chord", "pruner=none", "stage.instruct.lr=0.1", "peft=none", "trainer.precision=fp32",
+     "data.instruct.limit=9", "optim.warmup_ratio=0.1", "pruner.vision.knee.min_tokens=2"],
+)  # fmt: skip
+def test_settings_that_change_the_training_make_another_run(smoke, override):
+    assert run_id(smoke(override)) != run_id(smoke())
+
+
+def test_directory_has_the_experiment_and_the_given_or_hashed_id(smoke):
+    config = smoke("runs_dir=out")
+    assert run_dir(config) == Path("out/smoke") / run_id(config)
+    assert len(run_id(config)) == 8
+    int(run_id(config), 16)
+    assert run_dir(dataclasses.replace(config, run_id="mine")) == Path("out/smoke/mine")
+
+
+def test_differences_name_the_keys_and_read_a_written_config(smoke):
+    old = yaml.safe_load(to_yaml(smoke()))
+    new = smoke("seed=7", "stage.instruct.lr=0.1", "debug=true")
+    assert differences(old, new) == ["seed: 42 -> 7", "stage.instruct.lr: 0.001 -> 0.1"]
+    assert differences(old, smoke()) == []
+
+
+def test_the_list_of_exceptions_holds_no_stale_key():
+    assert set(all_keys()) >= NOT_DECISIVE

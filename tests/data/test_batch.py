@@ -1,0 +1,218 @@
+"""Images, packed batches and the order of samples."""
+
+from __future__ import annotations
+
+import itertools
+import json
+from collections import Counter
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from mmprune_train.config.schema import EncoderConfig
+from mmprune_train.data.batch import collate
+from mmprune_train.data.dataset import ConversationDataset
+from mmprune_train.data.images import ImageReader, image_processor
+from mmprune_train.data.loader import TrainLoader, train_loader
+from mmprune_train.data.records import read_records
+from mmprune_train.data.sampler import ResumableBatches
+from mmprune_train.data.templates import get_template
+from mmprune_train.errors import UserError
+from mmprune_train.model.tokenizer import tiny_tokenizer
+from mmprune_train.pruning.packed import IGNORE, Kind
+
+ENCODER = EncoderConfig(name="tiny", image_size=16, patch_size=8)
+PATCHES = 4
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    """Three images, and samples with one of them, with two, with none."""
+    for number, colour in enumerate(["red", "green", "blue"]):
+        Image.new("RGB", (20 + 12 * number, 20), colour).save(tmp_path / f"{number}.png")
+
+    def sample(name: str, images: list[str], answer: str) -> dict:
+        question = "<image>" * len(images) + "what is it?"
+        talk = [{"from": "human", "value": question}, {"from": "gpt", "value": answer}]
+        return {"id": name, "conversations": talk, **({"image": images} if images else {})}
+
+    samples = [
+        sample("one", ["0.png"], "a red shape"),
+        sample("two", ["1.png", "0.png"], "no"),
+        sample("none", [], "yes"),
+        sample("three", ["2.png"], "blue"),
+    ] * 4
+    (tmp_path / "a.json").write_text(json.dumps(samples))
+    return tmp_path
+
+
+def dataset(folder: Path) -> ConversationDataset:
+    tokenizer = tiny_tokenizer()
+    reader = ImageReader(image_processor(ENCODER, "square"))
+    records = read_records(folder / "a.json", folder)
+    return ConversationDataset(records, get_template("v1", tokenizer), tokenizer, reader, PATCHES, 512)
+
+
+def test_a_batch_is_its_samples_one_after_the_other(folder: Path) -> None:
+    samples = dataset(folder).__getitems__([0, 1, 2])
+    batch = collate(samples)
+    s = batch.sequence
+    lengths = [len(sample.example.ids) for sample in samples]
+    assert s.samples == 3 and s.lengths.tolist() == lengths and batch.ids == ["one", "two", "none"]
+    assert s.position.tolist() == [k for length in lengths for k in range(length)]
+    assert s.slot.tolist() == list(range(sum(lengths)))
+    for number, sample in enumerate(samples):
+        mine = s.segment == number
+        assert torch.equal(s.ids[mine], sample.example.ids) and torch.equal(s.turn[mine], sample.example.turn)
+        assert torch.equal(s.target[mine][:-1], sample.example.labels[1:])
+        assert s.target[mine][-1] == IGNORE
+    assert batch.supervised == sum(sample.example.supervised for sample in samples) > 0
+
+
+def test_samples_of_one_image_share_its_pixels_and_every_patch_knows_its_place(folder: Path) -> None:
+    batch = collate(dataset(folder).__getitems__([0, 1, 2, 3]))
+    assert batch.pixel_values is not None
+    assert batch.pixel_values.shape == (3, 3, 16, 16) and batch.pixel_values.dtype == torch.float32
+    s = batch.sequence
+    visual = s.kind == Kind.VISUAL
+    patches = list(range(PATCHES))
+    assert s.image[visual].tolist() == [row for row in (0, 1, 0, 2) for _ in patches]
+    assert s.patch[visual].tolist() == patches * 4
+    assert set(s.image[~visual].tolist()) == set(s.patch[~visual].tolist()) == {-1}
+    assert batch.pixel_values[0, 0].mean() > batch.pixel_values[1, 0].mean()  # red before green
+
+
+def test_a_text_only_batch_has_no_pixels_and_moves(folder: Path) -> None:
+    batch = collate(dataset(folder).__getitems__([2]))
+    assert batch.pixel_values is None and not batch.sequence.visual.any()
+    moved = batch.to("meta")
+    assert moved.sequence.ids.device.type == "meta" and moved.ids == batch.ids
+
+
+def test_an_image_is_read_once_for_a_batch(folder: Path) -> None:
+    data = dataset(folder)
+    read: Counter[str] = Counter()
+    reader = data.reader
+    data.reader = lambda path, sample: (read.update([path.name]), reader(path, sample))[1]  # type: ignore[assignment]
+    data.__getitems__([0, 1, 4, 5])
+    assert read == {"0.png": 1, "1.png": 1}
+
+
+def test_missing_and_damaged_images_name_sample_and_file(folder: Path) -> None:
+    data = dataset(folder)
+    whole = (folder / "0.png").read_bytes()
+    (folder / "0.png").write_bytes(whole[: len(whole) // 2])
+    with pytest.raises(UserError, match=r"a\.json\[0\] \(id one\): image .*0\.png cannot be read"):
+        data[0]
+    (folder / "2.png").unlink()
+    with pytest.raises(UserError, match=r"\(id three\): image .*2\.png is missing"):
+        data[3]
+
+
+def test_pad_shows_the_whole_image_on_the_mean_colour_and_square_its_middle() -> None:
+    image = Image.new("RGB", (32, 16), "white")
+    image.paste("black", (0, 0, 4, 16))
+    pad, square = (
+        image_processor(ENCODER, ratio)(image, return_tensors="pt")["pixel_values"][0] for ratio in ("pad", "square")
+    )
+    assert pad.shape == square.shape == (3, 16, 16)
+    assert pad[:, 1].abs().max() < 0.02  # the mean colour is 0 after normalisation, up to int(mean x 255)
+    assert pad[0, 8, 0] < -1 and pad[0, 8, 8] > 1
+    assert (square > 1).all()  # the black edge is cut away
+    with pytest.raises(UserError, match="choose square or pad"):
+        image_processor(ENCODER, "wide")
+
+
+def flat(batches: list[list[int]]) -> list[int]:
+    return list(itertools.chain.from_iterable(batches))
+
+
+def test_ranks_share_an_epoch_without_overlap_and_have_equally_many_batches() -> None:
+    ranks = [ResumableBatches(23, 3, seed=0, rank=rank, world=2) for rank in range(2)]
+    epochs = [rank.epoch(0) for rank in ranks]
+    assert [len(epoch) for epoch in epochs] == [len(rank) for rank in ranks] == [3, 3]
+    seen = flat(epochs[0]) + flat(epochs[1])
+    assert len(set(seen)) == 18
+
+
+def test_the_order_depends_on_seed_and_epoch_alone_and_can_be_entered_anywhere() -> None:
+    def make(seed: int) -> ResumableBatches:
+        return ResumableBatches(40, 4, seed=seed, images=[k // 5 for k in range(40)], samples_per_image=2)
+
+    assert make(1).epoch(3) == make(1).epoch(3)
+    assert make(1).epoch(3, start=4) == make(1).epoch(3)[4:]
+    assert make(1).epoch(3) != make(1).epoch(4) and make(1).epoch(3) != make(2).epoch(3)
+
+
+def test_batches_of_one_modality_lose_nothing_but_an_unfilled_last_batch() -> None:
+    modality = [index % 3 == 0 for index in range(50)]  # 17 and 33 samples
+    batches = ResumableBatches(50, 4, seed=0, modality=modality)
+    epoch = batches.epoch(0)
+    assert len(epoch) == len(batches) == 12 and len(set(flat(epoch))) == 48
+    mixed = [batch for batch in epoch if len({modality[index] for index in batch}) > 1]
+    assert len(mixed) <= 1
+
+
+def test_both_ranks_see_the_same_modality_at_the_same_time() -> None:
+    modality = [index < 30 for index in range(60)]
+    ranks = [ResumableBatches(60, 3, seed=0, rank=rank, world=2, modality=modality).epoch(0) for rank in range(2)]
+    for first, second in zip(*ranks, strict=True):
+        assert len({modality[index] for index in first + second}) == 1
+
+
+def test_single_modality_data_can_be_grouped() -> None:
+    assert len(ResumableBatches(8, 4, seed=0, modality=[True] * 8).epoch(0)) == 2
+
+
+def test_samples_of_one_image_stay_together_up_to_the_limit() -> None:
+    images: list[int | None] = [index // 8 for index in range(64)]
+    epoch = ResumableBatches(64, 8, seed=0, images=images, samples_per_image=4).epoch(0)
+    assert sorted(flat(epoch)) == list(range(64))
+    assert all(len({images[index] for index in batch}) <= 2 for batch in epoch)
+    alone = ResumableBatches(64, 8, seed=0, images=[None] * 64, samples_per_image=4).epoch(0)
+    assert sorted(flat(alone)) == list(range(64))
+
+
+def test_too_few_samples_for_one_batch_is_an_error() -> None:
+    with pytest.raises(UserError, match="7 samples do not fill one batch of batch_size=4 on 2"):
+        ResumableBatches(7, 4, seed=0, world=2)
+
+
+def loader(folder: Path, num_workers: int = 0) -> TrainLoader:
+    data = dataset(folder)
+    return train_loader(
+        data.records,
+        data.template,
+        data.tokenizer,
+        data.reader,
+        PATCHES,
+        512,
+        batch_size=4,
+        seed=5,
+        num_workers=num_workers,
+        group_by_modality=True,
+        samples_per_image=2,
+    )
+
+
+def test_an_epoch_can_be_entered_anywhere_with_the_same_batches(folder: Path) -> None:
+    whole = list(loader(folder).epoch(1))
+    rest = list(loader(folder).epoch(1, start=2))
+    assert len(whole) == len(loader(folder)) == 4 and len(rest) == 2
+    for one, other in zip(whole[2:], rest, strict=True):
+        assert one.ids == other.ids and torch.equal(one.sequence.ids, other.sequence.ids)
+        assert (one.pixel_values is None) == (other.pixel_values is None)
+        if one.pixel_values is not None and other.pixel_values is not None:
+            np.testing.assert_array_equal(one.pixel_values, other.pixel_values)
+
+
+def test_workers_give_the_same_batches_and_pass_errors_on_in_one_line(folder: Path) -> None:
+    alone = [batch.ids for batch in loader(folder).epoch(0)]
+    assert [batch.ids for batch in loader(folder, num_workers=1).epoch(0)] == alone
+    (folder / "2.png").unlink()
+    with pytest.raises(UserError, match=r"2\.png is missing") as caught:
+        list(loader(folder, num_workers=1).epoch(0))
+    assert "Traceback" not in str(caught.value)

@@ -1,0 +1,90 @@
+"""easy-vqa in LLaVA's format, and finding the files of a data set."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from mmprune_train.config.schema import DataConfig, SplitConfig
+from mmprune_train.data.easy_vqa import captions_of, prepare
+from mmprune_train.data.records import read_records
+from mmprune_train.data.sources import data_root, prepare_data, split_files
+from mmprune_train.errors import UserError
+
+
+def test_captions_say_what_the_answers_say_and_no_more() -> None:
+    questions = [
+        ("what color is the circle?", "red", 0),
+        ("what is the blue shape?", "triangle", 1),
+        ("is there a teal shape?", "yes", 2),
+        ("is there not a gray shape in the image?", "no", 3),
+        ("is no rectangle present?", "no", 3),
+        ("does the image not contain a circle?", "no", 4),
+        ("is there a red shape?", "no", 5),
+        ("is no circle present?", "yes", 5),
+    ]
+    assert captions_of(questions) == {
+        0: "a red circle",
+        1: "a blue triangle",
+        2: "a teal shape",
+        3: "a gray rectangle",
+        4: "a circle",
+    }
+
+
+def test_contradicting_answers_are_an_error() -> None:
+    with pytest.raises(UserError, match="image 4 contradict"):
+        captions_of([("what color is the shape?", "red", 4), ("what color is the circle?", "blue", 4)])
+
+
+def test_the_root_is_the_users_or_a_folder_in_the_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("MMPRUNE_CACHE", str(tmp_path))
+    assert data_root(DataConfig(name="x")) == tmp_path / "data" / "x"
+    assert data_root(DataConfig(name="x", root="/some/where")) == Path("/some/where")
+
+
+def test_missing_files_name_the_key_and_how_to_get_them(tmp_path: Path) -> None:
+    split = SplitConfig(annotations="a.json", images="images")
+    data = DataConfig(name="x", root=str(tmp_path), pretrain=split, how_to_get="download it")
+    with pytest.raises(UserError, match=r"data\.pretrain\.annotations: .*a\.json is missing; download it"):
+        split_files(data, "pretrain")
+    (tmp_path / "a.json").touch()
+    with pytest.raises(UserError, match=r"data\.pretrain\.images: .*images is missing; download it"):
+        split_files(data, "pretrain")
+    (tmp_path / "images").mkdir()
+    assert split_files(data, "pretrain") == (tmp_path / "a.json", tmp_path / "images")
+    with pytest.raises(UserError, match=r"data\.evaluate\.annotations is not set; download it"):
+        split_files(data, "evaluate")
+
+
+def test_only_built_in_sources_are_prepared(tmp_path: Path) -> None:
+    assert prepare_data(DataConfig(name="x")) is None
+    with pytest.raises(UserError, match="'easy-vqa' is unknown; choose one of easy_vqa"):
+        prepare_data(DataConfig(name="x", root=str(tmp_path), source="easy-vqa"))
+
+
+def test_a_folder_with_other_files_is_left_alone(tmp_path: Path) -> None:
+    (tmp_path / "thesis.tex").touch()
+    with pytest.raises(UserError, match=r"data\.root: .* already holds other files"):
+        prepare(tmp_path)
+    assert [path.name for path in tmp_path.iterdir()] == ["thesis.tex"]
+
+
+@pytest.mark.network
+def test_easy_vqa_is_written_once_with_the_official_splits(tmp_path: Path) -> None:
+    root = tmp_path / "easy_vqa"
+    manifest = prepare(root)
+    counts = {"pretrain": 3961, "instruct": 38575, "evaluate": 9673, "train_images": 4000, "test_images": 1000}
+    assert manifest["counts"] == counts
+    test = read_records(root / "evaluate.json", root / "images")
+    assert test[0].turns[0].question == "<image>\nwhat is the red shape?" and test[0].turns[0].answer == "triangle"
+    assert sum(record.kind == "yes_no" for record in test) == 7136
+    assert all(path.is_file() for record in test for path in record.images)
+    assert {path.parent.name for record in test for path in record.images} == {"test"}
+    written = (root / "instruct.json").stat().st_mtime_ns
+    assert prepare(root) == manifest and (root / "instruct.json").stat().st_mtime_ns == written
+    (root / "instruct.json").write_text(json.dumps([]))
+    with pytest.raises(UserError, match=r"instruct\.json was changed or lost; delete"):
+        prepare(root)

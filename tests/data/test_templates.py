@@ -1,0 +1,88 @@
+"""The rendered text of every template, exactly."""
+
+from __future__ import annotations
+
+import pytest
+from data.conversations import MANY, SETUPS, STYLES, record, styled
+
+from mmprune_train.data.records import Turn
+from mmprune_train.data.templates import V1_SYSTEM, get_template
+from mmprune_train.errors import UserError
+from mmprune_train.model.tokenizer import tiny_tokenizer
+from mmprune_train.pruning.packed import Kind
+
+
+def text(spans: list) -> str:
+    return "".join(span.text for span in spans)
+
+
+def test_v1_is_vicunas_string() -> None:
+    turns = record(("What?\n<image>", "A cat."), ("Sure?", "Yes.")).turns
+    spans = get_template("v1", tiny_tokenizer()).spans(turns)
+    expected = V1_SYSTEM + " USER: <image>\nWhat? ASSISTANT: A cat.</s>USER: Sure? ASSISTANT: Yes.</s>"
+    assert text(spans) == expected
+    assert [span.text for span in spans if span.supervised] == [" A cat.</s>", " Yes.</s>"]
+
+
+def test_plain_drops_the_words_and_trains_on_caption_and_newline() -> None:
+    spans = get_template("plain", tiny_tokenizer()).spans([Turn("Describe.\n<image>", "a cat")])
+    assert [(span.text, span.supervised) for span in spans] == [("<image>", False), ("a cat\n", True)]
+
+
+def test_plain_refuses_a_conversation() -> None:
+    with pytest.raises(UserError, match="one turn, found 2; use template v1 or chat"):
+        get_template("plain", tiny_tokenizer()).spans([Turn("a", "b"), Turn("c", "d")])
+
+
+@pytest.mark.parametrize("style", STYLES)
+def test_chat_is_the_tokenizers_own_template_up_to_the_last_end_of_turn(style: str) -> None:
+    tokenizer = styled(style)
+    turns = record(("<image>\nWhat?", "A cat."), ("Sure?", "Yes."), ("OK", "Bye")).turns
+    messages = [m for t in turns for m in ({"role": "user", "content": t.question}, _answer(t))]
+    expected = tokenizer.apply_chat_template(messages, tokenize=False)
+    expected = expected.removeprefix("<s>") if style in ("headers", "brackets") else expected  # added by the tokenizer
+    spans = get_template("chat", tokenizer).spans(turns)
+    assert text(spans) == expected.removesuffix("\n")
+    supervised = [span.text for span in spans if span.supervised]
+    end = {"headers": "<|eot_id|>", "brackets": "</s>"}.get(style, "<|im_end|>")
+    assert [s.strip() for s in supervised] == [answer + end for answer in ("A cat.", "Yes.", "Bye")]
+
+
+def _answer(turn: Turn) -> dict[str, str]:
+    return {"role": "assistant", "content": turn.answer}
+
+
+def test_the_default_system_text_is_prompt_before_the_first_turn() -> None:
+    spans = get_template("chat", styled("chatml")).spans([Turn("q", "a")])
+    assert [span.text for span in spans if span.kind == Kind.PROMPT and span.turn == 0] == ["You are helpful."]
+
+
+@pytest.mark.parametrize("name", SETUPS)
+def test_a_prompt_is_the_training_text_up_to_the_answer(name: str) -> None:
+    template = get_template(SETUPS[name][0], SETUPS[name][1])
+    *history, last = MANY.turns
+    spans = template.spans(MANY.turns)
+    prompt = template.prompt(last.question, history=history)
+    answer = spans[-1].text
+    assert spans[-1].supervised and prompt + answer == text(spans)
+
+
+def test_a_prompt_puts_images_in_front_unless_the_question_places_them() -> None:
+    template = get_template("v1", tiny_tokenizer())
+    assert template.prompt("What?", n_images=2).endswith("USER: <image>\n<image>\nWhat? ASSISTANT:")
+    assert template.prompt("What?\n<image>", n_images=1).endswith("USER: <image>\nWhat? ASSISTANT:")
+    assert get_template("plain", tiny_tokenizer()).prompt("Describe.", n_images=1) == "<image>"
+
+
+def test_unknown_names_get_the_nearest_and_a_missing_chat_template_its_remedy() -> None:
+    with pytest.raises(UserError, match="'plan'; did you mean 'plain'"):
+        get_template("plan", tiny_tokenizer())
+    with pytest.raises(UserError, match=r"set llm\.template=v1"):
+        get_template("chat", tiny_tokenizer())
+
+
+def test_a_chat_template_that_drops_a_message_is_refused() -> None:
+    tokenizer = tiny_tokenizer()
+    tokenizer.chat_template = "{{ messages[-1]['content'] }}"
+    with pytest.raises(UserError, match=r"drops or reorders the question0"):
+        get_template("chat", tokenizer)

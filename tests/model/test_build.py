@@ -1,0 +1,176 @@
+"""Putting networks together, saving them, and loading them back, here and in plain transformers."""
+
+from __future__ import annotations
+
+import copy
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from PIL import Image
+from safetensors.torch import load_file, save_file
+from tiny import tiny_inputs, tiny_llava
+from transformers import AutoProcessor, LlavaForConditionalGeneration
+
+from mmprune_train import load_model
+from mmprune_train.config.compose import compose_config, load_pruner
+from mmprune_train.config.schema import PeftConfig
+from mmprune_train.errors import UserError
+from mmprune_train.model.build import build, build_on_meta
+from mmprune_train.model.llava import PackedLlava
+from mmprune_train.model.peft import add_adapters, has_adapters, merge_adapters
+from mmprune_train.pruning import Pruner
+
+PROMPT = "USER: <image>\nWhat color is the shape? ASSISTANT:"
+
+
+@pytest.fixture(scope="module")
+def smoke(tmp_path_factory: pytest.TempPathFactory) -> tuple[PackedLlava, Path]:
+    """A tiny model as the smoke experiment builds it, and the folder it was saved to."""
+    model, processor = build(compose_config(["+experiment=smoke"]))
+    folder = tmp_path_factory.mktemp("model")
+    model.save(folder, processor)
+    return model.eval(), folder
+
+
+def test_plain_transformers_loads_what_is_saved(smoke: tuple[PackedLlava, Path]) -> None:
+    model, folder = smoke
+    hf, info = LlavaForConditionalGeneration.from_pretrained(folder, output_loading_info=True)
+    assert not any(info[key] for key in ("missing_keys", "unexpected_keys", "mismatched_keys"))
+    for name, tensor in model.hf.state_dict().items():
+        assert torch.equal(hf.state_dict()[name], tensor), name
+    processor = AutoProcessor.from_pretrained(folder)
+    image = Image.new("RGB", (60, 40), "red")
+    inputs = processor(images=[image], text=[PROMPT], return_tensors="pt")
+    dense, _ = load_model(folder, pruner="none")
+    with torch.no_grad():
+        torch.testing.assert_close(dense(**inputs).logits, hf(**inputs).logits, rtol=1e-5, atol=1e-5)
+        assert torch.equal(
+            dense.generate(**inputs, max_new_tokens=5, do_sample=False),
+            hf.generate(**inputs, max_new_tokens=5, do_sample=False),
+        )
+
+
+def test_a_folder_brings_its_pruner_and_another_can_be_asked_for(smoke: tuple[PackedLlava, Path]) -> None:
+    model, folder = smoke
+    own, processor = load_model(folder)
+    assert own.pruner.settings == model.pruner.settings
+    assert own.template == "v1"
+    asked, _ = load_model(folder, pruner={"name": "twostage", "language": {"layer": 1}})
+    assert asked.pruner.layers == [1]
+    with pytest.raises(UserError, match="twostage"):
+        load_model(folder, pruner="twostag")
+    image = Image.new("RGB", (48, 48), "blue")
+    inputs = processor(
+        images=[image, image],
+        text=[PROMPT, PROMPT + " blue</s>USER: Sure? ASSISTANT:"],
+        padding=True,
+        return_tensors="pt",
+    )
+    own.generate(**inputs, max_new_tokens=2)
+    first, second = own.last_pruning.vision_kept
+    assert first.dtype == torch.int64 and torch.equal(first, second) and len(first) < 36
+    assert len(own.last_pruning.language_kept) == 2
+
+
+def test_a_plain_llava_folder_loads_dense(tmp_path: Path, smoke: tuple[PackedLlava, Path]) -> None:
+    _, folder = smoke
+    hf = LlavaForConditionalGeneration.from_pretrained(folder)
+    del hf.config.mmprune
+    hf.save_pretrained(tmp_path)
+    AutoProcessor.from_pretrained(folder).save_pretrained(tmp_path)
+    model, _ = load_model(tmp_path)
+    assert model.pruner.settings.name == "none" and model.pruner.layers == []
+
+
+@pytest.mark.parametrize("fault", ["missing", "unexpected", "shape"])
+def test_no_key_may_be_missing_unexpected_or_of_another_shape(
+    fault: str, tmp_path: Path, smoke: tuple[PackedLlava, Path]
+) -> None:
+    _, folder = smoke
+    for file in folder.iterdir():
+        (tmp_path / file.name).write_bytes(file.read_bytes())
+    tensors = load_file(tmp_path / "model.safetensors")
+    name = next(key for key in tensors if "lm_head" in key)
+    if fault == "missing":
+        del tensors[name]
+    elif fault == "unexpected":
+        tensors["model.language_model.extra.weight"] = torch.zeros(2)
+    else:
+        tensors[name] = torch.zeros(3, 3)
+    save_file(tensors, tmp_path / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(UserError, match="lm_head|extra"):
+        load_model(tmp_path)
+
+
+def test_paths_that_hold_no_model_are_named(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="no such folder"):
+        load_model(tmp_path / "absent")
+    with pytest.raises(UserError, match="neither a run directory"):
+        load_model(tmp_path)
+    (tmp_path / "manifest.json").write_text(json.dumps({"stages": {"pretrain": {"state": "running"}}}))
+    with pytest.raises(UserError, match="no stage of this run has finished"):
+        load_model(tmp_path)
+
+
+def test_a_linear_projector_is_one_linear_layer_and_still_loads(tmp_path: Path) -> None:
+    model, processor = build(compose_config(["+experiment=smoke", "projector=linear"]))
+    projector = model.hf.model.multi_modal_projector
+    assert not projector.linear_2.weight.requires_grad
+    features = torch.randn(5, 32)
+    expected = torch.nn.functional.linear(features, projector.linear_1.weight, projector.linear_1.bias)
+    torch.testing.assert_close(projector(features), expected)
+    model.save(tmp_path, processor)
+    again = LlavaForConditionalGeneration.from_pretrained(tmp_path).model.multi_modal_projector
+    torch.testing.assert_close(again(features), expected)
+
+
+@pytest.mark.parametrize(
+    ("experiment", "billions"),
+    [
+        ("llava7b_dense", 7.06),
+        ("llava7b_twostage", 7.06),
+        ("llava7b_twostage_lora", 7.06),
+        ("llava13b_twostage", 13.35),
+    ],
+)
+def test_full_size_experiments_build_on_the_meta_device(experiment: str, billions: float) -> None:
+    model = build_on_meta(compose_config([f"+experiment={experiment}"]))
+    assert sum(p.numel() for p in model.parameters()) / 1e9 == pytest.approx(billions, abs=0.01)
+    assert {p.device.type for p in model.parameters()} == {"meta"}
+    assert model.config.image_seq_length == 576 and model.config.vision_feature_layer == -2
+
+
+@pytest.mark.parametrize("kind", ["lora", "dora"])
+def test_adapters_train_alone_and_merge_to_the_same_logits(kind: str, tmp_path: Path) -> None:
+    hf = tiny_llava()
+    keys = set(hf.state_dict())
+    model = PackedLlava(copy.deepcopy(hf), Pruner(load_pruner("none"))).eval()
+    add_adapters(model, PeftConfig(name=kind, r=4, alpha=8, dropout=0.0, target_modules=["q_proj", "down_proj"]))
+    assert has_adapters(model)
+    trained = [name for name, p in model.named_parameters() if p.requires_grad]
+    assert trained and all("lora_" in name and "language_model.layers" in name for name in trained)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "lora_B" in name:
+                parameter.normal_(0, 0.1)
+    inputs = tiny_inputs([1, 2], [6, 8])
+    real = inputs["attention_mask"].bool()
+    with torch.no_grad():
+        adapted = model(**inputs).logits[real]
+        merge_adapters(model)
+        merged = model(**inputs).logits[real]
+        base = hf(**inputs).logits[real]
+    torch.testing.assert_close(merged, adapted, rtol=1e-4, atol=1e-4)
+    assert (merged - base).abs().max() > 1e-2
+    assert not has_adapters(model) and set(model.hf.state_dict()) == keys
+    model.hf.save_pretrained(tmp_path)
+    _, info = LlavaForConditionalGeneration.from_pretrained(tmp_path, output_loading_info=True)
+    assert not info["missing_keys"] and not info["unexpected_keys"]
+
+
+def test_an_adapter_target_that_does_not_exist_is_named() -> None:
+    model = PackedLlava(tiny_llava(), Pruner(load_pruner("none")))
+    with pytest.raises(UserError, match="no w_proj; it has down_proj"):
+        add_adapters(model, PeftConfig(name="lora", target_modules=["w_proj"]))

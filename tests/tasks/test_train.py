@@ -1,0 +1,146 @@
+"""From the config to the table: both stages, evaluation, and what the same command does the second time."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from training.synthetic import overrides, write_dataset
+from transformers import LlavaForConditionalGeneration
+
+from mmprune_train.config.compose import compose_config
+from mmprune_train.config.schema import Config
+from mmprune_train.errors import UserError
+from mmprune_train.model.build import load_model
+from mmprune_train.tasks import evaluate, generate, prepare, train
+
+
+@pytest.fixture(scope="module")
+def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_dataset(tmp_path_factory.mktemp("data") / "squares")
+
+
+@pytest.fixture(scope="module")
+def finished(root: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Config, dict, Path]:
+    """One smoke run, its result and its directory."""
+    runs = tmp_path_factory.mktemp("runs")
+    config = compose_config(
+        [*overrides(root, runs), "stage.pretrain.max_steps=2", "stage.instruct.max_steps=3", "evaluate.limit=4",
+         "stage.instruct.group_by_modality=false", "logger=[csv,tensorboard]"]
+    )  # fmt: skip
+    return config, train.run(config), runs / "smoke" / "t"
+
+
+def test_the_run_directory_is_the_contracts(finished: tuple[Config, dict, Path]) -> None:
+    _, result, folder = finished
+    manifest = json.loads((folder / "manifest.json").read_text())
+    assert [(name, stage["state"]) for name, stage in manifest["stages"].items()] == [
+        ("pretrain", "done"),
+        ("instruct", "done"),
+    ]
+    assert "random" in manifest["base_weights"]["llm"]["source"]
+    assert json.loads((folder / "result.json").read_text()) == json.loads(json.dumps(result))
+    for stage, steps in (("pretrain", 2), ("instruct", 3)):
+        assert len((folder / stage / "metrics.jsonl").read_text().splitlines()) == steps
+        assert len((folder / stage / "metrics.csv").read_text().splitlines()) == steps + 1
+        assert list((folder / stage / "tensorboard").glob("events*"))
+        assert (folder / stage / "model" / "config.json").is_file()
+    assert (folder / "config.yaml").is_file()
+
+
+def test_pretraining_moves_the_projector_alone_and_instruction_tuning_goes_on_from_there(
+    finished: tuple[Config, dict, Path],
+) -> None:
+    config, _, folder = finished
+    from mmprune_train.model.build import build
+
+    base = dict(build(config)[0].hf.named_parameters())
+    first = dict(load_model(folder / "pretrain" / "model")[0].hf.named_parameters())
+    second = dict(load_model(folder / "instruct" / "model")[0].hf.named_parameters())
+    assert base.keys() == first.keys() == second.keys()
+    moved_first = {name for name in base if not torch.equal(base[name], first[name])}
+    moved_second = {name for name in first if not torch.equal(first[name], second[name])}
+    assert moved_first and all("multi_modal_projector" in name for name in moved_first)
+    assert any("q_proj" in name for name in moved_second), "merged adapters"
+    assert not any("vision_tower" in name or "embed_tokens" in name for name in moved_second)
+
+
+def test_the_model_folder_is_hugging_faces_own(finished: tuple[Config, dict, Path]) -> None:
+    config, _, folder = finished
+    _, info = LlavaForConditionalGeneration.from_pretrained(folder / "instruct" / "model", output_loading_info=True)
+    assert not info["missing_keys"] and not info["unexpected_keys"]
+    model, _ = load_model(folder)
+    assert model.pruner.settings == config.pruner and model.template == "v1"
+
+
+def test_the_result_has_the_tables_numbers(finished: tuple[Config, dict, Path]) -> None:
+    _, result, folder = finished
+    scores = result["evaluate"]
+    for key in ("accuracy", "blind_majority", "accuracy_blank"):
+        assert set(scores[key]) == {"open", "yes_no"}
+    assert 0 < scores["keep_ratio"] < 1
+    assert scores["tokens_dense"] > scores["tokens_stage1"] >= scores["tokens_stage2"]
+    assert result["stages"]["instruct"]["step_seconds"] > 0
+    rows = [json.loads(line) for line in (folder / "evaluate" / "predictions.jsonl").open()]
+    assert len(rows) == 8
+    keys = "id question prediction answer visual_tokens_dense visual_tokens_stage1 visual_tokens_stage2"
+    assert list(rows[0]) == keys.split() and "<image>" not in rows[0]["question"]
+    assert rows[0]["visual_tokens_dense"] >= rows[0]["visual_tokens_stage1"] >= rows[0]["visual_tokens_stage2"]
+
+
+def test_a_finished_run_prints_its_table_again_and_trains_nothing(
+    finished: tuple[Config, dict, Path], capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config, result, _ = finished
+    monkeypatch.setattr(train, "_train", lambda *_: pytest.fail("trained again"))
+    monkeypatch.setattr(train, "prepare_weights", lambda *_: pytest.fail("loaded weights"))
+    assert train.run(config) == json.loads(json.dumps(result))
+    told = capsys.readouterr().out
+    assert "blind majority" in told and "image blanked" in told and "seconds per step" in told
+
+
+def test_evaluate_again_gives_the_same_answers_and_another_pruner_keeps_other_tokens(
+    finished: tuple[Config, dict, Path],
+) -> None:
+    config, result, folder = finished
+    again = evaluate.run(replace(config, task="evaluate", ckpt=str(folder)))
+    same = ("accuracy", "accuracy_blank", "blind_majority", "keep_ratio", "tokens_stage2")
+    assert {key: again[key] for key in same} == {key: result["evaluate"][key] for key in same}
+    dense = evaluate.evaluate_folder(config, folder, folder / "dense", pruner="none")
+    assert dense["keep_ratio"] == 1.0 and dense["tokens_stage1"] == dense["tokens_dense"]
+
+
+def test_generate_answers_about_an_image(
+    finished: tuple[Config, dict, Path], root: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    config, _, folder = finished
+    asked = replace(config.generate, images=[str(root / "images" / "0.png")], max_new_tokens=4)
+    result = generate.run(replace(config, ckpt=str(folder), generate=asked))
+    assert result["tokens"]["dense"] > result["tokens"]["stage1"] > 0
+    assert result["prediction"] in capsys.readouterr().out
+    with pytest.raises(UserError, match="no file absent.png"):
+        generate.run(replace(config, ckpt=str(folder), generate=replace(asked, images=["absent.png"])))
+
+
+def test_missing_data_is_one_line_before_anything_loads(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    config = compose_config(["+experiment=llava7b_twostage", f"runs_dir={tmp_path}", f"data.root={tmp_path}"])
+    monkeypatch.setattr(train, "prepare_weights", lambda *_: pytest.fail("weights came first"))
+    with pytest.raises(UserError, match=r"data\.pretrain\.annotations: .* is missing; .*LLaVA-Pretrain") as caught:
+        train.run(config)
+    assert "\n" not in str(caught.value)
+    assert not list(tmp_path.iterdir()), "a run that cannot start leaves nothing behind"
+
+
+def test_prepare_says_where_everything_lies(root: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    result = prepare.run(compose_config(overrides(root, tmp_path)))
+    assert result["data.instruct"] == str(root / "instruct.json") and result["llm"] is None
+    assert "random initialisation" in capsys.readouterr().out
+
+
+def test_an_unknown_stage_is_named(root: Path, tmp_path: Path) -> None:
+    config = compose_config(overrides(root, tmp_path))
+    with pytest.raises(UserError, match="'instrcut'"):
+        train.run(replace(config, stages=["instrcut"]))

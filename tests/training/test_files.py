@@ -1,0 +1,54 @@
+"""What a resumed run finds on disk."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+
+from mmprune_train.config.schema import WandbConfig
+from mmprune_train.training.checkpoints import all_checkpoints, last_checkpoint
+from mmprune_train.training.files import keep_steps, read_jsonl
+from mmprune_train.training.loggers import CsvLogger, wandb_offline
+
+
+def test_steps_after_the_checkpoint_are_dropped(tmp_path: Path) -> None:
+    path = tmp_path / "metrics.jsonl"
+    path.write_text("".join(json.dumps({"step": s}) + "\n" for s in range(1, 6)) + '{"step": 6, "lo')
+    keep_steps(path, 3)
+    assert [row["step"] for row in read_jsonl(path)] == [1, 2, 3]
+
+
+def test_unfinished_and_unreadable_checkpoints_are_passed_over(tmp_path: Path) -> None:
+    torch.save({"a": 1}, tmp_path / "step-00000002.ckpt")
+    (tmp_path / "step-00000010.ckpt").write_bytes(b"cut off")
+    torch.save({"a": 1}, tmp_path / ".step-00000012.ckpt.tmp")
+    assert [p.name for p in all_checkpoints(tmp_path)] == ["step-00000002.ckpt", "step-00000010.ckpt"]
+    assert last_checkpoint(tmp_path) == tmp_path / "step-00000002.ckpt"
+    assert last_checkpoint(tmp_path / "absent") is None
+
+
+def test_csv_continues_where_the_run_continues(tmp_path: Path) -> None:
+    path = tmp_path / "metrics.csv"
+    first = CsvLogger(path, flush_every=1, resumed_step=0)
+    for step in (1, 2, 3):
+        first.log_metrics({"loss": step / 10}, step)
+    resumed = CsvLogger(path, flush_every=10, resumed_step=2)
+    resumed.log_metrics({"loss": 9.0}, 3)
+    resumed.finalize("success")
+    assert path.read_text().splitlines() == ["step,loss", "1,0.1", "2,0.2", "3,9.0"]
+
+
+def test_wandb_is_offline_without_an_account(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("WANDB_MODE", "WANDB_API_KEY", "WANDB_BASE_URL"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("NETRC", str(tmp_path / "netrc"))
+    auto = WandbConfig(mode="auto")
+    assert wandb_offline(auto)
+    (tmp_path / "netrc").write_text("machine api.wandb.ai login user password x\n")
+    assert not wandb_offline(auto)
+    assert wandb_offline(WandbConfig(mode="offline"))
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    assert wandb_offline(auto) and not wandb_offline(WandbConfig(mode="online"))

@@ -1,0 +1,143 @@
+"""The loss is one mean over the global batch, however it is split."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import pytorch_lightning as pl
+import torch
+from tiny import IMAGE_TOKEN, PATCHES, SIDE, VOCAB, tiny_llava
+
+from mmprune_train.config.compose import load_pruner
+from mmprune_train.config.schema import OptimConfig, StageConfig
+from mmprune_train.data.batch import Batch, Sample, collate
+from mmprune_train.data.encode import Example
+from mmprune_train.model.llava import PackedLlava
+from mmprune_train.pruning import IGNORE, Kind, Pruner
+from mmprune_train.training.callbacks import MetricsWriter
+from mmprune_train.training.freezing import freeze
+from mmprune_train.training.module import InstructModule
+from mmprune_train.training.quiet import quiet
+from mmprune_train.training.stream import BatchStream, steps_of
+
+
+def sample(number: int) -> Sample:
+    """One image, a question and an answer whose length varies from sample to sample."""
+    generator = torch.Generator().manual_seed(number)
+    answer = 1 + 3 * (number % 4)
+    words = torch.randint(4, VOCAB, (4 + answer,), generator=generator)
+    ids = torch.cat([torch.tensor([1]), torch.full((PATCHES,), IMAGE_TOKEN), words])
+    kinds = [Kind.SPECIAL] + [Kind.VISUAL] * PATCHES + [Kind.PROMPT] * 4 + [Kind.ANSWER] * answer
+    kind = torch.tensor([int(k) for k in kinds])
+    labels = torch.where(kind == Kind.ANSWER, ids, IGNORE)
+    example = Example(str(number), ids, kind, torch.ones_like(ids), labels, n_images=1)
+    return Sample(example, [Path(f"{number}.png")], [torch.randn((3, SIDE, SIDE), generator=generator)])
+
+
+class Loader:
+    """Sixteen samples in batches of a given size."""
+
+    def __init__(self, batch_size: int) -> None:
+        self.batch_size = batch_size
+
+    def __len__(self) -> int:
+        return 16 // self.batch_size
+
+    def epoch(self, epoch: int, start: int) -> Iterator[Batch]:
+        for index in range(start, len(self)):
+            yield collate([sample(index * self.batch_size + i) for i in range(self.batch_size)])
+
+
+def fit(folder: Path, batch_size: int, window: int, pruner: str = "none") -> tuple[list[dict], PackedLlava]:
+    model = PackedLlava(tiny_llava(), Pruner(load_pruner(pruner)))
+    parts = freeze(model, StageConfig(train_projector=True, train_llm=True, lr=1e-3), adapters=False)
+    stream = BatchStream(Loader(batch_size), 3, window)
+    module = InstructModule(model, parts, OptimConfig(eps=1e-3, warmup_ratio=0.0), 3, seed=7)
+    with quiet():
+        trainer = pl.Trainer(
+            accelerator="cpu",
+            max_epochs=1,
+            accumulate_grad_batches=window,
+            enable_checkpointing=False,
+            enable_progress_bar=False,
+            enable_model_summary=False,
+            logger=False,
+            default_root_dir=folder,
+        )
+        trainer.callbacks += [MetricsWriter(folder / "metrics.jsonl", stream)]
+        trainer.fit(module, train_dataloaders=stream)
+    return [json.loads(line) for line in (folder / "metrics.jsonl").open()], model
+
+
+@pytest.mark.parametrize("pruner", ["none", "twostage"])
+def test_accumulation_changes_neither_loss_nor_weights(tmp_path: Path, pruner: str) -> None:
+    whole, model = fit(tmp_path / "whole", batch_size=8, window=1, pruner=pruner)
+    split, other = fit(tmp_path / "split", batch_size=2, window=4, pruner=pruner)
+    start = dict(tiny_llava().named_parameters())
+    assert len(whole) == len(split) == 3
+    for a, b in zip(whole, split, strict=True):
+        assert a["loss"] == pytest.approx(b["loss"], rel=1e-5)
+        for key in ("step", "samples", "supervised_tokens", "tokens_dense", "tokens_stage1", "tokens_stage2", "lr"):
+            assert a[key] == b[key], key
+    moved = 0.0
+    for (name, p), q in zip(model.hf.named_parameters(), other.hf.parameters(), strict=True):
+        torch.testing.assert_close(p, q, atol=2e-5, rtol=0)
+        moved = max(moved, float((p - start[name]).detach().abs().max()))
+    assert moved > 1e-3, "the steps were too small to tell"
+
+
+def test_the_loss_is_the_mean_over_supervised_tokens(tmp_path: Path) -> None:
+    rows, _ = fit(tmp_path, batch_size=8, window=1)
+    model = PackedLlava(tiny_llava(), Pruner(load_pruner("none")))
+    batch = next(Loader(8).epoch(0, 0))
+    output = model.forward_packed(batch.sequence, batch.pixel_values)
+    assert rows[0]["supervised_tokens"] == int(output.supervised) == batch.supervised
+    assert rows[0]["loss"] == pytest.approx(float(output.loss_sum) / batch.supervised, rel=1e-5)
+
+
+def test_metrics_have_the_contracts_keys(tmp_path: Path) -> None:
+    rows, _ = fit(tmp_path, batch_size=4, window=2, pruner="twostage")
+    keys = (
+        "step epoch loss lr samples tokens_dense tokens_stage1 tokens_stage2 tokens_layer_mean keep_ratio "
+        "visual_keep_ratio supervised_tokens step_seconds data_seconds tflops"
+    )
+    assert list(rows[0]) == keys.split()
+    assert [row["step"] for row in rows] == [1, 2, 3] and [row["epoch"] for row in rows] == [0.5, 1.0, 1.5]
+    for row in rows:
+        assert row["tokens_dense"] >= row["tokens_stage1"] >= row["tokens_layer_mean"] >= row["tokens_stage2"] > 0
+        assert row["keep_ratio"] == pytest.approx(row["tokens_layer_mean"] / row["tokens_dense"])
+        assert row["step_seconds"] > row["data_seconds"] > 0 and row["tflops"] > 0
+
+
+def test_windows_go_on_over_the_end_of_an_epoch_and_a_stream_goes_on_where_it_was() -> None:
+    def ids(stream: BatchStream) -> list[tuple[str, int]]:
+        return [(batch.ids[0], batch.window_supervised) for batch in stream]
+
+    whole = ids(BatchStream(Loader(4), steps=3, window=3))
+    assert [name for name, _ in whole] == ["0", "4", "8", "12", "0", "4", "8", "12", "0"]
+    assert len({supervised for _, supervised in whole[:3]}) == 1, "one denominator a window"
+    stream = BatchStream(Loader(4), steps=3, window=3)
+    batches = iter(stream)
+    for _ in range(3):
+        next(batches)
+    assert stream.state_dict() == {"handed_out": 3}, "what was read ahead is not yet handed out"
+    resumed = BatchStream(Loader(4), steps=3, window=3)
+    resumed.load_state_dict(stream.state_dict())
+    assert ids(resumed) == whole[3:] and len(resumed) == 9
+
+
+@pytest.mark.parametrize(
+    ("batches", "epochs", "window", "limit", "steps"),
+    [
+        (10, 1, 4, None, 2),
+        (10, 2, 4, None, 5),
+        (3, 1, 4, None, 1),
+        (10, 1, 1, 4, 4),
+        (2, 1, 1, 100, 100),
+    ],
+)
+def test_steps_of_a_stage(batches: int, epochs: int, window: int, limit: int | None, steps: int) -> None:
+    assert steps_of(batches, epochs, window, limit) == steps

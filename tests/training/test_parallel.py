@@ -1,0 +1,55 @@
+"""Two processes give what one gives: the loss and the weights do not know how the global batch was split."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from training.synthetic import overrides, write_dataset
+
+pytestmark = pytest.mark.slow
+
+# a large eps: AdamW does not hide a wrong scale of the gradients
+SETTINGS = (
+    "stages=[instruct]", "evaluate.after_train=false", "stage.instruct.max_steps=4", "stage.instruct.lr=0.02",
+    "stage.instruct.global_batch_size=8", "optim.eps=0.003",
+)  # fmt: skip
+
+
+def losses_and_weights(root: Path, runs: Path, *more: str) -> tuple[list[float], dict[str, torch.Tensor]]:
+    command = [sys.executable, "-m", "mmprune_train", *overrides(root, runs), *SETTINGS, *more]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stdout + done.stderr
+    folder = runs / "smoke" / "t" / "instruct"
+    rows = [json.loads(line) for line in (folder / "metrics.jsonl").open()]
+    return [row["loss"] for row in rows], load_file(folder / "model" / "model.safetensors")
+
+
+@pytest.fixture(scope="module")
+def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_dataset(tmp_path_factory.mktemp("data") / "squares")
+
+
+@pytest.fixture(scope="module")
+def alone(root: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[list[float], dict[str, torch.Tensor]]:
+    return losses_and_weights(root, tmp_path_factory.mktemp("alone"), "stage.instruct.batch_size=4")
+
+
+@pytest.mark.parametrize("strategy", ["ddp", "deepspeed_zero1", "deepspeed_zero2", "deepspeed_zero3"])
+def test_two_processes_equal_one(
+    strategy: str, root: Path, tmp_path: Path, alone: tuple[list[float], dict[str, torch.Tensor]]
+) -> None:
+    losses, weights = losses_and_weights(
+        root, tmp_path, f"strategy={strategy}", "trainer.devices=2", "stage.instruct.batch_size=2"
+    )
+    assert losses == pytest.approx(alone[0], rel=1e-5)
+    assert weights.keys() == alone[1].keys()
+    for name, weight in weights.items():
+        torch.testing.assert_close(weight, alone[1][name], atol=1e-5, rtol=0)

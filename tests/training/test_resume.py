@@ -1,0 +1,84 @@
+"""A run that is killed and started again goes on as if nothing had happened."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+from training.synthetic import overrides, write_dataset
+
+from mmprune_train.config.compose import compose_config
+from mmprune_train.config.schema import Config
+from mmprune_train.training.callbacks import MetricsWriter
+from mmprune_train.training.checkpoints import all_checkpoints
+from mmprune_train.training.run import run_stage
+from mmprune_train.training.rundir import RunDirectory, open_run
+
+
+class Killed(BaseException):
+    """Not an Exception: nothing on the way may catch it and save something."""
+
+
+@pytest.fixture(scope="module")
+def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_dataset(tmp_path_factory.mktemp("data") / "squares")
+
+
+def config_of(root: Path, runs: Path, *more: str) -> Config:
+    """LoRA with dropout, random scores, accumulation, several epochs: everything that has a state."""
+    return compose_config(
+        [
+            *overrides(root, runs),
+            "peft.dropout=0.3",
+            "pruner=random",
+            "stage.instruct.batch_size=2",
+            "stage.instruct.global_batch_size=4",
+            "stage.instruct.max_steps=9",
+            "trainer.checkpoint_every_steps=2",
+            *more,
+        ]
+    )
+
+
+def train(config: Config) -> tuple[list[dict[str, Any]], RunDirectory]:
+    run = open_run(config)
+    run_stage(config, "instruct", run, None)
+    return [json.loads(line) for line in (run.stage("instruct") / "metrics.jsonl").open()], run
+
+
+def test_killed_at_any_step_the_losses_are_bit_equal(
+    root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    whole, _ = train(config_of(root, tmp_path / "whole"))
+    assert len({row["loss"] for row in whole}) == 9 and whole[-1]["epoch"] > 1
+    write = MetricsWriter.on_step_end
+    config = config_of(root, tmp_path / "killed")
+    for step in (1, 4, 7):  # before the first checkpoint, at one, between two of them
+
+        def die(self: MetricsWriter, trainer: Any, module: Any, step: int = step) -> None:
+            write(self, trainer, module)
+            if trainer.global_step == step:
+                raise Killed
+
+        monkeypatch.setattr(MetricsWriter, "on_step_end", die)
+        with pytest.raises(Killed):
+            train(config)
+    monkeypatch.setattr(MetricsWriter, "on_step_end", write)
+    rows, run = train(config)
+    timeless = [
+        {k: v for k, v in row.items() if k not in ("step_seconds", "data_seconds", "tflops")} for row in (*whole, *rows)
+    ]
+    assert timeless[:9] == timeless[9:]
+    assert run.finished("instruct") and (run.model("instruct") / "model.safetensors").is_file()
+    assert len(all_checkpoints(run.stage("instruct") / "checkpoints")) == 1
+
+
+def test_a_checkpoint_holds_the_trained_weights_alone(root: Path, tmp_path: Path) -> None:
+    import torch
+
+    _, run = train(config_of(root, tmp_path, "stage.instruct.max_steps=2"))
+    (path,) = all_checkpoints(run.stage("instruct") / "checkpoints")
+    names = torch.load(path, weights_only=True)["state_dict"]
+    assert names and all("lora_" in name or "multi_modal_projector" in name for name in names)
