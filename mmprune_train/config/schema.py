@@ -68,6 +68,9 @@ class LlmConfig:
 class ProjectorConfig:
     name: str = "mlp2x_gelu"
     """`linear` (LLaVA) or `mlp2x_gelu` (LLaVA-1.5)."""
+    init: str = "torch"
+    """New weights: `torch` (PyTorch's default, as LLaVA's) or `unit_variance` (normal, variance 1 / inputs, no bias:
+    our choice for short runs, where visual tokens reach the scale of text at once)."""
 
 
 @dataclass
@@ -182,7 +185,7 @@ class StageConfig:
     """Samples per optimizer step over all devices; gradient accumulation follows from it."""
     epochs: int = 1
     max_steps: int | None = None
-    """Stop after this many optimizer steps; null: `epochs` decides."""
+    """Train exactly this many optimizer steps, over as many epochs as that takes; null: `epochs` decides."""
     max_length: int = 2048
     """Longest dense sequence in tokens; longer samples are cut at the end."""
     image_aspect_ratio: str = "square"
@@ -261,7 +264,8 @@ class TrainerConfig:
     """Processes per node."""
     num_nodes: int = 1
     precision: str = "auto"
-    """`auto` (bf16 where the hardware computes in it, else fp32), `bf16` or `fp32`."""
+    """`auto` (bf16 where the hardware computes in it, else fp32), `bf16` or `fp32`. With bf16 the frozen weights are
+    kept in bf16, the trained ones in fp32."""
     num_workers: int = 0
     """Processes that read and resize images, per device."""
     log_every: int = 10

@@ -23,7 +23,7 @@ SHA256 = "c92f6049f859aab177cbba8552ca76e3ca778b15b970ea5719df00beadd6f10c"
 COLOURS = ("black", "blue", "brown", "gray", "green", "red", "teal", "yellow")
 SHAPES = ("circle", "rectangle", "triangle")
 CAPTION_REQUEST = "Describe the image."
-FORMAT = 1
+FORMAT = 3
 """Raised when the files written here change."""
 
 Question = tuple[str, str, int]
@@ -31,7 +31,7 @@ Question = tuple[str, str, int]
 
 
 def prepare(root: Path) -> dict[str, Any]:
-    """Write images, `pretrain.json`, `instruct.json`, `evaluate.json` and `manifest.json` under `root`.
+    """Write images, `pretrain.json`, `instruct.json`, `instruct_open.json`, ... and `manifest.json`.
 
     Returns the manifest; does nothing where it is already there and the files have its checksums. Raises UserError
     where `root` holds something else or damaged files.
@@ -52,6 +52,8 @@ def prepare(root: Path) -> dict[str, Any]:
 
 def _checked(root: Path) -> dict[str, Any]:
     manifest: dict[str, Any] = json.loads((root / "manifest.json").read_text(encoding="utf-8"))
+    if manifest.get("format") != FORMAT:
+        raise UserError(f"data.root: {root} was written by another version; delete it and run `task=prepare` again")
     for name, expected in manifest["sha256"].items():
         if not (root / name).is_file() or sha256_of(root / name) != expected:
             raise UserError(f"data.root: {root / name} was changed or lost; delete {root} and run `task=prepare` again")
@@ -90,6 +92,8 @@ def _write(archive: zipfile.ZipFile, part: Path) -> None:
             for image, caption in captions
         ],
         "instruct.json": _questions("train", questions["train"]),
+        "instruct_open.json": [s for s in _questions("train", questions["train"]) if s["kind"] == "open"],
+        "instruct_balanced.json": balanced(_questions("train", questions["train"])),
         "evaluate.json": _questions("test", questions["test"]),
     }
     for name, samples in files.items():
@@ -106,6 +110,14 @@ def _write(archive: zipfile.ZipFile, part: Path) -> None:
         "sha256": {name: sha256_of(part / name) for name in files},
     }
     (part / "manifest.json").write_text(json.dumps(manifest, indent=2) + "\n", encoding="utf-8")
+
+
+def balanced(samples: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Every open question and, evenly spread over the file, as many yes/no ones: 74 % of the data set are yes/no."""
+    closed = [index for index, sample in enumerate(samples) if sample["kind"] == "yes_no"]
+    open_count = len(samples) - len(closed)
+    spread = {closed[number * len(closed) // open_count] for number in range(min(open_count, len(closed)))}
+    return [sample for index, sample in enumerate(samples) if sample["kind"] == "open" or index in spread]
 
 
 def _questions(split: str, questions: list[Question]) -> list[dict[str, Any]]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator, Sequence
 
+import torch
 from torch.utils.data import DataLoader, Dataset
 from transformers import PreTrainedTokenizerBase
 
@@ -79,6 +80,7 @@ def train_loader(
             samples_per_image=samples_per_image,
         ),
         num_workers,
+        pin=torch.cuda.is_available(),
     )
 
 

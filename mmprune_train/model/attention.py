@@ -84,6 +84,10 @@ def packed_attention(
     decides.
     """
     scaling = query.shape[-1] ** -0.5 if scaling is None else scaling
+    device = query.device.type
+    if torch.is_autocast_enabled(device):  # rotary tables in fp32 lift q and k out of the autocast dtype
+        half = torch.get_autocast_dtype(device)
+        query, key, value = query.to(half), key.to(half), value.to(half)
     if borders is not None:
         kernel = _flash_varlen if backend(query) == "flash_varlen" else _sdpa_per_sample
         return kernel(query, key, value, borders, scaling, dropout), None

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from torch import nn
 from transformers import (
     AutoConfig,
@@ -131,7 +132,9 @@ def make_linear(projector: LlavaMultiModalProjector) -> None:
     projector.linear_2.requires_grad_(False)
 
 
-def assemble(config: LlavaConfig, vision: PreTrainedModel, language: PreTrainedModel) -> LlavaForConditionalGeneration:
+def assemble(
+    config: LlavaConfig, vision: PreTrainedModel, language: PreTrainedModel, init: str = "torch"
+) -> LlavaForConditionalGeneration:
     """Put a tower and an LLM, as they are, into a LLaVA with a new projector; nothing is initialised twice."""
     with torch.device("meta"):
         hf = LlavaForConditionalGeneration(config)
@@ -139,6 +142,11 @@ def assemble(config: LlavaConfig, vision: PreTrainedModel, language: PreTrainedM
     hf.model.language_model = language.model
     hf.lm_head = language.lm_head
     projector = LlavaMultiModalProjector(config)
+    if init == "unit_variance":
+        for linear in (projector.linear_1, projector.linear_2):
+            nn.init.normal_(linear.weight, std=linear.in_features**-0.5)
+            if linear.bias is not None:
+                nn.init.zeros_(linear.bias)
     if config.projector_hidden_act == "linear":
         make_linear(projector)
     hf.model.multi_modal_projector = projector.to(language.dtype)
@@ -189,7 +197,7 @@ def build(config: Config, dtype: torch.dtype = torch.float32) -> tuple[PackedLla
     language = language_model(config.llm, folder, tokenizer, dtype)
     image_token = tokenizer.convert_tokens_to_ids(IMAGE_TOKEN)
     hf_config = llava_config(config.encoder, vision.config, language.config, config.projector.name, image_token)
-    hf = assemble(hf_config, vision, language)
+    hf = assemble(hf_config, vision, language, config.projector.init)
     processor = make_processor(config.encoder, tokenizer, config.llm.template)
     annotate = Annotator(get_template(config.llm.template, tokenizer), tokenizer, image_token)
     chunk = config.trainer.vision_chunk
@@ -234,8 +242,8 @@ def load_model(
     try:
         hf, info = LlavaForConditionalGeneration.from_pretrained(folder, dtype=dtype, **REPORT)
         processor = AutoProcessor.from_pretrained(folder)
-    except OSError as error:
-        raise UserError(f"{path}: {str(error).splitlines()[0]}") from error
+    except (OSError, ValueError, SafetensorError) as error:
+        raise UserError(f"{path}: not a whole model folder: {str(error).strip().splitlines()[0]}") from error
     complete(info, folder)
     saved = getattr(hf.config, "mmprune", None) or {}
     if isinstance(pruner, PrunerConfig):

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from mmprune_train.errors import UserError
+from mmprune_train.quiet import quiet
 
 COMPARED = (
     *("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads"),
@@ -22,7 +23,8 @@ def convert(file: Path, folder: Path, arch: dict[str, Any]) -> None:
     converters = {".gguf": gguf_to_folder, ".onnx": onnx_to_folder}
     if file.suffix not in converters:
         raise UserError(f"`wheel.file`: cannot convert {file.name}; known endings: {', '.join(converters)}")
-    converters[file.suffix](file, folder, arch)
+    with quiet():
+        converters[file.suffix](file, folder, arch)
 
 
 def gguf_to_folder(file: Path, folder: Path, arch: dict[str, Any]) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 
+import torch
 from torch import nn
 
 from mmprune_train.model.llava import PackedLlava
@@ -11,52 +12,66 @@ from mmprune_train.model.vision import family_of
 from mmprune_train.pruning import PruningTrace
 
 
+def _size(parameter: torch.Tensor) -> int:
+    return int(getattr(parameter, "ds_numel", parameter.numel()))  # ZeRO-3 leaves an empty tensor behind
+
+
 def _matmul(modules: Iterable[nn.Module]) -> tuple[int, int]:
     """Weights of the Linear and convolution layers inside, and those of them that are trained."""
     total = trained = 0
     for module in modules:
         for part in module.modules():
-            weight = getattr(part, "weight", None)
-            if isinstance(part, nn.Linear | nn.Conv2d) and weight is not None:
-                total += weight.numel()
-                trained += weight.numel() if weight.requires_grad else 0
+            if isinstance(part, nn.Linear | nn.Conv2d):
+                total += _size(part.weight)
+                trained += _size(part.weight) * part.weight.requires_grad
     return total, trained
 
 
-def step_flops(model: PackedLlava, trace: PruningTrace, images: int, supervised: int) -> float:
+def _any_trained(module: nn.Module) -> bool:
+    return any(parameter.requires_grad for parameter in module.parameters())
+
+
+class StepFlops:
     """FLOPs of one forward and backward pass (multiply and add counted apart), without recomputation.
 
     A matrix of n weights costs 2n a token forward, 2n backward for its input where a gradient flows through it, and 2n
-    more where it is trained. Attention costs 4 L^2 D forward over causal halves, twice that backward.
+    more where it is trained. Attention over L tokens of width D costs 4 L^2 D forward (half of it where causal) and
+    twice that backward.
 
     Args:
-        trace: what the pass kept. images: images encoded. supervised: positions with logits.
+        model: the network, frozen as it will be trained; its weights are counted here, once.
     """
-    hf = model.hf
-    language, tower, projector = hf.model.language_model, hf.model.vision_tower, hf.model.multi_modal_projector
-    layers = family_of(tower.config.model_type).layers(tower)
-    feature = model.config.vision_feature_layer
-    deepest = max(feature if isinstance(feature, list) else [feature])
-    depth = deepest if deepest >= 0 else len(layers) + 1 + deepest
-    patches = model.config.image_seq_length + 1
 
-    def cost(tokens: float, weights: tuple[int, int], gradient: bool) -> float:
-        total, trained = weights
-        return 2 * tokens * (total + (total if gradient else 0) + trained)
+    def __init__(self, model: PackedLlava) -> None:
+        language, tower = model.hf.model.language_model, model.hf.model.vision_tower
+        projector, head = model.hf.model.multi_modal_projector, model.hf.lm_head
+        blocks = family_of(tower.config.model_type).layers(tower)
+        feature = model.config.vision_feature_layer
+        indices = feature if isinstance(feature, list) else [feature]
+        depth = max(index if index >= 0 else len(blocks) + 1 + index for index in indices)
+        patches = model.config.image_seq_length + 1
+        vision = _any_trained(tower)
+        through = vision or _any_trained(projector) or _any_trained(language)
+        self.per_image = patches * _cost(_matmul(blocks[:depth]), vision)
+        self.per_image += depth * 4 * patches**2 * tower.config.hidden_size * (3 if vision else 1)
+        self.per_kept_patch = _cost(_matmul([projector]), vision)
+        self.per_token = torch.tensor([_cost(_matmul([layer]), through) for layer in language.layers]).double()
+        width = language.config.num_attention_heads * language.layers[0].self_attn.head_dim
+        self.per_token_pair = 2 * width * (3 if through else 1)
+        self.per_target = _cost((_size(head.weight), _size(head.weight) * head.weight.requires_grad), through)
 
-    vision_trained = any(p.requires_grad for p in tower.parameters())
-    encoder = cost(images * patches, _matmul(layers[:depth]), vision_trained)
-    width = tower.config.hidden_size
-    encoder += depth * images * 4 * patches**2 * width * (3 if vision_trained else 1)
-    kept = sum(map(len, trace.vision_kept))
-    total = encoder + cost(kept, _matmul([projector]), vision_trained)
+    def __call__(self, trace: PruningTrace, images: int, supervised: int) -> float:
+        """FLOPs of the pass that left this trace.
 
-    through = any(p.requires_grad for p in projector.parameters()) or vision_trained
-    through = through or any(p.requires_grad for p in language.parameters())
-    heads_width = language.config.num_attention_heads * language.layers[0].self_attn.head_dim
-    for layer, lengths in zip(language.layers, trace.layers, strict=True):
-        total += cost(float(lengths.sum()), _matmul([layer]), through)
-        total += 2 * float((lengths.double() ** 2).sum()) * heads_width * (3 if through else 1)
-    return total + cost(
-        supervised, (hf.lm_head.weight.numel(), hf.lm_head.weight.numel() * hf.lm_head.weight.requires_grad), through
-    )
+        Args:
+            trace: what the pass kept. images: images encoded. supervised: positions with logits.
+        """
+        lengths = torch.stack(trace.layers).double().cpu()  # [layers, B]
+        total = images * self.per_image + sum(map(len, trace.vision_kept)) * self.per_kept_patch
+        total += float((lengths.sum(1) * self.per_token).sum() + (lengths**2).sum() * self.per_token_pair)
+        return total + supervised * self.per_target
+
+
+def _cost(weights: tuple[int, int], gradient: bool) -> int:
+    total, trained = weights
+    return 2 * (total + total * gradient + trained)

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
 
 from mmprune_train.errors import UserError
@@ -43,8 +44,9 @@ def scoring_queries_keys(
     def query_keys(rows: Tensor) -> tuple[Tensor, Tensor]:
         attention = layer.self_attn
         normed = layer.input_layernorm(hidden)
-        query = attention.q_proj(normed[rows]).unflatten(-1, (-1, attention.head_dim))
-        keys = attention.k_proj(normed).unflatten(-1, (-1, attention.head_dim))
+        with without_dropout(attention.q_proj, attention.k_proj):
+            query = attention.q_proj(normed[rows]).unflatten(-1, (-1, attention.head_dim))
+            keys = attention.k_proj(normed).unflatten(-1, (-1, attention.head_dim))
         if hasattr(attention, "q_norm"):  # Qwen3 normalises each head
             query, keys = attention.q_norm(query), attention.k_norm(keys)
         query = apply_rotary_pos_emb(query, query, cos[rows], sin[rows])[0]
@@ -52,6 +54,19 @@ def scoring_queries_keys(
         return query * attention.scaling, keys
 
     return query_keys
+
+
+@contextmanager
+def without_dropout(*modules: nn.Module) -> Iterator[None]:
+    """Adapters drop at random while they train; what a token is worth should not depend on it."""
+    active = [part for module in modules for part in module.modules() if isinstance(part, nn.Dropout) and part.training]
+    for part in active:
+        part.training = False
+    try:
+        yield
+    finally:
+        for part in active:
+            part.training = True
 
 
 def rotary(language_model: Any, hidden: Tensor, position: Tensor) -> tuple[Tensor, Tensor]:

@@ -209,6 +209,9 @@ class PackedLlava(PreTrainedModel, GenerationMixin):
                 seen = hidden.detach()
                 keys = scoring_queries_keys(layer, seen, rotation[0][0], rotation[1][0])
                 mask, scores = self.pruner.keep_tokens(sequence, seen, keys)
+                if scores is None and self.training:  # other ranks score: under ZeRO-3 all must run the same modules
+                    with torch.no_grad():
+                        keys(torch.zeros(1, dtype=torch.long, device=seen.device))
                 if scores is not None:
                     trace.language_scores = scores if trace.language_scores is None else trace.language_scores
                     sequence, hidden = sequence.keep_with(mask, hidden)

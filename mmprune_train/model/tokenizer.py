@@ -58,7 +58,13 @@ def load_tokenizer(folder: Path | None) -> PreTrainedTokenizerBase:
 
     Raises UserError where only a slow tokenizer exists: labels come from character offsets, which it does not give.
     """
-    tokenizer = tiny_tokenizer() if folder is None else AutoTokenizer.from_pretrained(folder)
+    try:
+        tokenizer = tiny_tokenizer() if folder is None else AutoTokenizer.from_pretrained(folder)
+    except (OSError, ValueError, ImportError) as error:
+        reason = str(error).strip().splitlines()[0]
+        raise UserError(
+            f"llm.path: {folder} has no tokenizer that loads ({reason}); add its tokenizer files"
+        ) from error
     if not tokenizer.is_fast:
         raise UserError(f"{folder} has no fast tokenizer; add a tokenizer.json (save_pretrained of a fast one)")
     if tokenizer.pad_token is None:

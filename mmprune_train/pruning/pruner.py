@@ -83,7 +83,9 @@ def turn_groups(sequence: PackedSequence, visual_only: bool, lone_images: bool) 
     rows = active.nonzero().squeeze(1)
     order = torch.arange(count, device=device)
     closing = torch.full((size,), -1, dtype=torch.long, device=device)
-    open_text = ~answer
+    reply = torch.full((size,), count, dtype=torch.long, device=device)
+    reply = reply.scatter_reduce(0, key[answer], order[answer], "amin")  # where each turn's answer begins
+    open_text = ~answer & (order < reply[key])
     closing = closing.scatter_reduce(0, key[open_text], order[open_text], "amax")
     return Groups(
         candidate=candidate & (group >= 0),

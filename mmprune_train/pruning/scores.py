@@ -17,6 +17,11 @@ CHUNK = 1 << 25
 """Most attention logits held at once, entries."""
 
 
+def full_precision(like: Tensor) -> torch.autocast:
+    """No autocast: a score in bf16 has 8 bits, which ties tokens and moves knees."""
+    return torch.autocast(like.device.type, enabled=False)
+
+
 @dataclass
 class VisionView:
     """What a stage-1 score may look at. `I` images, `N` patches, `D` width, `H` heads of width `d`."""
@@ -44,7 +49,8 @@ def cls_attention(view: VisionView) -> Float[Tensor, "I N"]:
     """[I, N] softmax over the patches of q_cls . k_patch / sqrt(d), mean over heads."""
     _needs_cls(view, "cls_attention")
     query, keys = view.cls_query_keys()  # type: ignore[misc]
-    logits = torch.einsum("ihd,inhd->ihn", query.float(), keys.float())
+    with full_precision(query):
+        logits = torch.einsum("ihd,inhd->ihn", query.float(), keys.float())
     return logits.softmax(-1).mean(1)
 
 
@@ -119,7 +125,8 @@ def _attention(
         segment = view.group_segment[part]
         real = torch.arange(most_rows, device=keys.device) < votes[part, None]  # [g, R]
         sees = (column <= place_table[part][..., None]) & (column < lengths[segment][:, None, None])  # [g, R, L]
-        logits = torch.einsum("grkmd,glkd->gkmrl", query_table[part], key_table[segment])
+        with full_precision(keys):
+            logits = torch.einsum("grkmd,glkd->gkmrl", query_table[part], key_table[segment])
         chance = logits.masked_fill(~sees[:, None, None], -torch.inf).softmax(-1).mean((1, 2))  # [g, R, L]
         first = sees & (real & ~spare_table[part])[..., None]
         second = sees & (real & spare_table[part])[..., None]

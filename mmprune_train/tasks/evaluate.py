@@ -16,10 +16,10 @@ from mmprune_train.errors import UserError
 from mmprune_train.evaluation.questions import read_questions
 from mmprune_train.evaluation.run import evaluate, result_table
 from mmprune_train.model.build import load_model
+from mmprune_train.quiet import quiet
 from mmprune_train.tasks.prepare import prepare_data
 from mmprune_train.training.files import write_json
 from mmprune_train.training.precision import choose_accelerator, choose_precision
-from mmprune_train.training.quiet import quiet
 
 
 def run(config: Config) -> dict[str, Any]:
@@ -29,7 +29,7 @@ def run(config: Config) -> dict[str, Any]:
         raise UserError(f"ckpt= is not given and {source} has no run; give ckpt=FOLDER or train first")
     chosen, pruner = with_run_settings(config, source)
     name = f"evaluate-{chosen.pruner.name}" if pruner else "evaluate"
-    folder = source / name if source.is_dir() else run_dir(config) / name
+    folder = source / name if (source / "manifest.json").is_file() else run_dir(config) / name
     prepare_data(chosen, ["evaluate"])
     result = evaluate_folder(chosen, config.ckpt or source, folder, pruner)
     write_json(folder / "result.json", result)

@@ -14,11 +14,11 @@ from mmprune_train.errors import UserError
 from mmprune_train.evaluation.generate import load_images
 from mmprune_train.evaluation.questions import Question
 from mmprune_train.model.build import load_model
+from mmprune_train.quiet import quiet
 from mmprune_train.reporting.figures import PrunedImage, PrunedText, draw
 from mmprune_train.reporting.tables import table
 from mmprune_train.tasks.evaluate import prompt_template, with_run_settings
 from mmprune_train.training.files import write_json
-from mmprune_train.training.quiet import quiet
 
 
 def run(config: Config) -> dict[str, Any]:

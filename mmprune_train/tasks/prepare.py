@@ -19,7 +19,7 @@ def run(config: Config) -> dict[str, Any]:
     found = {**prepare_data(config, splits), **prepare_weights(config)}
     result = {what: str(place) if place else None for what, place in found.items()}
     print(table([[what, place or "random initialisation"] for what, place in result.items()], ["ready", "where"]))
-    write_json(run_dir(config) / "result.json", result)
+    write_json(run_dir(config) / "prepare" / "result.json", result)
     return result
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -22,11 +23,15 @@ def run(config: Config) -> dict[str, Any]:
         raise UserError(f"stages: there is no stage {unknown[0]!r}; this run has {', '.join(config.stage)}")
     found = RunDirectory(run_dir(config), writable=False)
     todo = [name for name in config.stages if config.restart or not found.finished(name)]
+    evaluates = config.evaluate.after_train and config.data.evaluate.annotations is not None
+    if config.evaluate.after_train and not evaluates and main:
+        print("data.evaluate.annotations is not set: nothing will be evaluated after training", flush=True)
+    asked = {"evaluate": asdict(config.evaluate), "data": asdict(config.data.evaluate)} if evaluates else None
     result = None if todo else found.result
-    if result is not None and config.evaluate.after_train and "evaluate" not in result:
-        result = None
+    if result is not None and result.get("evaluated_with") != asked:
+        result = None  # other questions than those the finished run was asked
     if result is None:  # before the run directory is made: a run that cannot start leaves nothing behind
-        prepare_data(config, [*todo, *(["evaluate"] if config.evaluate.after_train else [])])
+        prepare_data(config, [*todo, *(["evaluate"] if evaluates else [])])
         prepare_weights(config)
     directory = open_run(config, writable=main)
     if todo:
@@ -35,11 +40,12 @@ def run(config: Config) -> dict[str, Any]:
         return {}
     if result is None:
         result = {"run": str(directory.path), "stages": stage_summaries(directory, config.stages)}
-        if config.evaluate.after_train:
+        if evaluates:
             from mmprune_train.tasks.evaluate import evaluate_folder
 
             trained = directory.model(config.stages[-1])
             result["evaluate"] = evaluate_folder(config, trained, directory.path / "evaluate")
+            result["evaluated_with"] = asked
         directory.write_result(result)
     print(f"\n{result_text(result)}\n\n{directory.path}", flush=True)
     return result
@@ -52,7 +58,10 @@ def _train(config: Config, directory: RunDirectory, todo: list[str], main: bool)
     if main:
         directory.update(base_weights=describe(config))
     for name in todo:
-        run_stage(config, name, directory, start_of(config, directory, name))
+        start = start_of(config, directory, name)
+        if main:
+            print(f"\n{name} starts from {start or 'the base weights and a new projector'}", flush=True)
+        run_stage(config, name, directory, start)
 
 
 def start_of(config: Config, directory: RunDirectory, stage: str) -> Path | None:

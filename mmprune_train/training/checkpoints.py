@@ -24,15 +24,32 @@ class Checkpoints(StepWatch):
     """Saves every `every` steps and keeps the last `keep`. Must come after MetricsWriter, so that a checkpoint never
     knows of a step that metrics.jsonl does not."""
 
-    def __init__(self, folder: Path, every: int, keep: int) -> None:
+    def __init__(self, folder: Path, every: int, keep: int, last: int) -> None:
+        """Args:
+        folder: the stage's checkpoints/. every: optimizer steps between two; 0: only at the end.
+        keep: how many stay. last: the stage's last step, which is always saved.
+        """
         super().__init__()
+        self.last = last
         self.folder = folder
         self.every = every
         self.keep = max(1, keep)
 
+    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        super().on_train_start(trainer, pl_module)
+        if trainer.is_global_zero:
+            self.folder.mkdir(parents=True, exist_ok=True)
+
     def on_step_end(self, trainer: pl.Trainer, pl_module: Any) -> None:
-        if self.every > 0 and trainer.global_step % self.every == 0:
+        step = trainer.global_step
+        if step == self.last or (self.every > 0 and step % self.every == 0):
             self.save(trainer)
+
+    def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
+        if isinstance(exception, KeyboardInterrupt) and trainer.is_global_zero:
+            done = all_checkpoints(self.folder)
+            kept = f"after step {int(done[-1].stem.removeprefix('step-'))}" if done else "from the stage's start"
+            print(f"\ninterrupted; the same command continues {kept}", flush=True)
 
     def save(self, trainer: pl.Trainer) -> None:
         """Every rank must call this."""

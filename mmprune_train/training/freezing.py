@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass
 
+import torch
 from torch import nn
 
 from mmprune_train.config.schema import StageConfig
@@ -90,6 +91,13 @@ def freeze(model: PackedLlava, stage: StageConfig, adapters: bool) -> list[Part]
     if not any(part.trainable for part in report):
         raise UserError("this stage trains nothing: set train_projector, train_llm or train_vision to true")
     return report
+
+
+def store_frozen(model: nn.Module, dtype: torch.dtype) -> None:
+    """Keep frozen weights in the dtype they are computed in: half the memory, no cast at each use."""
+    for parameter in model.parameters():
+        if not parameter.requires_grad and parameter.is_floating_point():
+            parameter.data = parameter.data.to(dtype)
 
 
 def freezing_table(parts: list[Part], title: str) -> str:

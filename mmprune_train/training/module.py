@@ -11,7 +11,7 @@ from torch import Tensor
 
 from mmprune_train.config.schema import OptimConfig
 from mmprune_train.data.batch import Batch
-from mmprune_train.model.flops import step_flops
+from mmprune_train.model.flops import StepFlops
 from mmprune_train.model.llava import PackedLlava
 from mmprune_train.training.freezing import Part
 from mmprune_train.training.optim import adamw, parameter_groups, schedule
@@ -55,6 +55,7 @@ class MultimodalModule(pl.LightningModule):
         self.optim = optim
         self.total_steps = total_steps
         self.seed = seed
+        self.flops = StepFlops(model)
         self.window_supervised = 0
         self.totals = dict.fromkeys(TOTALS, 0.0)
         self.rate = 0.0
@@ -85,7 +86,7 @@ class MultimodalModule(pl.LightningModule):
         self.totals["supervised"] += int(output.supervised)
         self.totals["samples"] += batch.sequence.samples
         images = 0 if batch.pixel_values is None else len(batch.pixel_values)
-        self.totals["flops"] += float(step_flops(self.model, output.trace, images, int(output.supervised)))
+        self.totals["flops"] += float(self.flops(output.trace, images, int(output.supervised)))
         return output.loss_sum * (self._split() / max(1, self.window_supervised))
 
     def _split(self) -> float:

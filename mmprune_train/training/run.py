@@ -16,15 +16,15 @@ from mmprune_train.data.images import image_processor
 from mmprune_train.errors import UserError
 from mmprune_train.model.build import build, load_model
 from mmprune_train.model.peft import add_adapters, merge_adapters
+from mmprune_train.quiet import quiet
 from mmprune_train.training.callbacks import MetricsWriter, progress
 from mmprune_train.training.checkpoints import Checkpoints, last_checkpoint
 from mmprune_train.training.files import read_jsonl
-from mmprune_train.training.freezing import freeze, freezing_table
+from mmprune_train.training.freezing import freeze, freezing_table, store_frozen
 from mmprune_train.training.inputs import stage_loader, template_of
 from mmprune_train.training.loggers import build_loggers
 from mmprune_train.training.module import MODULES
 from mmprune_train.training.precision import Precision, choose_accelerator, choose_precision
-from mmprune_train.training.quiet import quiet
 from mmprune_train.training.rundir import RunDirectory
 from mmprune_train.training.strategies import build_strategy, whole_weights
 from mmprune_train.training.stream import BatchStream, steps_of
@@ -45,8 +45,6 @@ def run_stage(config: Config, name: str, run: RunDirectory, start_from: Path | N
     folder = run.stage(name)
     accelerator = choose_accelerator(config.trainer.accelerator)
     precision = choose_precision(config.trainer.precision, accelerator)
-    if accelerator == "cpu":
-        os.environ.setdefault("DS_ACCELERATOR", "cpu")  # else DeepSpeed, once imported, warns that it found no GPU
     pl.seed_everything(config.seed, verbose=False)
     adapters = stage.use_peft and config.peft.name != "none" and stage.train_llm
     with quiet():
@@ -54,6 +52,7 @@ def run_stage(config: Config, name: str, run: RunDirectory, start_from: Path | N
         if adapters:
             add_adapters(model, config.peft)
         parts = freeze(model, stage, adapters)
+        store_frozen(model, precision.dtype)
         if stage.gradient_checkpointing:
             model.activation_checkpointing_enable(activation_checkpointing_kwargs={"use_reentrant": False})
     model.vision_chunk = config.trainer.vision_chunk
@@ -63,7 +62,9 @@ def run_stage(config: Config, name: str, run: RunDirectory, start_from: Path | N
     window = accumulation(stage, world, name)
     resume = last_checkpoint(folder / "checkpoints")
     resumed_step = int(resume.stem.removeprefix("step-")) if resume else 0
-    loggers = build_loggers(config.logger, folder, f"{config.experiment_name}-{run.path.name}-{name}", resumed_step)
+    loggers = build_loggers(
+        config.logger, folder, f"{config.experiment_name}-{run.path.name}-{name}-{stamp(run)}", resumed_step
+    )
     with quiet():
         trainer = pl.Trainer(
             **trainer_options, accumulate_grad_batches=window, default_root_dir=folder, logger=loggers or False
@@ -75,7 +76,8 @@ def run_stage(config: Config, name: str, run: RunDirectory, start_from: Path | N
     stream = BatchStream(loader, steps, window)
     module = MODULES[name](model, parts, config.optim, steps, config.seed)
     metrics = MetricsWriter(folder / "metrics.jsonl", stream)
-    saves = Checkpoints(folder / "checkpoints", config.trainer.checkpoint_every_steps, config.trainer.keep_checkpoints)
+    every, kept = config.trainer.checkpoint_every_steps, config.trainer.keep_checkpoints
+    saves = Checkpoints(folder / "checkpoints", every, kept, last=steps)
     trainer.callbacks += [metrics, progress(name, steps, config.trainer.log_every, metrics), saves]
 
     if trainer.is_global_zero:
@@ -98,6 +100,11 @@ def run_stage(config: Config, name: str, run: RunDirectory, start_from: Path | N
     found = summary(folder / "metrics.jsonl") if trainer.is_global_zero else {}
     run.update_stage(name, state="done", wall_minutes=(time.perf_counter() - began) / 60, **found)
     return found
+
+
+def stamp(run: RunDirectory) -> str:
+    """When the run directory was made, in digits: a run started over gets new pages in the loggers."""
+    return "".join(filter(str.isdigit, str(run.manifest.get("created", ""))))[:14]
 
 
 def accumulation(stage: StageConfig, world: int, name: str) -> int:

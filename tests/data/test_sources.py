@@ -76,7 +76,8 @@ def test_a_folder_with_other_files_is_left_alone(tmp_path: Path) -> None:
 def test_easy_vqa_is_written_once_with_the_official_splits(tmp_path: Path) -> None:
     root = tmp_path / "easy_vqa"
     manifest = prepare(root)
-    counts = {"pretrain": 3961, "instruct": 38575, "evaluate": 9673, "train_images": 4000, "test_images": 1000}
+    counts = {"pretrain": 3961, "instruct": 38575, "instruct_balanced": 20336, "instruct_open": 10168}
+    counts |= {"evaluate": 9673, "train_images": 4000, "test_images": 1000}
     assert manifest["counts"] == counts
     test = read_records(root / "evaluate.json", root / "images")
     assert test[0].turns[0].question == "<image>\nwhat is the red shape?" and test[0].turns[0].answer == "triangle"

@@ -91,3 +91,10 @@ def test_the_pruning_package_imports_nothing_heavier_than_torch() -> None:
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "[]"
+
+
+def test_the_closing_token_is_the_last_before_the_answer() -> None:
+    """A chat template's newline after an answer belongs to the turn, but has seen the answer."""
+    sample = [(V, 1), (V, 1), (P, 1), (S, 1), (A, 1), (S, 1), (V, 2), (V, 2), (P, 2), (S, 2), (A, 2), (S, 2)]
+    groups = turn_groups(packed([sample], targets={3: 104, 9: 110}), visual_only=False, lone_images=False)
+    assert groups.closing.tolist() == [3, 9]

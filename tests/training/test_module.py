@@ -17,10 +17,10 @@ from mmprune_train.data.batch import Batch, Sample, collate
 from mmprune_train.data.encode import Example
 from mmprune_train.model.llava import PackedLlava
 from mmprune_train.pruning import IGNORE, Kind, Pruner
+from mmprune_train.quiet import quiet
 from mmprune_train.training.callbacks import MetricsWriter
 from mmprune_train.training.freezing import freeze
 from mmprune_train.training.module import InstructModule
-from mmprune_train.training.quiet import quiet
 from mmprune_train.training.stream import BatchStream, steps_of
 
 

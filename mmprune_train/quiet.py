@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import os
 import sys
 import warnings
 from collections.abc import Iterator
 
+import torch
 from transformers.utils import logging as transformers_logging
 
 LOGGERS = ("pytorch_lightning", "lightning_fabric", "lightning.fabric", "DeepSpeed")
@@ -25,6 +27,8 @@ EXPECTED = (
 @contextlib.contextmanager
 def quiet() -> Iterator[None]:
     """Errors, and warnings that are not among `EXPECTED`, still come through."""
+    if not torch.cuda.is_available():  # else DeepSpeed, which other libraries import, warns that it found no GPU
+        os.environ.setdefault("DS_ACCELERATOR", "cpu")
     loggers = [logging.getLogger(name) for name in LOGGERS]
     levels = [logger.level for logger in loggers]
     bars = transformers_logging.is_progress_bar_enabled()

@@ -1,0 +1,69 @@
+"""Every option of the config groups trains and evaluates at tiny size, one override at a time."""
+
+from __future__ import annotations
+
+import math
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from training.synthetic import overrides, write_dataset
+
+from mmprune_train.config.compose import compose_config
+from mmprune_train.config.paths import options
+from mmprune_train.tasks import train
+
+SHORT = (
+    "stage.pretrain.max_steps=1", "stage.instruct.max_steps=1", "evaluate.limit=2", "evaluate.max_new_tokens=2",
+)  # fmt: skip
+FREE = ("knee", "pruner", "projector", "peft", "logger", "optim")
+SINGLE = [f"{group}={name}" for group in FREE for name in options(group)]
+KEYS = [
+    "pruner.language.layer=1", "pruner.language.layer=[1,3]", "pruner.language.score=text_cosine",
+    "pruner.language.score=last_token_attention", "pruner.language.candidates=visual",
+    "pruner.language.no_text=last_token_attention", "pruner.language.positions=contiguous",
+    "pruner.vision.positions=original", "pruner.vision.score=cls_cosine", "pruner.vision.score=pooled_cosine",
+    "pruner.language.knee.method=fixed_count", "encoder.feature_layer=-1", "optim.schedule=constant",
+    "optim.grad_clip=1.0", "llm.template=v1", "logger=[wandb,csv]", "stage.instruct.gradient_checkpointing=true",
+    "stage.instruct.samples_per_image=2", "stage.instruct.train_vision=true", "trainer.num_workers=1",
+    "trainer.precision=bf16",
+]  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_dataset(tmp_path_factory.mktemp("data") / "squares")
+
+
+def check(root: Path, runs: Path, *more: str) -> dict:
+    result = train.run(compose_config([*overrides(root, runs), *SHORT, *more]))
+    for stage in ("pretrain", "instruct"):
+        assert math.isfinite(result["stages"][stage]["loss"])
+        assert (runs / "smoke" / "t" / stage / "model" / "model.safetensors").is_file()
+    assert set(result["evaluate"]["accuracy"]) == {"open", "yes_no"}
+    return result
+
+
+@pytest.mark.parametrize("override", [*SINGLE, *KEYS])
+def test_a_single_override_trains_and_evaluates(override: str, root: Path, tmp_path: Path) -> None:
+    result = check(root, tmp_path, override)
+    if override == "pruner=none":
+        assert result["evaluate"]["keep_ratio"] == 1.0
+    elif override.startswith(("pruner=", "knee=")) and override != "knee=fixed_count":  # 64 is more than there is
+        assert result["evaluate"]["keep_ratio"] < 1.0
+
+
+def test_several_overrides_go_together(root: Path, tmp_path: Path) -> None:
+    check(root, tmp_path, "knee=max_chord", "pruner.language.layer=1", "llm=tiny_llama", "encoder=tiny_clip")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("strategy", options("strategy"))
+def test_every_strategy_trains_on_one_process(strategy: str, root: Path, tmp_path: Path) -> None:
+    command = [sys.executable, "-m", "mmprune_train", *overrides(root, tmp_path), *SHORT, f"strategy={strategy}"]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "accuracy" in done.stdout
