@@ -179,4 +179,6 @@ def test_an_adapter_target_that_does_not_exist_is_named() -> None:
 def test_a_new_projector_can_start_at_unit_variance() -> None:
     model, _ = build(compose_config(["+experiment=smoke", "projector.init=unit_variance"]))
     first = model.hf.model.multi_modal_projector.linear_1
-    assert float(first.weight.detach().std()) == pytest.approx(first.in_features**-0.5, rel=0.1) and not first.bias.any()
+    assert (
+        float(first.weight.detach().std()) == pytest.approx(first.in_features**-0.5, rel=0.1) and not first.bias.any()
+    )
