@@ -55,7 +55,9 @@ def kneedle(curve: Curve, lengths: Lengths, sensitivity: float = 1.0, no_knee: s
     """Kneedle (Satopaa et al. 2011) for convex decreasing curves, the first knee found from the left.
 
     The difference curve is the normalised, flipped curve minus the diagonal. A local maximum is a knee when the curve
-    falls below that maximum minus `sensitivity` times the mean step in x before it reaches a local minimum.
+    falls below that maximum minus `sensitivity` times the mean step in x before it reaches a local minimum. The curve's
+    first point is an end, not a bend (our choice): a curve that starts flat or concave is not cut down to one token.
+    On convex curves, which the method is made for, this is the `kneed` package's answer to the token.
 
     Args:
         curve: descending scores [B, N].
@@ -75,7 +77,7 @@ def kneedle(curve: Curve, lengths: Lengths, sensitivity: float = 1.0, no_knee: s
     difference = 1 - y - x  # [B, N]
     before = torch.cat([difference[:, :1], difference[:, :-1]], dim=1)
     after = difference.gather(1, (rank + 1).minimum(last))  # the last valid entry is its own successor
-    peak = (difference >= before) & (difference >= after)
+    peak = (difference >= before) & (difference >= after) & (rank > 0)
     valley = (difference <= before) & (difference <= after)
     last_peak = torch.where(peak, rank, -1).cummax(1).values
     last_valley = torch.where(valley, rank, -1).cummax(1).values
