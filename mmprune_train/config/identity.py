@@ -23,6 +23,7 @@ NOT_DECISIVE = frozenset(
         "trainer.num_workers", "trainer.log_every", "trainer.checkpoint_every_steps", "trainer.keep_checkpoints",
         "trainer.vision_chunk",
         "data.evaluate",
+        "data.blind",
     }
 )  # fmt: skip
 """Keys (with all below them) that may change between two starts of one run without changing what it trains."""

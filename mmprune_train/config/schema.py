@@ -159,6 +159,8 @@ class DataConfig:
     pretrain: SplitConfig = field(default_factory=SplitConfig)
     instruct: SplitConfig = field(default_factory=SplitConfig)
     evaluate: SplitConfig = field(default_factory=SplitConfig)
+    blind: str | None = None
+    """Annotation file whose answers give the blind majority of each question; null: those of `instruct`."""
 
 
 @dataclass

@@ -100,10 +100,12 @@ def prompt_template(model: Any, processor: Any, config: Config) -> Any:
 
 def training_answers(config: Config) -> list[tuple[str, str]]:
     """(question, answer) of the instruction data, all of it; empty where there is none."""
-    if not config.data.instruct.annotations:
+    file = config.data.blind or config.data.instruct.annotations
+    if not file:
         return []
+    data = replace(config.data, instruct=replace(config.data.instruct, annotations=file))
     try:
-        annotations, images = split_files(config.data, "instruct")
+        annotations, images = split_files(data, "instruct")
     except UserError:
         return []
     turns = [turn for record in read_records(annotations, images) for turn in record.turns]
