@@ -108,6 +108,7 @@ def check_pruner(pruner: PrunerConfig) -> None:
     language = pruner.language
     _one_of("pruner.language.score", language.score, LANGUAGE_SCORES)
     _one_of("pruner.language.candidates", language.candidates, ("visual_and_text", "visual"))
+    _one_of("pruner.language.ranking", language.ranking, ("per_kind", "joint"))
     _one_of("pruner.language.no_text", language.no_text, ("keep_all", "last_token_attention"))
     _one_of("pruner.language.positions", language.positions, POSITIONS)
     check_knee("pruner.language.knee", language.knee)

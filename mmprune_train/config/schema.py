@@ -122,6 +122,9 @@ class LanguageStageConfig:
     knee: KneeConfig = field(default_factory=_follow("knee"))
     candidates: str = "visual_and_text"
     """What may be dropped: `visual_and_text` (visual and prompt-text tokens) or `visual`."""
+    ranking: str = "per_kind"
+    """`per_kind`: a turn's visual tokens have a curve and a knee of their own, its text tokens another; `joint`: both
+    kinds share one, where text, which attends to its neighbours, leaves few visual tokens."""
     no_text: str = "keep_all"
     """A turn without question text (the plain template): `keep_all` or `last_token_attention`."""
     positions: str = "original"

@@ -14,7 +14,7 @@ from mmprune_train.errors import UserError
 from mmprune_train.pruning.budgets import budget_parameters, find_knee
 from mmprune_train.pruning.packed import IGNORE, Kind, PackedSequence
 from mmprune_train.pruning.scores import LANGUAGE_SCORES, VISION_SCORES, LanguageView, VisionView
-from mmprune_train.pruning.selection import pad, top_mask
+from mmprune_train.pruning.selection import columns, pad, top_mask
 
 
 def _lookup(table: dict, name: str, key: str) -> Callable:
@@ -159,9 +159,14 @@ class Pruner:
             raters = torch.cat([raters, groups.closing[~voted]]).sort().values
         view = LanguageView(sequence, hidden, query_keys, groups.group, groups.segment, raters, groups.closing)
         scores = self._language_score(view)
-        rows = groups.group[groups.candidate]
-        table, lengths = pad(scores[groups.candidate], rows, len(groups.segment))
+        rows = groups.group[groups.candidate]  # [M]
+        if stage.ranking == "per_kind":  # a turn's visual tokens are one row, its text tokens another
+            rows = 2 * rows + (~sequence.visual[groups.candidate])
+        row, order = rows.unique(return_inverse=True)[1].sort(stable=True)
+        table, lengths = pad(scores[groups.candidate][order], row, int(row[-1]) + 1)
         kept = top_mask(table, _counts(table, lengths, stage.knee), lengths)
-        column = torch.arange(len(rows), device=rows.device) - (lengths.cumsum(0) - lengths)[rows]
-        everything[groups.candidate] = kept[rows, column]
+        column, _ = columns(row, len(lengths))
+        chosen = torch.zeros_like(rows, dtype=torch.bool)
+        chosen[order] = kept[row, column]
+        everything[groups.candidate] = chosen
         return everything, scores.masked_fill(~groups.candidate, torch.nan)

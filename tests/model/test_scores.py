@@ -69,11 +69,12 @@ def test_recomputed_queries_and_keys_are_the_layers_own(text: str) -> None:
     torch.testing.assert_close(chance, reference.attentions[2][0][:, [6, 9]], rtol=1e-5, atol=1e-6)
 
 
+@pytest.mark.parametrize("ranking", ["per_kind", "joint"])
 @pytest.mark.parametrize("images", [[1], [1, 0, 2, 1, 1]])
-def test_stage_two_equals_a_slow_rederivation(images: list[int]) -> None:
+def test_stage_two_equals_a_slow_rederivation(images: list[int], ranking: str) -> None:
     """text_attention and kneedle, one sample at a time, from eager attention matrices of plain transformers."""
     hf = tiny_llava()
-    model = packed(hf, {"name": "language_only", "language": {"layer": 2}})
+    model = packed(hf, {"name": "language_only", "language": {"layer": 2, "ranking": ranking}})
     texts = [12, 9, 8, 6, 15][: len(images)]
     inputs = tiny_inputs(images, texts)
     with torch.no_grad():
@@ -94,11 +95,15 @@ def test_stage_two_equals_a_slow_rederivation(images: list[int]) -> None:
         attention = full.attentions[2][row].mean(0)[:length, :length]  # mean over heads
         raters = [t for t in range(length) if kind[t] == Kind.PROMPT]
         candidates = [t for t in range(length - 1) if kind[t] in (Kind.PROMPT, Kind.VISUAL)]
-        scores = torch.stack(
-            [torch.stack([attention[r, t] for r in raters if r >= t] or [attention[-1, t]]).mean() for t in candidates]
-        )
-        count = int(find_knee(scores[None], "kneedle"))
-        best = {candidates[i] for i in scores.argsort(descending=True, stable=True)[:count].tolist()}
+        rows = [candidates]
+        if ranking == "per_kind":
+            rows = [[t for t in candidates if kind[t] == wanted] for wanted in (Kind.VISUAL, Kind.PROMPT)]
+        best = set()
+        for tokens in rows:
+            votes = [[attention[r, t] for r in raters if r >= t] or [attention[-1, t]] for t in tokens]
+            scores = torch.stack([torch.stack(seen).mean() for seen in votes])
+            count = int(find_knee(scores[None], "kneedle"))
+            best |= {tokens[i] for i in scores.argsort(descending=True, stable=True)[:count].tolist()}
         expected = [t for t in range(length) if t in best or t not in candidates]
         assert kept.tolist() == expected
 
