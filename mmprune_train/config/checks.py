@@ -35,7 +35,7 @@ def check(config: Config) -> None:
     check_encoder(config.encoder)
     check_llm(config.llm)
     _one_of("projector.name", config.projector.name, ("linear", "mlp2x_gelu"))
-    _one_of("projector.init", config.projector.init, ("torch", "unit_variance"))
+    _one_of("projector.init", config.projector.init, ("torch", "unit_variance", "matched"))
     check_knee("knee", config.knee)
     check_pruner(config.pruner)
     _check_pruner_fits(config)

@@ -69,8 +69,9 @@ class ProjectorConfig:
     name: str = "mlp2x_gelu"
     """`linear` (LLaVA) or `mlp2x_gelu` (LLaVA-1.5)."""
     init: str = "torch"
-    """New weights: `torch` (PyTorch's default, as LLaVA's) or `unit_variance` (normal, variance 1 / inputs, no bias:
-    our choice for short runs, where visual tokens reach the scale of text at once)."""
+    """New weights: `torch` (PyTorch's default, as LLaVA's); `unit_variance` (normal, variance 1 / inputs, no bias);
+    `matched` (the same, then fitted to the features of 64 images of the first stage: inputs standardised, outputs at
+    the scale of the text embeddings). The last two are our choice for short runs."""
 
 
 @dataclass

@@ -9,7 +9,6 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError
-from torch import nn
 from transformers import (
     AutoConfig,
     AutoModel,
@@ -22,7 +21,6 @@ from transformers import (
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
-from transformers.models.llava.modeling_llava import LlavaMultiModalProjector
 
 from mmprune_train.config.compose import load_pruner
 from mmprune_train.config.schema import Config, EncoderConfig, LlmConfig, PrunerConfig
@@ -31,6 +29,7 @@ from mmprune_train.data.images import image_processor
 from mmprune_train.data.templates import get_template
 from mmprune_train.errors import UserError
 from mmprune_train.model.llava import PackedLlava
+from mmprune_train.model.projector import new_projector
 from mmprune_train.model.tokenizer import IMAGE_TOKEN, load_tokenizer
 from mmprune_train.model.weights import encoder_folder, llm_folder
 from mmprune_train.pruning import Pruner
@@ -123,15 +122,6 @@ def llava_config(
     )
 
 
-def make_linear(projector: LlavaMultiModalProjector) -> None:
-    """Turn Hugging Face's two-layer projector into LLaVA's single linear one, loadable with the same keys: the second
-    layer is the identity and is never trained (`requires_grad` is false)."""
-    nn.init.eye_(projector.linear_2.weight)
-    if projector.linear_2.bias is not None:
-        nn.init.zeros_(projector.linear_2.bias)
-    projector.linear_2.requires_grad_(False)
-
-
 def assemble(
     config: LlavaConfig, vision: PreTrainedModel, language: PreTrainedModel, init: str = "torch"
 ) -> LlavaForConditionalGeneration:
@@ -141,15 +131,7 @@ def assemble(
     hf.model.vision_tower = vision
     hf.model.language_model = language.model
     hf.lm_head = language.lm_head
-    projector = LlavaMultiModalProjector(config)
-    if init == "unit_variance":
-        for linear in (projector.linear_1, projector.linear_2):
-            nn.init.normal_(linear.weight, std=linear.in_features**-0.5)
-            if linear.bias is not None:
-                nn.init.zeros_(linear.bias)
-    if config.projector_hidden_act == "linear":
-        make_linear(projector)
-    hf.model.multi_modal_projector = projector.to(language.dtype)
+    hf.model.multi_modal_projector = new_projector(config, init).to(language.dtype)
     if language.generation_config is not None:
         hf.generation_config = language.generation_config
     return hf

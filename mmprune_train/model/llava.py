@@ -177,6 +177,11 @@ class PackedLlava(PreTrainedModel, GenerationMixin):
                 scores.append(score)
         return torch.cat(features), torch.cat(kept), torch.cat(scores) if scores else None
 
+    def kept_features(self, pixel_values: Tensor) -> Tensor:
+        """[K, Dv] features of the patches that stage 1 keeps of images [I, 3, H, W], before the projector."""
+        features, kept, _ = self._select_patches(pixel_values.to(self.hf.lm_head.weight.device))
+        return features[kept]
+
     def _absent_image(self) -> Tensor | None:
         """In training, a text-only batch runs the vision path on a blank image with zero weight, so that every rank
         runs the same modules each step whatever its samples (ZeRO-3 and DDP would hang otherwise)."""

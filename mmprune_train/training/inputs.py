@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any
+
+from torch import Tensor
 
 from mmprune_train.config.schema import Config
 from mmprune_train.data.images import ImageReader, image_processor
@@ -42,3 +45,10 @@ def stage_loader(config: Config, name: str, tokenizer: Any, image_tokens: int, r
         stage.group_by_modality,
         stage.samples_per_image,
     )
+
+
+def spread_images(loader: TrainLoader, count: int) -> Iterator[Tensor]:
+    """Up to `count` images [3, H, W] spread evenly over a stage's samples; the same on every rank."""
+    seen = [(record, path) for record in loader.dataset.records for path in record.images[:1]]
+    for record, path in seen[:: max(1, len(seen) // count)][:count]:
+        yield loader.dataset.reader(path, f"{record.where} (id {record.id})")

@@ -10,24 +10,31 @@ from statistics import fmean, median
 from typing import Any
 
 import pytorch_lightning as pl
+import torch
+from torch import Tensor
 
 from mmprune_train.config.schema import Config, StageConfig
 from mmprune_train.data.images import image_processor
 from mmprune_train.errors import UserError
 from mmprune_train.model.build import build, load_model
+from mmprune_train.model.llava import PackedLlava
 from mmprune_train.model.peft import add_adapters, merge_adapters
+from mmprune_train.model.projector import match_features
 from mmprune_train.quiet import quiet
 from mmprune_train.training.callbacks import MetricsWriter, progress
 from mmprune_train.training.checkpoints import Checkpoints, last_checkpoint
 from mmprune_train.training.files import read_jsonl
 from mmprune_train.training.freezing import freeze, freezing_table, store_frozen
-from mmprune_train.training.inputs import stage_loader, template_of
+from mmprune_train.training.inputs import spread_images, stage_loader, template_of
 from mmprune_train.training.loggers import build_loggers
 from mmprune_train.training.module import MODULES
 from mmprune_train.training.precision import Precision, choose_accelerator, choose_precision
 from mmprune_train.training.rundir import RunDirectory
 from mmprune_train.training.strategies import build_strategy, whole_weights
 from mmprune_train.training.stream import BatchStream, steps_of
+
+MATCHED_IMAGES = 64
+"""Images that `projector.init=matched` measures features on."""
 
 
 def run_stage(config: Config, name: str, run: RunDirectory, start_from: Path | None) -> dict[str, Any]:
@@ -72,6 +79,8 @@ def run_stage(config: Config, name: str, run: RunDirectory, start_from: Path | N
     loader = stage_loader(
         config, name, processor.tokenizer, model.config.image_seq_length, rank=trainer.global_rank, world=world
     )
+    if start_from is None and config.projector.init == "matched":
+        match_projector(model, list(spread_images(loader, MATCHED_IMAGES)))
     steps = steps_of(len(loader), stage.epochs, window, stage.max_steps)
     stream = BatchStream(loader, steps, window)
     module = MODULES[name](model, parts, config.optim, steps, config.seed)
@@ -100,6 +109,15 @@ def run_stage(config: Config, name: str, run: RunDirectory, start_from: Path | N
     found = summary(folder / "metrics.jsonl") if trainer.is_global_zero else {}
     run.update_stage(name, state="done", wall_minutes=(time.perf_counter() - began) / 60, **found)
     return found
+
+
+def match_projector(model: PackedLlava, images: list[Tensor]) -> None:
+    """Fit the new projector to what stage 1 keeps of these images [3, H, W]."""
+    embeddings = model.hf.model.language_model.embed_tokens.weight
+    with torch.no_grad():
+        features = [model.kept_features(torch.stack(images[at : at + 8])) for at in range(0, len(images), 8)]
+    kept = torch.cat(features) if features else torch.empty((0, 1))
+    match_features(model.hf.model.multi_modal_projector, kept, float(embeddings.float().square().mean().sqrt()))
 
 
 def stamp(run: RunDirectory) -> str:

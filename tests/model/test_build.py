@@ -20,6 +20,7 @@ from mmprune_train.errors import UserError
 from mmprune_train.model.build import build, build_on_meta
 from mmprune_train.model.llava import PackedLlava
 from mmprune_train.model.peft import add_adapters, has_adapters, merge_adapters
+from mmprune_train.model.projector import match_features
 from mmprune_train.pruning import Pruner
 
 PROMPT = "USER: <image>\nWhat color is the shape? ASSISTANT:"
@@ -182,3 +183,28 @@ def test_a_new_projector_can_start_at_unit_variance() -> None:
     assert (
         float(first.weight.detach().std()) == pytest.approx(first.in_features**-0.5, rel=0.1) and not first.bias.any()
     )
+
+
+@pytest.mark.parametrize("name", ["linear", "mlp2x_gelu"])
+def test_a_matched_projector_speaks_at_the_scale_of_text_whatever_the_features(name: str) -> None:
+    model, _ = build(compose_config(["+experiment=smoke", "projector.init=matched", f"projector={name}"]))
+    projector = model.hf.model.multi_modal_projector
+    width = projector.linear_1.in_features
+    scale = torch.logspace(-2, 3, width)  # one dimension dwarfs the others, none is centred
+    features = torch.randn(500, width) * scale + 5 * scale
+    match_features(projector, features, text_rms=0.2)
+    with torch.no_grad():
+        out = projector(features)
+        quiet = projector(features - torch.nn.functional.one_hot(torch.tensor(0), width) * scale)
+    assert float(out.square().mean().sqrt()) == pytest.approx(0.2, rel=1e-4)
+    # the smallest dimension, moved by its own spread, is heard as loudly as any: 1 / width of the variance
+    change = float((out - quiet).square().mean()) / float(out.var(0).mean())
+    assert 0.2 / width < change < 5 / width
+    if name == "linear":
+        torch.testing.assert_close(projector.linear_2.weight, torch.eye(len(projector.linear_2.weight)))
+
+
+def test_matching_without_images_says_what_it_needs() -> None:
+    model, _ = build(compose_config(["+experiment=smoke"]))
+    with pytest.raises(UserError, match="projector.init=matched needs images"):
+        match_features(model.hf.model.multi_modal_projector, torch.empty(0, 32), 0.1)

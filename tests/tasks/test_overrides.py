@@ -23,8 +23,9 @@ SINGLE = [f"{group}={name}" for group in FREE for name in options(group)]
 KEYS = [
     "pruner.language.layer=1", "pruner.language.layer=[1,3]", "pruner.language.score=text_cosine",
     "pruner.language.score=last_token_attention", "pruner.language.candidates=visual",
-    "pruner.language.no_text=last_token_attention", "pruner.language.ranking=joint", "pruner.language.positions=contiguous",
-    "pruner.vision.positions=original", "pruner.vision.score=cls_cosine", "pruner.vision.score=pooled_cosine",
+    "pruner.language.no_text=last_token_attention", "pruner.language.ranking=joint",
+    "pruner.language.positions=contiguous", "pruner.vision.positions=original", "projector.init=matched",
+    "pruner.vision.score=cls_cosine", "pruner.vision.score=pooled_cosine",
     "pruner.language.knee.method=fixed_count", "encoder.feature_layer=-1", "optim.schedule=constant",
     "optim.grad_clip=1.0", "llm.template=v1", "logger=[wandb,csv]", "stage.instruct.gradient_checkpointing=true",
     "stage.instruct.samples_per_image=2", "stage.instruct.train_vision=true", "trainer.num_workers=1",

@@ -1,0 +1,66 @@
+"""The projector's shape and how its new weights begin."""
+
+from __future__ import annotations
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+from transformers import LlavaConfig
+from transformers.models.llava.modeling_llava import LlavaMultiModalProjector
+
+from mmprune_train.errors import UserError
+
+
+def new_projector(config: LlavaConfig, init: str = "torch") -> LlavaMultiModalProjector:
+    """LLaVA's projector with new weights.
+
+    Args:
+        config: `projector_hidden_act="linear"` makes it LLaVA's single Linear.
+        init: `torch`, or normal weights of variance 1 / inputs without bias for `unit_variance` and `matched` (which
+            `match_features` completes once features are known).
+    """
+    projector = LlavaMultiModalProjector(config)
+    if init in ("unit_variance", "matched"):
+        for linear in (projector.linear_1, projector.linear_2):
+            nn.init.normal_(linear.weight, std=linear.in_features**-0.5)
+            if linear.bias is not None:
+                nn.init.zeros_(linear.bias)
+    if config.projector_hidden_act == "linear":
+        _make_linear(projector)
+    return projector
+
+
+def _make_linear(projector: LlavaMultiModalProjector) -> None:
+    """Turn Hugging Face's two-layer projector into LLaVA's single linear one, loadable with the same keys: the second
+    layer is the identity and is never trained (`requires_grad` is false)."""
+    nn.init.eye_(projector.linear_2.weight)
+    if projector.linear_2.bias is not None:
+        nn.init.zeros_(projector.linear_2.bias)
+    projector.linear_2.requires_grad_(False)
+
+
+@torch.no_grad()
+def match_features(projector: LlavaMultiModalProjector, features: Float[Tensor, "K D"], text_rms: float) -> None:
+    """Fit a new projector to the features it will see (data-dependent initialisation, as Mishkin and Matas 2016 do for
+    whole networks; our choice here).
+
+    The first layer is folded with the standardisation of its inputs, so that a few large feature dimensions do not
+    decide every output; the output's root mean square becomes that of the text embeddings.
+
+    Args:
+        features: [K, D] patches of a sample of images, as the projector gets them.
+        text_rms: root mean square of the LLM's input embeddings.
+    Raises:
+        UserError: fewer than two patches, or the projector has no bias to fold the mean into.
+    """
+    first, second = projector.linear_1, projector.linear_2
+    if len(features) < 2 or first.bias is None:
+        raise UserError("projector.init=matched needs images in the first stage's data and a projector with biases")
+    mean, spread = features.float().mean(0), features.float().std(0)
+    weight = first.weight.float() / spread.clamp(min=1e-6)
+    first.weight.copy_(weight)
+    first.bias.copy_(first.bias.float() - weight @ mean)
+    gain = text_rms / projector(features.to(first.weight.dtype)).float().square().mean().sqrt()
+    last = second if second.weight.requires_grad else first
+    for tensor in (last.weight, last.bias):
+        tensor.mul_(gain.to(tensor.dtype))
