@@ -1,0 +1,107 @@
+"""Merging: what the dropped patches leave behind in those that stay. Gradients flow through the features alone.
+
+A merge takes features [I, N, D], the kept mask, scores and keys, and answers changed features and the mask with the
+places of any token it made. A made token takes the place of a dropped patch and its index in the trace.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+
+import torch
+from jaxtyping import Bool, Float
+from torch import Tensor
+from torch.nn.functional import normalize
+
+Features = Float[Tensor, "I N D"]
+Mask = Bool[Tensor, "I N"]
+Scores = Float[Tensor, "I N"]
+Keys = Float[Tensor, "I N K"]
+
+
+def _similarity(keys: Keys) -> Float[Tensor, "I N N"]:
+    unit = normalize(keys.float(), dim=-1)
+    return unit @ unit.transpose(1, 2)
+
+
+def nearest(features: Features, kept: Mask, scores: Scores, keys: Keys) -> tuple[Features, Mask]:
+    """Every dropped patch joins the kept patch whose key is most similar; a kept patch becomes the mean of itself and
+    those that joined it (our choice, the plainest member of PruMerge's and ToMe's family)."""
+    home = _similarity(keys).masked_fill(~kept[:, None], -torch.inf).argmax(2)  # [I, N]
+    own = torch.arange(kept.shape[1], device=kept.device)
+    home = torch.where(kept, own, home)
+    total = torch.zeros_like(features).scatter_add(1, home[..., None].expand_as(features), features)
+    count = torch.zeros_like(home).scatter_add(1, home, torch.ones_like(home)).clamp(min=1)
+    return total / count[..., None].to(features.dtype), kept
+
+
+def mean_token(features: Features, kept: Mask, scores: Scores, keys: Keys) -> tuple[Features, Mask]:
+    """The mean of the dropped patches rides along as one more token, in the place of the best-scored of them."""
+    dropped = (~kept)[..., None].to(features.dtype)
+    mean = (features * dropped).sum(1) / dropped.sum(1).clamp(min=1)
+    return _with_extra(features, kept, scores, mean)
+
+
+def _with_extra(features: Features, kept: Mask, scores: Scores, token: Float[Tensor, "I D"]) -> tuple[Features, Mask]:
+    """Put one made token in the place of each image's best-scored dropped patch; images kept whole get none."""
+    spare = ~kept.all(1)
+    place = scores.masked_fill(kept, -torch.inf).argmax(1)
+    here = torch.zeros_like(kept).scatter(1, place[:, None], spare[:, None])
+    return torch.where(here[..., None], token[:, None].to(features.dtype), features), kept | here
+
+
+def prumerge(
+    features: Features, kept: Mask, scores: Scores, keys: Keys, neighbours: int = 32
+) -> tuple[Features, Mask]:
+    """LLaVA-PruMerge (Shang et al. 2024, arXiv 2403.15388): to every kept patch the score-weighted sum of the
+    `neighbours` patches with the most similar keys is added, kept ones among them; one more token is the
+    score-weighted sum of all dropped patches. Weights are the scores as they are (CLS attention), not renormalised.
+    """
+    size = kept.shape[1]
+    own = torch.eye(size, dtype=torch.bool, device=kept.device)
+    near = _similarity(keys).masked_fill(own, -torch.inf).topk(min(neighbours, size - 1), dim=2).indices  # [I, N, k]
+    weights = torch.zeros_like(own, dtype=scores.dtype).repeat(len(kept), 1, 1)
+    weights = weights.scatter(2, near, scores[:, None].expand(-1, size, -1).gather(2, near))
+    weights = weights.masked_fill(~kept[..., None], 0).to(features.dtype)
+    rest = (features * (scores.to(features.dtype) * ~kept)[..., None]).sum(1)
+    return _with_extra(features + weights @ features, kept, scores, rest)
+
+
+def contextual(features: Features, kept: Mask, scores: Scores, keys: Keys, count: int = 10) -> tuple[Features, Mask]:
+    """VisionZip (Yang et al. 2024, arXiv 2412.04467): of the dropped patches every s-th becomes a contextual token, to
+    which the mean of the other dropped patches that are most similar to it (by key) is added.
+
+    Args:
+        count: contextual tokens an image gets (or as many as it dropped).
+    """
+    size = kept.shape[1]
+    raster = torch.arange(size, device=kept.device)
+    dropped = ~kept
+    left = dropped.sum(1)  # [I]
+    number = left.clamp(max=count)
+    step = (left // number.clamp(min=1)).clamp(min=1)
+    place = dropped.cumsum(1) - 1  # [I, N] index among the dropped
+    target = dropped & (place % step[:, None] == 0) & (place // step[:, None] < number[:, None])
+    joins = dropped & ~target
+    home = _similarity(keys).masked_fill(~target[:, None], -torch.inf).argmax(2)
+    home = torch.where(joins, home, raster)
+    moved = features * joins[..., None].to(features.dtype)
+    total = torch.zeros_like(features).scatter_add(1, home[..., None].expand_as(features), moved)
+    members = torch.zeros_like(home).scatter_add(1, home, joins.long()).clamp(min=1)
+    mean = total / members[..., None].to(features.dtype)
+    return torch.where(target[..., None], features + mean, features), kept | target
+
+
+MERGES: dict[str, Callable[..., tuple[Tensor, Tensor]]] = {
+    "nearest": nearest,
+    "mean_token": mean_token,
+    "prumerge": prumerge,
+    "contextual": contextual,
+}
+
+
+def merge(name: str, count: int) -> Callable[[Tensor, Tensor, Tensor, Tensor], tuple[Tensor, Tensor]]:
+    """The merge `name`; `count` is the number of contextual tokens or of neighbours, where it takes one."""
+    parameter = {"prumerge": "neighbours", "contextual": "count"}.get(name)
+    return partial(MERGES[name], **{parameter: count}) if parameter else MERGES[name]
