@@ -9,13 +9,16 @@ from torch import Tensor
 from transformers import (
     CLIPVisionConfig,
     Dinov2Config,
+    GemmaConfig,
     LlamaConfig,
     LlavaConfig,
     LlavaForConditionalGeneration,
     MistralConfig,
+    Phi3Config,
     Qwen2Config,
     Qwen3Config,
     SiglipVisionConfig,
+    ViTConfig,
 )
 
 from mmprune_train.config.compose import load_pruner
@@ -37,6 +40,9 @@ VISION = {
     "siglip": lambda: SiglipVisionConfig(
         hidden_size=32, intermediate_size=64, num_hidden_layers=3, num_attention_heads=4, image_size=SIDE, patch_size=8
     ),
+    "vit": lambda: ViTConfig(
+        hidden_size=32, intermediate_size=64, num_hidden_layers=3, num_attention_heads=4, image_size=SIDE, patch_size=8
+    ),
 }
 _SHAPE = {
     "vocab_size": VOCAB,
@@ -55,18 +61,22 @@ TEXT = {
     "qwen2": lambda: Qwen2Config(**_SHAPE, use_sliding_window=False),
     "qwen3": lambda: Qwen3Config(**_SHAPE, head_dim=12, use_sliding_window=False),
     "mistral": lambda: MistralConfig(**_SHAPE, sliding_window=None),
+    "phi3": lambda: Phi3Config(**_SHAPE, rope_parameters={"rope_type": "default", "partial_rotary_factor": 0.5}),
+    "gemma": lambda: GemmaConfig(**_SHAPE, head_dim=12),
 }
 
 
 def tiny_llava(vision: str = "clip", text: str = "llama", seed: int = 0) -> LlavaForConditionalGeneration:
     """A random LLaVA of one encoder and one LLM family, in eval mode, with weights large enough to matter."""
     torch.manual_seed(seed)
+    language = TEXT[text]()
     config = LlavaConfig(
         vision_config=VISION[vision](),
-        text_config=TEXT[text](),
+        text_config=language,
         image_token_index=IMAGE_TOKEN,
         image_seq_length=PATCHES,
         vision_feature_select_strategy="full" if vision == "siglip" else "default",
+        tie_word_embeddings=language.tie_word_embeddings,
     )
     model = LlavaForConditionalGeneration(config).eval()
     with torch.no_grad():

@@ -25,8 +25,16 @@ from mmprune_train.errors import UserError
 
 STRATEGIES = ("single", "ddp", "deepspeed_zero1", "deepspeed_zero2", "deepspeed_zero3")
 KNEE_METHODS = ("kneedle", "max_chord", "l_method", "fixed_ratio", "fixed_count")
-VISION_SCORES = ("cls_attention", "cls_cosine", "pooled_cosine", "random")
-LANGUAGE_SCORES = ("text_attention", "text_cosine", "last_token_attention", "random")
+VISION_SCORES = (
+    *("cls_attention", "cls_cosine", "map_attention"),
+    *("pooled_cosine", "feature_norm", "uniform_grid", "random"),
+)
+SCORE_NEEDS = {
+    "cls_attention": "a CLS token",
+    "cls_cosine": "a CLS token",
+    "map_attention": "an attention pooling head",
+}
+LANGUAGE_SCORES = ("text_attention", "text_cosine", "last_token_attention", "key_norm", "random")
 POSITIONS = ("contiguous", "original")
 
 
@@ -121,12 +129,21 @@ def check_pruner(pruner: PrunerConfig) -> None:
         raise UserError(f"pruner.language.layer={language.layer} must rise: every layer sees a shorter sequence")
 
 
+def possible_scores(encoder: EncoderConfig) -> list[str]:
+    """Stage-1 scores that an encoder can give. The pooling head is SigLIP's, unless it is built without."""
+    arch = encoder.arch
+    pools = arch.get("model_type") == "siglip_vision_model" and arch.get("vision_use_head", True)
+    has = {"a CLS token": encoder.has_cls, "an attention pooling head": pools}
+    return [score for score in VISION_SCORES if score not in SCORE_NEEDS or has[SCORE_NEEDS[score]]]
+
+
 def _check_pruner_fits(config: Config) -> None:
     vision, language = config.pruner.vision, config.pruner.language
-    if vision.enabled and vision.score.startswith("cls_") and not config.encoder.has_cls:
+    first, *others = possible_scores(config.encoder)
+    if vision.enabled and vision.score not in (first, *others):
         raise UserError(
-            f"pruner.vision.score={vision.score} needs a CLS token, which encoder {config.encoder.name} has not: "
-            "add pruner.vision.score=pooled_cosine"
+            f"pruner.vision.score={vision.score} needs {SCORE_NEEDS[vision.score]}, which encoder "
+            f"{config.encoder.name} has not: add pruner.vision.score={first} (or {', '.join(others)})"
         )
     layers = config.llm.arch.get("num_hidden_layers")
     last = language.layer[-1] if isinstance(language.layer, list) else language.layer

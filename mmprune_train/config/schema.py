@@ -105,7 +105,8 @@ class VisionStageConfig:
 
     enabled: bool = True
     score: str = "cls_attention"
-    """`cls_attention`, `cls_cosine`, `pooled_cosine` or `random`."""
+    """`cls_attention`, `cls_cosine` (encoders with CLS), `map_attention` (SigLIP), `pooled_cosine`, `feature_norm`,
+    `uniform_grid` or `random`; `docs/scores.md` says what each is."""
     knee: KneeConfig = field(default_factory=_follow("knee"))
     positions: str = "contiguous"
     """Position ids after pruning: `contiguous` (renumbered) or `original`."""
@@ -117,7 +118,7 @@ class LanguageStageConfig:
 
     enabled: bool = True
     score: str = "text_attention"
-    """`text_attention`, `text_cosine`, `last_token_attention` or `random`."""
+    """`text_attention`, `text_cosine`, `last_token_attention`, `key_norm` or `random`; see `docs/scores.md`."""
     layer: Any = 2
     """0-based index of the first LLM layer that sees the short sequence, or a list of them (a pyramid)."""
     knee: KneeConfig = field(default_factory=_follow("knee"))

@@ -69,7 +69,7 @@ def _vision_config(folder: Path | None, arch: dict[str, Any]) -> PreTrainedConfi
 
 
 def vision_tower(cfg: EncoderConfig, folder: Path | None, dtype: torch.dtype) -> PreTrainedModel:
-    """The encoder with its weights (random without a folder). No missing key is tolerated."""
+    """The encoder with its weights (random without a folder). No key of a module that runs may be missing."""
     config = _vision_config(folder, cfg.arch)
     if folder is None:
         return AutoModel.from_config(config, dtype=dtype)
@@ -81,10 +81,12 @@ def vision_tower(cfg: EncoderConfig, folder: Path | None, dtype: torch.dtype) ->
     with torch.device("meta"):
         model_class = type(AutoModel.from_config(config))
     model, info = model_class.from_pretrained(folder, config=config, dtype=dtype, **REPORT)
-    # A whole CLIP or SigLIP folder also holds the text tower, which is no concern of this model.
-    foreign = ("text_model", "text_projection", "visual_projection", "logit_")
+    # A whole CLIP or SigLIP folder also holds the text tower, a ViT or DINOv2 folder may hold a classifier instead of
+    # ViT's pooler; this model runs none of them.
+    foreign = ("text_model", "text_projection", "visual_projection", "logit_", "classifier")
     extra = [key for key in info["unexpected_keys"] if not key.startswith(foreign)]
-    complete({**info, "unexpected_keys": extra}, folder)
+    missing = [key for key in info["missing_keys"] if not key.startswith("pooler.")]
+    complete({**info, "unexpected_keys": extra, "missing_keys": missing}, folder)
     return model
 
 

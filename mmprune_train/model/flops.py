@@ -53,7 +53,11 @@ class StepFlops:
         vision = _any_trained(tower)
         through = vision or _any_trained(projector) or _any_trained(language)
         self.per_image = patches * _cost(_matmul(blocks[:depth]), vision)
-        self.per_image += depth * 4 * patches**2 * tower.config.hidden_size * (3 if vision else 1)
+        attention = 4 * patches**2 * tower.config.hidden_size  # of one layer
+        self.per_image += depth * attention * (3 if vision else 1)
+        stage = model.pruner.settings.vision
+        if stage.enabled and stage.score == "map_attention":  # runs the other layers, forward alone
+            self.per_image += 2 * patches * _matmul(blocks[depth:])[0] + (len(blocks) - depth) * attention
         self.per_kept_patch = _cost(_matmul([projector]), vision)
         self.per_token = torch.tensor([_cost(_matmul([layer]), through) for layer in language.layers]).double()
         width = language.config.num_attention_heads * language.layers[0].self_attn.head_dim

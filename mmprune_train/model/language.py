@@ -4,16 +4,18 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from importlib import import_module
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
 
 from mmprune_train.errors import UserError
 
-SUPPORTED = ("llama", "mistral", "qwen2", "qwen3")
-"""Decoder families held to plain transformers in the tests: pre-norm layers with q_proj, k_proj and RoPE."""
+SUPPORTED = ("gemma", "llama", "mistral", "phi3", "qwen2", "qwen3")
+"""Decoder families held to plain transformers in the tests: pre-norm layers with q_proj and k_proj (Phi-3: qkv_proj),
+causal attention and RoPE, of the whole head or of a part. What is their own otherwise (Gemma's scaled embeddings and
+1 + weight norms) is inside the modules that the walk calls."""
 
 
 def check_language_model(config: object) -> None:
@@ -21,11 +23,27 @@ def check_language_model(config: object) -> None:
     model_type = getattr(config, "model_type", "?")
     if model_type not in SUPPORTED:
         raise UserError(f"llm of type {model_type!r} is not supported; supported: {', '.join(SUPPORTED)}")
-    if "sliding_attention" in (getattr(config, "layer_types", None) or []):
+    if _slides(config):
         raise UserError(
             f"llm of type {model_type!r} has sliding-window layers, which the packed walk does not apply; "
-            "set use_sliding_window=false (or sliding_window=null) in llm.arch"
+            "set use_sliding_window=false (or sliding_window=null) in llm.arch, or in config.json of llm.path; "
+            "for sequences no longer than the window that is the same network"
         )
+    if getattr(config, "use_bidirectional_attention", False):
+        raise UserError(
+            f"llm of type {model_type!r} attends in both directions, the packed walk is causal; choose a causal LLM "
+            "(use_bidirectional_attention=false)"
+        )
+
+
+def _slides(config: Any) -> bool:
+    """Whether a window cuts attention short of the longest sequence. Families without `layer_types` (Mistral, Phi-3)
+    apply `sliding_window` in every layer."""
+    kinds = getattr(config, "layer_types", None)
+    if kinds is not None:
+        return "sliding_attention" in kinds
+    window = getattr(config, "sliding_window", None)
+    return window is not None and window < config.max_position_embeddings
 
 
 def scoring_queries_keys(
@@ -36,24 +54,39 @@ def scoring_queries_keys(
     Args:
         layer: the decoder layer that is about to run.
         hidden: [T, D] states entering it.
-        cos, sin: [T, d] rotary tables of the tokens' positions.
+        cos, sin: [T, d] rotary tables of the tokens' positions; narrower where the family turns part of a head.
     Returns:
         rows [R] -> queries [R, H, d], scaled by 1/sqrt(d), and keys [T, Hkv, d].
     """
 
     def query_keys(rows: Tensor) -> tuple[Tensor, Tensor]:
         attention = layer.self_attn
-        normed = layer.input_layernorm(hidden)
-        with without_dropout(attention.q_proj, attention.k_proj):
-            query = attention.q_proj(normed[rows]).unflatten(-1, (-1, attention.head_dim))
-            keys = attention.k_proj(normed).unflatten(-1, (-1, attention.head_dim))
+        query, keys = _projections(attention, layer.input_layernorm(hidden), rows)
         if hasattr(attention, "q_norm"):  # Qwen3 normalises each head
             query, keys = attention.q_norm(query), attention.k_norm(keys)
-        query = apply_rotary_pos_emb(query, query, cos[rows], sin[rows])[0]
-        keys = apply_rotary_pos_emb(keys, keys, cos, sin)[0]
+        family = attention.config.model_type
+        rotate = import_module(f"transformers.models.{family}.modeling_{family}").apply_rotary_pos_emb
+        query = rotate(query, query, cos[rows], sin[rows])[0]
+        keys = rotate(keys, keys, cos, sin)[0]
         return query * attention.scaling, keys
 
     return query_keys
+
+
+def _projections(attention: Any, normed: Tensor, rows: Tensor) -> tuple[Tensor, Tensor]:
+    """Queries [R, H, d] of some rows and keys [T, Hkv, d] of all, from normalised states [T, D].
+
+    A fused projection (Phi-3) is run whole, so that its adapters count and sharded weights are gathered.
+    """
+    if hasattr(attention, "qkv_proj"):
+        with without_dropout(attention.qkv_proj):
+            fused = attention.qkv_proj(normed).unflatten(-1, (-1, attention.head_dim))  # [T, H + 2 Hkv, d]
+        groups = attention.num_key_value_heads
+        query, keys, _ = fused.split((fused.shape[1] - 2 * groups, groups, groups), dim=1)
+        return query[rows], keys
+    with without_dropout(attention.q_proj, attention.k_proj):
+        query, keys = attention.q_proj(normed[rows]), attention.k_proj(normed)
+    return query.unflatten(-1, (-1, attention.head_dim)), keys.unflatten(-1, (-1, attention.head_dim))
 
 
 @contextmanager

@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.functional import linear
 
 from mmprune_train.errors import UserError
 from mmprune_train.pruning.scores import VisionView
@@ -45,13 +46,28 @@ FAMILIES: dict[str, Family] = {
         "self_attn",
         False,
     ),
+    "vit": Family(
+        lambda tower, pixels: tower.embeddings(pixels),
+        lambda tower: tower.layers,
+        "layernorm_before",
+        "attention",
+        True,
+    ),
 }
+"""Laid out by `model_type`; SigLIP 2's fixed-resolution checkpoints are `siglip_vision_model`s, too."""
+
+NAFLEX = (
+    "; it reads patches of any aspect ratio (NaFlex), which LLaVA does not feed: take a fixed-resolution SigLIP 2 "
+    "checkpoint, which is of type siglip_vision_model"
+)
 
 
 def family_of(model_type: str) -> Family:
     """The layout of a vision tower; UserError names the supported ones."""
     if model_type not in FAMILIES:
-        raise UserError(f"encoder of type {model_type!r} is not supported; supported: {', '.join(sorted(FAMILIES))}")
+        why = NAFLEX if model_type == "siglip2_vision_model" else ""
+        known = ", ".join(sorted(FAMILIES))
+        raise UserError(f"encoder of type {model_type!r} is not supported; supported: {known}{why}")
     return FAMILIES[model_type]
 
 
@@ -82,19 +98,44 @@ def encode(tower: Any, pixels: Tensor, feature_layer: int | list[int], drop_cls:
     features = torch.cat([kept[index] for index in indices], dim=-1)
     features = features[:, 1:] if drop_cls else features
 
+    heads = tower.config.num_attention_heads
+    patches = states.shape[1] - first
+    rows = round((patches * pixels.shape[-2] / pixels.shape[-1]) ** 0.5)
+
     def cls_query_keys() -> tuple[Tensor, Tensor]:
         layer: Any = layers[max(deepest - 1, 0)]
         attention = getattr(layer, family.attention)
         normed = getattr(layer, family.norm)(before.detach())
-        heads = tower.config.num_attention_heads
-        query = attention.q_proj(normed[:, 0]).unflatten(-1, (heads, -1))
-        keys = attention.k_proj(normed[:, 1:]).unflatten(-1, (heads, -1))
-        return query * query.shape[-1] ** -0.5, keys
+        return _in_heads(attention.q_proj(normed[:, 0]), attention.k_proj(normed[:, 1:]), heads)
+
+    @torch.no_grad()
+    def probe_query_keys() -> tuple[Tensor, Tensor]:
+        last = states.to(tower.head.probe.dtype)  # what follows is frozen, and perhaps kept in half precision
+        for layer in layers[deepest:]:
+            last = layer(last, None)
+        return _in_heads(*_pooling_projections(tower, last), heads)
 
     view = VisionView(
         patches=states[:, first:].detach(),
+        grid=(rows, patches // rows),
         cls=states[:, 0].detach() if family.has_cls else None,
         cls_query_keys=cls_query_keys if family.has_cls else None,
+        probe_query_keys=probe_query_keys if getattr(tower, "use_head", False) else None,
         encoder=tower.config.model_type,
     )
     return features, view
+
+
+def _in_heads(query: Tensor, keys: Tensor, heads: int) -> tuple[Tensor, Tensor]:
+    """One query row an image [I, D] and keys [I, N, D] -> [I, H, d], scaled by 1/sqrt(d), and [I, N, H, d]."""
+    query, keys = query.unflatten(-1, (heads, -1)), keys.unflatten(-1, (heads, -1))
+    return query * query.shape[-1] ** -0.5, keys
+
+
+def _pooling_projections(tower: Any, states: Tensor) -> tuple[Tensor, Tensor]:
+    """Query [I, D] and keys [I, N, D] inside SigLIP's pooling head, from the last layer's states [I, N, D]."""
+    attention = tower.head.attention
+    weight, bias = attention.in_proj_weight.chunk(3), attention.in_proj_bias.chunk(3)
+    query = linear(tower.head.probe[0], weight[0], bias[0])  # [1, D], the same for every image
+    keys = linear(tower.post_layernorm(states), weight[1], bias[1])
+    return query.expand(len(states), -1), keys

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cache
 
 import torch
 from jaxtyping import Bool, Float, Int64
@@ -24,46 +25,119 @@ def full_precision(like: Tensor) -> torch.autocast:
 
 @dataclass
 class VisionView:
-    """What a stage-1 score may look at. `I` images, `N` patches, `D` width, `H` heads of width `d`."""
+    """What a stage-1 score may look at. `I` images, `N` patches, `D` width, `H` heads of width `d`.
+
+    The callables compute when called, so that a score pays for what it reads alone. Each gives one query row an image:
+    no N x N matrix is ever formed.
+    """
 
     patches: Float[Tensor, "I N D"]
-    """[I, N, D] hidden states of the patches at the feature layer."""
-    cls: Float[Tensor, "I D"] | None
+    """[I, N, D] hidden states of the patches at the feature layer, in raster order."""
+    grid: tuple[int, int]
+    """Rows and columns of patches; N is their product."""
+    cls: Float[Tensor, "I D"] | None = None
     """[I, D] hidden state of the CLS token at the feature layer, where the encoder has one."""
-    cls_query_keys: Callable[[], tuple[Tensor, Tensor]] | None
+    cls_query_keys: Callable[[], tuple[Tensor, Tensor]] | None = None
     """Recomputes, in the layer that made the features, the CLS row's query [I, H, d], scaled, and the patches' keys
-    [I, N, H, d]; None without CLS. One row: no N x N matrix is ever formed."""
+    [I, N, H, d]; None without CLS."""
+    probe_query_keys: Callable[[], tuple[Tensor, Tensor]] | None = None
+    """Runs the layers after the feature layer and gives the attention pooling head's query [I, H, d], scaled, and the
+    patches' keys [I, N, H, d]; None without such a head."""
     encoder: str = "this encoder"
     """Name for error messages."""
 
 
-def _needs_cls(view: VisionView, score: str) -> None:
-    if view.cls is None:
+NEEDS: dict[str, tuple[str, str]] = {
+    "cls_attention": ("cls_query_keys", "a CLS token"),
+    "cls_cosine": ("cls", "a CLS token"),
+    "map_attention": ("probe_query_keys", "an attention pooling head"),
+}
+"""Scores that not every encoder can give: the field of the view that they read, and what that is."""
+
+
+def possible_scores(view: VisionView) -> list[str]:
+    """Names of the scores that an encoder with this view can give."""
+    return [name for name in VISION_SCORES if name not in NEEDS or getattr(view, NEEDS[name][0]) is not None]
+
+
+def _require(view: VisionView, score: str) -> None:
+    field, part = NEEDS[score]
+    if getattr(view, field) is None:
         raise UserError(
-            f"pruner.vision.score={score} needs a CLS token and {view.encoder} has none; "
-            "use pruner.vision.score=pooled_cosine (or random)"
+            f"pruner.vision.score={score} needs {part}, which {view.encoder} has not; "
+            f"set pruner.vision.score to one that it can give: {', '.join(possible_scores(view))}"
         )
 
 
-def cls_attention(view: VisionView) -> Float[Tensor, "I N"]:
-    """[I, N] softmax over the patches of q_cls . k_patch / sqrt(d), mean over heads."""
-    _needs_cls(view, "cls_attention")
-    query, keys = view.cls_query_keys()  # type: ignore[misc]
+def _row_attention(query: Float[Tensor, "I H d"], keys: Float[Tensor, "I N H d"]) -> Float[Tensor, "I N"]:
+    """[I, N] softmax over the patches of one scaled query row an image, mean over heads."""
     with full_precision(query):
         logits = torch.einsum("ihd,inhd->ihn", query.float(), keys.float())
     return logits.softmax(-1).mean(1)
 
 
+def cls_attention(view: VisionView) -> Float[Tensor, "I N"]:
+    """[I, N] softmax over the patches of q_cls . k_patch / sqrt(d), mean over heads."""
+    _require(view, "cls_attention")
+    return _row_attention(*view.cls_query_keys())  # type: ignore[misc]
+
+
 def cls_cosine(view: VisionView) -> Float[Tensor, "I N"]:
     """[I, N] cosine between the CLS token and each patch at the feature layer."""
-    _needs_cls(view, "cls_cosine")
+    _require(view, "cls_cosine")
     return torch.cosine_similarity(view.cls.float()[:, None], view.patches.float(), dim=-1)  # type: ignore[union-attr]
+
+
+def map_attention(view: VisionView) -> Float[Tensor, "I N"]:
+    """[I, N] attention of SigLIP's pooling probe to each patch, mean over heads.
+
+    The multi-head attention pooling head (Zhai et al. 2023, arXiv 2303.15343) is where SigLIP sums up an image, as CLIP
+    does in its CLS token. It sits behind the last layer and its norm, so the score is taken there and not at the
+    feature layer: the remaining layers run, without gradients, when this score is chosen and only then.
+    """
+    _require(view, "map_attention")
+    return _row_attention(*view.probe_query_keys())  # type: ignore[misc]
 
 
 def pooled_cosine(view: VisionView) -> Float[Tensor, "I N"]:
     """[I, N] cosine between the mean patch and each patch: for encoders without CLS."""
     patches = view.patches.float()
     return torch.cosine_similarity(patches.mean(1, keepdim=True), patches, dim=-1)
+
+
+def feature_norm(view: VisionView) -> Float[Tensor, "I N"]:
+    """[I, N] L2 norm of each patch at the feature layer.
+
+    Large norms mark patches in which an encoder stores something about the whole image (Darcet et al. 2023, arXiv
+    2309.16588); that such patches should stay is our choice.
+    """
+    return view.patches.float().norm(dim=-1)
+
+
+def uniform_grid(view: VisionView) -> Float[Tensor, "I N"]:
+    """[I, N] a fixed order, whatever the image: the k largest, for any k, are spread evenly over the grid.
+
+    A baseline: what does looking at the image add? The scores fall by equal steps and have no knee, so it needs a
+    budget that counts (`fixed_ratio`, `fixed_count`); `kneedle` keeps such a curve whole.
+    """
+    order = even_order(*view.grid).to(view.patches.device)
+    return (1 - order / len(order)).expand(len(view.patches), -1)
+
+
+@cache
+def even_order(rows: int, columns: int) -> Int64[Tensor, " N"]:
+    """[N] rank of each cell of a grid, in raster order, such that every first k cells are spread evenly.
+
+    Cells are ranked by when Sobol's two-dimensional sequence (Sobol 1967) first meets them. With `side` = 2^b at least
+    as large as the grid, its first 4^b points meet every square of a side x side raster once, and so every cell. The
+    bits 0101.. that are added without carry (which keeps that property) put the first points inside, not in the corner.
+    """
+    bits = (max(rows, columns) - 1).bit_length()
+    side = 1 << bits
+    points = (torch.quasirandom.SobolEngine(2).draw(side**2) * side).long() ^ (side // 3)  # [4^b, 2]
+    cell = (points[:, 0] * rows // side) * columns + points[:, 1] * columns // side
+    met = torch.full((rows * columns,), len(cell)).scatter_reduce(0, cell, torch.arange(len(cell)), "amin")
+    return met.argsort().argsort()
 
 
 def random_vision(view: VisionView) -> Float[Tensor, "I N"]:
@@ -74,7 +148,10 @@ def random_vision(view: VisionView) -> Float[Tensor, "I N"]:
 VISION_SCORES: dict[str, Callable[[VisionView], Tensor]] = {
     "cls_attention": cls_attention,
     "cls_cosine": cls_cosine,
+    "map_attention": map_attention,
     "pooled_cosine": pooled_cosine,
+    "feature_norm": feature_norm,
+    "uniform_grid": uniform_grid,
     "random": random_vision,
 }
 
@@ -162,6 +239,17 @@ def text_cosine(view: LanguageView) -> Float[Tensor, " T"]:
     return (hidden * votes[view.group.clamp(min=0)]).sum(-1)
 
 
+def key_norm(view: LanguageView) -> Float[Tensor, " T"]:
+    """[T] minus the L2 norm of each token's key in the layer, mean over key heads.
+
+    Keys of small norm draw much attention (Devoto et al. 2024, arXiv 2406.11430), so the smaller norm stays. RoPE turns
+    keys and leaves their norm, so it does not matter that these are turned. The paper drops cached keys head by head;
+    one number a token is our choice. No text is looked at.
+    """
+    _, keys = view.query_keys(view.closing)
+    return -keys.float().norm(dim=-1).mean(-1)
+
+
 def random_language(view: LanguageView) -> Float[Tensor, " T"]:
     """[T] uniform noise from torch's generator."""
     return torch.rand(len(view.sequence), device=view.hidden.device)
@@ -171,7 +259,8 @@ LANGUAGE_SCORES: dict[str, Callable[[LanguageView], Tensor]] = {
     "text_attention": text_attention,
     "text_cosine": text_cosine,
     "last_token_attention": last_token_attention,
+    "key_norm": key_norm,
     "random": random_language,
 }
 
-__all__ = ["LANGUAGE_SCORES", "VISION_SCORES", "LanguageView", "VisionView"]
+__all__ = ["LANGUAGE_SCORES", "NEEDS", "VISION_SCORES", "LanguageView", "VisionView", "even_order", "possible_scores"]

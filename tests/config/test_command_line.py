@@ -61,7 +61,7 @@ def test_help_names_every_task_and_every_group_option(tmp_path):
         (["pruner=twostge"], "did you mean twostage?"),
         (["task=trian"], "did you mean train?"),
         (["seed=x"], "seed=x"),
-        (["encoder=siglip_so400m_384"], "pruner.vision.score=pooled_cosine"),
+        (["encoder=siglip_so400m_384"], "add pruner.vision.score=map_attention (or pooled_cosine, "),
     ],
 )
 def test_wrong_input_exits_with_2_and_one_line(arguments, words, tmp_path):

@@ -10,18 +10,19 @@ import pytest
 import torch
 from PIL import Image
 from safetensors.torch import load_file, save_file
-from tiny import tiny_inputs, tiny_llava
-from transformers import AutoProcessor, LlavaForConditionalGeneration
+from tiny import VISION, packed, tiny_inputs, tiny_llava
+from transformers import AutoProcessor, LlavaForConditionalGeneration, ViTForImageClassification
 
 from mmprune_train import load_model
 from mmprune_train.config.compose import compose_config, load_pruner
-from mmprune_train.config.schema import PeftConfig
+from mmprune_train.config.schema import EncoderConfig, PeftConfig
 from mmprune_train.errors import UserError
-from mmprune_train.model.build import build, build_on_meta
+from mmprune_train.model.build import build, build_on_meta, vision_tower
 from mmprune_train.model.llava import PackedLlava
 from mmprune_train.model.peft import add_adapters, has_adapters, merge_adapters
 from mmprune_train.model.projector import match_features
 from mmprune_train.pruning import Pruner
+from mmprune_train.training.run import match_projector
 
 PROMPT = "USER: <image>\nWhat color is the shape? ASSISTANT:"
 
@@ -105,6 +106,15 @@ def test_no_key_may_be_missing_unexpected_or_of_another_shape(
         load_model(tmp_path)
 
 
+def test_a_vit_classifiers_folder_gives_its_tower(tmp_path: Path) -> None:
+    classifier = ViTForImageClassification(VISION["vit"]())
+    classifier.save_pretrained(tmp_path)
+    tower = vision_tower(EncoderConfig(arch=VISION["vit"]().to_dict()), tmp_path, torch.float32)
+    kept = {name: tensor for name, tensor in tower.state_dict().items() if "pooler" not in name}
+    saved = classifier.vit.state_dict()
+    assert kept.keys() == saved.keys() and all(torch.equal(kept[name], saved[name]) for name in saved)
+
+
 def test_paths_that_hold_no_model_are_named(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="no such folder"):
         load_model(tmp_path / "absent")
@@ -143,12 +153,17 @@ def test_full_size_experiments_build_on_the_meta_device(experiment: str, billion
     assert model.config.image_seq_length == 576 and model.config.vision_feature_layer == -2
 
 
-@pytest.mark.parametrize("kind", ["lora", "dora"])
-def test_adapters_train_alone_and_merge_to_the_same_logits(kind: str, tmp_path: Path) -> None:
-    hf = tiny_llava()
+@pytest.mark.parametrize(
+    ("kind", "text", "targets"),
+    [("lora", "llama", ["q_proj", "down_proj"]), ("dora", "llama", ["q_proj", "down_proj"]), ("lora", "phi3", [])],
+)
+def test_adapters_train_alone_and_merge_to_the_same_logits(
+    kind: str, text: str, targets: list[str], tmp_path: Path
+) -> None:
+    hf = tiny_llava("clip", text)
     keys = set(hf.state_dict())
     model = PackedLlava(copy.deepcopy(hf), Pruner(load_pruner("none"))).eval()
-    add_adapters(model, PeftConfig(name=kind, r=4, alpha=8, dropout=0.0, target_modules=["q_proj", "down_proj"]))
+    add_adapters(model, PeftConfig(name=kind, r=4, alpha=8, dropout=0.0, target_modules=targets))
     assert has_adapters(model)
     trained = [name for name, p in model.named_parameters() if p.requires_grad]
     assert trained and all("lora_" in name and "language_model.layers" in name for name in trained)
@@ -169,6 +184,29 @@ def test_adapters_train_alone_and_merge_to_the_same_logits(kind: str, tmp_path: 
     model.hf.save_pretrained(tmp_path)
     _, info = LlavaForConditionalGeneration.from_pretrained(tmp_path, output_loading_info=True)
     assert not info["missing_keys"] and not info["unexpected_keys"]
+
+
+def test_every_linear_of_a_fused_llm_is_adapted_and_the_score_hears_it() -> None:
+    hf = tiny_llava("clip", "phi3")
+    model = packed(hf, {"name": "language_only", "language": {"layer": 2}})
+    inputs = tiny_inputs([1], [9])
+    with torch.no_grad():
+        model(**inputs)
+    before = model.last_pruning.language_scores
+    add_adapters(model, PeftConfig(name="lora", r=4, alpha=8, dropout=0.5))
+    adapted = {name.split(".lora_")[0].rsplit(".", 1)[-1] for name, p in model.named_parameters() if "lora_" in name}
+    assert adapted == {"qkv_proj", "o_proj", "gate_up_proj", "down_proj"}
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "layers.2.self_attn.qkv_proj.lora_B" in name:
+                parameter.normal_(0, 0.1)
+        scores = []
+        for _ in range(2):  # dropout in training does not reach the score
+            model.train()(**inputs)
+            scores.append(model.last_pruning.language_scores)
+    candidates = ~before.isnan()
+    assert torch.equal(scores[0][candidates], scores[1][candidates])
+    assert not torch.allclose(scores[0][candidates], before[candidates], rtol=1e-3)
 
 
 def test_an_adapter_target_that_does_not_exist_is_named() -> None:
@@ -208,3 +246,13 @@ def test_matching_without_images_says_what_it_needs() -> None:
     model, _ = build(compose_config(["+experiment=smoke"]))
     with pytest.raises(UserError, match="projector.init=matched needs images"):
         match_features(model.hf.model.multi_modal_projector, torch.empty(0, 32), 0.1)
+
+
+def test_a_matched_projector_speaks_at_the_scale_of_gemmas_scaled_embeddings() -> None:
+    model = packed(tiny_llava("clip", "gemma"))
+    images = list(torch.randn(8, 3, 24, 24))
+    match_projector(model, images)
+    with torch.no_grad():
+        spoken = model.hf.model.multi_modal_projector(model.kept_features(torch.stack(images)))
+        text = model.hf.model.language_model.embed_tokens(torch.arange(128))
+    assert float(spoken.square().mean().sqrt()) == pytest.approx(float(text.square().mean().sqrt()), rel=1e-4)

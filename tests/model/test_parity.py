@@ -11,7 +11,10 @@ from mmprune_train.errors import UserError
 from mmprune_train.model.llava import PackedLlava
 from mmprune_train.pruning import Pruner
 
-SHAPES = [("clip", "llama"), ("dinov2", "llama"), ("siglip", "qwen2"), ("clip", "qwen3"), ("clip", "mistral")]
+SHAPES = [
+    *[("clip", "llama"), ("dinov2", "llama"), ("siglip", "qwen2"), ("clip", "qwen3"), ("clip", "mistral")],
+    *[("vit", "phi3"), ("clip", "gemma")],
+]
 BATCHES = {"ragged": [1, 1, 1], "several_and_none": [2, 0, 1], "text_only": [0, 0, 0]}
 TEXT = [7, 9, 5]
 HALF = {"method": "fixed_ratio", "ratio": 0.5}
@@ -36,8 +39,9 @@ def test_without_pruning_logits_and_loss_equal_hugging_face(
     assert (ours.logits[~real] == 0).all()
 
 
-def test_without_pruning_gradients_equal_hugging_face() -> None:
-    hf = tiny_llava()
+@pytest.mark.parametrize(("vision", "text"), [("clip", "llama"), ("vit", "phi3"), ("clip", "gemma")])
+def test_without_pruning_gradients_equal_hugging_face(vision: str, text: str) -> None:
+    hf = tiny_llava(vision, text)
     model = packed(hf).train()
     inputs = tiny_inputs([1, 2, 0], TEXT)
     labels = labels_of(inputs)
@@ -46,7 +50,8 @@ def test_without_pruning_gradients_equal_hugging_face() -> None:
     ours = dict(model.hf.named_parameters())
     for name, parameter in hf.named_parameters():
         if parameter.grad is not None and parameter.grad.abs().max() > 0:
-            torch.testing.assert_close(ours[name].grad, parameter.grad, rtol=1e-4, atol=1e-6, msg=name)
+            near = 1e-6 * max(1.0, float(parameter.grad.abs().max()))  # rounding grows with the largest entry
+            torch.testing.assert_close(ours[name].grad, parameter.grad, rtol=1e-4, atol=near, msg=name)
 
 
 @pytest.mark.parametrize(("vision", "text"), SHAPES)
@@ -64,7 +69,9 @@ def test_without_pruning_generation_equals_hugging_face(vision: str, text: str) 
 
 
 @pytest.mark.parametrize("pruner", ["twostage", "encoder_only", "language_only", "fastv"])
-@pytest.mark.parametrize(("vision", "text"), [("clip", "llama"), ("dinov2", "llama"), ("clip", "qwen3")])
+@pytest.mark.parametrize(
+    ("vision", "text"), [("clip", "llama"), ("dinov2", "llama"), ("clip", "qwen3"), ("vit", "phi3")]
+)
 def test_batched_and_ragged_generation_equals_one_by_one(vision: str, text: str, pruner: str) -> None:
     images = [1, 0, 2, 1]
     inputs = tiny_inputs(images, [7, 9, 5, 12], pad_left=True)
