@@ -5,6 +5,7 @@ Every message names the key and the fix. Only the config is read; whether files 
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -14,17 +15,26 @@ from mmprune_train.config.schema import (
     Config,
     EncoderConfig,
     KneeConfig,
+    LanguageStageConfig,
     LlmConfig,
     OptimConfig,
     PeftConfig,
     PrunerConfig,
     StageConfig,
+    VisionStageConfig,
     WheelConfig,
 )
 from mmprune_train.errors import UserError
 
 STRATEGIES = ("single", "ddp", "deepspeed_zero1", "deepspeed_zero2", "deepspeed_zero3")
-KNEE_METHODS = ("kneedle", "max_chord", "l_method", "fixed_ratio", "fixed_count")
+KNEE_METHODS = (
+    "kneedle", "max_chord", "l_method", "menger", "second_difference", "otsu", "iqr", "lof",
+    "cumulative_mass", "attention_entropy", "effective_rank", "fixed_ratio", "fixed_count",
+)  # fmt: skip
+SHARE_METHODS = ("cumulative_mass", "attention_entropy")
+"""Budgets that share out the sum of the scores, which must not be negative."""
+SIGNED_SCORES = ("cls_cosine", "pooled_cosine", "text_cosine", "key_norm")
+"""Scores that can be negative."""
 VISION_SCORES = (
     *("cls_attention", "cls_cosine", "map_attention"),
     *("pooled_cosine", "feature_norm", "uniform_grid", "random"),
@@ -101,6 +111,13 @@ def check_knee(key: str, knee: KneeConfig) -> None:
         raise UserError(f"{key}.ratio={knee.ratio} is a share of the tokens: more than 0, at most 1")
     if knee.sensitivity < 0:
         raise UserError(f"{key}.sensitivity={knee.sensitivity} must not be negative; 1.0 is Kneedle's default")
+    if not 0 < knee.mass <= 1:
+        raise UserError(f"{key}.mass={knee.mass} is a share of the scores' sum: more than 0, at most 1")
+    if not 0 <= knee.factor < math.inf:
+        raise UserError(f"{key}.factor={knee.factor} must be finite and not negative; 1.5 is the usual one")
+    if not 0 < knee.scale < math.inf:
+        raise UserError(f"{key}.scale={knee.scale} must be finite and more than 0; 1.0 keeps the count as measured")
+    _at_least(f"{key}.neighbors", knee.neighbors, 1)
     _at_least(f"{key}.count", knee.count, 1)
     _at_least(f"{key}.min_tokens", knee.min_tokens, 1)
     if knee.max_tokens is not None and knee.max_tokens < knee.min_tokens:
@@ -113,6 +130,7 @@ def check_pruner(pruner: PrunerConfig) -> None:
     _one_of("pruner.vision.score", pruner.vision.score, VISION_SCORES)
     _one_of("pruner.vision.positions", pruner.vision.positions, POSITIONS)
     check_knee("pruner.vision.knee", pruner.vision.knee)
+    _check_shares("pruner.vision", pruner.vision, "cls_attention")
     language = pruner.language
     _one_of("pruner.language.score", language.score, LANGUAGE_SCORES)
     _one_of("pruner.language.candidates", language.candidates, ("visual_and_text", "visual"))
@@ -120,6 +138,7 @@ def check_pruner(pruner: PrunerConfig) -> None:
     _one_of("pruner.language.no_text", language.no_text, ("keep_all", "last_token_attention"))
     _one_of("pruner.language.positions", language.positions, POSITIONS)
     check_knee("pruner.language.knee", language.knee)
+    _check_shares("pruner.language", language, "text_attention")
     layers = language.layer if isinstance(language.layer, list) else [language.layer]
     if not layers or any(not isinstance(n, int) or isinstance(n, bool) or n < 0 for n in layers):
         raise UserError(
@@ -127,6 +146,14 @@ def check_pruner(pruner: PrunerConfig) -> None:
         )
     if layers != sorted(set(layers)):
         raise UserError(f"pruner.language.layer={language.layer} must rise: every layer sees a shorter sequence")
+
+
+def _check_shares(key: str, stage: VisionStageConfig | LanguageStageConfig, softmaxed: str) -> None:
+    if stage.enabled and stage.knee.method in SHARE_METHODS and stage.score in SIGNED_SCORES:
+        raise UserError(
+            f"{key}.knee.method={stage.knee.method} needs scores >= 0, and {key}.score={stage.score} can be negative: "
+            f"set {key}.score={softmaxed}, or another {key}.knee.method"
+        )
 
 
 def possible_scores(encoder: EncoderConfig) -> list[str]:

@@ -79,11 +79,20 @@ class KneeConfig:
     """How many of the sorted scores to keep: the budget method and its parameters."""
 
     method: str = "kneedle"
-    """`kneedle`, `max_chord`, `l_method`, `fixed_ratio` or `fixed_count`."""
+    """`kneedle`, `max_chord`, `l_method`, `menger`, `second_difference`, `otsu`, `iqr`, `lof`, `cumulative_mass`,
+    `attention_entropy`, `effective_rank`, `fixed_ratio` or `fixed_count`; see docs/budgets.md."""
     sensitivity: float = 1.0
     """kneedle: S of Satopaa et al. 2011; larger waits longer before it calls a bend a knee."""
     no_knee: str = "keep_all"
     """kneedle: what to do with a curve that has no knee: `keep_all` or `max_chord`."""
+    factor: float = 1.5
+    """iqr: interquartile ranges above the third quartile where an outlier begins; larger keeps fewer."""
+    neighbors: int = 20
+    """lof: neighbours whose density an outlier falls short of; a shorter row uses all it has."""
+    mass: float = 0.9
+    """cumulative_mass: share of the scores' sum that is kept."""
+    scale: float = 1.0
+    """attention_entropy, effective_rank: tokens kept per token of spread or per dimension."""
     ratio: float = 0.25
     """fixed_ratio: share of the row to keep."""
     count: int = 64

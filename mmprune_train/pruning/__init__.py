@@ -1,4 +1,6 @@
-"""Pruning of visual and text tokens: scores, budgets, selection, packed sequence and pruner. Needs torch alone."""
+"""Pruning of visual and text tokens: scores, budgets, selection, packed sequence and pruner. Needs torch alone;
+the budget `lof` also scikit-learn, imported when it is used.
+"""
 
 from mmprune_train.config.paths import options
 from mmprune_train.pruning.budgets import available_budgets, find_knee

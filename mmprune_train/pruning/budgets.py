@@ -1,13 +1,14 @@
 """Budgets: how many of a row's sorted scores to keep. Every row of a batch at once, on its device.
 
-A budget sees the descending curve of each row and answers a count per row. Knee methods find the bend of the curve;
-the token at the bend is the last one kept, so a knee at rank k (0-based) keeps k + 1 tokens.
+A budget sees the descending curve of each row and answers a count per row: at the curve's bend (`knees.py`), from how
+the scores are spread, from the spectrum of the tokens' features, or fixed. `docs/budgets.md` has them side by side.
 """
 
 from __future__ import annotations
 
 import difflib
 import inspect
+import math
 from collections.abc import Callable
 
 import torch
@@ -15,108 +16,187 @@ from jaxtyping import Float, Int64
 from torch import Tensor
 
 from mmprune_train.errors import UserError
-
-Curve = Float[Tensor, "B N"]
-Lengths = Int64[Tensor, " B"]
-
-FLAT = 1e-9
-"""A normalised curve that bends less than this has no bend."""
-
-
-def _unit_curve(curve: Curve, lengths: Lengths) -> tuple[Tensor, Tensor, Tensor]:
-    """Scale each row to the unit square: x [B, N], y [B, N] in 0..1, and which rows are constant [B]."""
-    rank = torch.arange(curve.shape[1], device=curve.device)
-    last = (lengths - 1)[:, None]  # [B, 1]
-    low = curve.gather(1, last)
-    span = curve[:, :1] - low  # [B, 1]
-    constant = (span <= 0).squeeze(1)
-    x = rank.to(curve.dtype) / last.clamp(min=1)
-    y = (curve - low) / torch.where(span > 0, span, 1)
-    return x, y, constant
+from mmprune_train.pruning.knees import (
+    FLAT,
+    Curve,
+    Lengths,
+    first_largest,
+    kneedle,
+    l_method,
+    max_chord,
+    menger,
+    second_difference,
+    unit_curve,
+    valid_entries,
+)
 
 
-def max_chord(curve: Curve, lengths: Lengths) -> Lengths:
-    """Largest distance to the straight line through the curve's end points; a straight curve is kept whole.
+def otsu(curve: Curve, lengths: Lengths) -> Lengths:
+    """Otsu's threshold (1979) on the scores themselves, no histogram: the upper class is kept.
 
-    Args:
-        curve: descending scores [B, N], entries beyond a row's length are ignored.
-        lengths: [B] valid entries of each row.
-    Returns:
-        counts [B].
-    """
-    x, y, constant = _unit_curve(curve, lengths)
-    inside = torch.arange(curve.shape[1], device=curve.device) < lengths[:, None]
-    distance = (1 - x - y).abs().masked_fill(~inside, 0)  # vertical distance, proportional to the perpendicular one
-    depth, rank = distance.max(dim=1)
-    return torch.where(constant | (depth <= FLAT), lengths, rank + 1)
-
-
-def kneedle(curve: Curve, lengths: Lengths, sensitivity: float = 1.0, no_knee: str = "keep_all") -> Lengths:
-    """Kneedle (Satopaa et al. 2011) for convex decreasing curves, the first knee found from the left.
-
-    The difference curve is the normalised, flipped curve minus the diagonal. A local maximum is a knee when the curve
-    falls below that maximum minus `sensitivity` times the mean step in x before it reaches a local minimum. The curve's
-    first point is an end, not a bend (our choice): a curve that starts flat or concave is not cut down to one token.
-    On convex curves, which the method is made for, this is the `kneed` package's answer to the token.
+    The threshold lies between two different scores and has the largest between-class variance; of equally good ones
+    the highest. A constant row has no two classes and is kept whole.
 
     Args:
         curve: descending scores [B, N].
         lengths: [B] valid entries of each row.
-        sensitivity: S of the paper, >= 0.
-        no_knee: rows without a knee are kept whole (`keep_all`) or cut by `max_chord`. Our choice: the paper is silent.
     Returns:
         counts [B].
     """
-    if sensitivity < 0:
-        raise UserError(f"kneedle: sensitivity must be >= 0, got {sensitivity}")
-    if no_knee not in ("keep_all", "max_chord"):
-        raise UserError(f"kneedle: no_knee must be keep_all or max_chord, got {no_knee!r}")
-    x, y, constant = _unit_curve(curve, lengths)
-    rank = torch.arange(curve.shape[1], device=curve.device)
-    last = (lengths - 1)[:, None]
-    difference = 1 - y - x  # [B, N]
-    before = torch.cat([difference[:, :1], difference[:, :-1]], dim=1)
-    after = difference.gather(1, (rank + 1).minimum(last))  # the last valid entry is its own successor
-    peak = (difference >= before) & (difference >= after) & (rank > 0)
-    valley = (difference <= before) & (difference <= after)
-    last_peak = torch.where(peak, rank, -1).cummax(1).values
-    last_valley = torch.where(valley, rank, -1).cummax(1).values
-    step = 1.0 / (lengths - 1).clamp(min=1).to(curve.dtype)  # [B] mean step in x
-    threshold = difference.gather(1, last_peak.clamp(min=0)) - sensitivity * step[:, None]
-    found = (last_peak > last_valley) & (after < threshold) & (rank < last)
-    knee = last_peak.gather(1, found.int().argmax(dim=1, keepdim=True)).squeeze(1)
-    missing = constant | ~found.any(dim=1)
-    fallback = lengths if no_knee == "keep_all" else max_chord(curve, lengths)
-    return torch.where(missing, fallback, knee + 1)
+    _, y, constant = unit_curve(curve, lengths)
+    upper = torch.arange(1, y.shape[1] + 1, device=y.device)  # size of the upper class
+    lower = lengths[:, None] - upper
+    mass = y.cumsum(dim=1)
+    total = mass.gather(1, (lengths - 1)[:, None])
+    variance = (lengths[:, None] * mass - upper * total).square() / (upper * lower).clamp(min=1)  # times length ** 2
+    threshold = (lower > 0) & (y > y.roll(-1, 1))
+    return torch.where(constant, lengths, first_largest(variance.masked_fill(~threshold, 0)) + 1)
 
 
-def l_method(curve: Curve, lengths: Lengths) -> Lengths:
-    """L-method (Salvador and Chan 2004): the split whose two straight-line fits leave the least weighted RMSE.
+def _quantile(curve: Curve, lengths: Lengths, share: float) -> Float[Tensor, "B 1"]:
+    """Each row's quantile, linear between neighbours as `numpy.quantile`'s default."""
+    place = (lengths - 1).to(curve.dtype) * share  # counted from the smallest score
+    below = place.floor().long()
+    low = curve.gather(1, (lengths - 1 - below)[:, None])
+    high = curve.gather(1, (lengths - 2 - below).clamp(min=0)[:, None])
+    return torch.lerp(low, high, (place - below)[:, None])
 
-    Rows with fewer than 4 entries (two lines need two points each) and constant rows are kept whole.
+
+def iqr(curve: Curve, lengths: Lengths, factor: float = 1.5) -> Lengths:
+    """Scores above Q3 + factor * (Q3 - Q1), the outliers that LLaVA-PruMerge (arXiv 2403.15388) keeps.
+
+    A row without outliers (constant, evenly spread, or shorter than 4 at the default factor) has the count 0 and gets
+    the floor, `min_tokens`: as published, what does not stand out is not kept. Never rises with `factor`.
+
+    Args:
+        curve: descending scores [B, N].
+        lengths: [B] valid entries of each row.
+        factor: how many interquartile ranges above the third quartile an outlier begins, >= 0.
+    Returns:
+        counts [B].
     """
-    _, y, constant = _unit_curve(curve, lengths)
-    size = curve.shape[1]
-    rank = torch.arange(size, device=curve.device)
-    inside = rank < lengths[:, None]
-    x = rank.to(curve.dtype).expand_as(y)
-    moments = torch.stack([torch.ones_like(y), x, y, x * x, x * y, y * y]) * inside  # [6, B, N]
-    left = moments.cumsum(dim=2)
-    right = left[:, :, -1:] - left
+    if not 0 <= factor < math.inf:
+        raise UserError(f"iqr: factor must be >= 0 and finite, got {factor}")
+    first, third = _quantile(curve, lengths, 0.25), _quantile(curve, lengths, 0.75)
+    return ((curve > third + factor * (third - first)) & valid_entries(curve, lengths)).sum(dim=1)
 
-    def weighted_rmse(sums: Tensor) -> Tensor:
-        """n * RMSE of the best line through the n points of each prefix (or suffix)."""
-        n, sx, sy, sxx, sxy, syy = sums
-        n = n.clamp(min=1)
-        var_x, cov, var_y = sxx - sx * sx / n, sxy - sx * sy / n, syy - sy * sy / n
-        squared = (var_y - torch.where(var_x > 0, cov * cov / torch.where(var_x > 0, var_x, 1), 0)).clamp(min=0)
-        return (n * squared).sqrt()
 
-    weighted = sum((weighted_rmse(sums) for sums in (left, right)), torch.zeros_like(y))
-    count = rank + 1  # points left of the split
-    splits = (count >= 2) & (count <= (lengths - 2)[:, None])
-    best = weighted.masked_fill(~splits, torch.inf).argmin(dim=1) + 1
-    return torch.where(constant | (lengths < 4), lengths, best)
+def lof(curve: Curve, lengths: Lengths, neighbors: int = 20) -> Lengths:
+    """Outliers of the local outlier factor (Breunig et al. 2000), as Recoverable Compression (arXiv 2409.01179) counts.
+
+    scikit-learn's `LocalOutlierFactor` row by row on the CPU, the one budget with a loop over rows. As there, outliers
+    at both ends of the curve count. Rows are first scaled to 0..1 (our choice), since scikit-learn adds 1e-10 to
+    distances, which small scores would feel. A row without outliers (constant rows always) has the count 0 and gets
+    the floor, `min_tokens`. More than `neighbors` equal scores make their neighbours outliers, of which scikit-learn
+    warns.
+
+    Args:
+        curve: descending scores [B, N].
+        lengths: [B] valid entries of each row.
+        neighbors: neighbours to compare the density with, >= 1; a shorter row uses all it has.
+    Returns:
+        counts [B].
+    """
+    if neighbors < 1:
+        raise UserError(f"lof: neighbors must be >= 1, got {neighbors}")
+    from sklearn.neighbors import LocalOutlierFactor  # heavy, and only this budget needs it
+
+    _, y, constant = unit_curve(curve, lengths)
+    counts = torch.zeros_like(lengths, device="cpu")
+    rows = y.cpu().numpy()
+    for row, length in enumerate(lengths.tolist()):
+        if not constant[row]:
+            detector = LocalOutlierFactor(n_neighbors=min(neighbors, length - 1), algorithm="kd_tree")
+            counts[row] = int((detector.fit_predict(rows[row, :length, None]) == -1).sum())
+    return counts.to(lengths.device)
+
+
+def _shares(curve: Curve, lengths: Lengths, method: str) -> Curve:
+    """Scores as shares of their row's sum [B, N], 0 beyond its length; a row of zeros is shared evenly."""
+    if bool((curve < 0).any()):
+        row = int((curve < 0).any(dim=1).int().argmax())
+        raise UserError(
+            f"{method}: scores row {row} is negative in places and has no shares; use a softmaxed score "
+            "(pruner.vision.score=cls_attention, pruner.language.score=text_attention) or another knee"
+        )
+    mass = torch.where(curve[:, :1] > 0, curve, 1) * valid_entries(curve, lengths)
+    return mass / mass.sum(dim=1, keepdim=True)
+
+
+def _exp_entropy(shares: Float[Tensor, "B M"]) -> Float[Tensor, " B"]:
+    """How many equal shares would have the same entropy; 0 log 0 = 0."""
+    return torch.special.entr(shares).sum(dim=1).exp()
+
+
+def _nearest(count: Float[Tensor, " B"]) -> Lengths:
+    """Nearest whole number, halves up; rounding errors decide nothing."""
+    return (count + 0.5 + FLAT).floor().long()
+
+
+def _check_scale(method: str, scale: float) -> None:
+    if not 0 < scale < math.inf:
+        raise UserError(f"{method}: scale must be > 0 and finite, got {scale}")
+
+
+def cumulative_mass(curve: Curve, lengths: Lengths, mass: float = 0.9) -> Lengths:
+    """The fewest largest scores that hold the share `mass` of their row's sum (to 1e-9); never falls with `mass`.
+
+    As top-p sampling cuts (Holtzman et al. 2020, arXiv 1904.09751); as a token budget our choice. A constant row, all
+    zeros included, keeps the share `mass` of its tokens, rounded up.
+
+    Args:
+        curve: descending scores [B, N], >= 0.
+        lengths: [B] valid entries of each row.
+        mass: share to keep, in (0, 1].
+    Returns:
+        counts [B].
+    """
+    if not 0 < mass <= 1:
+        raise UserError(f"cumulative_mass: mass must be in (0, 1], got {mass}")
+    held = _shares(curve, lengths, "cumulative_mass").cumsum(dim=1)
+    return ((held < mass - FLAT) & valid_entries(curve, lengths)).sum(dim=1) + 1
+
+
+def attention_entropy(curve: Curve, lengths: Lengths, scale: float = 1.0) -> Lengths:
+    """scale * exp(entropy of the scores as a distribution), rounded: how many tokens the attention is spread over.
+
+    AgilePruner (arXiv 2603.01236) measures images by this entropy; taking its exponential for a count is our choice. A
+    constant row, all zeros included, keeps the share `scale` of its tokens. Never falls with `scale`.
+
+    Args:
+        curve: descending scores [B, N], >= 0.
+        lengths: [B] valid entries of each row.
+        scale: tokens to keep per token of spread, > 0.
+    Returns:
+        counts [B].
+    """
+    _check_scale("attention_entropy", scale)
+    return _nearest(scale * _exp_entropy(_shares(curve, lengths, "attention_entropy")))
+
+
+def effective_rank(curve: Curve, lengths: Lengths, features: Float[Tensor, "B N D"], scale: float = 1.0) -> Lengths:
+    """scale * effective rank of the row's features (Roy and Vetterli 2007), rounded; the scores only rank.
+
+    The effective rank is exp(entropy of the singular values as a distribution), between 1 and min(length, D); features
+    are neither centred nor normalised. AgilePruner (arXiv 2603.01236) adapts its pruning threshold to it; taking it for
+    a count is our choice. Equal features (all zeros included) have rank 1. Never falls with `scale`.
+
+    Args:
+        curve: descending scores [B, N].
+        lengths: [B] valid entries of each row.
+        features: [B, N, D] float64 in the tokens' own order, zeros beyond a row's length.
+        scale: tokens to keep per dimension, > 0.
+    Returns:
+        counts [B].
+    """
+    _check_scale("effective_rank", scale)
+    size, width = features.shape[1:]
+    gram = features @ features.mT if size <= width else features.mT @ features
+    energy = torch.linalg.eigvalsh(gram)  # [B, min(N, D)] squared singular values, ascending
+    noise = energy[:, -1:] * max(size, width) * torch.finfo(energy.dtype).eps
+    singular = torch.where(energy > noise, energy, 0).sqrt()
+    total = singular.sum(dim=1, keepdim=True)
+    return _nearest(scale * _exp_entropy(singular / torch.where(total > 0, total, 1)))
 
 
 def fixed_ratio(curve: Curve, lengths: Lengths, ratio: float = 0.25) -> Lengths:
@@ -137,6 +217,14 @@ BUDGETS: dict[str, Callable[..., Tensor]] = {
     "kneedle": kneedle,
     "max_chord": max_chord,
     "l_method": l_method,
+    "menger": menger,
+    "second_difference": second_difference,
+    "otsu": otsu,
+    "iqr": iqr,
+    "lof": lof,
+    "cumulative_mass": cumulative_mass,
+    "attention_entropy": attention_entropy,
+    "effective_rank": effective_rank,
     "fixed_ratio": fixed_ratio,
     "fixed_count": fixed_count,
 }
@@ -147,13 +235,36 @@ def available_budgets() -> list[str]:
     return sorted(BUDGETS)
 
 
-def budget_parameters(method: str) -> list[str]:
-    """Names of the parameters a budget takes beside the curve."""
+def _budget(method: str) -> Callable[..., Tensor]:
     if method not in BUDGETS:
         near = difflib.get_close_matches(method, BUDGETS, n=1)
         hint = f"did you mean {near[0]!r}?" if near else "choose one"
         raise UserError(f"unknown budget {method!r}: {hint} (available: {', '.join(available_budgets())})")
-    return list(inspect.signature(BUDGETS[method]).parameters)[2:]
+    return BUDGETS[method]
+
+
+def budget_parameters(method: str) -> list[str]:
+    """Names of the parameters a budget takes beside the curve (and the features)."""
+    inputs = {"curve", "lengths", "features"}
+    return [name for name in inspect.signature(_budget(method)).parameters if name not in inputs]
+
+
+def needs_features(method: str) -> bool:
+    """Whether a budget looks at the tokens' features."""
+    return "features" in inspect.signature(_budget(method)).parameters
+
+
+def _valid_features(features: Tensor | None, inside: Tensor, method: str) -> Float[Tensor, "B N D"]:
+    """The features in float64 with zeros beyond each row's length; UserError where they do not fit."""
+    batch, size = inside.shape
+    if features is None:
+        raise UserError(f"budget {method!r} needs features=[{batch}, {size}, D], the tokens that the scores belong to")
+    if features.dim() != 3 or features.shape[:2] != inside.shape or features.shape[2] == 0:
+        raise UserError(f"features must be [{batch}, {size}, D] with D >= 1, got {tuple(features.shape)}")
+    features = features.to(inside.device, torch.float64).masked_fill(~inside[..., None], 0)
+    if bool((bad := ~features.isfinite().all(dim=2).all(dim=1)).any()):
+        raise UserError(f"features row {int(bad.int().argmax())} holds NaN or infinite values; check the precision")
+    return features
 
 
 @torch.no_grad()
@@ -162,6 +273,7 @@ def find_knee(
     method: str = "kneedle",
     lengths: Int64[Tensor, "L ..."] | None = None,
     *,
+    features: Float[Tensor, "F ..."] | None = None,
     min_tokens: int = 1,
     max_tokens: int | None = None,
     **params: object,
@@ -172,12 +284,15 @@ def find_knee(
         scores: [B, N] in any order, larger = keep. Any floating dtype; computed in float64.
         method: one of `available_budgets()`.
         lengths: [B] valid leading entries of each row, 1..N; None: all N.
+        features: [B, N, D] the tokens in the order of their scores, for `effective_rank`; other methods do without, and
+            passing it to them is no mistake.
         min_tokens, max_tokens: bounds on the count, within 1..length.
         params: the method's own parameters (see its function).
     Returns:
         counts [B], int64, each in 1..length.
     Raises:
-        UserError: wrong shape, empty rows, NaN or infinite scores among the valid entries, unknown method or parameter.
+        UserError: wrong shape, empty rows, NaN or infinite values among the valid entries, negative scores where
+            a method shares out their sum, features missing where a method needs them, unknown method or parameter.
     """
     known = budget_parameters(method)
     if unknown := sorted(set(params) - set(known)):
@@ -192,13 +307,15 @@ def find_knee(
     lengths = lengths.to(device=scores.device, dtype=torch.int64)
     if lengths.shape != (batch,) or bool(((lengths < 1) | (lengths > size)).any()):
         raise UserError(f"lengths must be [{batch}] with every entry in 1..{size}, got {lengths.tolist()}")
-    inside = torch.arange(size, device=scores.device) < lengths[:, None]
+    inside = valid_entries(scores, lengths)
     wide = scores.to(torch.float64)
     if bool((~wide.isfinite() & inside).any()):
         row = int((~wide.isfinite() & inside).any(dim=1).int().argmax())
         raise UserError(f"scores row {row} holds NaN or infinite values; check the model's precision or the score")
     curve = wide.masked_fill(~inside, -torch.inf).sort(dim=1, descending=True).values
     curve = curve.masked_fill(~inside, 0)  # padding sorts last, and no budget may meet an infinity
+    if needs_features(method):
+        params["features"] = _valid_features(features, inside, method)
     counts = BUDGETS[method](curve, lengths, **params)
     counts = counts.clamp(min=min_tokens)
     if max_tokens is not None:

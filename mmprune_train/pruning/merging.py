@@ -51,9 +51,7 @@ def _with_extra(features: Features, kept: Mask, scores: Scores, token: Float[Ten
     return torch.where(here[..., None], token[:, None].to(features.dtype), features), kept | here
 
 
-def prumerge(
-    features: Features, kept: Mask, scores: Scores, keys: Keys, neighbours: int = 32
-) -> tuple[Features, Mask]:
+def prumerge(features: Features, kept: Mask, scores: Scores, keys: Keys, neighbours: int = 32) -> tuple[Features, Mask]:
     """LLaVA-PruMerge (Shang et al. 2024, arXiv 2403.15388): to every kept patch the score-weighted sum of the
     `neighbours` patches with the most similar keys is added, kept ones among them; one more token is the
     score-weighted sum of all dropped patches. Weights are the scores as they are (CLS attention), not renormalised.

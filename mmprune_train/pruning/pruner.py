@@ -11,7 +11,7 @@ from torch import Tensor
 
 from mmprune_train.config.schema import KneeConfig, PrunerConfig
 from mmprune_train.errors import UserError
-from mmprune_train.pruning.budgets import budget_parameters, find_knee
+from mmprune_train.pruning.budgets import budget_parameters, find_knee, needs_features
 from mmprune_train.pruning.packed import IGNORE, Kind, PackedSequence
 from mmprune_train.pruning.scores import LANGUAGE_SCORES, VISION_SCORES, LanguageView, VisionView
 from mmprune_train.pruning.selection import columns, pad, top_mask
@@ -23,10 +23,12 @@ def _lookup(table: dict, name: str, key: str) -> Callable:
     return table[name]
 
 
-def _counts(scores: Tensor, lengths: Tensor | None, knee: KneeConfig) -> Tensor:
+def _counts(scores: Tensor, lengths: Tensor | None, knee: KneeConfig, features: Callable[[], Tensor]) -> Tensor:
+    """Counts of one stage; `features` makes the tokens' [B, N, D] for the budgets that look at them."""
     wanted = {*budget_parameters(knee.method), "min_tokens", "max_tokens"}
     params = {f.name: getattr(knee, f.name) for f in fields(knee) if f.name in wanted}
-    return find_knee(scores, knee.method, lengths, **params)
+    seen = features() if needs_features(knee.method) else None
+    return find_knee(scores, knee.method, lengths, features=seen, **params)
 
 
 @dataclass
@@ -133,7 +135,7 @@ class Pruner:
         if not self.settings.vision.enabled:
             return torch.ones((images, patches), dtype=torch.bool, device=view.patches.device), None
         scores = self._vision_score(view)
-        return top_mask(scores, _counts(scores, None, self.settings.vision.knee)), scores
+        return top_mask(scores, _counts(scores, None, self.settings.vision.knee, lambda: view.patches)), scores
 
     @torch.no_grad()
     def keep_tokens(
@@ -164,7 +166,8 @@ class Pruner:
             rows = 2 * rows + (~sequence.visual[groups.candidate])
         row, order = rows.unique(return_inverse=True)[1].sort(stable=True)
         table, lengths = pad(scores[groups.candidate][order], row, int(row[-1]) + 1)
-        kept = top_mask(table, _counts(table, lengths, stage.knee), lengths)
+        counts = _counts(table, lengths, stage.knee, lambda: pad(hidden[groups.candidate][order], row, len(lengths))[0])
+        kept = top_mask(table, counts, lengths)
         column, _ = columns(row, len(lengths))
         chosen = torch.zeros_like(rows, dtype=torch.bool)
         chosen[order] = kept[row, column]

@@ -63,6 +63,13 @@ def test_typos_are_answered_with_the_nearest_valid_word(override, words):
         (["encoder.feature_layer=-9"], "feature_layer"),
         (["encoder.patch_size=16"], "encoder.arch.patch_size"),
         (["knee.ratio=1.5"], "share"),
+        (["knee.mass=0"], "knee.mass=0.0 is a share"),
+        (["knee.factor=-1"], "knee.factor=-1.0 must be finite and not negative"),
+        (["knee.scale=0"], "knee.scale=0.0 must be finite and more than 0"),
+        (["knee.neighbors=0"], "knee.neighbors=0 must be at least 1"),
+        (["knee.method=effective_rnk"], "did you mean effective_rank"),
+        (["knee=cumulative_mass", "pruner.vision.score=cls_cosine"], "set pruner.vision.score=cls_attention"),
+        (["knee=attention_entropy", "pruner.language.score=text_cosine"], "set pruner.language.score=text_attention"),
         (["knee.min_tokens=9", "knee.max_tokens=3"], "raise it"),
         (["optim.betas=[0.9]"], "two numbers"),
         (["peft.dropout=1"], "probability"),
@@ -74,6 +81,11 @@ def test_typos_are_answered_with_the_nearest_valid_word(override, words):
 def test_settings_that_cannot_work_are_refused_with_the_remedy(smoke, overrides, words):
     with pytest.raises(UserError, match=words):
         smoke(*overrides)
+
+
+def test_a_stage_that_is_off_may_have_any_score(smoke):
+    off = smoke("knee=cumulative_mass", "pruner.vision.enabled=false", "pruner.vision.score=cls_cosine")
+    assert off.pruner.vision.knee.method == "cumulative_mass"
 
 
 def test_files_need_no_training_annotations_to_be_evaluated():

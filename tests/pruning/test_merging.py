@@ -30,7 +30,7 @@ def split(kept: Tensor) -> tuple[list[int], list[int]]:
 
 @pytest.mark.parametrize("images", [1, 5])
 def test_nearest(images: int) -> None:
-    features, kept, scores, keys = given = case(images)
+    features, kept, _scores, keys = given = case(images)
     found, mask = nearest(*given)
     assert torch.equal(mask, kept)
     for image in range(images):
@@ -43,7 +43,7 @@ def test_nearest(images: int) -> None:
 
 @pytest.mark.parametrize("images", [1, 5])
 def test_mean_token(images: int) -> None:
-    features, kept, scores, keys = given = case(images)
+    features, kept, scores, _keys = given = case(images)
     found, mask = mean_token(*given)
     for image in range(images):
         stay, gone = split(kept[image])
@@ -74,7 +74,7 @@ def test_prumerge(images: int, neighbours: int) -> None:
 @pytest.mark.parametrize("images", [1, 5])
 @pytest.mark.parametrize("count", [1, 3, 40])
 def test_contextual(images: int, count: int) -> None:
-    features, kept, scores, keys = given = case(images)
+    features, kept, _scores, keys = given = case(images)
     found, mask = contextual(*given, count=count)
     for image in range(images):
         stay, gone = split(kept[image])
