@@ -36,15 +36,18 @@ SHARE_METHODS = ("cumulative_mass", "attention_entropy")
 SIGNED_SCORES = ("cls_cosine", "pooled_cosine", "text_cosine", "key_norm")
 """Scores that can be negative."""
 VISION_SCORES = (
-    *("cls_attention", "cls_cosine", "map_attention"),
+    *("cls_attention", "cls_attention_wide", "cls_cosine", "map_attention"),
     *("pooled_cosine", "feature_norm", "uniform_grid", "random"),
 )
 SCORE_NEEDS = {
     "cls_attention": "a CLS token",
+    "cls_attention_wide": "a CLS token",
     "cls_cosine": "a CLS token",
     "map_attention": "an attention pooling head",
 }
 LANGUAGE_SCORES = ("text_attention", "text_cosine", "last_token_attention", "key_norm", "random")
+SELECTIONS = ("top", "max_min", "dpp", "top_and_uniform", "top_and_distinct")
+MERGES = ("none", "nearest", "mean_token", "prumerge", "contextual")
 POSITIONS = ("contiguous", "original")
 
 
@@ -127,10 +130,7 @@ def check_knee(key: str, knee: KneeConfig) -> None:
 
 
 def check_pruner(pruner: PrunerConfig) -> None:
-    _one_of("pruner.vision.score", pruner.vision.score, VISION_SCORES)
-    _one_of("pruner.vision.positions", pruner.vision.positions, POSITIONS)
-    check_knee("pruner.vision.knee", pruner.vision.knee)
-    _check_shares("pruner.vision", pruner.vision, "cls_attention")
+    _check_vision_stage(pruner.vision)
     language = pruner.language
     _one_of("pruner.language.score", language.score, LANGUAGE_SCORES)
     _one_of("pruner.language.candidates", language.candidates, ("visual_and_text", "visual"))
@@ -146,6 +146,33 @@ def check_pruner(pruner: PrunerConfig) -> None:
         )
     if layers != sorted(set(layers)):
         raise UserError(f"pruner.language.layer={language.layer} must rise: every layer sees a shorter sequence")
+
+
+def _check_vision_stage(stage: VisionStageConfig) -> None:
+    key = "pruner.vision"
+    _one_of(f"{key}.score", stage.score, VISION_SCORES)
+    _one_of(f"{key}.selection", stage.selection, SELECTIONS)
+    _one_of(f"{key}.space", stage.space, ("features", "projected"))
+    _one_of(f"{key}.merge", stage.merge, MERGES)
+    _one_of(f"{key}.order", stage.order, ("raster", "rank"))
+    _one_of(f"{key}.positions", stage.positions, POSITIONS)
+    check_knee(f"{key}.knee", stage.knee)
+    _check_shares(key, stage, "cls_attention")
+    _at_least(f"{key}.merge_count", stage.merge_count, 1)
+    if not 0 <= stage.share <= 1:
+        raise UserError(f"{key}.share={stage.share} is the share of the budget that goes by score: from 0 to 1")
+    if not stage.enabled:
+        return
+    if stage.merge == "prumerge" and stage.score in SIGNED_SCORES:
+        raise UserError(
+            f"{key}.merge=prumerge weighs patches by score, and {key}.score={stage.score} can be negative: "
+            f"set {key}.score=cls_attention_wide, or another {key}.merge"
+        )
+    if stage.order == "rank" and stage.positions == "original":
+        raise UserError(
+            f"{key}.order=rank moves patches, so {key}.positions=original would give them each other's places: "
+            f"set {key}.positions=contiguous, or {key}.order=raster"
+        )
 
 
 def _check_shares(key: str, stage: VisionStageConfig | LanguageStageConfig, softmaxed: str) -> None:
@@ -171,6 +198,12 @@ def _check_pruner_fits(config: Config) -> None:
         raise UserError(
             f"pruner.vision.score={vision.score} needs {SCORE_NEEDS[vision.score]}, which encoder "
             f"{config.encoder.name} has not: add pruner.vision.score={first} (or {', '.join(others)})"
+        )
+    blocks = config.encoder.arch.get("num_hidden_layers")
+    if vision.enabled and vision.layer is not None and blocks is not None and not -blocks <= vision.layer < blocks:
+        raise UserError(
+            f"pruner.vision.layer={vision.layer}: encoder {config.encoder.name} has {blocks} blocks, "
+            f"{-blocks}..{blocks - 1}; null takes the one that made the feature layer"
         )
     layers = config.llm.arch.get("num_hidden_layers")
     last = language.layer[-1] if isinstance(language.layer, list) else language.layer

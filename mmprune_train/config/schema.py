@@ -114,9 +114,25 @@ class VisionStageConfig:
 
     enabled: bool = True
     score: str = "cls_attention"
-    """`cls_attention`, `cls_cosine` (encoders with CLS), `map_attention` (SigLIP), `pooled_cosine`, `feature_norm`,
-    `uniform_grid` or `random`; `docs/scores.md` says what each is."""
+    """`cls_attention`, `cls_attention_wide`, `cls_cosine` (encoders with CLS), `map_attention` (SigLIP),
+    `pooled_cosine`, `feature_norm`, `uniform_grid` or `random`; `docs/scores.md` says what each is."""
+    layer: int | None = None
+    """Encoder block, from 0 or negative from the end, whose queries and keys give the `cls_attention` scores and the
+    keys of merges; null: the block that made the feature layer."""
     knee: KneeConfig = field(default_factory=_follow("knee"))
+    selection: str = "top"
+    """Which patches the budget keeps: `top` (the best scores), `max_min`, `dpp`, `top_and_uniform` or
+    `top_and_distinct`; see `docs/methods.md`."""
+    share: float = 0.5
+    """top_and_distinct: share of the budget that goes by score."""
+    space: str = "features"
+    """What diverse selections measure distances on: the encoder's `features`, or `projected`: after the projector."""
+    merge: str = "none"
+    """What dropped patches leave behind: `none`, `nearest`, `mean_token`, `prumerge` or `contextual`."""
+    merge_count: int = 32
+    """prumerge: neighbours a kept patch takes in; contextual: tokens made of dropped patches."""
+    order: str = "raster"
+    """How kept patches enter the LLM: `raster`, or `rank`: best score first, tokens that a merge made last."""
     positions: str = "contiguous"
     """Position ids after pruning: `contiguous` (renumbered) or `original`."""
 

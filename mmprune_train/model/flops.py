@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 from mmprune_train.model.llava import PackedLlava
-from mmprune_train.model.vision import family_of
+from mmprune_train.model.vision import deepest_feature, family_of, scored_block
 from mmprune_train.pruning import PruningTrace
 
 
@@ -46,18 +46,17 @@ class StepFlops:
         language, tower = model.hf.model.language_model, model.hf.model.vision_tower
         projector, head = model.hf.model.multi_modal_projector, model.hf.lm_head
         blocks = family_of(tower.config.model_type).layers(tower)
-        feature = model.config.vision_feature_layer
-        indices = feature if isinstance(feature, list) else [feature]
-        depth = max(index if index >= 0 else len(blocks) + 1 + index for index in indices)
+        depth = deepest_feature(model.config.vision_feature_layer, len(blocks))
         patches = model.config.image_seq_length + 1
         vision = _any_trained(tower)
         through = vision or _any_trained(projector) or _any_trained(language)
         self.per_image = patches * _cost(_matmul(blocks[:depth]), vision)
         attention = 4 * patches**2 * tower.config.hidden_size  # of one layer
         self.per_image += depth * attention * (3 if vision else 1)
-        stage = model.pruner.settings.vision
-        if stage.enabled and stage.score == "map_attention":  # runs the other layers, forward alone
-            self.per_image += 2 * patches * _matmul(blocks[depth:])[0] + (len(blocks) - depth) * attention
+        more = blocks[depth : _last_block(model, depth, len(blocks))]  # forward alone
+        self.per_image += 2 * patches * _matmul(more)[0] + len(more) * attention
+        if model.pruner.projects:
+            self.per_image += 2 * model.config.image_seq_length * _matmul([projector])[0]
         self.per_kept_patch = _cost(_matmul([projector]), vision)
         self.per_token = torch.tensor([_cost(_matmul([layer]), through) for layer in language.layers]).double()
         width = language.config.num_attention_heads * language.layers[0].self_attn.head_dim
@@ -74,6 +73,15 @@ class StepFlops:
         total = images * self.per_image + sum(map(len, trace.vision_kept)) * self.per_kept_patch
         total += float((lengths.sum(1) * self.per_token).sum() + (lengths**2).sum() * self.per_token_pair)
         return total + supervised * self.per_target
+
+
+def _last_block(model: PackedLlava, depth: int, blocks: int) -> int:
+    """How many of the encoder's blocks run: the features' own `depth`, and those that stage 1's score or merge asks."""
+    stage = model.pruner.settings.vision
+    if stage.enabled and stage.score == "map_attention":
+        return blocks
+    reads = stage.enabled and (stage.score in ("cls_attention", "cls_attention_wide") or model.pruner.merges)
+    return max(depth, scored_block(stage.layer, depth, blocks)) if reads else depth
 
 
 def _cost(weights: tuple[int, int], gradient: bool) -> int:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +19,7 @@ from mmprune_train.errors import UserError
 from mmprune_train.model import attention
 from mmprune_train.model.cache import PrunedCache
 from mmprune_train.model.language import check_language_model, rotary, scoring_queries_keys
-from mmprune_train.model.vision import encode, family_of
+from mmprune_train.model.vision import deepest_feature, encode, family_of, scored_block
 from mmprune_train.pruning import IGNORE, Kind, PackedSequence, Pruner, PruningTrace
 
 Annotate = Callable[[Tensor], tuple[Tensor, Tensor]]
@@ -51,6 +52,19 @@ def first_of_equal(pixel_values: Tensor) -> tuple[Tensor, Tensor]:
     new = torch.ones(len(pixel_values), dtype=torch.bool, device=pixel_values.device)
     new[1:] = (pixel_values[1:] != pixel_values[:-1]).flatten(1).any(1)
     return pixel_values[new], new.cumsum(0) - 1
+
+
+def _in_order(sequence: PackedSequence, kept: Tensor, order: Tensor) -> PackedSequence:
+    """Let the j-th kept place of an image hold patch order[image, j].
+
+    Args:
+        sequence: after stage 1, patches in raster order.
+        kept: [I, N] bool. order: [I, N] patches, the kept ones first.
+    """
+    visual = sequence.visual
+    image = sequence.image[visual]
+    place = kept.cumsum(1)[image, sequence.patch[visual]] - 1
+    return replace(sequence, patch=sequence.patch.masked_scatter(visual, order[image, place]))
 
 
 class PackedLlava(PreTrainedModel, GenerationMixin):
@@ -98,6 +112,9 @@ class PackedLlava(PreTrainedModel, GenerationMixin):
         check_language_model(language.config)
         family_of(hf.model.vision_tower.config.model_type)
         pruner.check_layers(len(language.layers))
+        if pruner.settings.vision.enabled:
+            blocks = len(family_of(hf.model.vision_tower.config.model_type).layers(hf.model.vision_tower))
+            scored_block(pruner.settings.vision.layer, deepest_feature(hf.config.vision_feature_layer, blocks), blocks)
         own = copy.deepcopy(language.config)
         shared = language.config
         for module in language.modules():
@@ -119,14 +136,16 @@ class PackedLlava(PreTrainedModel, GenerationMixin):
         """
         dense, dense_visual = self._count(sequence)
         vision_kept: list[Tensor] = []
+        vision_order: list[Tensor] = []
         vision_scores = None
         if pixel_values is not None and len(pixel_values):
-            features, kept, vision_scores = self._select_patches(pixel_values)
+            features, kept, order, vision_scores = self._select_patches(pixel_values)
             vision_kept = [row.nonzero().squeeze(1) for row in kept]
+            vision_order = [row[: len(stay)] for row, stay in zip(order, vision_kept, strict=True)]
             visual = sequence.visual
             mask = torch.ones_like(visual)
             mask[visual] = kept[sequence.image[visual], sequence.patch[visual]]
-            sequence = sequence.keep(mask)
+            sequence = _in_order(sequence.keep(mask), kept, order)
             if self.pruner.settings.vision.positions == "contiguous":
                 sequence = replace(sequence, position=sequence.within())
             projected = self.hf.model.multi_modal_projector(features[kept])  # [K, D]
@@ -134,7 +153,9 @@ class PackedLlava(PreTrainedModel, GenerationMixin):
         else:
             projected, row_of = self._absent_image(), None
         stage1, stage1_visual = self._count(sequence)
-        trace = PruningTrace(dense, dense_visual, stage1, stage1_visual, vision_kept=vision_kept)
+        trace = PruningTrace(
+            dense, dense_visual, stage1, stage1_visual, vision_kept=vision_kept, vision_order=vision_order
+        )
         trace.vision_scores = vision_scores
         hidden = self._embed(sequence, projected, row_of)
         sequence, hidden = self._run_layers(replace(sequence, entry=sequence.within()), hidden, trace, cache)
@@ -148,12 +169,13 @@ class PackedLlava(PreTrainedModel, GenerationMixin):
         visual = torch.bincount(sequence.segment[sequence.visual], minlength=sequence.samples)
         return sequence.lengths, visual
 
-    def _select_patches(self, pixel_values: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
-        """Features [I, N, Dv] of all images, kept patches [I, N] bool, scores [I, N]."""
+    def _select_patches(self, pixel_values: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
+        """Stage 1: merged features [I, N, Dv] of all images, kept patches [I, N] bool with the places of made tokens,
+        the order [I, N] in which an image's patches enter the LLM, scores [I, N]."""
         tower: Any = self.hf.model.vision_tower
         config = self.config
         trained = torch.is_grad_enabled() and any(p.requires_grad for p in tower.parameters())
-        features, kept = [], []
+        features, kept, order = [], [], []
         scores: list[Tensor] = []
         for chunk in pixel_values.to(tower.dtype).split(self.vision_chunk):
             with torch.set_grad_enabled(trained):
@@ -162,6 +184,7 @@ class PackedLlava(PreTrainedModel, GenerationMixin):
                     chunk,
                     config.vision_feature_layer,
                     drop_cls=config.vision_feature_select_strategy == "default",
+                    layer=self.pruner.settings.vision.layer,
                 )
             if states.shape[1] != view.patches.shape[1]:  # "full" on an encoder with CLS: no patch grid to prune on
                 if self.pruner.settings.vision.enabled:
@@ -170,16 +193,29 @@ class PackedLlava(PreTrainedModel, GenerationMixin):
                         "prune; use 'default', or pruner=language_only"
                     )
                 view.patches = states
-            mask, score = self.pruner.keep_patches(view)
-            features.append(states)
-            kept.append(mask)
+            mask, score = self.pruner.keep_patches(view, partial(self._project_to_look, states))
+            merged, places = self.pruner.merge_patches(states, mask, score, view)
+            features.append(merged)
+            kept.append(places)
+            order.append(self.pruner.entry_order(mask, places, score))
             if score is not None:
                 scores.append(score)
-        return torch.cat(features), torch.cat(kept), torch.cat(scores) if scores else None
+        return torch.cat(features), torch.cat(kept), torch.cat(order), torch.cat(scores) if scores else None
+
+    @torch.no_grad()
+    def _project_to_look(self, features: Tensor) -> Tensor:
+        """[I, N, D] features after the projector, for stage 1 to look at.
+
+        Autocast must not cache the weights it casts here: the training pass would find them without their gradient.
+        """
+        kind = features.device.type
+        dtype, enabled = torch.get_autocast_dtype(kind), torch.is_autocast_enabled(kind)
+        with torch.autocast(kind, dtype=dtype, enabled=enabled, cache_enabled=False):
+            return self.hf.model.multi_modal_projector(features)
 
     def kept_features(self, pixel_values: Tensor) -> Tensor:
-        """[K, Dv] features of the patches that stage 1 keeps of images [I, 3, H, W], before the projector."""
-        features, kept, _ = self._select_patches(pixel_values.to(self.hf.lm_head.weight.device))
+        """[K, Dv] features that stage 1 leaves of images [I, 3, H, W], made tokens among them, before the projector."""
+        features, kept, *_ = self._select_patches(pixel_values.to(self.hf.lm_head.weight.device))
         return features[kept]
 
     def _absent_image(self) -> Tensor | None:
@@ -189,7 +225,7 @@ class PackedLlava(PreTrainedModel, GenerationMixin):
             return None
         size = self.config.vision_config.image_size
         blank = torch.zeros((1, 3, size, size), device=self.hf.lm_head.weight.device)
-        features, kept, _ = self._select_patches(blank)
+        features, kept, *_ = self._select_patches(blank)
         return self.hf.model.multi_modal_projector(features[kept])
 
     def _embed(self, sequence: PackedSequence, projected: Tensor | None, row_of: Tensor | None) -> Tensor:
@@ -293,6 +329,7 @@ class PackedLlava(PreTrainedModel, GenerationMixin):
         if row_of is not None:
             trace = packed.trace
             trace.vision_kept = [trace.vision_kept[row] for row in row_of.tolist()]
+            trace.vision_order = [trace.vision_order[row] for row in row_of.tolist()]
             trace.vision_scores = None if trace.vision_scores is None else trace.vision_scores[row_of]
         self.last_pruning = packed.trace
         if logits_to_keep == 1:

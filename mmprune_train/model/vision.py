@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import cache
 from typing import Any
 
 import torch
@@ -71,7 +72,24 @@ def family_of(model_type: str) -> Family:
     return FAMILIES[model_type]
 
 
-def encode(tower: Any, pixels: Tensor, feature_layer: int | list[int], drop_cls: bool) -> tuple[Tensor, VisionView]:
+def deepest_feature(feature_layer: int | list[int], blocks: int) -> int:
+    """The last hidden state, 0 = embeddings, that the features of an encoder with this many blocks need."""
+    wanted = feature_layer if isinstance(feature_layer, list) else [feature_layer]
+    return max(index if index >= 0 else blocks + 1 + index for index in wanted)
+
+
+def scored_block(layer: int | None, deepest: int, blocks: int) -> int:
+    """Index of the block whose queries and keys stage 1 reads; None: the one that made hidden state `deepest`."""
+    if layer is None:
+        return max(deepest - 1, 0)
+    if not -blocks <= layer < blocks:
+        raise UserError(f"pruner.vision.layer={layer}: this encoder has blocks {-blocks}..{blocks - 1}")
+    return layer % blocks
+
+
+def encode(
+    tower: Any, pixels: Tensor, feature_layer: int | list[int], drop_cls: bool, layer: int | None = None
+) -> tuple[Tensor, VisionView]:
     """Run the tower up to the feature layer.
 
     Args:
@@ -79,6 +97,7 @@ def encode(tower: Any, pixels: Tensor, feature_layer: int | list[int], drop_cls:
         pixels: [I, 3, H, W].
         feature_layer: index (or several, concatenated) into the hidden states, 0 = embeddings, negative from the end.
         drop_cls: features are the patches alone (LLaVA's "default" selection).
+        layer: block whose queries and keys the view shows; None: the one that made the last feature layer.
     Returns:
         features [I, N, D * number of feature layers] for the projector, and the view stage 1 scores.
     """
@@ -86,50 +105,63 @@ def encode(tower: Any, pixels: Tensor, feature_layer: int | list[int], drop_cls:
     layers = family.layers(tower)
     wanted = [feature_layer] if isinstance(feature_layer, int) else list(feature_layer)
     indices = [index if index >= 0 else len(layers) + 1 + index for index in wanted]
-    deepest = max(indices)
+    deepest = deepest_feature(feature_layer, len(layers))
+    block = scored_block(layer, deepest, len(layers))
     states = family.embed(tower, pixels)
-    before = states
     kept = {0: states}
     for index in range(deepest):
-        before = states
         states = layers[index](states, None)
         kept[index + 1] = states
     first = 1 if family.has_cls else 0
     features = torch.cat([kept[index] for index in indices], dim=-1)
     features = features[:, 1:] if drop_cls else features
 
-    heads = tower.config.num_attention_heads
     patches = states.shape[1] - first
     rows = round((patches * pixels.shape[-2] / pixels.shape[-1]) ** 0.5)
 
+    nearest = min(block, deepest)
+    entering = kept[nearest].detach()
+    attention: Any = getattr(layers[block], family.attention)
+
+    @cache
+    @torch.no_grad()
+    def normed() -> Tensor:
+        """[I, (1 +) N, D] what the chosen block's projections read."""
+        return getattr(layers[block], family.norm)(_run(layers[nearest:block], entering, layers[block]))
+
+    @cache
+    @torch.no_grad()
+    def keys() -> Tensor:
+        return attention.k_proj(normed())
+
+    @torch.no_grad()
     def cls_query_keys() -> tuple[Tensor, Tensor]:
-        layer: Any = layers[max(deepest - 1, 0)]
-        attention = getattr(layer, family.attention)
-        normed = getattr(layer, family.norm)(before.detach())
-        return _in_heads(attention.q_proj(normed[:, 0]), attention.k_proj(normed[:, 1:]), heads)
+        return attention.q_proj(normed()[:, 0]), keys()
 
     @torch.no_grad()
     def probe_query_keys() -> tuple[Tensor, Tensor]:
-        last = states.to(tower.head.probe.dtype)  # what follows is frozen, and perhaps kept in half precision
-        for layer in layers[deepest:]:
-            last = layer(last, None)
-        return _in_heads(*_pooling_projections(tower, last), heads)
+        return _pooling_projections(tower, _run(layers[deepest:], states, tower.head))
 
     view = VisionView(
         patches=states[:, first:].detach(),
         grid=(rows, patches // rows),
+        patch_keys=lambda: keys()[:, first:],
         cls=states[:, 0].detach() if family.has_cls else None,
         cls_query_keys=cls_query_keys if family.has_cls else None,
         probe_query_keys=probe_query_keys if getattr(tower, "use_head", False) else None,
+        heads=tower.config.num_attention_heads,
         encoder=tower.config.model_type,
     )
     return features, view
 
 
-def _in_heads(query: Tensor, keys: Tensor, heads: int) -> tuple[Tensor, Tensor]:
-    """One query row an image [I, D] and keys [I, N, D] -> [I, H, d], scaled by 1/sqrt(d), and [I, N, H, d]."""
-    query, keys = query.unflatten(-1, (heads, -1)), keys.unflatten(-1, (heads, -1))
-    return query * query.shape[-1] ** -0.5, keys
+def _run(layers: Sequence[nn.Module], states: Tensor, reader: nn.Module) -> Tensor:
+    """States [I, (1 +) N, D] after some layers, in the dtype of the module that reads them: what lies behind the
+    feature layer is frozen, and perhaps kept in half precision while the layers before it are trained."""
+    states = states.to(next(reader.parameters()).dtype)
+    for layer in layers:
+        states = layer(states, None)
+    return states
 
 
 def _pooling_projections(tower: Any, states: Tensor) -> tuple[Tensor, Tensor]:

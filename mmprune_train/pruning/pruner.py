@@ -12,9 +12,10 @@ from torch import Tensor
 from mmprune_train.config.schema import KneeConfig, PrunerConfig
 from mmprune_train.errors import UserError
 from mmprune_train.pruning.budgets import budget_parameters, find_knee, needs_features
+from mmprune_train.pruning.merging import MERGES, merge
 from mmprune_train.pruning.packed import IGNORE, Kind, PackedSequence
-from mmprune_train.pruning.scores import LANGUAGE_SCORES, VISION_SCORES, LanguageView, VisionView
-from mmprune_train.pruning.selection import columns, pad, top_mask
+from mmprune_train.pruning.scores import LANGUAGE_SCORES, VISION_SCORES, LanguageView, VisionView, full_precision
+from mmprune_train.pruning.selection import DIVERSE, SELECTIONS, columns, pad, selection, top_mask
 
 
 def _lookup(table: dict, name: str, key: str) -> Callable:
@@ -109,6 +110,10 @@ class Pruner:
         self.settings = settings
         if settings.vision.enabled:
             self._vision_score = _lookup(VISION_SCORES, settings.vision.score, "pruner.vision.score")
+            _lookup(SELECTIONS, settings.vision.selection, "pruner.vision.selection")
+            self._select = selection(settings.vision.selection, settings.vision.share)
+            if self.merges:
+                _lookup(MERGES, settings.vision.merge, "pruner.vision.merge")
             budget_parameters(settings.vision.knee.method)
         if settings.language.enabled:
             self._language_score = _lookup(LANGUAGE_SCORES, settings.language.score, "pruner.language.score")
@@ -128,14 +133,65 @@ class Pruner:
             if not 0 <= layer < depth:
                 raise UserError(f"pruner.language.layer={layer}: this LLM has layers 0..{depth - 1}")
 
+    @property
+    def merges(self) -> bool:
+        """Whether stage 1 merges dropped patches."""
+        return self.settings.vision.enabled and self.settings.vision.merge != "none"
+
+    @property
+    def projects(self) -> bool:
+        """Whether stage 1 looks at what the projector makes of all patches."""
+        vision = self.settings.vision
+        return vision.enabled and vision.space == "projected" and vision.selection in DIVERSE
+
     @torch.no_grad()
-    def keep_patches(self, view: VisionView) -> tuple[Bool[Tensor, "I N"], Float[Tensor, "I N"] | None]:
-        """Stage 1: bool [I, N] of kept patches, and the scores [I, N] (None where stage 1 is off)."""
+    def keep_patches(
+        self, view: VisionView, projected: Callable[[], Tensor] | None = None
+    ) -> tuple[Bool[Tensor, "I N"], Float[Tensor, "I N"] | None]:
+        """Stage 1, score -> budget -> selection: bool [I, N] of kept patches, and the scores [I, N] (None where stage 1
+        is off).
+
+        Args:
+            projected: what the projector makes of the patches [I, N, D], for `space=projected`.
+        """
         images, patches = view.patches.shape[:2]
         if not self.settings.vision.enabled:
             return torch.ones((images, patches), dtype=torch.bool, device=view.patches.device), None
         scores = self._vision_score(view)
-        return top_mask(scores, _counts(scores, None, self.settings.vision.knee, lambda: view.patches)), scores
+        counts = _counts(scores, None, self.settings.vision.knee, lambda: view.patches)
+        seen = projected() if self.projects and projected is not None else view.patches
+        with full_precision(scores):
+            return self._select(scores, counts, seen), scores
+
+    def merge_patches(
+        self,
+        features: Float[Tensor, "I N D"],
+        kept: Bool[Tensor, "I N"],
+        scores: Float[Tensor, "I N"] | None,
+        view: VisionView,
+    ) -> tuple[Float[Tensor, "I N D"], Bool[Tensor, "I N"]]:
+        """The last part of stage 1: features with what dropped patches leave in them, and the mask with the places of
+        made tokens. Gradients flow through the features."""
+        if not self.merges or scores is None:
+            return features, kept
+        stage = self.settings.vision
+        with full_precision(features):
+            return merge(stage.merge, stage.merge_count)(features, kept, scores, view.patch_keys())
+
+    @torch.no_grad()
+    def entry_order(
+        self, kept: Bool[Tensor, "I N"], merged: Bool[Tensor, "I N"], scores: Float[Tensor, "I N"] | None
+    ) -> Int64[Tensor, "I N"]:
+        """[I, N] an image's patches in the order in which they enter the LLM; those that stay out come last.
+
+        Args:
+            kept: before merging. merged: with the made tokens, which come behind all kept patches in `order=rank`.
+        """
+        order = torch.arange(kept.shape[1], device=kept.device).expand(kept.shape)
+        if scores is not None and self.settings.vision.order == "rank":
+            order = scores.masked_fill(merged & ~kept, -torch.inf).sort(dim=1, descending=True, stable=True).indices
+        outside = (~merged).gather(1, order).int()
+        return order.gather(1, outside.sort(dim=1, stable=True).indices)
 
     @torch.no_grad()
     def keep_tokens(

@@ -35,20 +35,25 @@ class VisionView:
     """[I, N, D] hidden states of the patches at the feature layer, in raster order."""
     grid: tuple[int, int]
     """Rows and columns of patches; N is their product."""
+    patch_keys: Callable[[], Tensor]
+    """Recomputes the patches' keys [I, N, D] in the chosen block, all heads side by side."""
     cls: Float[Tensor, "I D"] | None = None
     """[I, D] hidden state of the CLS token at the feature layer, where the encoder has one."""
     cls_query_keys: Callable[[], tuple[Tensor, Tensor]] | None = None
-    """Recomputes, in the layer that made the features, the CLS row's query [I, H, d], scaled, and the patches' keys
-    [I, N, H, d]; None without CLS."""
+    """Recomputes, in the chosen block, the CLS row's query [I, D] and the keys [I, 1 + N, D] of CLS and patches, all
+    heads side by side and unscaled; None without CLS."""
     probe_query_keys: Callable[[], tuple[Tensor, Tensor]] | None = None
-    """Runs the layers after the feature layer and gives the attention pooling head's query [I, H, d], scaled, and the
-    patches' keys [I, N, H, d]; None without such a head."""
+    """Runs the layers after the feature layer and gives the attention pooling head's query [I, D] and the patches'
+    keys [I, N, D], as above; None without such a head."""
+    heads: int = 1
+    """H, of the encoder's attention."""
     encoder: str = "this encoder"
     """Name for error messages."""
 
 
 NEEDS: dict[str, tuple[str, str]] = {
     "cls_attention": ("cls_query_keys", "a CLS token"),
+    "cls_attention_wide": ("cls_query_keys", "a CLS token"),
     "cls_cosine": ("cls", "a CLS token"),
     "map_attention": ("probe_query_keys", "an attention pooling head"),
 }
@@ -69,17 +74,28 @@ def _require(view: VisionView, score: str) -> None:
         )
 
 
-def _row_attention(query: Float[Tensor, "I H d"], keys: Float[Tensor, "I N H d"]) -> Float[Tensor, "I N"]:
-    """[I, N] softmax over the patches of one scaled query row an image, mean over heads."""
+def _row_attention(query: Float[Tensor, "I D"], keys: Float[Tensor, "I K D"], heads: int) -> Float[Tensor, "I K"]:
+    """[I, K] softmax over the keys of q . k / sqrt(d) of one query row an image, mean over heads of width d."""
+    query = query.float().unflatten(-1, (heads, -1))
     with full_precision(query):
-        logits = torch.einsum("ihd,inhd->ihn", query.float(), keys.float())
-    return logits.softmax(-1).mean(1)
+        logits = torch.einsum("ihd,inhd->ihn", query, keys.float().unflatten(-1, (heads, -1)))
+    return (logits * query.shape[-1] ** -0.5).softmax(-1).mean(1)
 
 
 def cls_attention(view: VisionView) -> Float[Tensor, "I N"]:
     """[I, N] softmax over the patches of q_cls . k_patch / sqrt(d), mean over heads."""
     _require(view, "cls_attention")
-    return _row_attention(*view.cls_query_keys())  # type: ignore[misc]
+    query, keys = view.cls_query_keys()  # type: ignore[misc]
+    return _row_attention(query, keys[:, 1:], view.heads)
+
+
+def cls_attention_wide(view: VisionView) -> Float[Tensor, "I N"]:
+    """[I, N] patches' part of the softmax over CLS and patches of q_cls . k / sqrt(D), D the full width.
+
+    LLaVA-PruMerge's signal (Shang et al. 2024, arXiv 2403.15388): the heads are not split. It takes the last block.
+    """
+    _require(view, "cls_attention_wide")
+    return _row_attention(*view.cls_query_keys(), heads=1)[:, 1:]  # type: ignore[misc]
 
 
 def cls_cosine(view: VisionView) -> Float[Tensor, "I N"]:
@@ -96,7 +112,7 @@ def map_attention(view: VisionView) -> Float[Tensor, "I N"]:
     feature layer: the remaining layers run, without gradients, when this score is chosen and only then.
     """
     _require(view, "map_attention")
-    return _row_attention(*view.probe_query_keys())  # type: ignore[misc]
+    return _row_attention(*view.probe_query_keys(), view.heads)  # type: ignore[misc]
 
 
 def pooled_cosine(view: VisionView) -> Float[Tensor, "I N"]:
@@ -147,6 +163,7 @@ def random_vision(view: VisionView) -> Float[Tensor, "I N"]:
 
 VISION_SCORES: dict[str, Callable[[VisionView], Tensor]] = {
     "cls_attention": cls_attention,
+    "cls_attention_wide": cls_attention_wide,
     "cls_cosine": cls_cosine,
     "map_attention": map_attention,
     "pooled_cosine": pooled_cosine,

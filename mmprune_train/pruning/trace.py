@@ -23,7 +23,10 @@ class PruningTrace:
     """For each LLM layer, [B] tokens that entered it."""
     layers_visual: list[Tensor] = field(default_factory=list)
     vision_kept: list[Tensor] = field(default_factory=list)
-    """Per image of `pixel_values`: kept patch indices in raster order, int64."""
+    """Per image of `pixel_values`: kept patch indices in raster order, int64; a token that a merge made has the index
+    of the dropped patch whose place it took."""
+    vision_order: list[Tensor] = field(default_factory=list)
+    """The same indices in the order in which they entered the LLM."""
     language_kept: list[Tensor] = field(default_factory=list)
     """Per sample: positions, in the sequence that entered the LLM, of the tokens that left it, int64."""
     vision_scores: Tensor | None = None

@@ -55,6 +55,7 @@ def trace_prompt(model: Any, processor: Any, inputs: Any) -> tuple[list[PrunedIm
     entered: list[tuple[int, int] | int] = []  # what entered the LLM: (image, patch) or a place in the prompt
     seen = 0
     kept_in_stage1 = [set(kept.tolist()) for kept in trace.vision_kept]
+    holds = [iter(order.tolist()) for order in trace.vision_order]  # the patch in each place that an image kept
     for place, is_visual in enumerate(visual):
         if not is_visual:
             entered.append(place)
@@ -62,7 +63,7 @@ def trace_prompt(model: Any, processor: Any, inputs: Any) -> tuple[list[PrunedIm
         image, patch = divmod(seen, grid**2)
         seen += 1
         if patch in kept_in_stage1[image]:
-            entered.append((image, patch))
+            entered.append((image, next(holds[image])))
     left = [entered[index] for index in trace.language_kept[0].tolist()]
     words = [place for place, is_visual in enumerate(visual) if not is_visual]
     stayed = set(left)
