@@ -27,6 +27,7 @@ from mmprune_train.model.flops import StepFlops
 from mmprune_train.model.language import check_language_model, rotary, scoring_queries_keys
 from mmprune_train.model.vision import encode, family_of
 from mmprune_train.pruning import Kind, PackedSequence, find_knee
+from mmprune_train.pruning.merging import MERGES
 from mmprune_train.pruning.scores import (
     LANGUAGE_SCORES,
     NEEDS,
@@ -36,6 +37,7 @@ from mmprune_train.pruning.scores import (
     even_order,
     possible_scores,
 )
+from mmprune_train.pruning.selection import SELECTIONS
 from mmprune_train.training.freezing import freeze, store_frozen
 
 
@@ -206,10 +208,12 @@ def test_an_encoder_that_llava_cannot_feed_is_refused_with_the_one_to_take() -> 
 # ---------------------------------------------------------------------- both stages
 
 
-def test_the_config_knows_the_same_scores() -> None:
+def test_the_config_knows_the_same_scores_selections_and_merges() -> None:
     assert tuple(VISION_SCORES) == checks.VISION_SCORES
     assert tuple(LANGUAGE_SCORES) == checks.LANGUAGE_SCORES
     assert {name: part for name, (_, part) in NEEDS.items()} == checks.SCORE_NEEDS
+    assert tuple(SELECTIONS) == checks.SELECTIONS
+    assert ("none", *MERGES) == checks.MERGES
 
 
 @pytest.mark.parametrize("vision", VISION)
