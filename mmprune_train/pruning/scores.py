@@ -95,7 +95,8 @@ def cls_attention_wide(view: VisionView) -> Float[Tensor, "I N"]:
     LLaVA-PruMerge's signal (Shang et al. 2024, arXiv 2403.15388): the heads are not split. It takes the last block.
     """
     _require(view, "cls_attention_wide")
-    return _row_attention(*view.cls_query_keys(), heads=1)[:, 1:]  # type: ignore[misc]
+    query, keys = view.cls_query_keys()  # type: ignore[misc]
+    return _row_attention(query, keys, heads=1)[:, 1:]
 
 
 def cls_cosine(view: VisionView) -> Float[Tensor, "I N"]:
@@ -112,7 +113,8 @@ def map_attention(view: VisionView) -> Float[Tensor, "I N"]:
     feature layer: the remaining layers run, without gradients, when this score is chosen and only then.
     """
     _require(view, "map_attention")
-    return _row_attention(*view.probe_query_keys(), view.heads)  # type: ignore[misc]
+    query, keys = view.probe_query_keys()  # type: ignore[misc]
+    return _row_attention(query, keys, view.heads)
 
 
 def pooled_cosine(view: VisionView) -> Float[Tensor, "I N"]:
