@@ -18,6 +18,7 @@ from mmprune_train.errors import UserError
 from mmprune_train.model import attention
 from mmprune_train.model.cache import PrunedCache
 from mmprune_train.model.language import check_language_model, rotary, scoring_queries_keys
+from mmprune_train.model.memory import PatchMemory, stack
 from mmprune_train.model.vision import encode, family_of
 from mmprune_train.pruning import IGNORE, Kind, PackedSequence, Pruner, PruningTrace
 
@@ -92,6 +93,8 @@ class PackedLlava(PreTrainedModel, GenerationMixin):
         self.annotate = annotate
         self.template = template
         self.vision_chunk = vision_chunk
+        self.memory: PatchMemory | None = None
+        """What stage 1 left of images seen before; set by training where the encoder is frozen."""
         self.last_pruning: PruningTrace | None = None
         self.generation_config = hf.generation_config
         language = hf.model.language_model
@@ -108,7 +111,11 @@ class PackedLlava(PreTrainedModel, GenerationMixin):
     # ------------------------------------------------------------------ the packed pass
 
     def forward_packed(
-        self, sequence: PackedSequence, pixel_values: Tensor | None, cache: PrunedCache | None = None
+        self,
+        sequence: PackedSequence,
+        pixel_values: Tensor | None,
+        cache: PrunedCache | None = None,
+        names: list[str] | None = None,
     ) -> PackedOutput:
         """Embed, prune, run the layers, and take the loss where there is a target.
 
@@ -116,12 +123,13 @@ class PackedLlava(PreTrainedModel, GenerationMixin):
             sequence: the dense batch, without embeddings.
             pixel_values: [I, 3, H, W], or None or empty for text alone.
             cache: filled with every layer's keys and values, for generation.
+            names: one for each image; with a `memory`, an image is encoded once.
         """
         dense, dense_visual = self._count(sequence)
         vision_kept: list[Tensor] = []
-        vision_scores = None
+        vision_scores, encoded = None, 0
         if pixel_values is not None and len(pixel_values):
-            features, kept, vision_scores = self._select_patches(pixel_values)
+            features, kept, vision_scores, encoded = self._remembered_patches(pixel_values, names)
             vision_kept = [row.nonzero().squeeze(1) for row in kept]
             visual = sequence.visual
             mask = torch.ones_like(visual)
@@ -135,7 +143,7 @@ class PackedLlava(PreTrainedModel, GenerationMixin):
             projected, row_of = self._absent_image(), None
         stage1, stage1_visual = self._count(sequence)
         trace = PruningTrace(dense, dense_visual, stage1, stage1_visual, vision_kept=vision_kept)
-        trace.vision_scores = vision_scores
+        trace.vision_scores, trace.encoded = vision_scores, encoded
         hidden = self._embed(sequence, projected, row_of)
         sequence, hidden = self._run_layers(replace(sequence, entry=sequence.within()), hidden, trace, cache)
         supervised = sequence.target != IGNORE
@@ -176,6 +184,27 @@ class PackedLlava(PreTrainedModel, GenerationMixin):
             if score is not None:
                 scores.append(score)
         return torch.cat(features), torch.cat(kept), torch.cat(scores) if scores else None
+
+    def _remembered_patches(
+        self, pixel_values: Tensor, names: list[str] | None
+    ) -> tuple[Tensor, Tensor, Tensor | None, int]:
+        """As `_select_patches`, and the number of images that were encoded for it.
+
+        With a memory images are encoded one by one, so that an image's features do not depend on the others of the
+        batch in which it was first seen.
+        """
+        if self.memory is None or names is None:
+            return *self._select_patches(pixel_values), len(pixel_values)
+        rows, encoded = [], 0
+        for name, pixels in zip(names, pixel_values.split(1), strict=True):
+            seen = self.memory.get(name)
+            if seen is None:
+                features, kept, scores = self._select_patches(pixels)
+                seen = features[kept], kept[0], None if scores is None else scores[0]
+                self.memory.put(name, seen)
+                encoded += 1
+            rows.append(seen)
+        return *stack(rows, pixel_values), encoded
 
     def kept_features(self, pixel_values: Tensor) -> Tensor:
         """[K, Dv] features of the patches that stage 1 keeps of images [I, 3, H, W], before the projector."""
