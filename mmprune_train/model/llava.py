@@ -200,7 +200,7 @@ class PackedLlava(PreTrainedModel, GenerationMixin):
             seen = self.memory.get(name)
             if seen is None:
                 features, kept, scores = self._select_patches(pixels)
-                seen = features[kept], kept[0], None if scores is None else scores[0]
+                seen = features[kept].detach(), kept[0], None if scores is None else scores[0]
                 self.memory.put(name, seen)
                 encoded += 1
             rows.append(seen)
