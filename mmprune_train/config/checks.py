@@ -46,6 +46,8 @@ SCORE_NEEDS = {
     "map_attention": "an attention pooling head",
 }
 LANGUAGE_SCORES = ("text_attention", "text_cosine", "last_token_attention", "key_norm", "random")
+DIVERSE_SELECTIONS = ("max_min", "dpp", "top_and_distinct")
+"""Selections that look at the features."""
 SELECTIONS = ("top", "max_min", "dpp", "top_and_uniform", "top_and_distinct")
 MERGES = ("none", "nearest", "mean_token", "prumerge", "contextual")
 POSITIONS = ("contiguous", "original")
@@ -233,6 +235,25 @@ def _check_stages(config: Config) -> None:
             raise UserError(f"data.{name}.annotations is not set, and stage {name} needs it: {config.data.how_to_get}")
 
 
+def _check_memory(config: Config, name: str, stage: StageConfig) -> None:
+    vision = config.pruner.vision
+    key = f"trainer.remember_images={config.trainer.remember_images}"
+    if stage.train_vision:
+        raise UserError(f"{key}: stage.{name}.train_vision=true changes the features that would be remembered; set 0")
+    if vision.enabled and vision.score == "random":
+        raise UserError(f"{key}: pruner.vision.score=random must draw anew each time; set trainer.remember_images=0")
+    looks = vision.enabled and vision.selection in DIVERSE_SELECTIONS and vision.space == "projected"
+    if looks and stage.train_projector:
+        raise UserError(
+            f"{key}: pruner.vision.space=projected selects by what the projector, which stage.{name} trains, makes of "
+            "the patches; set trainer.remember_images=0, or pruner.vision.space=features"
+        )
+    if (stage.strategy or config.strategy.name) == "deepspeed_zero3":
+        raise UserError(
+            f"{key}: under deepspeed_zero3 every rank must run the encoder at every step; set trainer.remember_images=0"
+        )
+
+
 def _check_stage(config: Config, name: str, stage: StageConfig) -> None:
     key = f"stage.{name}"
     _one_of(f"{key}.template", stage.template, ("plain", "v1", "chat", "auto"))
@@ -246,6 +267,8 @@ def _check_stage(config: Config, name: str, stage: StageConfig) -> None:
     for count in ("batch_size", "global_batch_size", "epochs", "max_steps"):
         if getattr(stage, count) is not None:
             _at_least(f"{key}.{count}", getattr(stage, count), 1)
+    if config.trainer.remember_images:
+        _check_memory(config, name, stage)
     processes = config.trainer.devices * config.trainer.num_nodes
     strategy = stage.strategy or config.strategy.name
     where = f"{key}.strategy" if stage.strategy else "strategy.name"
@@ -307,6 +330,7 @@ def _check_run(config: Config) -> None:
     trainer, evaluate = config.trainer, config.evaluate
     _one_of("trainer.accelerator", trainer.accelerator, ("auto", "cpu", "cuda"))
     _one_of("trainer.precision", trainer.precision, ("auto", "bf16", "fp32"))
+    _at_least("trainer.remember_images", config.trainer.remember_images, 0)
     for count in ("devices", "num_nodes", "log_every", "checkpoint_every_steps", "keep_checkpoints", "vision_chunk"):
         _at_least(f"trainer.{count}", getattr(trainer, count), 1)
     _at_least("trainer.num_workers", trainer.num_workers, 0)

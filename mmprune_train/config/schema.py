@@ -304,6 +304,9 @@ class TrainerConfig:
     """Steps between two lines of progress where there is no terminal."""
     checkpoint_every_steps: int = 100
     keep_checkpoints: int = 1
+    remember_images: int = 0
+    """Keep what stage 1 leaves of up to this many images in main memory (about 30 kB each for the demo's encoder), so
+    that a frozen encoder reads them once; shared by the stages of a run."""
     vision_chunk: int = 64
     """Images per forward pass of the vision tower."""
 

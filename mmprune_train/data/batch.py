@@ -30,6 +30,8 @@ class Batch:
     """[I, 3, H, W] float32; None: text only."""
     ids: list[str]
     """Names of the samples."""
+    images: list[str]
+    """Paths of the images, row by row of `pixel_values`."""
     supervised: int
     """Tokens that count in the loss."""
     window_supervised: int = 0
@@ -76,6 +78,7 @@ def collate(samples: Sequence[Sample]) -> Batch:
         sequence=sequence,
         pixel_values=torch.stack(pixels) if pixels else None,
         ids=[example.id for example in examples],
+        images=[str(path) for path in rows],
         supervised=int((target != IGNORE).sum()),
     )
 

@@ -19,6 +19,7 @@ from mmprune_train.errors import UserError
 from mmprune_train.model import attention
 from mmprune_train.model.cache import PrunedCache
 from mmprune_train.model.language import check_language_model, rotary, scoring_queries_keys
+from mmprune_train.model.patches import Patches, PatchMemory
 from mmprune_train.model.vision import deepest_feature, encode, family_of, scored_block
 from mmprune_train.pruning import IGNORE, Kind, PackedSequence, Pruner, PruningTrace
 
@@ -106,6 +107,8 @@ class PackedLlava(PreTrainedModel, GenerationMixin):
         self.annotate = annotate
         self.template = template
         self.vision_chunk = vision_chunk
+        self.memory: PatchMemory | None = None
+        """What stage 1 left of images seen before; set by training where the encoder is frozen."""
         self.last_pruning: PruningTrace | None = None
         self.generation_config = hf.generation_config
         language = hf.model.language_model
@@ -125,7 +128,11 @@ class PackedLlava(PreTrainedModel, GenerationMixin):
     # ------------------------------------------------------------------ the packed pass
 
     def forward_packed(
-        self, sequence: PackedSequence, pixel_values: Tensor | None, cache: PrunedCache | None = None
+        self,
+        sequence: PackedSequence,
+        pixel_values: Tensor | None,
+        cache: PrunedCache | None = None,
+        names: list[str] | None = None,
     ) -> PackedOutput:
         """Embed, prune, run the layers, and take the loss where there is a target.
 
@@ -133,30 +140,31 @@ class PackedLlava(PreTrainedModel, GenerationMixin):
             sequence: the dense batch, without embeddings.
             pixel_values: [I, 3, H, W], or None or empty for text alone.
             cache: filled with every layer's keys and values, for generation.
+            names: one for each image; with a `memory`, an image is encoded once.
         """
         dense, dense_visual = self._count(sequence)
-        vision_kept: list[Tensor] = []
-        vision_order: list[Tensor] = []
-        vision_scores = None
+        patches, encoded = None, 0
         if pixel_values is not None and len(pixel_values):
-            features, kept, order, vision_scores = self._select_patches(pixel_values)
-            vision_kept = [row.nonzero().squeeze(1) for row in kept]
-            vision_order = [row[: len(stay)] for row, stay in zip(order, vision_kept, strict=True)]
+            patches, encoded = self._remembered_patches(pixel_values, names)
+            kept = patches.kept
             visual = sequence.visual
             mask = torch.ones_like(visual)
             mask[visual] = kept[sequence.image[visual], sequence.patch[visual]]
-            sequence = _in_order(sequence.keep(mask), kept, order)
+            sequence = _in_order(sequence.keep(mask), kept, patches.order)
             if self.pruner.settings.vision.positions == "contiguous":
                 sequence = replace(sequence, position=sequence.within())
-            projected = self.hf.model.multi_modal_projector(features[kept])  # [K, D]
+            projected = self.hf.model.multi_modal_projector(patches.chosen)  # [K, D]
             row_of = (kept.flatten().cumsum(0) - 1).view_as(kept)  # [I, N]
         else:
             projected, row_of = self._absent_image(), None
         stage1, stage1_visual = self._count(sequence)
-        trace = PruningTrace(
-            dense, dense_visual, stage1, stage1_visual, vision_kept=vision_kept, vision_order=vision_order
-        )
-        trace.vision_scores = vision_scores
+        trace = PruningTrace(dense, dense_visual, stage1, stage1_visual, encoded=encoded)
+        if patches is not None:
+            trace.vision_kept, trace.vision_order, trace.vision_scores = (
+                patches.indices,
+                patches.entering,
+                patches.scores,
+            )
         hidden = self._embed(sequence, projected, row_of)
         sequence, hidden = self._run_layers(replace(sequence, entry=sequence.within()), hidden, trace, cache)
         supervised = sequence.target != IGNORE
@@ -169,14 +177,12 @@ class PackedLlava(PreTrainedModel, GenerationMixin):
         visual = torch.bincount(sequence.segment[sequence.visual], minlength=sequence.samples)
         return sequence.lengths, visual
 
-    def _select_patches(self, pixel_values: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
-        """Stage 1: merged features [I, N, Dv] of all images, kept patches [I, N] bool with the places of made tokens,
-        the order [I, N] in which an image's patches enter the LLM, scores [I, N]."""
+    def _select_patches(self, pixel_values: Tensor) -> Patches:
+        """Stage 1 of images [I, 3, H, W]."""
         tower: Any = self.hf.model.vision_tower
         config = self.config
         trained = torch.is_grad_enabled() and any(p.requires_grad for p in tower.parameters())
-        features, kept, order = [], [], []
-        scores: list[Tensor] = []
+        parts = []
         for chunk in pixel_values.to(tower.dtype).split(self.vision_chunk):
             with torch.set_grad_enabled(trained):
                 states, view = encode(
@@ -193,14 +199,11 @@ class PackedLlava(PreTrainedModel, GenerationMixin):
                         "prune; use 'default', or pruner=language_only"
                     )
                 view.patches = states
-            mask, score = self.pruner.keep_patches(view, partial(self._project_to_look, states))
-            merged, places = self.pruner.merge_patches(states, mask, score, view)
-            features.append(merged)
-            kept.append(places)
-            order.append(self.pruner.entry_order(mask, places, score))
-            if score is not None:
-                scores.append(score)
-        return torch.cat(features), torch.cat(kept), torch.cat(order), torch.cat(scores) if scores else None
+            kept, scores = self.pruner.keep_patches(view, partial(self._project_to_look, states))
+            features, places = self.pruner.merge_patches(states, kept, scores, view)
+            order = self.pruner.entry_order(kept, places, scores)
+            parts.append(Patches(features[places], places, order, scores))
+        return Patches.cat(parts)
 
     @torch.no_grad()
     def _project_to_look(self, features: Tensor) -> Tensor:
@@ -213,10 +216,27 @@ class PackedLlava(PreTrainedModel, GenerationMixin):
         with torch.autocast(kind, dtype=dtype, enabled=enabled, cache_enabled=False):
             return self.hf.model.multi_modal_projector(features)
 
+    def _remembered_patches(self, pixel_values: Tensor, names: list[str] | None) -> tuple[Patches, int]:
+        """As `_select_patches`, and the number of images that were encoded for it.
+
+        With a memory images are encoded one by one, so that an image's features do not depend on the others of the
+        batch in which it was first seen.
+        """
+        if self.memory is None or names is None:
+            return self._select_patches(pixel_values), len(pixel_values)
+        rows, encoded = [], 0
+        for name, pixels in zip(names, pixel_values.split(1), strict=True):
+            seen = self.memory.get(name)
+            if seen is None:
+                seen = self._select_patches(pixels).detach()
+                self.memory.put(name, seen)
+                encoded += 1
+            rows.append(seen.to(pixel_values.device))
+        return Patches.cat(rows), encoded
+
     def kept_features(self, pixel_values: Tensor) -> Tensor:
         """[K, Dv] features that stage 1 leaves of images [I, 3, H, W], made tokens among them, before the projector."""
-        features, kept, *_ = self._select_patches(pixel_values.to(self.hf.lm_head.weight.device))
-        return features[kept]
+        return self._select_patches(pixel_values.to(self.hf.lm_head.weight.device)).chosen
 
     def _absent_image(self) -> Tensor | None:
         """In training, a text-only batch runs the vision path on a blank image with zero weight, so that every rank
@@ -225,8 +245,7 @@ class PackedLlava(PreTrainedModel, GenerationMixin):
             return None
         size = self.config.vision_config.image_size
         blank = torch.zeros((1, 3, size, size), device=self.hf.lm_head.weight.device)
-        features, kept, *_ = self._select_patches(blank)
-        return self.hf.model.multi_modal_projector(features[kept])
+        return self.hf.model.multi_modal_projector(self._select_patches(blank).chosen)
 
     def _embed(self, sequence: PackedSequence, projected: Tensor | None, row_of: Tensor | None) -> Tensor:
         visual = sequence.visual

@@ -9,13 +9,14 @@ import torch
 from jaxtyping import Bool, Float, Int64
 from torch import Tensor
 
+from mmprune_train.config.checks import DIVERSE_SELECTIONS
 from mmprune_train.config.schema import KneeConfig, PrunerConfig
 from mmprune_train.errors import UserError
 from mmprune_train.pruning.budgets import budget_parameters, find_knee, needs_features
 from mmprune_train.pruning.merging import MERGES, merge
 from mmprune_train.pruning.packed import IGNORE, Kind, PackedSequence
 from mmprune_train.pruning.scores import LANGUAGE_SCORES, VISION_SCORES, LanguageView, VisionView, full_precision
-from mmprune_train.pruning.selection import DIVERSE, SELECTIONS, columns, pad, selection, top_mask
+from mmprune_train.pruning.selection import SELECTIONS, columns, pad, selection, top_mask
 
 
 def _lookup(table: dict, name: str, key: str) -> Callable:
@@ -142,7 +143,7 @@ class Pruner:
     def projects(self) -> bool:
         """Whether stage 1 looks at what the projector makes of all patches."""
         vision = self.settings.vision
-        return vision.enabled and vision.space == "projected" and vision.selection in DIVERSE
+        return vision.enabled and vision.space == "projected" and vision.selection in DIVERSE_SELECTIONS
 
     @torch.no_grad()
     def keep_patches(

@@ -156,10 +156,6 @@ SELECTIONS: dict[str, Callable[..., Tensor]] = {
 }
 
 
-DIVERSE = ("max_min", "dpp", "top_and_distinct")
-"""Selections that look at the features."""
-
-
 def selection(name: str, share: float) -> Callable[[Tensor, Tensor, Tensor], Tensor]:
     """The selection `name`, with `share` where it divides the budget."""
     return partial(top_and_distinct, share=share) if name == "top_and_distinct" else SELECTIONS[name]

@@ -29,6 +29,8 @@ class PruningTrace:
     """The same indices in the order in which they entered the LLM."""
     language_kept: list[Tensor] = field(default_factory=list)
     """Per sample: positions, in the sequence that entered the LLM, of the tokens that left it, int64."""
+    encoded: int = 0
+    """Images that went through the vision tower; those remembered did not."""
     vision_scores: Tensor | None = None
     """[I, N] stage-1 scores, where stage 1 ran."""
     language_scores: Tensor | None = None

@@ -77,7 +77,7 @@ class MultimodalModule(pl.LightningModule):
             self.rate = float(self.trainer.optimizers[0].param_groups[-1]["lr"])
 
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
-        output = self.model.forward_packed(batch.sequence, batch.pixel_values)
+        output = self.model.forward_packed(batch.sequence, batch.pixel_values, names=batch.images)
         counts = output.trace.counts()
         for name in TOTALS:
             if name in counts:
@@ -85,8 +85,7 @@ class MultimodalModule(pl.LightningModule):
         self.totals["loss_sum"] += float(output.loss_sum.detach())
         self.totals["supervised"] += int(output.supervised)
         self.totals["samples"] += batch.sequence.samples
-        images = 0 if batch.pixel_values is None else len(batch.pixel_values)
-        self.totals["flops"] += float(self.flops(output.trace, images, int(output.supervised)))
+        self.totals["flops"] += float(self.flops(output.trace, output.trace.encoded, int(output.supervised)))
         return output.loss_sum * (self._split() / max(1, self.window_supervised))
 
     def _split(self) -> float:

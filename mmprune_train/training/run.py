@@ -18,6 +18,7 @@ from mmprune_train.data.images import image_processor
 from mmprune_train.errors import UserError
 from mmprune_train.model.build import build, load_model
 from mmprune_train.model.llava import PackedLlava
+from mmprune_train.model.patches import PatchMemory
 from mmprune_train.model.peft import add_adapters, merge_adapters
 from mmprune_train.model.projector import match_features
 from mmprune_train.quiet import quiet
@@ -37,7 +38,13 @@ MATCHED_IMAGES = 64
 """Images that `projector.init=matched` measures features on."""
 
 
-def run_stage(config: Config, name: str, run: RunDirectory, start_from: Path | None) -> dict[str, Any]:
+def run_stage(
+    config: Config,
+    name: str,
+    run: RunDirectory,
+    start_from: Path | None,
+    memories: dict[str, PatchMemory] | None = None,
+) -> dict[str, Any]:
     """Train one stage, or go on with it, and write its `model/`.
 
     Args:
@@ -45,6 +52,7 @@ def run_stage(config: Config, name: str, run: RunDirectory, start_from: Path | N
         name: `pretrain` or `instruct`.
         run: the run directory; the newest checkpoint in it is continued.
         start_from: Hugging Face folder of the stage before; None: the base weights.
+        memories: by `image_aspect_ratio`, what stage 1 left of images; shared by the stages of a run.
     Returns:
         Summary of the stage, as `summary` gives it.
     """
@@ -63,6 +71,10 @@ def run_stage(config: Config, name: str, run: RunDirectory, start_from: Path | N
         if stage.gradient_checkpointing:
             model.activation_checkpointing_enable(activation_checkpointing_kwargs={"use_reentrant": False})
     model.vision_chunk = config.trainer.vision_chunk
+    if config.trainer.remember_images:
+        memories = {} if memories is None else memories
+        ratio = stage.image_aspect_ratio
+        model.memory = memories.setdefault(ratio, PatchMemory(config.trainer.remember_images))
     model.template = template_of(config, name)
 
     trainer_options, world = trainer_settings(config, stage, accelerator, precision)

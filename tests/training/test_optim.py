@@ -76,8 +76,7 @@ def test_every_trained_vision_weight_gets_a_gradient(vision: str) -> None:
     model = model_of(vision)
     freeze(model, StageConfig(train_projector=False, train_vision=True), adapters=False)
     side = model.config.vision_config.image_size
-    features, *_ = model._select_patches(torch.randn(1, 3, side, side))
-    features.square().sum().backward()
+    model.kept_features(torch.randn(1, 3, side, side)).square().sum().backward()
     missing = [n for n, p in model.named_parameters() if p.requires_grad and p.grad is None]
     assert not missing
 
