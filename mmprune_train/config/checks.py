@@ -6,6 +6,7 @@ Every message names the key and the fix. Only the config is read; whether files 
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Sequence
 from typing import Any
 
@@ -110,7 +111,7 @@ def check_llm(llm: LlmConfig) -> None:
 
 def check_knee(key: str, knee: KneeConfig) -> None:
     """`key` is the dotted name of this budget, for the messages."""
-    _one_of(f"{key}.method", knee.method, KNEE_METHODS)
+    _component(f"{key}.method", knee.method, KNEE_METHODS)
     _one_of(f"{key}.no_knee", knee.no_knee, ("keep_all", "max_chord"))
     if not 0 < knee.ratio <= 1:
         raise UserError(f"{key}.ratio={knee.ratio} is a share of the tokens: more than 0, at most 1")
@@ -134,7 +135,7 @@ def check_knee(key: str, knee: KneeConfig) -> None:
 def check_pruner(pruner: PrunerConfig) -> None:
     _check_vision_stage(pruner.vision)
     language = pruner.language
-    _one_of("pruner.language.score", language.score, LANGUAGE_SCORES)
+    _component("pruner.language.score", language.score, LANGUAGE_SCORES)
     _one_of("pruner.language.candidates", language.candidates, ("visual_and_text", "visual"))
     _one_of("pruner.language.ranking", language.ranking, ("per_kind", "joint"))
     _one_of("pruner.language.no_text", language.no_text, ("keep_all", "last_token_attention"))
@@ -150,12 +151,18 @@ def check_pruner(pruner: PrunerConfig) -> None:
         raise UserError(f"pruner.language.layer={language.layer} must rise: every layer sees a shorter sequence")
 
 
+def projects(stage: VisionStageConfig) -> bool:
+    """Whether stage 1 selects by what the projector makes of all patches; a selection of the user's may."""
+    looks = stage.selection in DIVERSE_SELECTIONS or ":" in stage.selection
+    return stage.enabled and stage.space == "projected" and looks
+
+
 def _check_vision_stage(stage: VisionStageConfig) -> None:
     key = "pruner.vision"
-    _one_of(f"{key}.score", stage.score, VISION_SCORES)
-    _one_of(f"{key}.selection", stage.selection, SELECTIONS)
+    _component(f"{key}.score", stage.score, VISION_SCORES)
+    _component(f"{key}.selection", stage.selection, SELECTIONS)
     _one_of(f"{key}.space", stage.space, ("features", "projected"))
-    _one_of(f"{key}.merge", stage.merge, MERGES)
+    _component(f"{key}.merge", stage.merge, MERGES)
     _one_of(f"{key}.order", stage.order, ("raster", "rank"))
     _one_of(f"{key}.positions", stage.positions, POSITIONS)
     check_knee(f"{key}.knee", stage.knee)
@@ -196,7 +203,7 @@ def possible_scores(encoder: EncoderConfig) -> list[str]:
 def _check_pruner_fits(config: Config) -> None:
     vision, language = config.pruner.vision, config.pruner.language
     first, *others = possible_scores(config.encoder)
-    if vision.enabled and vision.score not in (first, *others):
+    if vision.enabled and ":" not in vision.score and vision.score not in (first, *others):
         raise UserError(
             f"pruner.vision.score={vision.score} needs {SCORE_NEEDS[vision.score]}, which encoder "
             f"{config.encoder.name} has not: add pruner.vision.score={first} (or {', '.join(others)})"
@@ -242,8 +249,7 @@ def _check_memory(config: Config, name: str, stage: StageConfig) -> None:
         raise UserError(f"{key}: stage.{name}.train_vision=true changes the features that would be remembered; set 0")
     if vision.enabled and vision.score == "random":
         raise UserError(f"{key}: pruner.vision.score=random must draw anew each time; set trainer.remember_images=0")
-    looks = vision.enabled and vision.selection in DIVERSE_SELECTIONS and vision.space == "projected"
-    if looks and stage.train_projector:
+    if projects(vision) and stage.train_projector:
         raise UserError(
             f"{key}: pruner.vision.space=projected selects by what the projector, which stage.{name} trains, makes of "
             "the patches; set trainer.remember_images=0, or pruner.vision.space=features"
@@ -354,6 +360,14 @@ def _check_run(config: Config) -> None:
 def _one_of(key: str, value: Any, known: Sequence[str | None]) -> None:
     if value not in known:
         raise UserError(unknown_name(key, value, [name or "null" for name in known]))
+
+
+def _component(key: str, name: str, known: Sequence[str]) -> None:
+    """One of the library's own, or a function of the user's; the latter is imported when the pruner is built."""
+    if ":" not in name:
+        _one_of(key, name, known)
+    elif not re.fullmatch(r"[A-Za-z_][\w.]*:[A-Za-z_]\w*", name):
+        raise UserError(f"{key}={name}: a function of your own is written module:function, e.g. my_pruner:my_score")
 
 
 def _at_least(key: str, value: int, least: int) -> None:

@@ -60,12 +60,15 @@ def all_keys(cls: type = Config, prefix: str = "") -> tuple[str, ...]:
 
 def explain(error: BaseException) -> str:
     """One or two lines for an error of Hydra or OmegaConf: which key or option is wrong, and the nearest right one."""
-    text, cause = str(error), error.__cause__
+    text, cause = str(error), error.__cause__ or error.__context__
     override = getattr(error, "override", None)  # Hydra's parser keeps the text it could not read
 
     if match := re.search(r"Could not (?:find|load) '([\w/]+)/([^/']*)'", text):
         group, name = match.groups()
-        return unknown_name(group, name, options(group))
+        listed = re.findall(r"^\t(\S+)$", text, flags=re.M)  # Hydra's own list has what --config-dir adds
+        return unknown_name(group, name, listed or options(group))
+    if cause and (match := re.search(r"In '([^']+)': \w+ raised while composing config", text)):
+        return f"{match.group(1)}.yaml: {explain(cause)}"
     if match := re.search(r"Could not override '([^']+)'", text):
         key = match.group(1)
         return f"{key}=...: write it with a plus, +{key}=NAME" if key in _PLUS_GROUPS else unknown_key(key)

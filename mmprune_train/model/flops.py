@@ -80,7 +80,8 @@ def _last_block(model: PackedLlava, depth: int, blocks: int) -> int:
     stage = model.pruner.settings.vision
     if stage.enabled and stage.score == "map_attention":
         return blocks
-    reads = stage.enabled and (stage.score in ("cls_attention", "cls_attention_wide") or model.pruner.merges)
+    asks = stage.score in ("cls_attention", "cls_attention_wide") or ":" in stage.score or model.pruner.merges
+    reads = stage.enabled and asks
     return max(depth, scored_block(stage.layer, depth, blocks)) if reads else depth
 
 

@@ -6,7 +6,6 @@ the scores are spread, from the spectrum of the tokens' features, or fixed. `doc
 
 from __future__ import annotations
 
-import difflib
 import inspect
 import math
 from collections.abc import Callable
@@ -16,6 +15,7 @@ from jaxtyping import Float, Int64
 from torch import Tensor
 
 from mmprune_train.errors import UserError
+from mmprune_train.pruning.components import find_component
 from mmprune_train.pruning.knees import (
     FLAT,
     Curve,
@@ -236,11 +236,7 @@ def available_budgets() -> list[str]:
 
 
 def _budget(method: str) -> Callable[..., Tensor]:
-    if method not in BUDGETS:
-        near = difflib.get_close_matches(method, BUDGETS, n=1)
-        hint = f"did you mean {near[0]!r}?" if near else "choose one"
-        raise UserError(f"unknown budget {method!r}: {hint} (available: {', '.join(available_budgets())})")
-    return BUDGETS[method]
+    return find_component(BUDGETS, method, "knee.method")
 
 
 def budget_parameters(method: str) -> list[str]:
@@ -282,7 +278,7 @@ def find_knee(
 
     Args:
         scores: [B, N] in any order, larger = keep. Any floating dtype; computed in float64.
-        method: one of `available_budgets()`.
+        method: one of `available_budgets()`, or a function of yours as `module:function`.
         lengths: [B] valid leading entries of each row, 1..N; None: all N.
         features: [B, N, D] the tokens in the order of their scores, for `effective_rank`; other methods do without, and
             passing it to them is no mistake.
@@ -316,7 +312,7 @@ def find_knee(
     curve = curve.masked_fill(~inside, 0)  # padding sorts last, and no budget may meet an infinity
     if needs_features(method):
         params["features"] = _valid_features(features, inside, method)
-    counts = BUDGETS[method](curve, lengths, **params)
+    counts = _budget(method)(curve, lengths, **params)
     counts = counts.clamp(min=min_tokens)
     if max_tokens is not None:
         counts = counts.clamp(max=max_tokens)

@@ -8,11 +8,14 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import partial
+from inspect import signature
 
 import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 from torch.nn.functional import normalize
+
+from mmprune_train.pruning.components import find_component
 
 Features = Float[Tensor, "I N D"]
 Mask = Bool[Tensor, "I N"]
@@ -51,14 +54,14 @@ def _with_extra(features: Features, kept: Mask, scores: Scores, token: Float[Ten
     return torch.where(here[..., None], token[:, None].to(features.dtype), features), kept | here
 
 
-def prumerge(features: Features, kept: Mask, scores: Scores, keys: Keys, neighbours: int = 32) -> tuple[Features, Mask]:
+def prumerge(features: Features, kept: Mask, scores: Scores, keys: Keys, count: int = 32) -> tuple[Features, Mask]:
     """LLaVA-PruMerge (Shang et al. 2024, arXiv 2403.15388): to every kept patch the score-weighted sum of the
-    `neighbours` patches with the most similar keys is added, kept ones among them; one more token is the
+    `count` patches with the most similar keys is added, kept ones among them; one more token is the
     score-weighted sum of all dropped patches. Weights are the scores as they are (CLS attention), not renormalised.
     """
     size = kept.shape[1]
     own = torch.eye(size, dtype=torch.bool, device=kept.device)
-    near = _similarity(keys).masked_fill(own, -torch.inf).topk(min(neighbours, size - 1), dim=2).indices  # [I, N, k]
+    near = _similarity(keys).masked_fill(own, -torch.inf).topk(min(count, size - 1), dim=2).indices  # [I, N, k]
     weights = torch.zeros_like(own, dtype=scores.dtype).repeat(len(kept), 1, 1)
     weights = weights.scatter(2, near, scores[:, None].expand(-1, size, -1).gather(2, near))
     weights = weights.masked_fill(~kept[..., None], 0).to(features.dtype)
@@ -100,6 +103,7 @@ MERGES: dict[str, Callable[..., tuple[Tensor, Tensor]]] = {
 
 
 def merge(name: str, count: int) -> Callable[[Tensor, Tensor, Tensor, Tensor], tuple[Tensor, Tensor]]:
-    """The merge `name`; `count` is the number of contextual tokens or of neighbours, where it takes one."""
-    parameter = {"prumerge": "neighbours", "contextual": "count"}.get(name)
-    return partial(MERGES[name], **{parameter: count}) if parameter else MERGES[name]
+    """The merge `name`, or yours as `module:function`; with `count`, of tokens to make or of neighbours, where it takes
+    one."""
+    function = find_component(MERGES, name, "pruner.vision.merge")
+    return partial(function, count=count) if "count" in signature(function).parameters else function

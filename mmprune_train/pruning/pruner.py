@@ -9,20 +9,15 @@ import torch
 from jaxtyping import Bool, Float, Int64
 from torch import Tensor
 
-from mmprune_train.config.checks import DIVERSE_SELECTIONS
+from mmprune_train.config.checks import projects
 from mmprune_train.config.schema import KneeConfig, PrunerConfig
 from mmprune_train.errors import UserError
 from mmprune_train.pruning.budgets import budget_parameters, find_knee, needs_features
-from mmprune_train.pruning.merging import MERGES, merge
+from mmprune_train.pruning.components import find_component
+from mmprune_train.pruning.merging import merge
 from mmprune_train.pruning.packed import IGNORE, Kind, PackedSequence
 from mmprune_train.pruning.scores import LANGUAGE_SCORES, VISION_SCORES, LanguageView, VisionView, full_precision
-from mmprune_train.pruning.selection import SELECTIONS, columns, pad, selection, top_mask
-
-
-def _lookup(table: dict, name: str, key: str) -> Callable:
-    if name not in table:
-        raise UserError(f"{key}={name} is not known; available: {', '.join(sorted(table))}")
-    return table[name]
+from mmprune_train.pruning.selection import columns, pad, selection, top_mask
 
 
 def _counts(scores: Tensor, lengths: Tensor | None, knee: KneeConfig, features: Callable[[], Tensor]) -> Tensor:
@@ -110,14 +105,13 @@ class Pruner:
     def __init__(self, settings: PrunerConfig) -> None:
         self.settings = settings
         if settings.vision.enabled:
-            self._vision_score = _lookup(VISION_SCORES, settings.vision.score, "pruner.vision.score")
-            _lookup(SELECTIONS, settings.vision.selection, "pruner.vision.selection")
+            self._vision_score = find_component(VISION_SCORES, settings.vision.score, "pruner.vision.score")
             self._select = selection(settings.vision.selection, settings.vision.share)
             if self.merges:
-                _lookup(MERGES, settings.vision.merge, "pruner.vision.merge")
+                self._merge = merge(settings.vision.merge, settings.vision.merge_count)
             budget_parameters(settings.vision.knee.method)
         if settings.language.enabled:
-            self._language_score = _lookup(LANGUAGE_SCORES, settings.language.score, "pruner.language.score")
+            self._language_score = find_component(LANGUAGE_SCORES, settings.language.score, "pruner.language.score")
             budget_parameters(settings.language.knee.method)
 
     @property
@@ -142,8 +136,7 @@ class Pruner:
     @property
     def projects(self) -> bool:
         """Whether stage 1 looks at what the projector makes of all patches."""
-        vision = self.settings.vision
-        return vision.enabled and vision.space == "projected" and vision.selection in DIVERSE_SELECTIONS
+        return projects(self.settings.vision)
 
     @torch.no_grad()
     def keep_patches(
@@ -175,9 +168,8 @@ class Pruner:
         made tokens. Gradients flow through the features."""
         if not self.merges or scores is None:
             return features, kept
-        stage = self.settings.vision
         with full_precision(features):
-            return merge(stage.merge, stage.merge_count)(features, kept, scores, view.patch_keys())
+            return self._merge(features, kept, scores, view.patch_keys())
 
     @torch.no_grad()
     def entry_order(

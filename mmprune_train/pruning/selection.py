@@ -8,11 +8,14 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import partial
+from inspect import signature
 
 import torch
 from jaxtyping import Bool, Float, Int64, Shaped
 from torch import Tensor
 from torch.nn.functional import normalize
+
+from mmprune_train.pruning.components import find_component
 
 Scores = Float[Tensor, "B N"]
 Counts = Int64[Tensor, " B"]
@@ -157,8 +160,9 @@ SELECTIONS: dict[str, Callable[..., Tensor]] = {
 
 
 def selection(name: str, share: float) -> Callable[[Tensor, Tensor, Tensor], Tensor]:
-    """The selection `name`, with `share` where it divides the budget."""
-    return partial(top_and_distinct, share=share) if name == "top_and_distinct" else SELECTIONS[name]
+    """The selection `name`, or yours as `module:function`; with `share` where it divides the budget."""
+    function = find_component(SELECTIONS, name, "pruner.vision.selection")
+    return partial(function, share=share) if "share" in signature(function).parameters else function
 
 
 def columns(group: Int64[Tensor, " M"], groups: int) -> tuple[Int64[Tensor, " M"], Int64[Tensor, " G"]]:

@@ -57,7 +57,7 @@ def test_mean_token(images: int) -> None:
 @pytest.mark.parametrize("neighbours", [4, 32])
 def test_prumerge(images: int, neighbours: int) -> None:
     features, kept, scores, keys = given = case(images)
-    found, mask = prumerge(*given, neighbours=neighbours)
+    found, mask = prumerge(*given, count=neighbours)
     for image in range(images):
         stay, gone = split(kept[image])
         for i in stay:
