@@ -236,7 +236,7 @@ def available_budgets() -> list[str]:
 
 
 def _budget(method: str) -> Callable[..., Tensor]:
-    return find_component(BUDGETS, method, "knee.method")
+    return find_component(BUDGETS, method, "method")
 
 
 def budget_parameters(method: str) -> list[str]:
