@@ -349,6 +349,10 @@ def _check_run(config: Config) -> None:
     _at_least("evaluate.batch_size", evaluate.batch_size, 1)
     _at_least("evaluate.max_new_tokens", evaluate.max_new_tokens, 1)
     _at_least("generate.max_new_tokens", config.generate.max_new_tokens, 1)
+    _at_least("bench.images", config.bench.images, 1)
+    _at_least("bench.repeats", config.bench.repeats, 1)
+    if not config.bench.pruners:
+        raise UserError("bench.pruners is empty: name what to measure, e.g. bench.pruners=[none,twostage]")
     if config.logger.wandb is not None:
         _one_of("logger.wandb.mode", config.logger.wandb.mode, ("auto", "online", "offline"))
     for key in ("experiment_name", "run_id"):

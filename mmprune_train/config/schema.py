@@ -332,6 +332,16 @@ class GenerateConfig:
 
 
 @dataclass
+class BenchConfig:
+    pruners: list[str] = field(default_factory=lambda: ["none", "twostage"])
+    """Pruners to measure side by side, by name; the one that `pruner=` chooses has the command line's settings."""
+    images: int = 64
+    """Images of the batch, spread over the first stage's data."""
+    repeats: int = 5
+    """Counted passes of each pruner, interleaved; times are their medians."""
+
+
+@dataclass
 class Config:
     task: str = "train"
     """What to do; `--help` lists the tasks."""
@@ -363,3 +373,4 @@ class Config:
     trainer: TrainerConfig = field(default_factory=TrainerConfig)
     evaluate: EvaluateConfig = field(default_factory=EvaluateConfig)
     generate: GenerateConfig = field(default_factory=GenerateConfig)
+    bench: BenchConfig = field(default_factory=BenchConfig)

@@ -18,6 +18,7 @@ from transformers.models.llava.modeling_llava import LlavaCausalLMOutputWithPast
 from mmprune_train.errors import UserError
 from mmprune_train.model import attention
 from mmprune_train.model.cache import PrunedCache
+from mmprune_train.model.clock import Clock, timed
 from mmprune_train.model.language import check_language_model, rotary, scoring_queries_keys
 from mmprune_train.model.patches import Patches, PatchMemory
 from mmprune_train.model.vision import deepest_feature, encode, family_of, scored_block
@@ -108,6 +109,7 @@ class PackedLlava(PreTrainedModel, GenerationMixin):
         self.template = template
         self.vision_chunk = vision_chunk
         self.memory: PatchMemory | None = None
+        self.clock: Clock | None = None
         """What stage 1 left of images seen before; set by training where the encoder is frozen."""
         self.last_pruning: PruningTrace | None = None
         self.generation_config = hf.generation_config
@@ -184,7 +186,7 @@ class PackedLlava(PreTrainedModel, GenerationMixin):
         trained = torch.is_grad_enabled() and any(p.requires_grad for p in tower.parameters())
         parts = []
         for chunk in pixel_values.to(tower.dtype).split(self.vision_chunk):
-            with torch.set_grad_enabled(trained):
+            with timed(self.clock, "vision"), torch.set_grad_enabled(trained):
                 states, view = encode(
                     tower,
                     chunk,
@@ -199,9 +201,10 @@ class PackedLlava(PreTrainedModel, GenerationMixin):
                         "prune; use 'default', or pruner=language_only"
                     )
                 view.patches = states
-            kept, scores = self.pruner.keep_patches(view, partial(self._project_to_look, states))
-            features, places = self.pruner.merge_patches(states, kept, scores, view)
-            order = self.pruner.entry_order(kept, places, scores)
+            with timed(self.clock, "selection"):
+                kept, scores = self.pruner.keep_patches(view, partial(self._project_to_look, states))
+                features, places = self.pruner.merge_patches(states, kept, scores, view)
+                order = self.pruner.entry_order(kept, places, scores)
             parts.append(Patches(features[places], places, order, scores))
         return Patches.cat(parts)
 

@@ -31,6 +31,7 @@ TASKS = {
     "generate": Task(
         "mmprune_train.tasks.generate:run", "answer one question about images (ckpt=FOLDER generate.images=[FILE])"
     ),
+    "bench": Task("mmprune_train.tasks.bench:run", "what pruners cost beside the encoder (bench.pruners=[NAME,...])"),
     "inspect": Task(
         "mmprune_train.tasks.inspect:run", "draw what both stages kept (ckpt=FOLDER generate.images=[FILE])"
     ),

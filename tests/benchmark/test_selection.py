@@ -1,0 +1,57 @@
+"""The stopwatch, and what `task=bench` reports of stage 1."""
+
+from __future__ import annotations
+
+import json
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from tiny import PATCHES, SIDE, packed, tiny_llava
+from training.synthetic import overrides, write_dataset
+
+from mmprune_train.benchmark.selection import selection_costs
+from mmprune_train.config.compose import compose_config, load_pruner
+from mmprune_train.model.clock import Clock, timed
+from mmprune_train.tasks import bench
+
+
+def test_a_part_inside_another_counts_for_itself_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    now = iter([0.0, 1.0, 3.0, 6.0, 10.0, 15.0])
+    monkeypatch.setattr(time, "perf_counter", lambda: next(now))
+    clock = Clock()
+    with clock.part("outer"):  # 0
+        with clock.part("inner"):  # 1 .. 3
+            pass
+        # .. 6 is the second inner part's beginning
+        with clock.part("inner"):
+            pass
+    assert clock.lap() == {"outer": 1 + 3 + 5, "inner": 2 + 4}
+    assert clock.lap() == {}
+    with timed(None, "nothing"):
+        pass
+
+
+def test_costs_are_of_each_pruner_and_the_model_is_left_as_it_was() -> None:
+    model = packed(tiny_llava(), "twostage")
+    before = model.pruner
+    names = ["none", "twostage", "divprune"]
+    costs = dict(
+        selection_costs(model, torch.randn(3, 3, SIDE, SIDE), {name: load_pruner(name) for name in names}, repeats=2)
+    )
+    assert model.pruner is before and model.clock is None
+    assert list(costs) == names
+    assert costs["none"].kept == costs["none"].patches == PATCHES > costs["divprune"].kept == 1
+    for cost in costs.values():
+        assert cost.vision_seconds > 0 and cost.selection_seconds > 0
+        assert cost.share > 0
+
+
+def test_the_task_writes_its_table(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    root = write_dataset(tmp_path / "squares")
+    more = ["task=bench", "bench.images=5", "bench.repeats=1", "bench.pruners=[none,fastervlm]"]
+    result = bench.run(compose_config([*overrides(root, tmp_path / "runs"), *more]))
+    assert result == json.loads((tmp_path / "runs/smoke/t/bench/result.json").read_text())
+    assert list(result["pruners"]) == ["none", "fastervlm"] and result["images"] == 5
+    assert "fastervlm" in capsys.readouterr().out
