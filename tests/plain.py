@@ -1,4 +1,4 @@
-"""One sample through plain transformers, layer by layer with eager attention matrices: the slow reference of stage 2."""
+"""One sample through plain transformers, layer by layer with eager attention: the slow reference of stage 2."""
 
 from __future__ import annotations
 

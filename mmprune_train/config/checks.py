@@ -205,7 +205,8 @@ def _is_layer(layer: Any) -> bool:
 def pruned_layers(stage: LanguageStageConfig, depth: int) -> dict[int, int]:
     """LLM layers that stage 2 prunes before, ascending, each with its place in `layer` and `amounts`.
 
-    A share of the depth is rounded down. Shares that meet in one layer of a shallow LLM prune once, as the last of them.
+    A share of the depth is rounded down. Shares that meet in one layer of a shallow LLM prune once, as the last of
+    them.
 
     Args:
         depth: layers of the LLM.

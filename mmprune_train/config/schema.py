@@ -149,8 +149,8 @@ class LanguageStageConfig:
     `previous` one (FastV, SparseVLM)."""
     turns: str = "first"
     """Which questions vote on a token of a sample with several turns: `first`: the one of its own turn alone; `mean` or
-    `max`: that one and all later ones, the score being their mean or maximum. With these two, what an earlier answer may
-    attend to in training depends on questions asked after it, which chat cannot know: a leak, by name."""
+    `max`: that one and all later ones, the score being their mean or maximum. With these two, what an earlier answer
+    may attend to in training depends on questions asked after it, which chat cannot know: a leak, by name."""
     raters: str = "all"
     """Which question tokens vote: `all`, or `relevant`: those that the visual tokens attend to more than to the average
     one where they enter the LLM (SparseVLM)."""

@@ -241,6 +241,15 @@ def test_gradients_flow_through_every_member_of_a_cluster() -> None:
     assert len(model.last_pruning.language_kept[0]) == 9 + 2
 
 
+def entering(model: PackedLlava, layer: int, inputs: dict[str, Tensor], labels: Tensor) -> Tensor:
+    """[T, D] what enters a layer."""
+    seen: list[Tensor] = []
+    model.hf.model.language_model.layers[layer].register_forward_pre_hook(lambda _, args: seen.append(args[0][0]))
+    with torch.no_grad():
+        model(**inputs, labels=labels)
+    return seen[0]
+
+
 def test_supervised_and_protected_tokens_are_never_touched() -> None:
     """Neither dropped nor changed by a merge, however greedy the budget."""
     for name in SLOW:
@@ -249,13 +258,9 @@ def test_supervised_and_protected_tokens_are_never_touched() -> None:
         inputs = tiny_inputs([2, 1], [9, 7])
         labels = inputs["input_ids"].masked_fill(inputs["attention_mask"] == 0, -100)  # patches supervised, too
         labels[:, :8] = -100
-        dense, supervised = {}, (labels[:, 1:] != -100).sum()
+        supervised = int((labels[:, 1:] != -100).sum())
         layer = 2 if name == "fastv" else 1
-        for one, pruned in ((packed(tiny_llava()), False), (model, True)):
-            hook = lambda _, args, pruned=pruned: dense.update({pruned: args[0][0]})  # noqa: E731
-            one.hf.model.language_model.layers[layer].register_forward_pre_hook(hook)
-            with torch.no_grad():
-                one(**inputs, labels=labels)
+        dense, pruned = (entering(one, layer, inputs, labels) for one in (packed(tiny_llava()), model))
         trace = model.last_pruning
         starts = [0, int(trace.stage1[0])]
         kept = torch.cat([kept + at for kept, at in zip(trace.language_entered[layer], starts, strict=True)])
@@ -264,7 +269,7 @@ def test_supervised_and_protected_tokens_are_never_touched() -> None:
         assert len(trained) == supervised
         for t in trained:
             assert t in kept
-            torch.testing.assert_close(dense[True][kept.tolist().index(t)], dense[False][t])
+            torch.testing.assert_close(pruned[kept.tolist().index(t)], dense[t])
 
 
 def test_a_preset_of_shares_fits_any_depth_and_one_of_indices_says_when_it_does_not() -> None:
