@@ -205,8 +205,8 @@ def _is_layer(layer: Any) -> bool:
 def pruned_layers(stage: LanguageStageConfig, depth: int) -> dict[int, int]:
     """LLM layers that stage 2 prunes before, ascending, each with its place in `layer` and `amounts`.
 
-    A share of the depth is rounded down. Shares that meet in one layer of a shallow LLM prune once, as the last of
-    them.
+    A share of the depth is rounded down, to a layer that has something to look at. Shares that meet in one layer of a
+    shallow LLM prune once, as the last of them.
 
     Args:
         depth: layers of the LLM.
@@ -214,7 +214,8 @@ def pruned_layers(stage: LanguageStageConfig, depth: int) -> dict[int, int]:
         UserError: a layer that the LLM has not, layers that do not rise, nothing before the first layer to look at.
     """
     listed = _listed(stage.layer)
-    layers = [int(layer * depth + 1e-9) if isinstance(layer, float) else layer for layer in listed]
+    first = int(stage.signal == "previous")
+    layers = [max(first, int(layer * depth + 1e-9)) if isinstance(layer, float) else layer for layer in listed]
     if layers != sorted(layers):
         raise UserError(f"pruner.language.layer={stage.layer} must rise, and in {depth} layers they are {layers}")
     if layers[-1] >= depth:
@@ -222,10 +223,10 @@ def pruned_layers(stage: LanguageStageConfig, depth: int) -> dict[int, int]:
             f"pruner.language.layer={layers[-1]}: this LLM has {depth} layers, 0..{depth - 1}; shares of the "
             "depth (0.25) fit any"
         )
-    if stage.signal == "previous" and layers[0] == 0:
+    if layers[0] < first:
         raise UserError(
-            f"pruner.language.signal=previous: no layer comes before pruner.language.layer={listed[0]} (layer 0 of "
-            f"{depth}); set pruner.language.layer=1 or more, or pruner.language.signal=next"
+            "pruner.language.signal=previous: no layer comes before pruner.language.layer=0; set it to 1 or more, or "
+            "pruner.language.signal=next"
         )
     return {layer: place for place, layer in enumerate(layers)}
 

@@ -272,16 +272,19 @@ def test_supervised_and_protected_tokens_are_never_touched() -> None:
             torch.testing.assert_close(pruned[kept.tolist().index(t)], dense[t])
 
 
-def test_a_preset_of_shares_fits_any_depth_and_one_of_indices_says_when_it_does_not() -> None:
+def test_layers_as_shares_of_the_depth_fit_any_llm() -> None:
     hf = tiny_llava()
-    pyramid = packed(hf, "pyramiddrop").pruner
-    assert [list(pyramid.layers(depth)) for depth in (32, 40, 30, 4)] == [
-        *([8, 16, 24], [10, 20, 30]),
-        *([7, 15, 22], [1, 2, 3]),
-    ]
-    assert pyramid.layers(2) == {0: 0, 1: 2}  # two shares meet: the last one's budget
+    pyramid, sparse = packed(hf, "pyramiddrop").pruner, packed(hf, "sparsevlm").pruner
+    assert list(pyramid.layers(32)) == [8, 16, 24] and list(sparse.layers(32)) == [3, 7, 16]
+    assert list(pyramid.layers(40)) == [10, 20, 30]
+    assert list(pyramid.layers(30)) == [7, 15, 22]
+    assert pyramid.layers(2) == {0: 0, 1: 2} and sparse.layers(4) == {1: 1, 2: 2}  # shares meet: the last one's budget
+
+
+def test_layers_that_an_llm_has_not_are_refused() -> None:
+    hf = tiny_llava()
     with pytest.raises(UserError, match=r"pruner.language.layer=16: this LLM has 4 layers, 0..3; shares"):
-        packed(hf, "sparsevlm")
+        packed(hf, {"name": "fastv", "language": {"layer": 16}})
     with pytest.raises(UserError, match="must rise, and in 4 layers they are"):
         packed(hf, {"name": "pyramiddrop", "language": {"layer": [3, 0.25]}})
     with pytest.raises(UserError, match="signal=previous: no layer comes before"):
@@ -311,6 +314,20 @@ def test_made_tokens_are_counted_where_they_run() -> None:
         visual = torch.stack(model.last_pruning.layers_visual)[:, 0].tolist()
         assert visual == ([9, 8, 6, 4] if merge == "recycle" else [9, *COUNTS])
     assert cost["recycle"] > cost["none"]
+
+
+@pytest.mark.parametrize("score", ["last_token_attention", "text_cosine"])
+def test_flops_count_the_keys_that_a_score_computes(score: str) -> None:
+    """A budget that keeps everything costs the dense model and the keys of each pruning layer, read or not."""
+    hf, inputs = tiny_llava(), tiny_inputs([1, 2], [9, 7])
+    costs = []
+    for name, language in (("none", {}), ("pyramiddrop", {"score": score, "knee": {"ratio": 1.0}})):
+        model = packed(hf, {"name": name, "language": language})
+        with torch.no_grad():
+            model(**inputs)
+        costs.append(StepFlops(model)(model.last_pruning, 3, 2))
+    keys = 0 if score == "text_cosine" else 3 * 2 * int(inputs["attention_mask"].sum()) * 48 * 24
+    assert costs[1] - costs[0] == keys
 
 
 def test_every_preset_of_stage_two_alone_is_tested() -> None:
