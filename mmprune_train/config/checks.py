@@ -47,6 +47,9 @@ SCORE_NEEDS = {
     "map_attention": "an attention pooling head",
 }
 LANGUAGE_SCORES = ("text_attention", "text_cosine", "last_token_attention", "key_norm", "random")
+RATED_SCORES = ("text_attention", "text_cosine")
+"""Stage-2 scores in which question text votes."""
+TURNS = ("first", "mean", "max")
 DIVERSE_SELECTIONS = ("max_min", "dpp", "top_and_distinct")
 """Selections that look at the features."""
 SELECTIONS = ("top", "max_min", "dpp", "top_and_uniform", "top_and_distinct")
@@ -134,21 +137,99 @@ def check_knee(key: str, knee: KneeConfig) -> None:
 
 def check_pruner(pruner: PrunerConfig) -> None:
     _check_vision_stage(pruner.vision)
-    language = pruner.language
-    _component("pruner.language.score", language.score, LANGUAGE_SCORES)
-    _one_of("pruner.language.candidates", language.candidates, ("visual_and_text", "visual"))
-    _one_of("pruner.language.ranking", language.ranking, ("per_kind", "joint"))
-    _one_of("pruner.language.no_text", language.no_text, ("keep_all", "last_token_attention"))
-    _one_of("pruner.language.positions", language.positions, POSITIONS)
-    check_knee("pruner.language.knee", language.knee)
-    _check_shares("pruner.language", language, "text_attention")
-    layers = language.layer if isinstance(language.layer, list) else [language.layer]
-    if not layers or any(not isinstance(n, int) or isinstance(n, bool) or n < 0 for n in layers):
+    _check_language_stage(pruner.language)
+
+
+def _check_language_stage(stage: LanguageStageConfig) -> None:
+    key = "pruner.language"
+    _component(f"{key}.score", stage.score, LANGUAGE_SCORES)
+    _one_of(f"{key}.signal", stage.signal, ("next", "previous"))
+    _one_of(f"{key}.turns", stage.turns, TURNS)
+    _one_of(f"{key}.raters", stage.raters, ("all", "relevant"))
+    _one_of(f"{key}.candidates", stage.candidates, ("visual_and_text", "visual"))
+    _one_of(f"{key}.ranking", stage.ranking, ("per_kind", "joint"))
+    _one_of(f"{key}.no_text", stage.no_text, ("keep_all", "last_token_attention"))
+    _one_of(f"{key}.merge", stage.merge, ("none", "recycle"))
+    _one_of(f"{key}.positions", stage.positions, POSITIONS)
+    check_knee(f"{key}.knee", stage.knee)
+    _check_shares(key, stage, "text_attention")
+    if not 0 < stage.merge_share <= 1:
+        raise UserError(f"{key}.merge_share={stage.merge_share} is a share of the dropped tokens: in (0, 1]")
+    _at_least(f"{key}.merge_size", stage.merge_size, 1)
+    layers = _listed(stage.layer)
+    if not layers or not all(map(_is_layer, layers)):
         raise UserError(
-            f"pruner.language.layer={language.layer} must be a layer index (from 0) or a list of them, [2,8]"
+            f"{key}.layer={stage.layer} must be a layer index (from 0), a share of the depth (between 0 and 1), or a "
+            "list of them, [2,8] or [0.25,0.5]"
         )
-    if layers != sorted(set(layers)):
-        raise UserError(f"pruner.language.layer={language.layer} must rise: every layer sees a shorter sequence")
+    for kind in (int, float):
+        same = [layer for layer in layers if isinstance(layer, kind)]
+        if same != sorted(set(same)):
+            raise UserError(f"{key}.layer={stage.layer} must rise: every layer sees a shorter sequence")
+    if stage.enabled:
+        _check_amounts(f"{key}.amounts", stage)
+        if stage.raters == "relevant" and ":" not in stage.score and stage.score not in RATED_SCORES:
+            raise UserError(
+                f"{key}.raters=relevant: no question text votes in {key}.score={stage.score}; set {key}.raters=all, or "
+                f"{key}.score={RATED_SCORES[0]}"
+            )
+
+
+def _check_amounts(key: str, stage: LanguageStageConfig) -> None:
+    amounts, method = stage.amounts, stage.knee.method
+    if amounts is None:
+        return
+    if method not in ("fixed_ratio", "fixed_count"):
+        raise UserError(
+            f"{key}={amounts} goes with a fixed budget, not with {method}: set pruner.language.knee.method=fixed_ratio "
+            f"or fixed_count, or {key}=null"
+        )
+    if len(amounts) != len(_listed(stage.layer)):
+        raise UserError(f"{key}={amounts} needs one entry for each of pruner.language.layer={stage.layer}")
+    for amount in amounts:
+        if method == "fixed_ratio" and not 0 < amount <= 1:
+            raise UserError(f"{key}={amounts}: shares of the tokens are more than 0 and at most 1")
+        if method == "fixed_count" and not (amount >= 1 and float(amount).is_integer()):
+            raise UserError(f"{key}={amounts}: counts of tokens are whole numbers from 1")
+
+
+def _listed(layer: Any) -> list[Any]:
+    return list(layer) if isinstance(layer, list | tuple) else [layer]
+
+
+def _is_layer(layer: Any) -> bool:
+    if isinstance(layer, float):
+        return 0 < layer < 1
+    return isinstance(layer, int) and not isinstance(layer, bool) and layer >= 0
+
+
+def pruned_layers(stage: LanguageStageConfig, depth: int) -> dict[int, int]:
+    """LLM layers that stage 2 prunes before, ascending, each with its place in `layer` and `amounts`.
+
+    A share of the depth is rounded down, to a layer that has something to look at. Shares that meet in one layer of a
+    shallow LLM prune once, as the last of them.
+
+    Args:
+        depth: layers of the LLM.
+    Raises:
+        UserError: a layer that the LLM has not, layers that do not rise, nothing before the first layer to look at.
+    """
+    listed = _listed(stage.layer)
+    first = int(stage.signal == "previous")
+    layers = [max(first, int(layer * depth + 1e-9)) if isinstance(layer, float) else layer for layer in listed]
+    if layers != sorted(layers):
+        raise UserError(f"pruner.language.layer={stage.layer} must rise, and in {depth} layers they are {layers}")
+    if layers[-1] >= depth:
+        raise UserError(
+            f"pruner.language.layer={layers[-1]}: this LLM has {depth} layers, 0..{depth - 1}; shares of the "
+            "depth (0.25) fit any"
+        )
+    if layers[0] < first:
+        raise UserError(
+            "pruner.language.signal=previous: no layer comes before pruner.language.layer=0; set it to 1 or more, or "
+            "pruner.language.signal=next"
+        )
+    return {layer: place for place, layer in enumerate(layers)}
 
 
 def projects(stage: VisionStageConfig) -> bool:
@@ -214,13 +295,9 @@ def _check_pruner_fits(config: Config) -> None:
             f"pruner.vision.layer={vision.layer}: encoder {config.encoder.name} has {blocks} blocks, "
             f"{-blocks}..{blocks - 1}; null takes the one that made the feature layer"
         )
-    layers = config.llm.arch.get("num_hidden_layers")
-    last = language.layer[-1] if isinstance(language.layer, list) else language.layer
-    if language.enabled and layers is not None and last >= layers:
-        raise UserError(
-            f"pruner.language.layer={last}: llm {config.llm.name} has {layers} layers, counted from 0; "
-            f"the last is {layers - 1}"
-        )
+    depth = config.llm.arch.get("num_hidden_layers")
+    if language.enabled and depth is not None:
+        pruned_layers(language, depth)
 
 
 def _check_stages(config: Config) -> None:

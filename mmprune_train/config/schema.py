@@ -144,9 +144,23 @@ class LanguageStageConfig:
     enabled: bool = True
     score: str = "text_attention"
     """`text_attention`, `text_cosine`, `last_token_attention`, `key_norm` or `random`; see `docs/scores.md`."""
+    signal: str = "next"
+    """Whose queries and keys give the score: the `next` layer, the first that sees the short sequence, or the
+    `previous` one (FastV, SparseVLM)."""
+    turns: str = "first"
+    """Which questions vote on a token of a sample with several turns: `first`: the one of its own turn alone; `mean` or
+    `max`: that one and all later ones, the score being their mean or maximum. With these two, what an earlier answer
+    may attend to in training depends on questions asked after it, which chat cannot know: a leak, by name."""
+    raters: str = "all"
+    """Which question tokens vote: `all`, or `relevant`: those that the visual tokens attend to more than to the average
+    one where they enter the LLM (SparseVLM)."""
     layer: Any = 2
-    """0-based index of the first LLM layer that sees the short sequence, or a list of them (a pyramid)."""
+    """First LLM layer that sees the short sequence: its index from 0, or a share of the LLM's depth (0.25), or a rising
+    list of them (a pyramid)."""
     knee: KneeConfig = field(default_factory=_follow("knee"))
+    amounts: list[float] | None = None
+    """One for each layer, in place of `knee.ratio` (fixed_ratio; a share of what that layer still has) or `knee.count`
+    (fixed_count); null: the same budget at every layer."""
     candidates: str = "visual_and_text"
     """What may be dropped: `visual_and_text` (visual and prompt-text tokens) or `visual`."""
     ranking: str = "per_kind"
@@ -154,6 +168,12 @@ class LanguageStageConfig:
     kinds share one, where text, which attends to its neighbours, leaves few visual tokens."""
     no_text: str = "keep_all"
     """A turn without question text (the plain template): `keep_all` or `last_token_attention`."""
+    merge: str = "none"
+    """What dropped visual tokens leave behind: `none`, or `recycle`: the best of them, as means of clusters."""
+    merge_share: float = 0.3
+    """recycle: share of a turn's dropped visual tokens, best score first, that are clustered; at least one."""
+    merge_size: int = 10
+    """recycle: tokens a cluster has on average."""
     positions: str = "original"
     """Position ids after pruning: `original` or `contiguous`."""
 

@@ -20,8 +20,9 @@ class PrunedCache(DynamicCache):
     def __init__(self) -> None:
         super().__init__()
         self._masks: list[Tensor] = []  # per layer [B, S_l] bool at the end of the prompt
-        self._filing: tuple[Tensor, Tensor, Tensor] | None = None  # segment, column, mask of the packed tokens
-        self._next: Tensor | None = None  # [B] position id of the next token of each sample
+        self._next: list[Tensor] = []  # per layer [B] position id of each sample's next token at the end of the prompt
+        self._filing: tuple[Tensor, Tensor, Tensor, Tensor] | None = None  # segment, column, mask, next position
+        self._decoded: int | None = None  # tokens since the prompt
 
     def start_layers(self, sequence: PackedSequence) -> None:
         """The tokens of `sequence` enter every layer from here on (until the next call)."""
@@ -29,30 +30,34 @@ class PrunedCache(DynamicCache):
         width = int(lengths.max())
         column = sequence.within() + (width - lengths)[sequence.segment]
         mask = torch.arange(width, device=lengths.device) >= (width - lengths)[:, None]
-        self._filing = (sequence.segment, column, mask)
-
-    def end_prompt(self, sequence: PackedSequence) -> None:
-        """The prompt is through; `sequence` is what left the last layer."""
-        self._filing = None
         last = sequence.cu_seqlens[1:].long() - 1
-        self._next = sequence.position[last] + 1
+        self._filing = (sequence.segment, column, mask, sequence.position[last] + 1)
+
+    def end_prompt(self) -> None:
+        """The prompt is through."""
+        self._filing, self._decoded = None, 0
 
     @property
     def prompt_is_in(self) -> bool:
         """Whether a prompt has been filed, so that further tokens are decoded one by one."""
-        return self._next is not None
+        return self._decoded is not None
 
-    def advance(self, new: int) -> Tensor:
-        """Position ids [B, new] of the next tokens."""
-        assert self._next is not None, "decode before the prompt"
-        position = self._next[:, None] + torch.arange(new, device=self._next.device)
-        self._next = self._next + new
-        return position
+    def position(self, layer_idx: int, new: int) -> Tensor:
+        """Position ids [B, new] of the next tokens in a layer. Where stage 2 renumbers what it keeps, they are smaller
+        behind it, as in training."""
+        assert self._decoded is not None, "decode before the prompt"
+        steps = torch.arange(self._decoded, self._decoded + new, device=self._next[layer_idx].device)
+        return self._next[layer_idx][:, None] + steps
+
+    def advance(self, new: int) -> None:
+        """That many tokens of each sample have gone through all layers."""
+        assert self._decoded is not None, "decode before the prompt"
+        self._decoded += new
 
     def update(self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args, **kwargs):  # type: ignore[no-untyped-def]
         if self._filing is None:
             return super().update(key_states, value_states, layer_idx, *args, **kwargs)
-        segment, column, mask = self._filing
+        segment, column, mask, following = self._filing
 
         def file(packed: Tensor) -> Tensor:
             table = packed.new_zeros((mask.shape[0], mask.shape[1], packed.shape[1], packed.shape[3]))
@@ -61,6 +66,7 @@ class PrunedCache(DynamicCache):
 
         super().update(file(key_states), file(value_states), layer_idx)
         self._masks.append(mask)
+        self._next.append(following)
         return key_states, value_states
 
     def mask(self, layer_idx: int, new: int) -> Tensor:
@@ -78,5 +84,4 @@ class PrunedCache(DynamicCache):
     def reorder_cache(self, beam_idx: Tensor) -> None:
         super().reorder_cache(beam_idx)
         self._masks = [mask[beam_idx] for mask in self._masks]
-        if self._next is not None:
-            self._next = self._next[beam_idx]
+        self._next = [following[beam_idx] for following in self._next]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from typing import Any
 
 import torch
 from torch import nn
@@ -10,6 +11,9 @@ from torch import nn
 from mmprune_train.model.llava import PackedLlava
 from mmprune_train.model.vision import deepest_feature, family_of, scored_block
 from mmprune_train.pruning import PruningTrace
+
+KEYED_SCORES = ("text_attention", "last_token_attention", "key_norm")
+"""Stage-2 scores that read a layer's keys."""
 
 
 def _size(parameter: torch.Tensor) -> int:
@@ -36,7 +40,8 @@ class StepFlops:
 
     A matrix of n weights costs 2n a token forward, 2n backward for its input where a gradient flows through it, and 2n
     more where it is trained. Attention over L tokens of width D costs 4 L^2 D forward (half of it where causal) and
-    twice that backward.
+    twice that backward. Stage 2 computes the keys of all tokens once more before each layer that it prunes before,
+    where its score reads them; the few rows of queries are not counted.
 
     Args:
         model: the network, frozen as it will be trained; its weights are counted here, once.
@@ -61,6 +66,10 @@ class StepFlops:
         self.per_token = torch.tensor([_cost(_matmul([layer]), through) for layer in language.layers]).double()
         width = language.config.num_attention_heads * language.layers[0].self_attn.head_dim
         self.per_token_pair = 2 * width * (3 if through else 1)
+        stage, back = model.pruner.settings.language, int(model.pruner.looks_back)
+        keyed = model.pruner.layers(len(language.layers)) if stage.score in KEYED_SCORES else {}
+        self.per_scored_token = {index: 2 * _key_weights(language.layers[index - back].self_attn) for index in keyed}
+        """Per token that reaches a pruning layer."""
         self.per_target = _cost((_size(head.weight), _size(head.weight) * head.weight.requires_grad), through)
 
     def __call__(self, trace: PruningTrace, images: int, supervised: int) -> float:
@@ -72,7 +81,14 @@ class StepFlops:
         lengths = torch.stack(trace.layers).double().cpu()  # [layers, B]
         total = images * self.per_image + sum(map(len, trace.vision_kept)) * self.per_kept_patch
         total += float((lengths.sum(1) * self.per_token).sum() + (lengths**2).sum() * self.per_token_pair)
+        reached = [trace.stage1, *trace.layers]  # tokens before each layer's pruning are those of the layer before
+        total += sum(float(reached[index].sum()) * cost for index, cost in self.per_scored_token.items())
         return total + supervised * self.per_target
+
+
+def _key_weights(attention: Any) -> int:
+    """Weights that the keys cost; a fused projection (Phi-3) is run whole."""
+    return _matmul([attention.qkv_proj if hasattr(attention, "qkv_proj") else attention.k_proj])[0]
 
 
 def _last_block(model: PackedLlava, depth: int, blocks: int) -> int:

@@ -116,7 +116,7 @@ class PackedLlava(PreTrainedModel, GenerationMixin):
         language = hf.model.language_model
         check_language_model(language.config)
         family_of(hf.model.vision_tower.config.model_type)
-        pruner.check_layers(len(language.layers))
+        pruner.layers(len(language.layers))  # refuses those that this LLM has not
         if pruner.settings.vision.enabled:
             blocks = len(family_of(hf.model.vision_tower.config.model_type).layers(hf.model.vision_tower))
             scored_block(pruner.settings.vision.layer, deepest_feature(hf.config.vision_feature_layer, blocks), blocks)
@@ -265,24 +265,29 @@ class PackedLlava(PreTrainedModel, GenerationMixin):
     ) -> tuple[PackedSequence, Tensor]:
         """All decoder layers, shortening the sequence before those the pruner names."""
         language: Any = self.hf.model.language_model
-        prune_before = set(self.pruner.layers)
+        prune_before = self.pruner.layers(len(language.layers))
+        sequence = self.pruner.enter_language(sequence, hidden.detach())
         rotation, borders, counts = self._enter(sequence, hidden, cache)
+        entered = hidden  # what entered the layer before
         for index, layer in enumerate(language.layers):
             if index in prune_before:
-                seen = hidden.detach()
-                keys = scoring_queries_keys(layer, seen, rotation[0][0], rotation[1][0])
-                mask, scores = self.pruner.keep_tokens(sequence, seen, keys)
+                scoring, seen = (language.layers[index - 1], entered) if self.pruner.looks_back else (layer, hidden)
+                keys = scoring_queries_keys(scoring, seen.detach(), rotation[0][0], rotation[1][0])
+                mask, scores = self.pruner.keep_tokens(sequence, hidden.detach(), keys, prune_before[index])
                 if scores is None and self.training:  # other ranks score: under ZeRO-3 all must run the same modules
                     with torch.no_grad():
                         keys(torch.zeros(1, dtype=torch.long, device=seen.device))
                 if scores is not None:
                     trace.language_scores = scores if trace.language_scores is None else trace.language_scores
+                    hidden, mask = self.pruner.merge_tokens(sequence, hidden, mask, scores)
                     sequence, hidden = sequence.keep_with(mask, hidden)
                     if self.pruner.settings.language.positions == "contiguous":
                         sequence = replace(sequence, position=sequence.within())
                     rotation, borders, counts = self._enter(sequence, hidden, cache)
+                trace.language_entered[index] = list(sequence.entry.split(borders.lengths))  # type: ignore[union-attr]
             trace.layers.append(counts[0])
             trace.layers_visual.append(counts[1])
+            entered = hidden
             hidden = layer(
                 hidden[None],
                 attention_mask=None,
@@ -293,7 +298,7 @@ class PackedLlava(PreTrainedModel, GenerationMixin):
                 borders=borders,
             )[0]
         if cache is not None:
-            cache.end_prompt(sequence)
+            cache.end_prompt()
         trace.language_kept = list(sequence.entry.split(borders.lengths))  # type: ignore[union-attr]
         return sequence, language.norm(hidden)
 
@@ -405,9 +410,11 @@ class PackedLlava(PreTrainedModel, GenerationMixin):
         language: Any = self.hf.model.language_model
         new = input_ids.shape[1]
         hidden = language.embed_tokens(input_ids)
-        position = cache.advance(new)
-        position_embeddings = rotary(language, hidden, position)
+        prune_before = self.pruner.layers(len(language.layers))
         for index, layer in enumerate(language.layers):
+            if index == 0 or index in prune_before:  # positions change where what is kept is renumbered
+                position = cache.position(index, new)
+                position_embeddings = rotary(language, hidden, position)
             hidden = layer(
                 hidden,
                 attention_mask=cache.mask(index, new),
@@ -416,6 +423,7 @@ class PackedLlava(PreTrainedModel, GenerationMixin):
                 use_cache=True,
                 position_embeddings=position_embeddings,
             )
+        cache.advance(new)
         logits = self.hf.lm_head(language.norm(hidden))
         return LlavaCausalLMOutputWithPast(logits=logits, past_key_values=cache)
 

@@ -59,6 +59,8 @@ class PackedSequence:
     """[T, D] hidden states, absent until embedded."""
     entry: Int64[Tensor, " T"] | None = None
     """[T] index inside the sample when it entered the LLM, absent before."""
+    rater: Bool[Tensor, " T"] | None = None
+    """[T] question tokens that may vote on what is dropped; absent: all."""
 
     def __len__(self) -> int:
         return self.ids.shape[0]

@@ -3,21 +3,23 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, fields
+from dataclasses import fields, replace
 
 import torch
 from jaxtyping import Bool, Float, Int64
 from torch import Tensor
 
-from mmprune_train.config.checks import projects
+from mmprune_train.config.checks import projects, pruned_layers
 from mmprune_train.config.schema import KneeConfig, PrunerConfig
-from mmprune_train.errors import UserError
 from mmprune_train.pruning.budgets import budget_parameters, find_knee, needs_features
 from mmprune_train.pruning.components import find_component
 from mmprune_train.pruning.merging import merge
-from mmprune_train.pruning.packed import IGNORE, Kind, PackedSequence
+from mmprune_train.pruning.packed import PackedSequence
+from mmprune_train.pruning.raters import relevant_raters
+from mmprune_train.pruning.recycling import recycle
 from mmprune_train.pruning.scores import LANGUAGE_SCORES, VISION_SCORES, LanguageView, VisionView, full_precision
 from mmprune_train.pruning.selection import columns, pad, selection, top_mask
+from mmprune_train.pruning.turns import candidates_and_voters
 
 
 def _counts(scores: Tensor, lengths: Tensor | None, knee: KneeConfig, features: Callable[[], Tensor]) -> Tensor:
@@ -26,73 +28,6 @@ def _counts(scores: Tensor, lengths: Tensor | None, knee: KneeConfig, features: 
     params = {f.name: getattr(knee, f.name) for f in fields(knee) if f.name in wanted}
     seen = features() if needs_features(knee.method) else None
     return find_knee(scores, knee.method, lengths, features=seen, **params)
-
-
-@dataclass
-class Groups:
-    """The rows of stage 2: one per turn of a sample that has something to drop and someone to vote."""
-
-    candidate: Bool[Tensor, " T"]
-    """[T] bool: may be dropped."""
-    group: Int64[Tensor, " T"]
-    """[T] row of each token, -1: in none."""
-    segment: Int64[Tensor, " G"]
-    """[G] sample of each row."""
-    raters: Int64[Tensor, " R"]
-    """[R] voting tokens, sorted by row."""
-    closing: Int64[Tensor, " G"]
-    """[G] last prompt token of each row."""
-
-
-def turn_groups(sequence: PackedSequence, visual_only: bool, lone_images: bool) -> Groups:
-    """Split a batch into the (sample, turn) rows that stage 2 scores.
-
-    A turn's candidates are its visual and prompt tokens (system text counts to the first turn) and only its own
-    question votes on them, so no turn sees a later one's vote and no answer votes at all. A turn without a visual
-    token is left alone. Never a candidate: special tokens and role markers, answers, tokens with a target, the last
-    token before each answer, and the last token of a sample.
-
-    Args:
-        visual_only: text tokens are not candidates.
-        lone_images: also take turns without question text; their closing token is the only voter.
-    """
-    count = len(sequence)
-    device = sequence.ids.device
-    turn = sequence.turn.clamp(min=1)
-    most = int(turn.max()) + 1 if count else 1
-    key = sequence.segment * most + turn
-    last = torch.ones(count, dtype=torch.bool, device=device)
-    last[:-1] = sequence.segment[1:] != sequence.segment[:-1]
-    answer = sequence.kind == Kind.ANSWER
-    before_answer = torch.zeros_like(last)
-    before_answer[:-1] = answer[1:] & ~answer[:-1] & ~last[:-1]
-    protected = last | before_answer | (sequence.target != IGNORE)
-    visual, prompt = sequence.visual, sequence.kind == Kind.PROMPT
-    rater = prompt & (sequence.turn >= 1)
-    candidate = (visual | (prompt & (not visual_only))) & ~protected
-
-    size = sequence.samples * most
-    has_visual = torch.zeros(size, dtype=torch.bool, device=device).index_put_(
-        (key[visual & ~protected],), torch.tensor(True, device=device)
-    )
-    has_rater = torch.zeros_like(has_visual).index_put_((key[rater],), torch.tensor(True, device=device))
-    active = has_visual & (has_rater | lone_images)
-    row = torch.where(active, active.cumsum(0) - 1, -1)  # [size]
-    group = row[key]
-    rows = active.nonzero().squeeze(1)
-    order = torch.arange(count, device=device)
-    closing = torch.full((size,), -1, dtype=torch.long, device=device)
-    reply = torch.full((size,), count, dtype=torch.long, device=device)
-    reply = reply.scatter_reduce(0, key[answer], order[answer], "amin")  # where each turn's answer begins
-    open_text = ~answer & (order < reply[key])
-    closing = closing.scatter_reduce(0, key[open_text], order[open_text], "amax")
-    return Groups(
-        candidate=candidate & (group >= 0),
-        group=group,
-        segment=rows // most,
-        raters=(rater & (group >= 0)).nonzero().squeeze(1),
-        closing=closing[rows],
-    )
 
 
 class Pruner:
@@ -114,19 +49,17 @@ class Pruner:
             self._language_score = find_component(LANGUAGE_SCORES, settings.language.score, "pruner.language.score")
             budget_parameters(settings.language.knee.method)
 
-    @property
-    def layers(self) -> list[int]:
-        """LLM layers that stage 2 prunes before, ascending."""
-        if not self.settings.language.enabled:
-            return []
-        layer = self.settings.language.layer
-        return sorted({int(index) for index in (layer if isinstance(layer, list | tuple) else [layer])})
+    def layers(self, depth: int) -> dict[int, int]:
+        """LLM layers that stage 2 prunes before, ascending, each with its place in `pruner.language.layer`.
 
-    def check_layers(self, depth: int) -> None:
-        """Raise UserError where a pruning layer does not exist in an LLM of `depth` layers."""
-        for layer in self.layers:
-            if not 0 <= layer < depth:
-                raise UserError(f"pruner.language.layer={layer}: this LLM has layers 0..{depth - 1}")
+        Raises UserError where one does not exist in an LLM of `depth` layers.
+        """
+        return pruned_layers(self.settings.language, depth) if self.settings.language.enabled else {}
+
+    @property
+    def looks_back(self) -> bool:
+        """Whether stage 2 scores by the queries and keys of the layer before the one that it prunes before."""
+        return self.settings.language.signal == "previous"
 
     @property
     def merges(self) -> bool:
@@ -187,38 +120,81 @@ class Pruner:
         return order.gather(1, outside.sort(dim=1, stable=True).indices)
 
     @torch.no_grad()
+    def enter_language(self, sequence: PackedSequence, hidden: Float[Tensor, "T D"]) -> PackedSequence:
+        """The sequence, with what stage 2 must know of the states [T, D] that enter the LLM."""
+        stage = self.settings.language
+        if not stage.enabled or stage.raters == "all":
+            return sequence
+        return replace(sequence, rater=relevant_raters(sequence, hidden))
+
+    @torch.no_grad()
     def keep_tokens(
         self,
         sequence: PackedSequence,
         hidden: Float[Tensor, "T D"],
         query_keys: Callable[[Tensor], tuple[Tensor, Tensor]],
+        place: int = 0,
     ) -> tuple[Bool[Tensor, " T"], Float[Tensor, " T"] | None]:
         """Stage 2 before one LLM layer: bool [T] of kept tokens, and the candidates' scores [T] (NaN elsewhere).
 
         Returns (all true, None) where no sample has anything to drop.
+
+        Args:
+            place: which of `pruner.language.layer` this layer is.
         """
         stage = self.settings.language
         everything = torch.ones(len(sequence), dtype=torch.bool, device=hidden.device)
         lone = stage.no_text == "last_token_attention"
-        groups = turn_groups(sequence, stage.candidates == "visual", lone)
-        if len(groups.segment) == 0:
+        candidate, voters = candidates_and_voters(sequence, stage.candidates == "visual", lone, stage.turns)
+        if len(voters.segment) == 0:
             return everything, None
-        raters = groups.raters
-        if lone:  # turns without text are voted on by their closing token
-            voted = torch.zeros(len(groups.segment), dtype=torch.bool, device=hidden.device)
-            voted[groups.group[raters]] = True
-            raters = torch.cat([raters, groups.closing[~voted]]).sort().values
-        view = LanguageView(sequence, hidden, query_keys, groups.group, groups.segment, raters, groups.closing)
-        scores = self._language_score(view)
-        rows = groups.group[groups.candidate]  # [M]
+        scores = self._language_score(LanguageView(sequence, hidden, query_keys, voters))
+        rows = _turn_rows(sequence)[candidate]  # [M]
         if stage.ranking == "per_kind":  # a turn's visual tokens are one row, its text tokens another
-            rows = 2 * rows + (~sequence.visual[groups.candidate])
+            rows = 2 * rows + (~sequence.visual[candidate])
         row, order = rows.unique(return_inverse=True)[1].sort(stable=True)
-        table, lengths = pad(scores[groups.candidate][order], row, int(row[-1]) + 1)
-        counts = _counts(table, lengths, stage.knee, lambda: pad(hidden[groups.candidate][order], row, len(lengths))[0])
+        table, lengths = pad(scores[candidate][order], row, int(row[-1]) + 1)
+        counts = _counts(table, lengths, self._knee(place), lambda: pad(hidden[candidate][order], row, len(lengths))[0])
         kept = top_mask(table, counts, lengths)
         column, _ = columns(row, len(lengths))
         chosen = torch.zeros_like(rows, dtype=torch.bool)
         chosen[order] = kept[row, column]
-        everything[groups.candidate] = chosen
-        return everything, scores.masked_fill(~groups.candidate, torch.nan)
+        everything[candidate] = chosen
+        return everything, scores.masked_fill(~candidate, torch.nan)
+
+    def _knee(self, place: int) -> KneeConfig:
+        """The budget of stage 2 at one of its layers."""
+        stage = self.settings.language
+        if stage.amounts is None:
+            return stage.knee
+        amount = stage.amounts[place]
+        return (
+            replace(stage.knee, ratio=amount)
+            if stage.knee.method == "fixed_ratio"
+            else replace(stage.knee, count=int(amount))
+        )
+
+    def merge_tokens(
+        self,
+        sequence: PackedSequence,
+        hidden: Float[Tensor, "T D"],
+        kept: Bool[Tensor, " T"],
+        scores: Float[Tensor, " T"],
+    ) -> tuple[Float[Tensor, "T D"], Bool[Tensor, " T"]]:
+        """The last part of stage 2: states with what each turn's dropped visual tokens leave in them, and the mask with
+        the places of made tokens. Gradients flow through the states."""
+        stage = self.settings.language
+        if stage.merge == "none":
+            return hidden, kept
+        dropped = (~kept & sequence.visual).nonzero().squeeze(1)
+        if not len(dropped):
+            return hidden, kept
+        row = _turn_rows(sequence)[dropped].unique(return_inverse=True)[1]
+        hidden, made = recycle(hidden, dropped, row, scores[dropped], stage.merge_share, stage.merge_size)
+        return hidden, kept.index_fill(0, made, True)
+
+
+def _turn_rows(sequence: PackedSequence) -> Int64[Tensor, " T"]:
+    """[T] a number for each (sample, turn), in order; system text belongs to the first turn."""
+    turn = sequence.turn.clamp(min=1)
+    return sequence.segment * (turn.max() + 1) + turn

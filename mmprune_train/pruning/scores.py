@@ -12,7 +12,8 @@ from torch import Tensor
 
 from mmprune_train.errors import UserError
 from mmprune_train.pruning.packed import PackedSequence
-from mmprune_train.pruning.selection import pad
+from mmprune_train.pruning.selection import columns, pad
+from mmprune_train.pruning.turns import Voters
 
 CHUNK = 1 << 25
 """Most attention logits held at once, entries."""
@@ -185,40 +186,34 @@ class LanguageView:
     query_keys: Callable[[Tensor], tuple[Tensor, Tensor]]
     """rows [R] -> queries [R, H, d] of those tokens, scaled, and keys [T, Hkv, d] of all: the layer's own norm,
     projections (biases, q/k norms, adapters) and rotary embedding."""
-    group: Int64[Tensor, " T"]
-    """[T] (sample, turn) group of each token, -1 where the token's group is not scored; non-decreasing elsewhere."""
-    group_segment: Int64[Tensor, " G"]
-    """[G] sample of each group."""
-    raters: Int64[Tensor, " R"]
-    """[R] tokens that vote, sorted by group."""
-    closing: Int64[Tensor, " G"]
-    """[G] the last prompt token of each group; votes alone for tokens that no rater can see."""
+    voters: Voters
+    """Who votes. A score that nobody votes in reads it not."""
 
 
 def _attention(
-    view: LanguageView, rows: Int64[Tensor, " R"], row_group: Int64[Tensor, " R"], spare: Bool[Tensor, " R"]
+    view: LanguageView, rows: Int64[Tensor, " R"], ballot: Int64[Tensor, " R"], spare: Bool[Tensor, " R"]
 ) -> Float[Tensor, " T"]:
-    """[T] mean over heads and over the rows of a token's group that see it, of the causal attention probability.
+    """[T] mean over heads and over the rows of a ballot that see a token, of the causal attention probability.
 
-    `spare` [R] rows count only for tokens that no other row of the group can see. The softmax runs over every token of
+    `spare` [R] rows count only for tokens that no other row of the ballot can see. The softmax runs over every token of
     the sample that the row sees, as in the layer itself.
     """
-    sequence, groups = view.sequence, len(view.group_segment)
+    sequence, groups = view.sequence, len(view.voters.segment)
     queries, keys = view.query_keys(rows)
     heads, kv_heads = queries.shape[1], keys.shape[1]
     lengths = sequence.lengths
     key_table, _ = pad(keys.float(), sequence.segment, sequence.samples)  # [B, L, Hkv, d]
     width = key_table.shape[1]
-    query_table, votes = pad(queries.float().unflatten(1, (kv_heads, heads // kv_heads)), row_group, groups)
-    place_table, _ = pad(sequence.within()[rows], row_group, groups)  # [G, R]
-    spare_table, _ = pad(spare, row_group, groups)  # [G, R]
+    query_table, votes = pad(queries.float().unflatten(1, (kv_heads, heads // kv_heads)), ballot, groups)
+    place_table, _ = pad(sequence.within()[rows], ballot, groups)  # [G, R]
+    spare_table, _ = pad(spare, ballot, groups)  # [G, R]
     column = torch.arange(width, device=keys.device)
     table = keys.new_zeros((groups, width), dtype=torch.float32)
     most_rows = query_table.shape[1]
     step = max(1, CHUNK // max(1, heads * most_rows * width))
     for start in range(0, groups, step):
         part = slice(start, start + step)
-        segment = view.group_segment[part]
+        segment = view.voters.segment[part]
         real = torch.arange(most_rows, device=keys.device) < votes[part, None]  # [g, R]
         sees = (column <= place_table[part][..., None]) & (column < lengths[segment][:, None, None])  # [g, R, L]
         with full_precision(keys):
@@ -228,34 +223,37 @@ def _attention(
         second = sees & (real & spare_table[part])[..., None]
         counted = torch.where(first.any(1, keepdim=True), first, second)
         table[part] = (chance * counted).sum(1) / counted.sum(1).clamp(min=1)
-    chosen = view.group >= 0
-    scores = keys.new_zeros(len(sequence), dtype=torch.float32)
-    scores[chosen] = table[view.group[chosen], sequence.within()[chosen]]
-    return scores
+    return view.voters.count(sequence, table)
 
 
 def text_attention(view: LanguageView) -> Float[Tensor, " T"]:
     """[T] attention of the turn's question text to each token, mean over heads and over the rows that see it."""
-    rows = torch.cat([view.raters, view.closing])
-    group = torch.cat([view.group[view.raters], torch.arange(len(view.closing), device=rows.device)])
-    spare = torch.arange(len(rows), device=rows.device) >= len(view.raters)
-    order = group.sort(stable=True).indices
-    return _attention(view, rows[order], group[order], spare[order])
+    voters = view.voters
+    rows = torch.cat([voters.raters, voters.closing])
+    ballot = torch.cat([voters.ballot, torch.arange(len(voters.closing), device=rows.device)])
+    spare = torch.arange(len(rows), device=rows.device) >= len(voters.raters)
+    order = ballot.sort(stable=True).indices
+    return _attention(view, rows[order], ballot[order], spare[order])
 
 
 def last_token_attention(view: LanguageView) -> Float[Tensor, " T"]:
-    """[T] attention of the last prompt token to each token, mean over heads (FastV's signal)."""
-    group = torch.arange(len(view.closing), device=view.closing.device)
-    return _attention(view, view.closing, group, torch.zeros_like(view.closing, dtype=torch.bool))
+    """[T] attention of the last prompt token to each token, mean over heads (FastV's and PyramidDrop's signal)."""
+    closing = view.voters.closing
+    ballot = torch.arange(len(closing), device=closing.device)
+    return _attention(view, closing, ballot, torch.zeros_like(closing, dtype=torch.bool))
 
 
 def text_cosine(view: LanguageView) -> Float[Tensor, " T"]:
     """[T] cosine between the mean question token of the turn and each token, on the states entering the layer."""
+    sequence, voters = view.sequence, view.voters
     hidden = torch.nn.functional.normalize(view.hidden.float(), dim=-1)
-    votes = hidden.new_zeros((len(view.group_segment), hidden.shape[1]))
-    votes.index_add_(0, view.group[view.raters], hidden[view.raters])
-    votes = torch.nn.functional.normalize(votes, dim=-1)
-    return (hidden * votes[view.group.clamp(min=0)]).sum(-1)
+    votes = hidden.new_zeros((len(voters.segment), hidden.shape[1]))
+    votes.index_add_(0, voters.ballot, hidden[voters.raters])
+    votes, _ = pad(torch.nn.functional.normalize(votes, dim=-1), voters.segment, sequence.samples)  # [B, turns, D]
+    states, _ = pad(hidden, sequence.segment, sequence.samples)  # [B, L, D]
+    with full_precision(hidden):
+        table = votes @ states.transpose(1, 2)  # [B, turns, L]
+    return voters.count(sequence, table[voters.segment, columns(voters.segment, sequence.samples)[0]])
 
 
 def key_norm(view: LanguageView) -> Float[Tensor, " T"]:
@@ -265,7 +263,7 @@ def key_norm(view: LanguageView) -> Float[Tensor, " T"]:
     keys and leaves their norm, so it does not matter that these are turned. The paper drops cached keys head by head;
     one number a token is our choice. No text is looked at.
     """
-    _, keys = view.query_keys(view.closing)
+    _, keys = view.query_keys(view.voters.closing)
     return -keys.float().norm(dim=-1).mean(-1)
 
 

@@ -29,6 +29,9 @@ class PruningTrace:
     """The same indices in the order in which they entered the LLM."""
     language_kept: list[Tensor] = field(default_factory=list)
     """Per sample: positions, in the sequence that entered the LLM, of the tokens that left it, int64."""
+    language_entered: dict[int, list[Tensor]] = field(default_factory=dict)
+    """For each LLM layer that something was dropped before, per sample: the positions, as above, of the tokens that
+    entered it. A token that a merge made has the position of the dropped token whose place it took."""
     encoded: int = 0
     """Images that went through the vision tower; those remembered did not."""
     vision_scores: Tensor | None = None

@@ -60,7 +60,7 @@ def test_a_folder_brings_its_pruner_and_another_can_be_asked_for(smoke: tuple[Pa
     assert own.pruner.settings == model.pruner.settings
     assert own.template == "v1"
     asked, _ = load_model(folder, pruner={"name": "twostage", "language": {"layer": 1}})
-    assert asked.pruner.layers == [1]
+    assert list(asked.pruner.layers(4)) == [1]
     with pytest.raises(UserError, match="twostage"):
         load_model(folder, pruner="twostag")
     image = Image.new("RGB", (48, 48), "blue")
@@ -83,7 +83,7 @@ def test_a_plain_llava_folder_loads_dense(tmp_path: Path, smoke: tuple[PackedLla
     hf.save_pretrained(tmp_path)
     AutoProcessor.from_pretrained(folder).save_pretrained(tmp_path)
     model, _ = load_model(tmp_path)
-    assert model.pruner.settings.name == "none" and model.pruner.layers == []
+    assert model.pruner.settings.name == "none" and model.pruner.layers(4) == {}
 
 
 @pytest.mark.parametrize("fault", ["missing", "unexpected", "shape"])

@@ -29,7 +29,7 @@ DRAWN = ("random",)
 def settings_of(name: str) -> dict:
     """The preset with budgets that bite on nine patches; PruMerge+ adds every third patch to one, all to more."""
     budget = {"method": "fixed_ratio", "ratio": 0.15 if name == "prumerge_plus" else 0.4}
-    return {"name": name, "vision": {"knee": budget, "merge_count": 2}, "language": {"knee": budget}}
+    return {"name": name, "vision": {"knee": budget, "merge_count": 2}, "language": {"knee": budget, "amounts": None}}
 
 
 Turn = tuple[int, int, int]

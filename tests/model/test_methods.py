@@ -277,7 +277,8 @@ def test_a_preset_runs_where_there_are_fewer_patches_than_it_keeps(name: str) ->
 
 
 def test_every_preset_of_stage_one_alone_is_tested() -> None:
-    both = {"none", "random", "twostage", "encoder_only", "language_only", "fastv"}
+    language = {"fastv", "pyramiddrop", "sparsevlm"}
+    both = {"none", "random", "twostage", "encoder_only", "language_only"} | language
     assert set(options("pruner")) - both == set(SLOW) == set(SMALL)
 
 

@@ -150,7 +150,7 @@ def test_wrong_inputs_are_named() -> None:
     inputs["input_ids"] = inputs["input_ids"][:, :-8]
     with pytest.raises(UserError, match="image tokens"):
         model(input_ids=inputs["input_ids"][:, :5], pixel_values=torch.zeros(2, 3, 24, 24))
-    with pytest.raises(UserError, match="layers 0..3"):
+    with pytest.raises(UserError, match="4 layers, 0..3"):
         packed(tiny_llava(), {"name": "twostage", "language": {"layer": 9}})
     with pytest.raises(UserError, match="pooled_cosine"):
         packed(tiny_llava("siglip"), "encoder_only")(**tiny_inputs([1], [6]))

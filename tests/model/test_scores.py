@@ -38,6 +38,7 @@ from mmprune_train.pruning.scores import (
     possible_scores,
 )
 from mmprune_train.pruning.selection import SELECTIONS
+from mmprune_train.pruning.turns import Voters
 from mmprune_train.training.freezing import freeze, store_frozen
 
 
@@ -214,6 +215,7 @@ def test_the_config_knows_the_same_scores_selections_and_merges() -> None:
     assert {name: part for name, (_, part) in NEEDS.items()} == checks.SCORE_NEEDS
     assert tuple(SELECTIONS) == checks.SELECTIONS
     assert ("none", *MERGES) == checks.MERGES
+    assert set(checks.RATED_SCORES) < set(LANGUAGE_SCORES)
 
 
 @pytest.mark.parametrize("vision", VISION)
@@ -258,7 +260,8 @@ def test_no_stage_two_score_holds_tokens_times_tokens(score: str, text: str) -> 
     with torch.no_grad():
         cos, sin = rotary(language, hidden[None], place[None])
         keys = scoring_queries_keys(language.layers[2], hidden, cos[0], sin[0])
-        view = LanguageView(sequence, hidden, keys, zeros, zeros[:1], place[-9:-1], place[-1:])
+        voters = Voters("first", zeros[:1], zeros[:1] + 1, place[-9:-1], zeros[:8], place[-1:])
+        view = LanguageView(sequence, hidden, keys, voters)
         with Largest() as largest:
             LANGUAGE_SCORES[score](view)
     assert 0 < largest.entries < length**2 / 4
