@@ -67,7 +67,8 @@ class StepFlops:
         width = language.config.num_attention_heads * language.layers[0].self_attn.head_dim
         self.per_token_pair = 2 * width * (3 if through else 1)
         stage, back = model.pruner.settings.language, int(model.pruner.looks_back)
-        keyed = model.pruner.layers(len(language.layers)) if stage.score in KEYED_SCORES else {}
+        looks = stage.score in KEYED_SCORES or ":" in stage.score
+        keyed = model.pruner.layers(len(language.layers)) if looks else {}
         self.per_scored_token = {index: 2 * _key_weights(language.layers[index - back].self_attn) for index in keyed}
         """Per token that reaches a pruning layer."""
         self.per_target = _cost((_size(head.weight), _size(head.weight) * head.weight.requires_grad), through)
