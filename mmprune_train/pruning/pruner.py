@@ -9,7 +9,7 @@ import torch
 from jaxtyping import Bool, Float, Int64
 from torch import Tensor
 
-from mmprune_train.config.checks import DIVERSE_SELECTIONS
+from mmprune_train.config.checks import DIVERSE_SELECTIONS, TEXT_SCORES, reads_text
 from mmprune_train.config.schema import KneeConfig, PrunerConfig
 from mmprune_train.errors import UserError
 from mmprune_train.pruning.budgets import budget_parameters, find_knee, needs_features
@@ -113,6 +113,7 @@ class Pruner:
             self._vision_score = _lookup(VISION_SCORES, settings.vision.score, "pruner.vision.score")
             _lookup(SELECTIONS, settings.vision.selection, "pruner.vision.selection")
             self._select = selection(settings.vision.selection, settings.vision.share)
+            self._recover_score = _lookup(VISION_SCORES, settings.vision.recover.score, "pruner.vision.recover.score")
             if self.merges:
                 _lookup(MERGES, settings.vision.merge, "pruner.vision.merge")
             budget_parameters(settings.vision.knee.method)
@@ -140,6 +141,11 @@ class Pruner:
         return self.settings.vision.enabled and self.settings.vision.merge != "none"
 
     @property
+    def reads_text(self) -> bool:
+        """Whether stage 1 reads the question, so that an image is cut anew for each."""
+        return reads_text(self.settings.vision)
+
+    @property
     def projects(self) -> bool:
         """Whether stage 1 looks at what the projector makes of all patches."""
         vision = self.settings.vision
@@ -149,8 +155,8 @@ class Pruner:
     def keep_patches(
         self, view: VisionView, projected: Callable[[], Tensor] | None = None
     ) -> tuple[Bool[Tensor, "I N"], Float[Tensor, "I N"] | None]:
-        """Stage 1, score -> budget -> selection: bool [I, N] of kept patches, and the scores [I, N] (None where stage 1
-        is off).
+        """Stage 1, score -> budget -> selection, and perhaps a second pass: bool [I, N] of kept patches, and the first
+        pass's scores [I, N] (None where stage 1 is off).
 
         Args:
             projected: what the projector makes of the patches [I, N, D], for `space=projected`.
@@ -162,7 +168,25 @@ class Pruner:
         counts = _counts(scores, None, self.settings.vision.knee, lambda: view.patches)
         seen = projected() if self.projects and projected is not None else view.patches
         with full_precision(scores):
-            return self._select(scores, counts, seen), scores
+            kept = self._select(scores, counts, seen)
+        return (self._recover(view, kept) if self.settings.vision.recover.enabled else kept), scores
+
+    def _recover(self, view: VisionView, kept: Bool[Tensor, "I N"]) -> Bool[Tensor, "I N"]:
+        """The second pass: dropped patches come back by its own score and budget, none for want of a question."""
+        stage = self.settings.vision.recover
+        scores = self._recover_score(view)
+        left = (~kept).sum(1)
+        order = kept.int().sort(dim=1, stable=True).indices  # dropped patches first
+        dropped = scores.gather(1, order)
+        counts = _counts(
+            dropped,
+            left.clamp(min=1),
+            stage.knee,
+            lambda: view.patches.gather(1, order[..., None].expand_as(view.patches)),
+        ).minimum(left)
+        if stage.score in TEXT_SCORES and view.asked is not None:
+            counts = torch.where(view.asked, counts, 0)
+        return kept | top_mask(scores.masked_fill(kept, -torch.inf), counts)
 
     def merge_patches(
         self,
@@ -176,8 +200,11 @@ class Pruner:
         if not self.merges or scores is None:
             return features, kept
         stage = self.settings.vision
+        more = {}
+        if stage.merge == "centres" and stage.recover.enabled and stage.recover.score in TEXT_SCORES:
+            more["text"] = self._recover_score(view)
         with full_precision(features):
-            return merge(stage.merge, stage.merge_count)(features, kept, scores, view.patch_keys())
+            return merge(stage.merge, stage.merge_count)(features, kept, scores, view.patch_keys(), **more)
 
     @torch.no_grad()
     def entry_order(
