@@ -34,6 +34,7 @@ KEYS = [
 
 MORE_THAN_THERE_IS = (
     "knee=fixed_count", "pruner=visionzip", "pruner=fastervlm", "pruner=vispruner", "pruner=dpp",
+    "pruner=cdpruner",
 )  # fmt: skip
 """Overrides that keep a fixed number of patches, which no tiny image has."""
 
