@@ -92,6 +92,9 @@ class QuestionEncoder(nn.Module):
     def __init__(self, clip: CLIPModel, tokenizer: PreTrainedTokenizerBase) -> None:
         super().__init__()
         self.clip = clip.requires_grad_(False).eval()
+        temperature = clip.logit_scale
+        del clip.logit_scale  # of no use here, and DeepSpeed cannot broadcast a parameter without dimensions
+        clip.register_buffer("logit_scale", temperature.data)
         self.tokenizer = tokenizer
 
     @property
