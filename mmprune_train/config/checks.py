@@ -190,7 +190,7 @@ def _check_vision_stage(stage: VisionStageConfig) -> None:
 
 def reads_text(stage: VisionStageConfig) -> bool:
     """Whether stage 1 reads the question, so that an image is cut anew for each."""
-    return stage.enabled and any(score in TEXT_SCORES for _, score in stage_one_scores(stage))
+    return any(score in TEXT_SCORES for _, score in stage_one_scores(stage))
 
 
 def stage_one_scores(stage: VisionStageConfig) -> list[tuple[str, str]]:

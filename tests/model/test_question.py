@@ -36,7 +36,7 @@ from mmprune_train.model.question import (
 from mmprune_train.pruning import IGNORE, Kind, Pruner
 from mmprune_train.pruning.merging import centres
 from mmprune_train.pruning.scores import VISION_SCORES, VisionView
-from mmprune_train.training.freezing import freeze, freezing_table
+from mmprune_train.training.freezing import freeze, freezing_table, store_frozen
 from mmprune_train.training.module import InstructModule
 from mmprune_train.training.optim import parameter_groups
 
@@ -232,6 +232,8 @@ def test_gradients_reach_projector_and_adapters_and_never_the_text_tower(pruner:
     add_adapters(model, PeftConfig(name="lora", r=4, alpha=8, dropout=0.0))
     parts = freeze(model, StageConfig(train_projector=True, train_llm=True, use_peft=True, lr=1e-3), adapters=True)
     assert "text tower" in freezing_table(parts, "")
+    if half:
+        store_frozen(model, torch.bfloat16)
     assert not model.question.training and model.hf.model.language_model.training
     inputs = tiny_inputs([2, 1], [7, 9])
     optimizer = torch.optim.AdamW(parameter_groups(model, parts, 0.0), lr=1e-3)
