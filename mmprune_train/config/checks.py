@@ -39,8 +39,8 @@ TEXT_SCORES = ("text_similarity", "text_similarity_bare", "text_dissimilarity")
 SIGNED_SCORES = ("cls_cosine", "pooled_cosine", *TEXT_SCORES, "text_cosine", "key_norm")
 """Scores that can be negative."""
 VISION_SCORES = (
-    *("cls_attention", "cls_attention_wide", "cls_cosine", "map_attention", *TEXT_SCORES),
-    *("pooled_cosine", "feature_norm", "uniform_grid", "random"),
+    *("cls_attention", "cls_attention_wide", "cls_cosine", "map_attention"),
+    *("pooled_cosine", "feature_norm", *TEXT_SCORES, "uniform_grid", "random"),
 )
 SCORE_NEEDS = {
     "cls_attention": "a CLS token",

@@ -226,11 +226,11 @@ VISION_SCORES: dict[str, Callable[[VisionView], Tensor]] = {
     "cls_attention_wide": cls_attention_wide,
     "cls_cosine": cls_cosine,
     "map_attention": map_attention,
+    "pooled_cosine": pooled_cosine,
+    "feature_norm": feature_norm,
     "text_similarity": text_similarity,
     "text_similarity_bare": text_similarity_bare,
     "text_dissimilarity": text_dissimilarity,
-    "pooled_cosine": pooled_cosine,
-    "feature_norm": feature_norm,
     "uniform_grid": uniform_grid,
     "random": random_vision,
 }
