@@ -7,6 +7,8 @@ import copy
 import torch
 from torch import Tensor
 from transformers import (
+    CLIPConfig,
+    CLIPModel,
     CLIPVisionConfig,
     Dinov2Config,
     GemmaConfig,
@@ -23,6 +25,7 @@ from transformers import (
 
 from mmprune_train.config.compose import load_pruner
 from mmprune_train.model.llava import PackedLlava
+from mmprune_train.model.question import QuestionEncoder, tiny_question_tokenizer
 from mmprune_train.pruning import Kind, Pruner
 
 IMAGE_TOKEN = 3
@@ -129,9 +132,34 @@ def annotate(ids: Tensor) -> tuple[Tensor, Tensor]:
     return kind, torch.ones_like(ids)
 
 
+def words(ids: Tensor) -> str:
+    """What the ids of the tiny LLMs say."""
+    return " ".join(chr(ord("a") + id % 26) + chr(ord("a") + id // 26) for id in ids.tolist())
+
+
+def tiny_clip(hf: LlavaForConditionalGeneration, seed: int = 3) -> CLIPModel:
+    """A whole CLIP around a model's vision tower, its text side random; read by `tiny_question_tokenizer`."""
+    torch.manual_seed(seed)
+    text = {"hidden_size": 24, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 2}
+    text |= {"vocab_size": 513, "bos_token_id": 1, "eos_token_id": 512, "pad_token_id": 0}
+    vision = hf.config.vision_config.to_dict()
+    clip = CLIPModel(CLIPConfig(text_config=text, vision_config=vision, projection_dim=16)).eval()
+    with torch.no_grad():
+        for name, parameter in clip.named_parameters():
+            if parameter.dim() > 1:
+                parameter.normal_(0, 0.3)
+            elif "norm" in name:
+                parameter.add_(torch.rand_like(parameter))
+    clip.vision_model.load_state_dict(hf.model.vision_tower.state_dict())
+    return clip
+
+
 def packed(hf: LlavaForConditionalGeneration, pruner: object = "none") -> PackedLlava:
-    """A copy of a Hugging Face model, walked packed with a pruner."""
-    return PackedLlava(copy.deepcopy(hf), Pruner(load_pruner(pruner)), annotate).eval()
+    """A copy of a Hugging Face model, walked packed with a pruner; with `tiny_clip`'s text tower where that reads."""
+    chosen, question = Pruner(load_pruner(pruner)), None
+    if chosen.reads_text:
+        question = QuestionEncoder(tiny_clip(hf), tiny_question_tokenizer())
+    return PackedLlava(copy.deepcopy(hf), chosen, annotate, question=question, words=words).eval()
 
 
 def labels_of(inputs: dict[str, Tensor]) -> Tensor:

@@ -21,6 +21,7 @@ from mmprune_train.config.schema import (
     OptimConfig,
     PeftConfig,
     PrunerConfig,
+    RecoverConfig,
     StageConfig,
     VisionStageConfig,
     WheelConfig,
@@ -34,17 +35,20 @@ KNEE_METHODS = (
 )  # fmt: skip
 SHARE_METHODS = ("cumulative_mass", "attention_entropy")
 """Budgets that share out the sum of the scores, which must not be negative."""
-SIGNED_SCORES = ("cls_cosine", "pooled_cosine", "text_cosine", "key_norm")
+TEXT_SCORES = ("text_similarity", "text_similarity_bare", "text_dissimilarity")
+"""Stage-1 scores that read the question."""
+SIGNED_SCORES = ("cls_cosine", "pooled_cosine", *TEXT_SCORES, "text_cosine", "key_norm")
 """Scores that can be negative."""
 VISION_SCORES = (
     *("cls_attention", "cls_attention_wide", "cls_cosine", "map_attention"),
-    *("pooled_cosine", "feature_norm", "uniform_grid", "random"),
+    *("pooled_cosine", "feature_norm", *TEXT_SCORES, "uniform_grid", "random"),
 )
 SCORE_NEEDS = {
     "cls_attention": "a CLS token",
     "cls_attention_wide": "a CLS token",
     "cls_cosine": "a CLS token",
     "map_attention": "an attention pooling head",
+    **dict.fromkeys(TEXT_SCORES, "a CLIP text tower"),
 }
 LANGUAGE_SCORES = ("text_attention", "text_cosine", "last_token_attention", "key_norm", "random")
 RATED_SCORES = ("text_attention", "text_cosine")
@@ -53,7 +57,9 @@ TURNS = ("first", "mean", "max")
 DIVERSE_SELECTIONS = ("max_min", "dpp", "top_and_distinct")
 """Selections that look at the features."""
 SELECTIONS = ("top", "max_min", "dpp", "top_and_uniform", "top_and_distinct")
-MERGES = ("none", "nearest", "mean_token", "prumerge", "contextual")
+MERGES = ("none", "nearest", "mean_token", "prumerge", "contextual", "centres")
+WEIGHING_MERGES = ("prumerge", "centres")
+"""Merges that weigh patches by their scores, which must not be negative."""
 POSITIONS = ("contiguous", "original")
 
 
@@ -104,6 +110,8 @@ def check_encoder(encoder: EncoderConfig) -> None:
     for key in ("image_mean", "image_std"):
         if len(getattr(encoder, key)) != 3:
             raise UserError(f"encoder.{key} needs three numbers (red, green, blue), got {getattr(encoder, key)}")
+    if encoder.text is not None and arch["model_type"] != "clip_vision_model":
+        raise UserError(f"encoder.text: a CLIP text tower does not fit a {arch['model_type']}; set encoder.text=null")
 
 
 def check_llm(llm: LlmConfig) -> None:
@@ -112,8 +120,8 @@ def check_llm(llm: LlmConfig) -> None:
     _one_of("llm.template", llm.template, ("v1", "chat"))
 
 
-def check_knee(key: str, knee: KneeConfig) -> None:
-    """`key` is the dotted name of this budget, for the messages."""
+def check_knee(key: str, knee: KneeConfig, least: int = 1) -> None:
+    """`key` is the dotted name of this budget, for the messages; `least` the smallest `min_tokens` it may have."""
     _component(f"{key}.method", knee.method, KNEE_METHODS)
     _one_of(f"{key}.no_knee", knee.no_knee, ("keep_all", "max_chord"))
     if not 0 < knee.ratio <= 1:
@@ -128,7 +136,7 @@ def check_knee(key: str, knee: KneeConfig) -> None:
         raise UserError(f"{key}.scale={knee.scale} must be finite and more than 0; 1.0 keeps the count as measured")
     _at_least(f"{key}.neighbors", knee.neighbors, 1)
     _at_least(f"{key}.count", knee.count, 1)
-    _at_least(f"{key}.min_tokens", knee.min_tokens, 1)
+    _at_least(f"{key}.min_tokens", knee.min_tokens, least)
     if knee.max_tokens is not None and knee.max_tokens < knee.min_tokens:
         raise UserError(
             f"{key}.max_tokens={knee.max_tokens} is less than {key}.min_tokens={knee.min_tokens}: raise it, or set null"
@@ -251,11 +259,14 @@ def _check_vision_stage(stage: VisionStageConfig) -> None:
     _at_least(f"{key}.merge_count", stage.merge_count, 1)
     if not 0 <= stage.share <= 1:
         raise UserError(f"{key}.share={stage.share} is the share of the budget that goes by score: from 0 to 1")
+    _component(f"{key}.recover.score", stage.recover.score, VISION_SCORES)
+    check_knee(f"{key}.recover.knee", stage.recover.knee, least=0)
     if not stage.enabled:
         return
-    if stage.merge == "prumerge" and stage.score in SIGNED_SCORES:
+    _check_shares(f"{key}.recover", stage.recover, "cls_attention")
+    if stage.merge in WEIGHING_MERGES and stage.score in SIGNED_SCORES:
         raise UserError(
-            f"{key}.merge=prumerge weighs patches by score, and {key}.score={stage.score} can be negative: "
+            f"{key}.merge={stage.merge} weighs patches by score, and {key}.score={stage.score} can be negative: "
             f"set {key}.score=cls_attention_wide, or another {key}.merge"
         )
     if stage.order == "rank" and stage.positions == "original":
@@ -265,7 +276,18 @@ def _check_vision_stage(stage: VisionStageConfig) -> None:
         )
 
 
-def _check_shares(key: str, stage: VisionStageConfig | LanguageStageConfig, softmaxed: str) -> None:
+def reads_text(stage: VisionStageConfig) -> bool:
+    """Whether stage 1 reads the question, so that an image is cut anew for each."""
+    return any(score in TEXT_SCORES for _, score in stage_one_scores(stage))
+
+
+def stage_one_scores(stage: VisionStageConfig) -> list[tuple[str, str]]:
+    """(key, score) of each pass of stage 1 over the patches; empty where it is off."""
+    passes = [("pruner.vision.score", stage.score)] if stage.enabled else []
+    return passes + ([("pruner.vision.recover.score", stage.recover.score)] if passes and stage.recover.enabled else [])
+
+
+def _check_shares(key: str, stage: VisionStageConfig | LanguageStageConfig | RecoverConfig, softmaxed: str) -> None:
     if stage.enabled and stage.knee.method in SHARE_METHODS and stage.score in SIGNED_SCORES:
         raise UserError(
             f"{key}.knee.method={stage.knee.method} needs scores >= 0, and {key}.score={stage.score} can be negative: "
@@ -277,18 +299,24 @@ def possible_scores(encoder: EncoderConfig) -> list[str]:
     """Stage-1 scores that an encoder can give. The pooling head is SigLIP's, unless it is built without."""
     arch = encoder.arch
     pools = arch.get("model_type") == "siglip_vision_model" and arch.get("vision_use_head", True)
-    has = {"a CLS token": encoder.has_cls, "an attention pooling head": pools}
+    has = {
+        "a CLS token": encoder.has_cls,
+        "an attention pooling head": pools,
+        "a CLIP text tower": encoder.text is not None,
+    }
     return [score for score in VISION_SCORES if score not in SCORE_NEEDS or has[SCORE_NEEDS[score]]]
 
 
 def _check_pruner_fits(config: Config) -> None:
     vision, language = config.pruner.vision, config.pruner.language
     first, *others = possible_scores(config.encoder)
-    if vision.enabled and ":" not in vision.score and vision.score not in (first, *others):
-        raise UserError(
-            f"pruner.vision.score={vision.score} needs {SCORE_NEEDS[vision.score]}, which encoder "
-            f"{config.encoder.name} has not: add pruner.vision.score={first} (or {', '.join(others)})"
-        )
+    for key, score in stage_one_scores(vision):
+        if ":" not in score and score not in (first, *others):
+            textual = "choose encoder=clip_vit_l14_336 (or clip_vit_b32), or " if score in TEXT_SCORES else ""
+            raise UserError(
+                f"{key}={score} needs {SCORE_NEEDS[score]}, which encoder {config.encoder.name} has not: "
+                f"{textual}add {key}={first} (or {', '.join(others)})"
+            )
     blocks = config.encoder.arch.get("num_hidden_layers")
     if vision.enabled and vision.layer is not None and blocks is not None and not -blocks <= vision.layer < blocks:
         raise UserError(
@@ -324,8 +352,13 @@ def _check_memory(config: Config, name: str, stage: StageConfig) -> None:
     key = f"trainer.remember_images={config.trainer.remember_images}"
     if stage.train_vision:
         raise UserError(f"{key}: stage.{name}.train_vision=true changes the features that would be remembered; set 0")
-    if vision.enabled and vision.score == "random":
-        raise UserError(f"{key}: pruner.vision.score=random must draw anew each time; set trainer.remember_images=0")
+    for where, score in stage_one_scores(vision):
+        if score == "random":
+            raise UserError(f"{key}: {where}=random must draw anew each time; set trainer.remember_images=0")
+        if score in TEXT_SCORES:
+            raise UserError(
+                f"{key}: {where}={score} cuts an image anew for each question; set trainer.remember_images=0"
+            )
     if projects(vision) and stage.train_projector:
         raise UserError(
             f"{key}: pruner.vision.space=projected selects by what the projector, which stage.{name} trains, makes of "

@@ -28,6 +28,16 @@ class WheelConfig:
 
 
 @dataclass
+class TextTowerConfig:
+    """The text side of a CLIP checkpoint, with both projections into the space that images and text share."""
+
+    path: str | None = None
+    """Hub id or local folder of the whole CLIP checkpoint; null: random initialisation, built-in tokenizer."""
+    arch: dict[str, Any] = field(default_factory=dict)
+    """Fields of transformers' CLIPTextConfig, `projection_dim` among them: enough to build without a download."""
+
+
+@dataclass
 class EncoderConfig:
     """A vision encoder of transformers."""
 
@@ -48,6 +58,9 @@ class EncoderConfig:
     """Which hidden state becomes the visual features (LLaVA: -2)."""
     image_mean: list[float] = field(default_factory=lambda: [0.48145466, 0.4578275, 0.40821073])
     image_std: list[float] = field(default_factory=lambda: [0.26862954, 0.26130258, 0.27577711])
+    text: TextTowerConfig | None = None
+    """The text tower that the encoder was trained with, for stage-1 scores that read the question; loaded for those
+    alone. null: it has none."""
 
 
 @dataclass
@@ -109,16 +122,28 @@ def _follow(group: str) -> Any:
 
 
 @dataclass
+class RecoverConfig:
+    """A second pass of stage 1 over what the first one dropped; what it keeps joins what the first one kept."""
+
+    enabled: bool = False
+    score: str = "text_similarity"
+    """Any stage-1 score."""
+    knee: KneeConfig = field(default_factory=_follow("knee"))
+    """How many of the dropped patches come back; here `min_tokens` may be 0."""
+
+
+@dataclass
 class VisionStageConfig:
     """Stage 1: drop patches after the vision encoder, per image."""
 
     enabled: bool = True
     score: str = "cls_attention"
     """`cls_attention`, `cls_attention_wide`, `cls_cosine` (encoders with CLS), `map_attention` (SigLIP),
-    `pooled_cosine`, `feature_norm`, `uniform_grid` or `random`; `docs/scores.md` says what each is."""
+    `text_similarity`, `text_similarity_bare`, `text_dissimilarity` (CLIP with its text tower), `pooled_cosine`,
+    `feature_norm`, `uniform_grid` or `random`; `docs/scores.md` says what each is."""
     layer: int | None = None
     """Encoder block, from 0 or negative from the end, whose queries and keys give the `cls_attention` scores and the
-    keys of merges; null: the block that made the feature layer."""
+    keys of merges, and whose output the text scores read; null: the block that made the feature layer."""
     knee: KneeConfig = field(default_factory=_follow("knee"))
     selection: str = "top"
     """Which patches the budget keeps: `top` (the best scores), `max_min`, `dpp`, `top_and_uniform` or
@@ -127,10 +152,11 @@ class VisionStageConfig:
     """top_and_distinct: share of the budget that goes by score."""
     space: str = "features"
     """What diverse selections measure distances on: the encoder's `features`, or `projected`: after the projector."""
+    recover: RecoverConfig = field(default_factory=RecoverConfig)
     merge: str = "none"
-    """What dropped patches leave behind: `none`, `nearest`, `mean_token`, `prumerge` or `contextual`."""
+    """What dropped patches leave behind: `none`, `nearest`, `mean_token`, `prumerge`, `contextual` or `centres`."""
     merge_count: int = 32
-    """prumerge: neighbours a kept patch takes in; contextual: tokens made of dropped patches."""
+    """prumerge, centres: neighbours a patch takes in; contextual: tokens made of dropped patches."""
     order: str = "raster"
     """How kept patches enter the LLM: `raster`, or `rank`: best score first, tokens that a merge made last."""
     positions: str = "contiguous"

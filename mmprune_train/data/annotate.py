@@ -52,6 +52,10 @@ class Annotator:
         kind = np.where(array == self._image_id, int(Kind.VISUAL), kind)
         return torch.from_numpy(kind).to(ids.device), torch.from_numpy(turn).to(ids.device)
 
+    def words(self, ids: Tensor) -> str:
+        """The text behind ids [n], without the spaces around it."""
+        return b"".join(self._pieces(ids.tolist())).decode("utf-8", errors="replace").strip()
+
     def _parts(self, text: bytes) -> tuple[np.ndarray, np.ndarray]:
         """Kind and turn of every byte, both [B] int64; special tokens are left to the caller."""
         kind = np.full(len(text), int(Kind.SPECIAL), dtype=np.int64)

@@ -23,22 +23,20 @@ from transformers import (
 )
 
 from mmprune_train.config.compose import load_pruner
-from mmprune_train.config.schema import Config, EncoderConfig, LlmConfig, PrunerConfig
+from mmprune_train.config.schema import Config, EncoderConfig, LlmConfig, PrunerConfig, TextTowerConfig
 from mmprune_train.data.annotate import Annotator
 from mmprune_train.data.images import image_processor
 from mmprune_train.data.templates import get_template
 from mmprune_train.errors import UserError
 from mmprune_train.model.llava import PackedLlava
 from mmprune_train.model.projector import new_projector
+from mmprune_train.model.question import find_question_encoder, new_question_encoder, question_encoder_on_meta
 from mmprune_train.model.tokenizer import IMAGE_TOKEN, load_tokenizer
-from mmprune_train.model.weights import encoder_folder, llm_folder
+from mmprune_train.model.weights import REPORT, complete, encoder_folder, llm_folder, text_folder
 from mmprune_train.pruning import Pruner
 
 VOCAB_MULTIPLE = 64
 """A vocabulary that must grow for the image token grows to a multiple of this, as llava-hf's folders do."""
-
-REPORT = {"output_loading_info": True, "ignore_mismatched_sizes": True}
-"""Let `from_pretrained` report a wrong shape as it reports wrong keys; `complete` refuses all of them."""
 
 V1_CHAT_TEMPLATE = (
     "{% for message in messages %}{{ message['role'].upper() + ': ' }}"
@@ -48,17 +46,6 @@ V1_CHAT_TEMPLATE = (
     "{{ '</s>' if message['role'] == 'assistant' else ' ' }}{% endfor %}"
     "{% if add_generation_prompt %}{{ 'ASSISTANT:' }}{% endif %}"
 )
-
-
-def complete(info: Mapping[str, Any], source: object) -> None:
-    """Raise UserError unless a `from_pretrained` report is free of missing, unexpected and mismatched keys."""
-    for fault in ("missing_keys", "unexpected_keys", "mismatched_keys"):
-        if keys := sorted(map(str, info.get(fault) or [])):
-            more = f" and {len(keys) - 3} more" if len(keys) > 3 else ""
-            raise UserError(
-                f"{source}: {fault.replace('_', ' ')}: {', '.join(keys[:3])}{more}; the folder does not hold the model "
-                "its config.json describes (a wrong path, a half-written save, or another architecture)"
-            )
 
 
 def _vision_config(folder: Path | None, arch: dict[str, Any]) -> PreTrainedConfig:
@@ -165,7 +152,9 @@ def build_on_meta(config: Config) -> PackedLlava:
         )
         if config.projector.name == "linear":
             hf.model.multi_modal_projector.linear_2.requires_grad_(False)
-        return PackedLlava(hf, Pruner(config.pruner), template=config.llm.template)
+        pruner = Pruner(config.pruner)
+        question = question_encoder_on_meta(config.encoder) if pruner.reads_text else None
+        return PackedLlava(hf, pruner, template=config.llm.template, question=question)
 
 
 def build(config: Config, dtype: torch.dtype = torch.float32) -> tuple[PackedLlava, LlavaProcessor]:
@@ -184,8 +173,10 @@ def build(config: Config, dtype: torch.dtype = torch.float32) -> tuple[PackedLla
     hf = assemble(hf_config, vision, language, config.projector.init)
     processor = make_processor(config.encoder, tokenizer, config.llm.template)
     annotate = Annotator(get_template(config.llm.template, tokenizer), tokenizer, image_token)
-    chunk = config.trainer.vision_chunk
-    return PackedLlava(hf, Pruner(config.pruner), annotate, config.llm.template, chunk), processor
+    chunk, pruner, question = config.trainer.vision_chunk, Pruner(config.pruner), None
+    if pruner.reads_text and config.encoder.text is not None:
+        question = new_question_encoder(config.encoder, text_folder(config.encoder.text), dtype)
+    return PackedLlava(hf, pruner, annotate, config.llm.template, chunk, question, annotate.words), processor
 
 
 def model_folder(path: str | Path) -> Path | str:
@@ -212,6 +203,7 @@ def load_model(
     pruner: str | Mapping[str, Any] | PrunerConfig | None = None,
     dtype: torch.dtype = torch.float32,
     device: str | torch.device = "cpu",
+    text: str | Path | TextTowerConfig | None = None,
 ) -> tuple[PackedLlava, LlavaProcessor]:
     """A trained model and its processor, ready to call and to generate.
 
@@ -219,6 +211,8 @@ def load_model(
         path: a run directory, an exported folder, or any llava-hf folder (or hub id).
         pruner: a name (`available_pruners()`), a mapping of settings, or None for what the folder was trained with
             (dense where it says nothing).
+        text: the CLIP checkpoint that the encoder comes from, for a pruner that reads the question, where the folder
+            was not trained with one and so has no text tower.
     Raises:
         UserError: no such folder, or its weights do not match its config key for key.
     """
@@ -238,5 +232,9 @@ def load_model(
     own = getattr(tokenizer, "chat_template", None)
     template = saved.get("template") or ("chat" if own and "USER:" not in own and "upper()" not in own else "v1")
     annotate = Annotator(get_template(template, tokenizer), tokenizer, hf.config.image_token_id)
-    model = PackedLlava(hf, Pruner(settings), annotate, template).to(device).eval()
-    return model, processor
+    chosen, question = Pruner(settings), None
+    if chosen.reads_text:
+        tower = TextTowerConfig(path=str(text)) if isinstance(text, str | Path) else text
+        question = find_question_encoder(Path(folder), tower, dtype)
+    model = PackedLlava(hf, chosen, annotate, template, question=question, words=annotate.words)
+    return model.to(device).eval(), processor

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from mmprune_train.config.checks import TEXT_SCORES, stage_one_scores
 from mmprune_train.model.llava import PackedLlava
 from mmprune_train.model.vision import deepest_feature, family_of, scored_block
 from mmprune_train.pruning import PruningTrace
@@ -58,10 +59,18 @@ class StepFlops:
         self.per_image = patches * _cost(_matmul(blocks[:depth]), vision)
         attention = 4 * patches**2 * tower.config.hidden_size  # of one layer
         self.per_image += depth * attention * (3 if vision else 1)
-        more = blocks[depth : _last_block(model, depth, len(blocks))]  # forward alone
+        more = blocks[depth : _blocks_run(model, depth, len(blocks))]  # forward alone
         self.per_image += 2 * patches * _matmul(more)[0] + len(more) * attention
         if model.pruner.projects:
             self.per_image += 2 * model.config.image_seq_length * _matmul([projector])[0]
+        self.per_question_token = self.per_question = self.per_question_pair = 0
+        if model.question is not None:
+            clip = model.question.clip
+            self.per_image += 2 * model.config.image_seq_length * _matmul([clip.visual_projection])[0]
+            self.per_question_token = 2 * _matmul([clip.text_model])[0]
+            self.per_question = 2 * _matmul([clip.text_projection])[0]
+            text = clip.config.text_config
+            self.per_question_pair = 2 * text.hidden_size * text.num_hidden_layers
         self.per_kept_patch = _cost(_matmul([projector]), vision)
         self.per_token = torch.tensor([_cost(_matmul([layer]), through) for layer in language.layers]).double()
         width = language.config.num_attention_heads * language.layers[0].self_attn.head_dim
@@ -81,6 +90,8 @@ class StepFlops:
         """
         lengths = torch.stack(trace.layers).double().cpu()  # [layers, B]
         total = images * self.per_image + sum(map(len, trace.vision_kept)) * self.per_kept_patch
+        questions, read = trace.asked
+        total += questions * (self.per_question + read * self.per_question_token + read**2 * self.per_question_pair)
         total += float((lengths.sum(1) * self.per_token).sum() + (lengths**2).sum() * self.per_token_pair)
         reached = [trace.stage1, *trace.layers]  # tokens before each layer's pruning are those of the layer before
         total += sum(float(reached[index].sum()) * cost for index, cost in self.per_scored_token.items())
@@ -92,14 +103,20 @@ def _key_weights(attention: Any) -> int:
     return _matmul([attention.qkv_proj if hasattr(attention, "qkv_proj") else attention.k_proj])[0]
 
 
-def _last_block(model: PackedLlava, depth: int, blocks: int) -> int:
-    """How many of the encoder's blocks run: the features' own `depth`, and those that stage 1's score or merge asks."""
+def _blocks_run(model: PackedLlava, depth: int, blocks: int) -> int:
+    """How many of the encoder's blocks run: the features' own `depth`, and those that stage 1's scores or merge ask."""
     stage = model.pruner.settings.vision
-    if stage.enabled and stage.score == "map_attention":
+    scores = {score for _, score in stage_one_scores(stage)}
+    if "map_attention" in scores:
         return blocks
-    asks = stage.score in ("cls_attention", "cls_attention_wide") or ":" in stage.score or model.pruner.merges
-    reads = stage.enabled and asks
-    return max(depth, scored_block(stage.layer, depth, blocks)) if reads else depth
+    block = scored_block(stage.layer, depth, blocks)
+    run = depth
+    own = any(":" in score for score in scores)  # a user's score may read it
+    if model.pruner.merges or own or scores & {"cls_attention", "cls_attention_wide"}:
+        run = max(run, block)  # what enters it
+    if stage.layer is not None and scores & set(TEXT_SCORES):
+        run = max(run, block + 1)  # what leaves it
+    return run
 
 
 def _cost(weights: tuple[int, int], gradient: bool) -> int:

@@ -21,6 +21,7 @@ from mmprune_train.model.cache import PrunedCache
 from mmprune_train.model.clock import Clock, timed
 from mmprune_train.model.language import check_language_model, rotary, scoring_queries_keys
 from mmprune_train.model.patches import Patches, PatchMemory
+from mmprune_train.model.question import FOLDER, Asked, Looks, QuestionEncoder, Words, looks_of
 from mmprune_train.model.vision import deepest_feature, encode, family_of, scored_block
 from mmprune_train.pruning import IGNORE, Kind, PackedSequence, Pruner, PruningTrace
 
@@ -36,6 +37,8 @@ class PackedOutput:
     """[T2, D] normalised states of the tokens that left the last layer."""
     sequence: PackedSequence
     """Those tokens."""
+    row: Tensor
+    """[T] the row in the trace's lists of stage 1 of each token of the dense batch, -1 where it is not visual."""
     trace: PruningTrace
     loss_sum: Tensor
     """Scalar, float32: sum of the cross-entropies at supervised tokens."""
@@ -72,17 +75,20 @@ def _in_order(sequence: PackedSequence, kept: Tensor, order: Tensor) -> PackedSe
 class PackedLlava(PreTrainedModel, GenerationMixin):
     """A `LlavaForConditionalGeneration` whose samples run packed, pruned and without padding.
 
-    The Hugging Face model is a member (`hf`), so its checkpoints load and save with its own keys; this class adds no
-    parameter. `forward` and `generate` take the llava-hf processor's inputs; training calls `forward_packed`.
+    The Hugging Face model is a member (`hf`), so its checkpoints load and save with its own keys; beside it stands at
+    most a frozen text tower. `forward` and `generate` take the llava-hf processor's inputs; training calls
+    `forward_packed`.
 
     Args:
         hf: the model to walk. Its LLM gets the packed attention function; its config is copied first, so another model
             built from the same config object is left alone.
         pruner: which tokens to drop.
-        annotate: tells question text from role markers in a prompt's ids; needed where stage 2 is on and `forward`
-            or `generate` is used.
+        annotate: tells question text from role markers in a prompt's ids; needed where stage 2 is on, or stage 1 reads
+            the question, and `forward` or `generate` is used.
         template: name of the conversation template the model was trained with, saved beside the pruner's settings.
         vision_chunk: images per forward pass of the vision tower.
+        question: CLIP's text tower; needed where stage 1 reads the question, and dropped elsewhere.
+        words: what the LLM's ids say, for `question`.
     """
 
     config_class = LlavaConfig
@@ -101,6 +107,8 @@ class PackedLlava(PreTrainedModel, GenerationMixin):
         annotate: Annotate | None = None,
         template: str = "v1",
         vision_chunk: int = 64,
+        question: QuestionEncoder | None = None,
+        words: Words | None = None,
     ) -> None:
         super().__init__(hf.config)
         self.hf = hf
@@ -108,6 +116,8 @@ class PackedLlava(PreTrainedModel, GenerationMixin):
         self.annotate = annotate
         self.template = template
         self.vision_chunk = vision_chunk
+        self.question = question if pruner.reads_text else None
+        self.words = words
         self.memory: PatchMemory | None = None
         self.clock: Clock | None = None
         """What stage 1 left of images seen before; set by training where the encoder is frozen."""
@@ -120,12 +130,24 @@ class PackedLlava(PreTrainedModel, GenerationMixin):
         if pruner.settings.vision.enabled:
             blocks = len(family_of(hf.model.vision_tower.config.model_type).layers(hf.model.vision_tower))
             scored_block(pruner.settings.vision.layer, deepest_feature(hf.config.vision_feature_layer, blocks), blocks)
+        if pruner.reads_text:
+            self._check_question()
         own = copy.deepcopy(language.config)
         shared = language.config
         for module in language.modules():
             if getattr(module, "config", None) is shared:
                 module.config = own
         own._attn_implementation = attention.NAME
+
+    def _check_question(self) -> None:
+        if self.question is None:
+            raise UserError("stage 1 reads the question: pass `question` and `words` (load_model does)")
+        width = self.hf.model.vision_tower.config.hidden_size
+        if self.question.width != width:
+            raise UserError(
+                f"encoder.text: its CLIP has patches of width {self.question.width}, the encoder of width {width}; "
+                "give the CLIP checkpoint that the encoder comes from"
+            )
 
     # ------------------------------------------------------------------ the packed pass
 
@@ -145,9 +167,16 @@ class PackedLlava(PreTrainedModel, GenerationMixin):
             names: one for each image; with a `memory`, an image is encoded once.
         """
         dense, dense_visual = self._count(sequence)
-        patches, encoded = None, 0
+        patches, asked, encoded = None, None, 0
         if pixel_values is not None and len(pixel_values):
-            patches, encoded = self._remembered_patches(pixel_values, names)
+            if self.question is not None:
+                assert self.words is not None, "question without words"
+                looks = looks_of(sequence, self.words)
+                sequence = replace(sequence, image=looks.row)
+                asked = self.question.ask(looks)
+            patches, encoded = self._remembered_patches(pixel_values, names, asked)
+        row = sequence.image
+        if patches is not None:
             kept = patches.kept
             visual = sequence.visual
             mask = torch.ones_like(visual)
@@ -161,6 +190,7 @@ class PackedLlava(PreTrainedModel, GenerationMixin):
             projected, row_of = self._absent_image(), None
         stage1, stage1_visual = self._count(sequence)
         trace = PruningTrace(dense, dense_visual, stage1, stage1_visual, encoded=encoded)
+        trace.asked = asked.shape if asked is not None else (0, 0)
         if patches is not None:
             trace.vision_kept, trace.vision_order, trace.vision_scores = (
                 patches.indices,
@@ -172,20 +202,22 @@ class PackedLlava(PreTrainedModel, GenerationMixin):
         supervised = sequence.target != IGNORE
         logits = self.hf.lm_head(hidden[supervised])
         loss_sum = cross_entropy(logits.float(), sequence.target[supervised], reduction="sum")
-        return PackedOutput(hidden, sequence, trace, loss_sum, supervised.sum())
+        return PackedOutput(hidden, sequence, row, trace, loss_sum, supervised.sum())
 
     @staticmethod
     def _count(sequence: PackedSequence) -> tuple[Tensor, Tensor]:
         visual = torch.bincount(sequence.segment[sequence.visual], minlength=sequence.samples)
         return sequence.lengths, visual
 
-    def _select_patches(self, pixel_values: Tensor) -> Patches:
-        """Stage 1 of images [I, 3, H, W]."""
+    def _select_patches(self, pixel_values: Tensor, asked: Asked | None = None) -> Patches:
+        """Stage 1 of images [I, 3, H, W]: a row for each image, or for each that `asked` has."""
+        if asked is None and self.question is not None:
+            asked = self.question.ask(Looks.unasked(len(pixel_values)))
         tower: Any = self.hf.model.vision_tower
         config = self.config
         trained = torch.is_grad_enabled() and any(p.requires_grad for p in tower.parameters())
-        parts = []
-        for chunk in pixel_values.to(tower.dtype).split(self.vision_chunk):
+        parts: list[Patches] = []
+        for number, chunk in enumerate(pixel_values.to(tower.dtype).split(self.vision_chunk)):
             with timed(self.clock, "vision"), torch.set_grad_enabled(trained):
                 states, view = encode(
                     tower,
@@ -202,31 +234,39 @@ class PackedLlava(PreTrainedModel, GenerationMixin):
                     )
                 view.patches = states
             with timed(self.clock, "selection"):
-                kept, scores = self.pruner.keep_patches(view, partial(self._project_to_look, states))
+                projected = partial(self._project_to_look, states)
+                if asked is not None and self.question is not None:
+                    view, rows = self.question.show(view, asked, number * self.vision_chunk)
+                    projected = partial(self._project_to_look, states, rows)
+                    states = states[rows]
+                kept, scores = self.pruner.keep_patches(view, projected)
                 features, places = self.pruner.merge_patches(states, kept, scores, view)
                 order = self.pruner.entry_order(kept, places, scores)
             parts.append(Patches(features[places], places, order, scores))
         return Patches.cat(parts)
 
     @torch.no_grad()
-    def _project_to_look(self, features: Tensor) -> Tensor:
-        """[I, N, D] features after the projector, for stage 1 to look at.
+    def _project_to_look(self, features: Tensor, rows: Tensor | None = None) -> Tensor:
+        """[I, N, D] features after the projector, for stage 1 to look at; of the images `rows`, where given.
 
         Autocast must not cache the weights it casts here: the training pass would find them without their gradient.
         """
         kind = features.device.type
         dtype, enabled = torch.get_autocast_dtype(kind), torch.is_autocast_enabled(kind)
         with torch.autocast(kind, dtype=dtype, enabled=enabled, cache_enabled=False):
-            return self.hf.model.multi_modal_projector(features)
+            projected = self.hf.model.multi_modal_projector(features)
+        return projected if rows is None else projected[rows]
 
-    def _remembered_patches(self, pixel_values: Tensor, names: list[str] | None) -> tuple[Patches, int]:
+    def _remembered_patches(
+        self, pixel_values: Tensor, names: list[str] | None, asked: Asked | None
+    ) -> tuple[Patches, int]:
         """As `_select_patches`, and the number of images that were encoded for it.
 
         With a memory images are encoded one by one, so that an image's features do not depend on the others of the
-        batch in which it was first seen.
+        batch in which it was first seen. A stage 1 that reads the question has nothing to remember.
         """
-        if self.memory is None or names is None:
-            return self._select_patches(pixel_values), len(pixel_values)
+        if self.memory is None or names is None or asked is not None:
+            return self._select_patches(pixel_values, asked), len(pixel_values)
         rows, encoded = [], 0
         for name, pixels in zip(names, pixel_values.split(1), strict=True):
             seen = self.memory.get(name)
@@ -348,16 +388,15 @@ class PackedLlava(PreTrainedModel, GenerationMixin):
         cache = past_key_values
         if cache is None and use_cache:
             cache = PrunedCache()
-        row_of = None
         if pixel_values is not None and len(pixel_values):
             pixel_values, row_of = first_of_equal(pixel_values)
             sequence = replace(sequence, image=torch.where(sequence.visual, row_of[sequence.image], -1))
         packed = self.forward_packed(sequence, pixel_values, cache)
-        if row_of is not None:
-            trace = packed.trace
-            trace.vision_kept = [trace.vision_kept[row] for row in row_of.tolist()]
-            trace.vision_order = [trace.vision_order[row] for row in row_of.tolist()]
-            trace.vision_scores = None if trace.vision_scores is None else trace.vision_scores[row_of]
+        if pixel_values is not None and len(pixel_values):
+            trace, rows = packed.trace, packed.row[sequence.visual & (sequence.patch == 0)]
+            trace.vision_kept = [trace.vision_kept[row] for row in rows.tolist()]
+            trace.vision_order = [trace.vision_order[row] for row in rows.tolist()]
+            trace.vision_scores = None if trace.vision_scores is None else trace.vision_scores[rows]
         self.last_pruning = packed.trace
         if logits_to_keep == 1:
             last = packed.sequence.cu_seqlens[1:].long() - 1
@@ -392,9 +431,11 @@ class PackedLlava(PreTrainedModel, GenerationMixin):
         kind = torch.where(visual, Kind.VISUAL, Kind.PROMPT)
         turn = torch.ones_like(ids)
         lengths = valid.sum(1).tolist()
-        if self.pruner.settings.language.enabled:
+        if self.pruner.settings.language.enabled or self.pruner.reads_text:
             if self.annotate is None:
-                raise UserError("stage 2 must know question text from role markers: pass `annotate` (load_model does)")
+                raise UserError(
+                    "this pruner must know question text from role markers: pass `annotate` (load_model does)"
+                )
             parts = [self.annotate(part.cpu()) for part in ids.split(lengths)]
             kind, turn = (torch.cat(fields).to(ids.device) for fields in zip(*parts, strict=True))
         target = torch.full_like(ids, IGNORE)
@@ -457,3 +498,5 @@ class PackedLlava(PreTrainedModel, GenerationMixin):
         self.hf.config.mmprune = {"pruner": asdict(self.pruner.settings), "template": self.template}
         self.hf.save_pretrained(folder)
         processor.save_pretrained(folder)
+        if self.question is not None:
+            self.question.save(Path(folder) / FOLDER)

@@ -97,7 +97,7 @@ def encode(
         pixels: [I, 3, H, W].
         feature_layer: index (or several, concatenated) into the hidden states, 0 = embeddings, negative from the end.
         drop_cls: features are the patches alone (LLaVA's "default" selection).
-        layer: block whose queries and keys the view shows; None: the one that made the last feature layer.
+        layer: block whose queries, keys and output the view shows; None: the one that made the last feature layer.
     Returns:
         features [I, N, D * number of feature layers] for the projector, and the view stage 1 scores.
     """
@@ -131,6 +131,14 @@ def encode(
 
     @cache
     @torch.no_grad()
+    def block_output() -> Tensor:
+        """[I, N, D] the patches as the chosen block puts them out."""
+        made = deepest if layer is None else block + 1
+        out = kept[made] if made <= deepest else _run(layers[deepest:made], states.detach(), layers[block])
+        return out[:, first:].detach()
+
+    @cache
+    @torch.no_grad()
     def keys() -> Tensor:
         return attention.k_proj(normed())
 
@@ -149,6 +157,7 @@ def encode(
         cls=states[:, 0].detach() if family.has_cls else None,
         cls_query_keys=cls_query_keys if family.has_cls else None,
         probe_query_keys=probe_query_keys if getattr(tower, "use_head", False) else None,
+        block_output=block_output,
         heads=tower.config.num_attention_heads,
         encoder=tower.config.model_type,
     )

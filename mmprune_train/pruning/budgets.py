@@ -282,10 +282,10 @@ def find_knee(
         lengths: [B] valid leading entries of each row, 1..N; None: all N.
         features: [B, N, D] the tokens in the order of their scores, for `effective_rank`; other methods do without, and
             passing it to them is no mistake.
-        min_tokens, max_tokens: bounds on the count, within 1..length.
+        min_tokens, max_tokens: bounds on the count, within 1..length; min_tokens=0 lets a count be 0, too.
         params: the method's own parameters (see its function).
     Returns:
-        counts [B], int64, each in 1..length.
+        counts [B], int64, each in 1..length (0..length with min_tokens=0).
     Raises:
         UserError: wrong shape, empty rows, NaN or infinite values among the valid entries, negative scores where
             a method shares out their sum, features missing where a method needs them, unknown method or parameter.
@@ -316,4 +316,4 @@ def find_knee(
     counts = counts.clamp(min=min_tokens)
     if max_tokens is not None:
         counts = counts.clamp(max=max_tokens)
-    return counts.clamp(min=1).minimum(lengths)
+    return counts.clamp(min=min(1, min_tokens)).minimum(lengths)

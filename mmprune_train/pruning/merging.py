@@ -15,12 +15,21 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 from torch.nn.functional import normalize
 
+from mmprune_train.pruning.budgets import lof
 from mmprune_train.pruning.components import find_component
+from mmprune_train.pruning.selection import top_mask
 
 Features = Float[Tensor, "I N D"]
 Mask = Bool[Tensor, "I N"]
 Scores = Float[Tensor, "I N"]
 Keys = Float[Tensor, "I N K"]
+
+
+TEXT_WEIGHT = 50 * 768**-0.5
+"""How much a neighbour's similarity to the question counts beside that of its key in `centres`: Recoverable
+Compression adds 50 times the cosine over sqrt(768), the width of ViT-L's joint space."""
+CENTRE_NEIGHBORS = 10
+"""Neighbours of the local outlier factor that finds centres, as in Recoverable Compression's code."""
 
 
 def _similarity(keys: Keys) -> Float[Tensor, "I N N"]:
@@ -46,9 +55,16 @@ def mean_token(features: Features, kept: Mask, scores: Scores, keys: Keys) -> tu
     return _with_extra(features, kept, scores, mean)
 
 
-def _with_extra(features: Features, kept: Mask, scores: Scores, token: Float[Tensor, "I D"]) -> tuple[Features, Mask]:
-    """Put one made token in the place of each image's best-scored dropped patch; images kept whole get none."""
-    spare = ~kept.all(1)
+def _with_extra(
+    features: Features,
+    kept: Mask,
+    scores: Scores,
+    token: Float[Tensor, "I D"],
+    wanted: Bool[Tensor, " I"] | None = None,
+) -> tuple[Features, Mask]:
+    """Put one made token in the place of each image's best-scored dropped patch; images kept whole get none, nor do
+    those not `wanted`."""
+    spare = ~kept.all(1) if wanted is None else ~kept.all(1) & wanted
     place = scores.masked_fill(kept, -torch.inf).argmax(1)
     here = torch.zeros_like(kept).scatter(1, place[:, None], spare[:, None])
     return torch.where(here[..., None], token[:, None].to(features.dtype), features), kept | here
@@ -59,14 +75,52 @@ def prumerge(features: Features, kept: Mask, scores: Scores, keys: Keys, count: 
     `count` patches with the most similar keys is added, kept ones among them; one more token is the
     score-weighted sum of all dropped patches. Weights are the scores as they are (CLS attention), not renormalised.
     """
-    size = kept.shape[1]
-    own = torch.eye(size, dtype=torch.bool, device=kept.device)
-    near = _similarity(keys).masked_fill(own, -torch.inf).topk(min(count, size - 1), dim=2).indices  # [I, N, k]
-    weights = torch.zeros_like(own, dtype=scores.dtype).repeat(len(kept), 1, 1)
-    weights = weights.scatter(2, near, scores[:, None].expand(-1, size, -1).gather(2, near))
-    weights = weights.masked_fill(~kept[..., None], 0).to(features.dtype)
+    weights = _neighbour_weights(_similarity(keys), scores, count).masked_fill(~kept[..., None], 0)
     rest = (features * (scores.to(features.dtype) * ~kept)[..., None]).sum(1)
-    return _with_extra(features + weights @ features, kept, scores, rest)
+    return _with_extra(features + weights.to(features.dtype) @ features, kept, scores, rest)
+
+
+def _neighbour_weights(affinity: Float[Tensor, "I N N"], scores: Scores, neighbours: int) -> Float[Tensor, "I N N"]:
+    """[I, N, N] the scores of each patch's nearest others, 0 elsewhere; those at -inf are nobody's neighbours."""
+    size = affinity.shape[1]
+    own = torch.eye(size, dtype=torch.bool, device=affinity.device)
+    near = affinity.masked_fill(own, -torch.inf).topk(min(neighbours, size - 1), dim=2)  # [I, N, k]
+    weighed = scores[:, None].expand(-1, size, -1).gather(2, near.indices).masked_fill(near.values.isneginf(), 0)
+    return torch.zeros_like(affinity, dtype=scores.dtype).scatter(2, near.indices, weighed)
+
+
+def centres(
+    features: Features,
+    kept: Mask,
+    scores: Scores,
+    keys: Keys,
+    count: int = 32,
+    text: Scores | None = None,
+) -> tuple[Features, Mask]:
+    """Recoverable Compression (Chen et al. 2024, arXiv 2409.01179): the best-scored dropped patches become
+    centres, to each of which the score-weighted sum of its `count` nearest dropped patches is added; one more
+    token is the score-weighted sum of the dropped patches that are no centres.
+
+    Nearest by cosine of the keys plus `TEXT_WEIGHT` times the neighbour's `text` score. There are as many centres as
+    kept patches times the share of outliers (LOF) among the dropped patches' scores, rounded down; none: nothing is
+    made. Weights are the scores as they are (CLS attention).
+
+    Args:
+        text: [I, N] similarity to the question; None: keys alone.
+    """
+    dropped = ~kept
+    left = dropped.sum(1).clamp(min=1)  # [I]
+    among = scores.masked_fill(kept, -torch.inf)
+    curve = among.sort(dim=1, descending=True).values.nan_to_num(neginf=0).double()
+    number = kept.sum(1) * lof(curve, left, CENTRE_NEIGHBORS) // left
+    centre = top_mask(among, number) & dropped
+    affinity = _similarity(keys)
+    if text is not None:
+        affinity = affinity + TEXT_WEIGHT * text[:, None]
+    weights = _neighbour_weights(affinity.masked_fill(kept[:, None], -torch.inf), scores, count)
+    weights = weights.masked_fill(~centre[..., None], 0).to(features.dtype)
+    rest = (features * (scores.to(features.dtype) * (dropped & ~centre))[..., None]).sum(1)
+    return _with_extra(features + weights @ features, kept | centre, scores, rest, wanted=centre.any(1))
 
 
 def contextual(features: Features, kept: Mask, scores: Scores, keys: Keys, count: int = 10) -> tuple[Features, Mask]:
@@ -99,10 +153,11 @@ MERGES: dict[str, Callable[..., tuple[Tensor, Tensor]]] = {
     "mean_token": mean_token,
     "prumerge": prumerge,
     "contextual": contextual,
+    "centres": centres,
 }
 
 
-def merge(name: str, count: int) -> Callable[[Tensor, Tensor, Tensor, Tensor], tuple[Tensor, Tensor]]:
+def merge(name: str, count: int) -> Callable[..., tuple[Tensor, Tensor]]:
     """The merge `name`, or yours as `module:function`; with `count`, of tokens to make or of neighbours, where it takes
     one."""
     function = find_component(MERGES, name, "pruner.vision.merge")

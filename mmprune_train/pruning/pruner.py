@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import fields, replace
+from inspect import signature
 
 import torch
 from jaxtyping import Bool, Float, Int64
 from torch import Tensor
 
-from mmprune_train.config.checks import projects, pruned_layers
+from mmprune_train.config.checks import TEXT_SCORES, projects, pruned_layers, reads_text
 from mmprune_train.config.schema import KneeConfig, PrunerConfig
 from mmprune_train.pruning.budgets import budget_parameters, find_knee, needs_features
 from mmprune_train.pruning.components import find_component
@@ -40,8 +41,10 @@ class Pruner:
     def __init__(self, settings: PrunerConfig) -> None:
         self.settings = settings
         if settings.vision.enabled:
-            self._vision_score = find_component(VISION_SCORES, settings.vision.score, "pruner.vision.score")
+            key, recover = "pruner.vision", settings.vision.recover
+            self._vision_score = find_component(VISION_SCORES, settings.vision.score, f"{key}.score")
             self._select = selection(settings.vision.selection, settings.vision.share)
+            self._recover_score = find_component(VISION_SCORES, recover.score, f"{key}.recover.score")
             if self.merges:
                 self._merge = merge(settings.vision.merge, settings.vision.merge_count)
             budget_parameters(settings.vision.knee.method)
@@ -67,6 +70,11 @@ class Pruner:
         return self.settings.vision.enabled and self.settings.vision.merge != "none"
 
     @property
+    def reads_text(self) -> bool:
+        """Whether stage 1 reads the question, so that an image is cut anew for each."""
+        return reads_text(self.settings.vision)
+
+    @property
     def projects(self) -> bool:
         """Whether stage 1 looks at what the projector makes of all patches."""
         return projects(self.settings.vision)
@@ -75,8 +83,8 @@ class Pruner:
     def keep_patches(
         self, view: VisionView, projected: Callable[[], Tensor] | None = None
     ) -> tuple[Bool[Tensor, "I N"], Float[Tensor, "I N"] | None]:
-        """Stage 1, score -> budget -> selection: bool [I, N] of kept patches, and the scores [I, N] (None where stage 1
-        is off).
+        """Stage 1, score -> budget -> selection, and perhaps a second pass: bool [I, N] of kept patches, and the first
+        pass's scores [I, N] (None where stage 1 is off).
 
         Args:
             projected: what the projector makes of the patches [I, N, D], for `space=projected`.
@@ -88,7 +96,25 @@ class Pruner:
         counts = _counts(scores, None, self.settings.vision.knee, lambda: view.patches)
         seen = projected() if self.projects and projected is not None else view.patches
         with full_precision(scores):
-            return self._select(scores, counts, seen), scores
+            kept = self._select(scores, counts, seen)
+        return (self._recover(view, kept) if self.settings.vision.recover.enabled else kept), scores
+
+    def _recover(self, view: VisionView, kept: Bool[Tensor, "I N"]) -> Bool[Tensor, "I N"]:
+        """The second pass: dropped patches come back by its own score and budget, none for want of a question."""
+        stage = self.settings.vision.recover
+        scores = self._recover_score(view)
+        left = (~kept).sum(1)
+        order = kept.int().sort(dim=1, stable=True).indices  # dropped patches first
+        dropped = scores.gather(1, order)
+        counts = _counts(
+            dropped,
+            left.clamp(min=1),
+            stage.knee,
+            lambda: view.patches.gather(1, order[..., None].expand_as(view.patches)),
+        ).minimum(left)
+        if stage.score in TEXT_SCORES and view.asked is not None:
+            counts = torch.where(view.asked, counts, 0)
+        return kept | top_mask(scores.masked_fill(kept, -torch.inf), counts)
 
     def merge_patches(
         self,
@@ -101,8 +127,11 @@ class Pruner:
         made tokens. Gradients flow through the features."""
         if not self.merges or scores is None:
             return features, kept
+        recover, more = self.settings.vision.recover, {}
+        if recover.enabled and recover.score in TEXT_SCORES and "text" in signature(self._merge).parameters:
+            more["text"] = self._recover_score(view)
         with full_precision(features):
-            return self._merge(features, kept, scores, view.patch_keys())
+            return self._merge(features, kept, scores, view.patch_keys(), **more)
 
     @torch.no_grad()
     def entry_order(

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
-from functools import cache
+from dataclasses import dataclass, replace
+from functools import cache, partial
+from typing import Any
 
 import torch
 from jaxtyping import Bool, Float, Int64
@@ -46,10 +47,38 @@ class VisionView:
     probe_query_keys: Callable[[], tuple[Tensor, Tensor]] | None = None
     """Runs the layers after the feature layer and gives the attention pooling head's query [I, D] and the patches'
     keys [I, N, D], as above; None without such a head."""
+    block_output: Callable[[], Tensor] | None = None
+    """The patches [I, N, D] as the chosen block puts them out; None: not known."""
+    question: Callable[[bool], tuple[Tensor, Tensor]] | None = None
+    """Puts patches [I, N, E] and the image's question [I, E] where CLIP compares images with texts; the argument says
+    whether the encoder's last norm comes before the projection. An image without a question has zeros for one. None
+    without a text tower."""
+    asked: Bool[Tensor, " I"] | None = None
+    """[I] which images have a question, where one is read."""
     heads: int = 1
     """H, of the encoder's attention."""
     encoder: str = "this encoder"
     """Name for error messages."""
+
+    def at(self, rows: Int64[Tensor, " P"]) -> VisionView:
+        """The view of images `rows`, each as often as it is named."""
+        return replace(
+            self,
+            patches=self.patches[rows],
+            cls=None if self.cls is None else self.cls[rows],
+            patch_keys=partial(_rows_of, self.patch_keys, rows),
+            cls_query_keys=None if self.cls_query_keys is None else partial(_rows_of, self.cls_query_keys, rows),
+            probe_query_keys=None if self.probe_query_keys is None else partial(_rows_of, self.probe_query_keys, rows),
+            block_output=None if self.block_output is None else partial(_rows_of, self.block_output, rows),
+            question=None if self.question is None else partial(_rows_of, self.question, rows),
+            asked=None if self.asked is None else self.asked[rows],
+        )
+
+
+def _rows_of(compute: Callable[..., Any], rows: Tensor, *arguments: Any) -> Any:
+    """Rows of the tensor, or of each tensor, that a view's callable gives."""
+    found = compute(*arguments)
+    return tuple(tensor[rows] for tensor in found) if isinstance(found, tuple) else found[rows]
 
 
 NEEDS: dict[str, tuple[str, str]] = {
@@ -57,6 +86,9 @@ NEEDS: dict[str, tuple[str, str]] = {
     "cls_attention_wide": ("cls_query_keys", "a CLS token"),
     "cls_cosine": ("cls", "a CLS token"),
     "map_attention": ("probe_query_keys", "an attention pooling head"),
+    "text_similarity": ("question", "a CLIP text tower"),
+    "text_similarity_bare": ("question", "a CLIP text tower"),
+    "text_dissimilarity": ("question", "a CLIP text tower"),
 }
 """Scores that not every encoder can give: the field of the view that they read, and what that is."""
 
@@ -118,6 +150,32 @@ def map_attention(view: VisionView) -> Float[Tensor, "I N"]:
     return _row_attention(query, keys, view.heads)
 
 
+def _text_cosine(view: VisionView, score: str, normed: bool) -> Float[Tensor, "I N"]:
+    _require(view, score)
+    patches, question = view.question(normed)  # type: ignore[misc]
+    return torch.cosine_similarity(patches.float(), question.float()[:, None], dim=-1)
+
+
+def text_similarity(view: VisionView) -> Float[Tensor, "I N"]:
+    """[I, N] cosine of each patch and the question in CLIP's joint space (Radford et al. 2021, arXiv 2103.00020).
+
+    Patches go the way that CLIP trained for CLS alone: its last norm and its projection, from the chosen block's output
+    (the feature layer). An image without a question has 0 everywhere.
+    """
+    return _text_cosine(view, "text_similarity", normed=True)
+
+
+def text_similarity_bare(view: VisionView) -> Float[Tensor, "I N"]:
+    """[I, N] the same without the last norm: Recoverable Compression's signal (Chen et al. 2024, arXiv 2409.01179),
+    there from the last block's output."""
+    return _text_cosine(view, "text_similarity_bare", normed=False)
+
+
+def text_dissimilarity(view: VisionView) -> Float[Tensor, "I N"]:
+    """[I, N] minus `text_similarity`: CDPruner's relevance (Zhang et al. 2025, arXiv 2506.10967)."""
+    return -_text_cosine(view, "text_dissimilarity", normed=True)
+
+
 def pooled_cosine(view: VisionView) -> Float[Tensor, "I N"]:
     """[I, N] cosine between the mean patch and each patch: for encoders without CLS."""
     patches = view.patches.float()
@@ -171,6 +229,9 @@ VISION_SCORES: dict[str, Callable[[VisionView], Tensor]] = {
     "map_attention": map_attention,
     "pooled_cosine": pooled_cosine,
     "feature_norm": feature_norm,
+    "text_similarity": text_similarity,
+    "text_similarity_bare": text_similarity_bare,
+    "text_dissimilarity": text_dissimilarity,
     "uniform_grid": uniform_grid,
     "random": random_vision,
 }

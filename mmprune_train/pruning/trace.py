@@ -24,7 +24,7 @@ class PruningTrace:
     layers_visual: list[Tensor] = field(default_factory=list)
     vision_kept: list[Tensor] = field(default_factory=list)
     """Per image of `pixel_values`: kept patch indices in raster order, int64; a token that a merge made has the index
-    of the dropped patch whose place it took."""
+    of the dropped patch whose place it took. In training, where stage 1 reads the question: per image and question."""
     vision_order: list[Tensor] = field(default_factory=list)
     """The same indices in the order in which they entered the LLM."""
     language_kept: list[Tensor] = field(default_factory=list)
@@ -34,6 +34,8 @@ class PruningTrace:
     entered it. A token that a merge made has the position of the dropped token whose place it took."""
     encoded: int = 0
     """Images that went through the vision tower; those remembered did not."""
+    asked: tuple[int, int] = (0, 0)
+    """Questions that went through the text tower, and the tokens that each took, padding included."""
     vision_scores: Tensor | None = None
     """[I, N] stage-1 scores, where stage 1 ran."""
     language_scores: Tensor | None = None

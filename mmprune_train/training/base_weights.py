@@ -5,16 +5,20 @@ from __future__ import annotations
 import hashlib
 from pathlib import Path
 
+from mmprune_train.config.checks import reads_text
 from mmprune_train.config.schema import Config
-from mmprune_train.model.weights import encoder_folder, llm_folder
+from mmprune_train.model.weights import encoder_folder, llm_folder, text_folder
 
 WEIGHTS = ("*.safetensors", "*.bin")
 
 
 def describe(config: Config) -> dict[str, dict[str, str]]:
-    """For `encoder` and `llm`: name, source, and the SHA-256 of its weight files in name order."""
+    """For `encoder` and `llm`, and for `text` where the pruner reads the question: name, source, and the SHA-256 of its
+    weight files in name order."""
     folders = {"encoder": encoder_folder(config.encoder), "llm": llm_folder(config.llm)}
-    names = {"encoder": config.encoder.name, "llm": config.llm.name}
+    names = {"encoder": config.encoder.name, "llm": config.llm.name, "text": f"text tower of {config.encoder.name}"}
+    if config.encoder.text is not None and reads_text(config.pruner.vision):
+        folders["text"] = text_folder(config.encoder.text)
     described = {}
     for part, folder in folders.items():
         if folder is None:

@@ -23,7 +23,7 @@ class Part:
     """One part of the network in one stage."""
 
     name: str
-    """`vision`, `projector`, `llm` or `llm adapters`."""
+    """`vision`, `projector`, `llm`, `llm adapters`, or `text tower` where stage 1 reads the question."""
     parameters: int
     trainable: int
     lr: float | None
@@ -37,6 +37,7 @@ def parts_of(model: PackedLlava) -> dict[str, list[nn.Module]]:
         "vision": [inner.vision_tower],
         "projector": [inner.multi_modal_projector],
         "llm": [inner.language_model, model.hf.lm_head],
+        **({"text tower": [model.question]} if model.question is not None else {}),
     }
 
 
@@ -63,7 +64,8 @@ def freeze(model: PackedLlava, stage: StageConfig, adapters: bool) -> list[Part]
     model.requires_grad_(False)
     model.train()
     wanted = {"vision": stage.train_vision, "projector": stage.train_projector, "llm": stage.train_llm}
-    rates = {"vision": stage.vision_lr, "projector": stage.projector_lr, "llm": stage.lr}
+    wanted["text tower"] = False
+    rates = {"vision": stage.vision_lr, "projector": stage.projector_lr, "llm": stage.lr, "text tower": None}
     report = []
     for part, modules in parts_of(model).items():
         parameters = list(named_parameters(modules))
@@ -76,8 +78,8 @@ def freeze(model: PackedLlava, stage: StageConfig, adapters: bool) -> list[Part]
         if part == "vision":
             for parameter in _never_run(modules[0], model):
                 parameter.requires_grad_(False)
-            if not wanted[part]:
-                modules[0].eval()
+        if part in ("vision", "text tower") and not wanted[part]:
+            modules[0].eval()
         trainable = sum(_size(p) for _, p in parameters if p.requires_grad)
         rate = rates[part]
         report.append(

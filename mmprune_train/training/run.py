@@ -63,7 +63,10 @@ def run_stage(
     pl.seed_everything(config.seed, verbose=False)
     adapters = stage.use_peft and config.peft.name != "none" and stage.train_llm
     with quiet():
-        model, processor = build(config) if start_from is None else load_model(start_from, pruner=config.pruner)
+        if start_from is None:
+            model, processor = build(config)
+        else:
+            model, processor = load_model(start_from, pruner=config.pruner, text=config.encoder.text)
         if adapters:
             add_adapters(model, config.peft)
         parts = freeze(model, stage, adapters)

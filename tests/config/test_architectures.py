@@ -3,7 +3,7 @@
 import pytest
 import torch
 import yaml
-from transformers import AutoConfig, AutoModel, AutoModelForCausalLM
+from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, CLIPConfig, CLIPModel
 
 from mmprune_train.config.paths import conf_dir, options
 
@@ -31,3 +31,12 @@ def test_arch_builds_the_published_network(group):
             model = (AutoModel if group == "encoder" else AutoModelForCausalLM).from_config(config)
         if not name.startswith("tiny"):
             assert sum(p.numel() for p in model.parameters()) == PUBLISHED[name], name
+
+
+@pytest.mark.parametrize(("name", "published"), [("clip_vit_b32", 151_277_313), ("clip_vit_l14_336", 427_944_193)])
+def test_an_encoder_and_its_text_tower_make_the_published_clip(name, published):
+    encoder = yaml.safe_load((conf_dir() / "encoder" / f"{name}.yaml").read_text())
+    text = encoder["text"]["arch"]
+    config = CLIPConfig(text_config=text, vision_config=encoder["arch"], projection_dim=text["projection_dim"])
+    with torch.device("meta"):
+        assert sum(p.numel() for p in CLIPModel(config).parameters()) == published

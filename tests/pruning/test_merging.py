@@ -6,14 +6,14 @@ import pytest
 import torch
 from torch import Tensor
 
-from mmprune_train.pruning.merging import MERGES, contextual, mean_token, nearest, prumerge
+from mmprune_train.pruning.merging import MERGES, TEXT_WEIGHT, centres, contextual, mean_token, nearest, prumerge
 
 Case = tuple[Tensor, Tensor, Tensor, Tensor]
 
 
 def case(images: int, size: int = 14) -> Case:
     generator = torch.Generator().manual_seed(images)
-    scores = torch.randn((images, size), generator=generator).softmax(1)
+    scores = (2 * torch.randn((images, size), generator=generator)).softmax(1)
     counts = torch.randint(1, size, (images, 1), generator=generator)
     kept = scores.argsort(1, descending=True).argsort(1) < counts
     features = torch.randn((images, size, 5), generator=generator)
@@ -88,6 +88,53 @@ def test_contextual(images: int, count: int) -> None:
         assert torch.equal(found[image, stay], features[image, stay])
 
 
+def outlying(scores: list[float], neighbours: int) -> int:
+    """How many of these have a local outlier factor (Breunig et al. 2000) above 1.5, after scaling to 0..1."""
+    low, high = min(scores, default=0.0), max(scores, default=0.0)
+    if high <= low:
+        return 0
+    x = [(score - low) / (high - low) for score in scores]
+    count = min(neighbours, len(x) - 1)
+    near = [sorted((j for j in range(len(x)) if j != i), key=lambda j: abs(x[i] - x[j]))[:count] for i in range(len(x))]
+    reach = [abs(x[i] - x[near[i][-1]]) for i in range(len(x))]
+    density = [1 / (sum(max(reach[j], abs(x[i] - x[j])) for j in near[i]) / count + 1e-10) for i in range(len(x))]
+    factors = [sum(density[j] for j in near[i]) / count / density[i] for i in range(len(x))]
+    return sum(factor > 1.5 for factor in factors)
+
+
+@pytest.mark.parametrize("with_text", [False, True])
+@pytest.mark.parametrize("images", [1, 5])
+@pytest.mark.parametrize("neighbours", [4, 32])
+def test_centres(images: int, neighbours: int, with_text: bool) -> None:
+    features, _kept, scores, keys = case(images, size=40)
+    kept = scores.argsort(1, descending=True).argsort(1) < torch.tensor([12, 4, 30, 40, 1])[:images, None]
+    text = torch.randn(scores.shape) if with_text else None
+    found, mask = centres(features, kept, scores, keys, neighbours, text)
+    made = []
+    for image in range(images):
+        stay, gone = split(kept[image])
+        s = scores[image]
+        gone.sort(key=lambda j: -float(s[j]))
+        count = len(stay) * outlying([float(s[j]) for j in gone], 10) // max(1, len(gone))
+        middle, others = gone[:count], gone[count:]
+        expected = {i: features[image, i] for i in stay}
+        for i in middle:
+
+            def nearness(j: int, i: int = i, image: int = image) -> float:
+                alike = float(torch.cosine_similarity(keys[image, i], keys[image, j], 0))
+                return alike + (TEXT_WEIGHT * float(text[image, j]) if text is not None else 0.0)
+
+            near = sorted((j for j in gone if j != i), key=nearness, reverse=True)[:neighbours]
+            expected[i] = features[image, i] + sum(s[j] * features[image, j] for j in near)
+        if middle and others:
+            expected[others[0]] = sum(s[j] * features[image, j] for j in others)
+        made.append(len(middle))
+        assert split(mask[image])[0] == sorted(expected)
+        for i, value in expected.items():
+            torch.testing.assert_close(found[image, i], value, rtol=1e-4, atol=1e-6)
+    assert any(made), "no image had a centre"
+
+
 @pytest.mark.parametrize("name", sorted(MERGES))
 def test_an_image_kept_whole_gains_no_token_and_other_images_do_not_matter(name: str) -> None:
     features, kept, scores, keys = case(5)
@@ -103,7 +150,7 @@ def test_an_image_kept_whole_gains_no_token_and_other_images_do_not_matter(name:
 
 @pytest.mark.parametrize("name", sorted(MERGES))
 def test_dropped_patches_get_gradients_through_what_they_leave_behind(name: str) -> None:
-    features, kept, scores, keys = case(1)
+    features, kept, scores, keys = case(1, size=40)
     features.requires_grad_()
     found, mask = MERGES[name](features, kept, scores, keys)
     found[mask].square().sum().backward()

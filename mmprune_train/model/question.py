@@ -1,0 +1,225 @@
+"""CLIP's text tower beside the network: the question of each image, where stage 1 may compare it with the patches."""
+
+from __future__ import annotations
+
+from bisect import bisect_left
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from tokenizers import processors
+from torch import Tensor, nn
+from transformers import AutoConfig, AutoTokenizer, CLIPConfig, CLIPModel, PreTrainedTokenizerBase
+
+from mmprune_train.config.schema import EncoderConfig, TextTowerConfig
+from mmprune_train.errors import UserError
+from mmprune_train.model.tokenizer import tiny_tokenizer
+from mmprune_train.model.weights import REPORT, complete, text_folder
+from mmprune_train.pruning import Kind, PackedSequence
+from mmprune_train.pruning.scores import VisionView, full_precision
+
+FOLDER = "question"
+"""Folder inside an exported model that holds the text tower, in CLIP's own format."""
+
+Words = Callable[[Tensor], str]
+"""Ids of question text [n], in the LLM's vocabulary -> that text."""
+
+
+@dataclass(frozen=True)
+class Looks:
+    """The rows of a stage 1 that reads text: one for every image and question that meet in a batch."""
+
+    image: list[int]
+    """[P] row of `pixel_values`, ascending."""
+    question: list[str]
+    """[P] empty: none."""
+    row: Tensor
+    """[T] row of each visual token, -1 elsewhere."""
+
+    @classmethod
+    def unasked(cls, images: int) -> Looks:
+        """Every image once, without a question; no sequence around them."""
+        return cls(list(range(images)), [""] * images, torch.empty(0, dtype=torch.long))
+
+
+@dataclass(frozen=True)
+class Asked:
+    """What the text tower makes of `Looks`."""
+
+    image: list[int]
+    """[P] as there."""
+    text: Tensor
+    """[P, E] float32, zeros for no question."""
+    known: Tensor
+    """[P] bool, which have a question."""
+    shape: tuple[int, int]
+    """Of the ids that the text tower read: different questions, and the tokens of the longest."""
+
+
+def looks_of(sequence: PackedSequence, words: Words) -> Looks:
+    """Which images of a batch are looked at with which questions.
+
+    An image's question is the PROMPT text of its own turn, in any tokenizer's words; system text, answers and other
+    turns' questions are none of it. Samples that share an image and ask the same share a row.
+    """
+    fields = torch.stack([sequence.ids, sequence.kind, sequence.segment, sequence.turn, sequence.image]).cpu()
+    ids, kind, segment, turn, image = fields
+    turn = turn.clamp(min=1)
+    visual, prompt = kind == Kind.VISUAL, (kind == Kind.PROMPT) & (fields[3] > 0)
+    meetings, which = np.unique(torch.stack([image, segment, turn])[:, visual], axis=1, return_inverse=True)
+    rows: dict[tuple[int, str], int] = {}
+    row_of = []
+    for one, sample, number in meetings.T.tolist():
+        asked = words(ids[prompt & (segment == sample) & (turn == number)])
+        row_of.append(rows.setdefault((one, asked), len(rows)))
+    row = torch.full_like(ids, -1)
+    row[visual] = torch.tensor(row_of, dtype=torch.long)[torch.from_numpy(which.reshape(-1))]
+    return Looks([one for one, _ in rows], [asked for _, asked in rows], row.to(sequence.ids.device))
+
+
+class QuestionEncoder(nn.Module):
+    """A CLIP whose vision tower is left out but for its last norm and its projection. Never trained.
+
+    Args:
+        clip: its vision encoder has no layers.
+        tokenizer: CLIP's.
+    """
+
+    def __init__(self, clip: CLIPModel, tokenizer: PreTrainedTokenizerBase) -> None:
+        super().__init__()
+        self.clip = clip.requires_grad_(False).eval()
+        temperature = clip.logit_scale
+        del clip.logit_scale  # of no use here, and DeepSpeed cannot broadcast a parameter without dimensions
+        clip.register_buffer("logit_scale", temperature.data)
+        self.tokenizer = tokenizer
+
+    @property
+    def width(self) -> int:
+        """Of the patches it takes."""
+        return int(self.clip.visual_projection.in_features)
+
+    @torch.no_grad()
+    def ask(self, looks: Looks) -> Asked:
+        """The text tower, run once over the different questions, whatever they are: under ZeRO-3 every rank must run
+        it. What exceeds CLIP's context is cut."""
+        different = {text: number for number, text in enumerate(dict.fromkeys(looks.question))}
+        context = self.clip.config.text_config.max_position_embeddings
+        read = self.tokenizer(
+            list(different), padding=True, truncation=True, max_length=context, return_tensors="pt"
+        ).to(self.clip.text_projection.weight.device)
+        with full_precision(read["input_ids"]):
+            out = self.clip.get_text_features(read["input_ids"], attention_mask=read["attention_mask"])
+        embedded = out.pooler_output.float()
+        index = torch.tensor([different[text] for text in looks.question], device=embedded.device)
+        known = torch.tensor([bool(text) for text in looks.question], device=embedded.device)
+        questions, tokens = read["input_ids"].shape
+        return Asked(looks.image, embedded[index] * known[:, None], known, (questions, tokens))
+
+    def show(self, view: VisionView, asked: Asked, start: int) -> tuple[VisionView, Tensor]:
+        """What stage 1 may look at, per image and question.
+
+        Args:
+            view: of the images `start`, `start + 1`, ...
+        Returns:
+            the view of the rows of `asked` that look at these images, and the image of each, counted from `start`.
+        """
+        part = slice(bisect_left(asked.image, start), bisect_left(asked.image, start + len(view.patches)))
+        rows = torch.tensor(asked.image[part], device=view.patches.device) - start
+
+        @cache
+        def question(normed: bool) -> tuple[Tensor, Tensor]:
+            assert view.block_output is not None
+            return self.project(view.block_output(), normed)[rows], asked.text[part]
+
+        return replace(view.at(rows), question=question, asked=asked.known[part]), rows
+
+    @torch.no_grad()
+    def project(self, patches: Tensor, normed: bool) -> Tensor:
+        """Patches [I, N, D] in the joint space [I, N, E], float32.
+
+        Args:
+            normed: through the vision tower's last norm first, as CLIP's CLS token goes.
+        """
+        with full_precision(patches):
+            patches = patches.to(self.clip.visual_projection.weight.dtype)
+            if normed:
+                patches = self.clip.vision_model.post_layernorm(patches)
+            return self.clip.visual_projection(patches).float()
+
+    def save(self, folder: Path) -> None:
+        """Write it where `load_question_encoder` finds it again."""
+        self.clip.save_pretrained(folder)
+        self.tokenizer.save_pretrained(folder)
+
+
+def new_question_encoder(cfg: EncoderConfig, folder: Path | None, dtype: torch.dtype) -> QuestionEncoder:
+    """The text tower of an encoder: from a CLIP folder, or random without one."""
+    assert cfg.text is not None
+    if folder is not None:
+        return load_question_encoder(folder, dtype, "encoder.text.path")
+    return QuestionEncoder(_random_clip(cfg, cfg.text).to(dtype), tiny_question_tokenizer())
+
+
+def question_encoder_on_meta(cfg: EncoderConfig) -> QuestionEncoder:
+    """The same without weights, and with a stand-in for its tokenizer."""
+    assert cfg.text is not None
+    with torch.device("meta"):
+        return QuestionEncoder(_random_clip(cfg, cfg.text), tiny_question_tokenizer())
+
+
+def _random_clip(cfg: EncoderConfig, text: TextTowerConfig) -> CLIPModel:
+    vision = {**cfg.arch, "num_hidden_layers": 0}
+    projection = {"projection_dim": text.arch["projection_dim"]} if "projection_dim" in text.arch else {}
+    return CLIPModel(CLIPConfig(text_config=dict(text.arch), vision_config=vision, **projection))
+
+
+def find_question_encoder(folder: Path, text: TextTowerConfig | None, dtype: torch.dtype) -> QuestionEncoder:
+    """The text tower saved with a model, else the one that `text` names.
+
+    Raises UserError where there is neither.
+    """
+    if (folder / FOLDER).is_dir():
+        return load_question_encoder(folder / FOLDER, dtype, str(folder))
+    elsewhere = text_folder(text) if text is not None else None
+    if elsewhere is None:
+        raise UserError(
+            f"{folder}: this pruner reads the question, and there is no text tower in {FOLDER}/: name the CLIP that "
+            "the encoder comes from (load_model(..., text=FOLDER), on the command line encoder.text.path=FOLDER), or "
+            "take another pruner"
+        )
+    return load_question_encoder(elsewhere, dtype, "encoder.text.path")
+
+
+def load_question_encoder(folder: Path, dtype: torch.dtype, key: str) -> QuestionEncoder:
+    """From a CLIP folder, whole or as `save` writes it. Its vision layers are not read.
+
+    Args:
+        key: what named the folder, for messages.
+    """
+    try:
+        config: Any = AutoConfig.from_pretrained(folder)
+        if config.model_type != "clip":
+            raise UserError(f"{key}: {folder} holds a {config.model_type}; give a CLIP checkpoint with both towers")
+        config.vision_config.num_hidden_layers = 0
+        clip, info = CLIPModel.from_pretrained(folder, config=config, dtype=dtype, **REPORT)
+        tokenizer = AutoTokenizer.from_pretrained(folder)
+    except (OSError, ValueError) as error:
+        raise UserError(f"{key}: {folder} is no whole CLIP: {str(error).strip().splitlines()[0]}") from error
+    extra = [name for name in info["unexpected_keys"] if not name.startswith("vision_model.encoder.layers")]
+    complete({**info, "unexpected_keys": extra}, folder)
+    return QuestionEncoder(clip, tokenizer)
+
+
+def tiny_question_tokenizer() -> PreTrainedTokenizerBase:
+    """The built-in tokenizer with CLIP's end token, which has the highest id (512), as CLIP looks for it there."""
+    tokenizer = tiny_tokenizer()
+    tokenizer.add_special_tokens({"eos_token": "<|endoftext|>"})
+    tokenizer.backend_tokenizer.post_processor = processors.TemplateProcessing(
+        single="<s> $A <|endoftext|>",
+        special_tokens=[("<s>", 1), ("<|endoftext|>", tokenizer.eos_token_id)],
+    )
+    return tokenizer
