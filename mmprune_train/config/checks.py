@@ -20,6 +20,7 @@ from mmprune_train.config.schema import (
     OptimConfig,
     PeftConfig,
     PrunerConfig,
+    ScheduleConfig,
     StageConfig,
     VisionStageConfig,
     WheelConfig,
@@ -50,6 +51,7 @@ DIVERSE_SELECTIONS = ("max_min", "dpp", "top_and_distinct")
 """Selections that look at the features."""
 SELECTIONS = ("top", "max_min", "dpp", "top_and_uniform", "top_and_distinct")
 MERGES = ("none", "nearest", "mean_token", "prumerge", "contextual")
+PRUNING_STAGES = ("vision", "language")
 POSITIONS = ("contiguous", "original")
 
 
@@ -148,6 +150,7 @@ def check_pruner(pruner: PrunerConfig) -> None:
         )
     if layers != sorted(set(layers)):
         raise UserError(f"pruner.language.layer={language.layer} must rise: every layer sees a shorter sequence")
+    _check_schedule(pruner.schedule, pruner)
 
 
 def _check_vision_stage(stage: VisionStageConfig) -> None:
@@ -182,6 +185,29 @@ def _check_shares(key: str, stage: VisionStageConfig | LanguageStageConfig, soft
         raise UserError(
             f"{key}.knee.method={stage.knee.method} needs scores >= 0, and {key}.score={stage.score} can be negative: "
             f"set {key}.score={softmaxed}, or another {key}.knee.method"
+        )
+
+
+def _check_schedule(schedule: ScheduleConfig, pruner: PrunerConfig) -> None:
+    key = "pruner.schedule"
+    _one_of(f"{key}.name", schedule.name, ("constant", "anneal", "random"))
+    _one_of(f"{key}.shape", schedule.shape, ("cosine", "linear"))
+    for name in schedule.applies_to:
+        _one_of(f"{key}.applies_to", name, PRUNING_STAGES)
+    if not 0 <= schedule.start < schedule.end <= 1:
+        raise UserError(
+            f"{key}.start={schedule.start} and {key}.end={schedule.end} are shares of the steps: 0 <= start < end <= 1"
+        )
+    if not 0 < schedule.low <= schedule.high <= 1:
+        raise UserError(
+            f"{key}.low={schedule.low} and {key}.high={schedule.high} are shares of the tokens: 0 < low <= high <= 1"
+        )
+    if schedule.name != "constant" and not any(getattr(pruner, name).enabled for name in schedule.applies_to):
+        on = [name for name in PRUNING_STAGES if getattr(pruner, name).enabled]
+        raise UserError(
+            f"{key}.name={schedule.name} moves nothing: pruner={pruner.name} runs no stage that "
+            f"{key}.applies_to=[{','.join(schedule.applies_to)}] names; set "
+            + (f"{key}.applies_to=[{','.join(on)}]" if on else f"{key}.name=constant, or choose another pruner")
         )
 
 
@@ -242,6 +268,12 @@ def _check_memory(config: Config, name: str, stage: StageConfig) -> None:
         raise UserError(f"{key}: stage.{name}.train_vision=true changes the features that would be remembered; set 0")
     if vision.enabled and vision.score == "random":
         raise UserError(f"{key}: pruner.vision.score=random must draw anew each time; set trainer.remember_images=0")
+    schedule = config.pruner.schedule
+    if vision.enabled and schedule.name != "constant" and "vision" in schedule.applies_to:
+        raise UserError(
+            f"{key}: pruner.schedule.name={schedule.name} moves what stage 1 leaves of an image from step to step; "
+            "set trainer.remember_images=0, or pruner.schedule.applies_to=[language]"
+        )
     looks = vision.enabled and vision.selection in DIVERSE_SELECTIONS and vision.space == "projected"
     if looks and stage.train_projector:
         raise UserError(

@@ -159,10 +159,32 @@ class LanguageStageConfig:
 
 
 @dataclass
+class ScheduleConfig:
+    """How the budgets move over the steps of each training stage. Where nothing is trained they hold as they are."""
+
+    name: str = "constant"
+    """`constant`: they do not move; `anneal`: everything is kept at first, the budgets' counts later; `random`: each
+    optimizer step draws a share that takes the place of the budgets' counts."""
+    applies_to: list[str] = field(default_factory=lambda: ["vision", "language"])
+    """Pruning stages whose budgets move: `vision`, `language` or both."""
+    start: float = 0.1
+    """anneal: share of the steps before which everything is kept."""
+    end: float = 0.6
+    """anneal: share of the steps from which on the budgets' own counts are kept."""
+    shape: str = "cosine"
+    """anneal: how it falls in between, `cosine` or `linear`."""
+    low: float = 0.1
+    """random: smallest share of a row's tokens that a step may keep."""
+    high: float = 1.0
+    """random: largest one."""
+
+
+@dataclass
 class PrunerConfig:
     name: str = "twostage"
     vision: VisionStageConfig = field(default_factory=VisionStageConfig)
     language: LanguageStageConfig = field(default_factory=LanguageStageConfig)
+    schedule: ScheduleConfig = field(default_factory=ScheduleConfig)
 
 
 @dataclass

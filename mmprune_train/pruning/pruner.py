@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass, fields
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, fields, replace
 
 import torch
 from jaxtyping import Bool, Float, Int64
@@ -15,6 +16,7 @@ from mmprune_train.errors import UserError
 from mmprune_train.pruning.budgets import budget_parameters, find_knee, needs_features
 from mmprune_train.pruning.merging import MERGES, merge
 from mmprune_train.pruning.packed import IGNORE, Kind, PackedSequence
+from mmprune_train.pruning.schedule import OWN, Pace, spare
 from mmprune_train.pruning.scores import LANGUAGE_SCORES, VISION_SCORES, LanguageView, VisionView, full_precision
 from mmprune_train.pruning.selection import SELECTIONS, columns, pad, selection, top_mask
 
@@ -25,12 +27,18 @@ def _lookup(table: dict, name: str, key: str) -> Callable:
     return table[name]
 
 
-def _counts(scores: Tensor, lengths: Tensor | None, knee: KneeConfig, features: Callable[[], Tensor]) -> Tensor:
+def _counts(
+    scores: Tensor, lengths: Tensor | None, knee: KneeConfig, pace: Pace, features: Callable[[], Tensor]
+) -> Tensor:
     """Counts of one stage; `features` makes the tokens' [B, N, D] for the budgets that look at them."""
+    if pace.ratio is not None:
+        knee = replace(knee, method="fixed_ratio", ratio=pace.ratio)
     wanted = {*budget_parameters(knee.method), "min_tokens", "max_tokens"}
     params = {f.name: getattr(knee, f.name) for f in fields(knee) if f.name in wanted}
     seen = features() if needs_features(knee.method) else None
-    return find_knee(scores, knee.method, lengths, features=seen, **params)
+    counts = find_knee(scores, knee.method, lengths, features=seen, **params)
+    whole = torch.full_like(counts, scores.shape[1]) if lengths is None else lengths
+    return spare(counts, whole, pace.spared, knee.max_tokens) if pace.spared else counts
 
 
 @dataclass
@@ -109,6 +117,7 @@ class Pruner:
 
     def __init__(self, settings: PrunerConfig) -> None:
         self.settings = settings
+        self._pace = OWN
         if settings.vision.enabled:
             self._vision_score = _lookup(VISION_SCORES, settings.vision.score, "pruner.vision.score")
             _lookup(SELECTIONS, settings.vision.selection, "pruner.vision.selection")
@@ -119,6 +128,18 @@ class Pruner:
         if settings.language.enabled:
             self._language_score = _lookup(LANGUAGE_SCORES, settings.language.score, "pruner.language.score")
             budget_parameters(settings.language.knee.method)
+
+    @contextmanager
+    def paced(self, pace: Pace) -> Iterator[None]:
+        """Move the budgets of the stages that the schedule applies to, as long as the context lasts."""
+        self._pace = pace
+        try:
+            yield
+        finally:
+            self._pace = OWN
+
+    def _pace_of(self, stage: str) -> Pace:
+        return self._pace if stage in self.settings.schedule.applies_to else OWN
 
     @property
     def layers(self) -> list[int]:
@@ -159,7 +180,7 @@ class Pruner:
         if not self.settings.vision.enabled:
             return torch.ones((images, patches), dtype=torch.bool, device=view.patches.device), None
         scores = self._vision_score(view)
-        counts = _counts(scores, None, self.settings.vision.knee, lambda: view.patches)
+        counts = _counts(scores, None, self.settings.vision.knee, self._pace_of("vision"), lambda: view.patches)
         seen = projected() if self.projects and projected is not None else view.patches
         with full_precision(scores):
             return self._select(scores, counts, seen), scores
@@ -223,7 +244,10 @@ class Pruner:
             rows = 2 * rows + (~sequence.visual[groups.candidate])
         row, order = rows.unique(return_inverse=True)[1].sort(stable=True)
         table, lengths = pad(scores[groups.candidate][order], row, int(row[-1]) + 1)
-        counts = _counts(table, lengths, stage.knee, lambda: pad(hidden[groups.candidate][order], row, len(lengths))[0])
+        pace = self._pace_of("language")
+        counts = _counts(
+            table, lengths, stage.knee, pace, lambda: pad(hidden[groups.candidate][order], row, len(lengths))[0]
+        )
         kept = top_mask(table, counts, lengths)
         column, _ = columns(row, len(lengths))
         chosen = torch.zeros_like(rows, dtype=torch.bool)
