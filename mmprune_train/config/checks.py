@@ -375,12 +375,31 @@ def _check_run(config: Config) -> None:
     _at_least("evaluate.batch_size", evaluate.batch_size, 1)
     _at_least("evaluate.max_new_tokens", evaluate.max_new_tokens, 1)
     _at_least("generate.max_new_tokens", config.generate.max_new_tokens, 1)
+    _check_calibrate(config)
     if config.logger.wandb is not None:
         _one_of("logger.wandb.mode", config.logger.wandb.mode, ("auto", "online", "offline"))
     for key in ("experiment_name", "run_id"):
         name = getattr(config, key)
         if name is not None and (not name or name in (".", "..") or "/" in name or "\\" in name):
             raise UserError(f"{key}={name} names a folder: no slashes, not empty; runs_dir= says where it goes")
+
+
+def _check_calibrate(config: Config) -> None:
+    settings = config.calibrate
+    _at_least("calibrate.images", settings.images, 1)
+    _one_of("calibrate.split", settings.split, STAGES)
+    _one_of("calibrate.measure", settings.measure, ("vision", "layer_mean"))
+    for name in settings.budgets:
+        _one_of("calibrate.budgets", name, KNEE_METHODS)
+    if settings.target is not None and not 0 < settings.target <= 1:
+        raise UserError(
+            f"calibrate.target={settings.target} is a share of the tokens: more than 0, at most 1; null reports only"
+        )
+    if config.task == "calibrate" and settings.split not in config.stage:
+        raise UserError(
+            f"calibrate.split={settings.split}, but stage.{settings.split} is not set: it says how images and samples "
+            "are prepared; choose the other split, or a stage group that has it"
+        )
 
 
 def _one_of(key: str, value: Any, known: Sequence[str | None]) -> None:

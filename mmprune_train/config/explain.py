@@ -65,7 +65,8 @@ def explain(error: BaseException) -> str:
 
     if match := re.search(r"Could not (?:find|load) '([\w/]+)/([^/']*)'", text):
         group, name = match.groups()
-        return unknown_name(group, name, options(group))
+        listed = re.findall(r"^\t([\w-]+)$", text, re.MULTILINE)  # Hydra's list has those of --config-dir, too
+        return unknown_name(group, name, sorted(listed) or options(group))
     if match := re.search(r"Could not override '([^']+)'", text):
         key = match.group(1)
         return f"{key}=...: write it with a plus, +{key}=NAME" if key in _PLUS_GROUPS else unknown_key(key)

@@ -354,6 +354,23 @@ class GenerateConfig:
 
 
 @dataclass
+class CalibrateConfig:
+    """What `task=calibrate` measures, and on what."""
+
+    images: int = 256
+    """Different images to look at, drawn by `seed`; fewer where the split has fewer."""
+    split: str = "instruct"
+    """`pretrain` or `instruct`: whose samples, template and image preparation; never the questions of evaluation."""
+    measure: str = "vision"
+    """`vision`: visual tokens that stage 1 leaves / dense ones; `layer_mean`: the keep ratio, tokens entering an LLM
+    layer averaged over layers / dense tokens, with stage 2 in the loop."""
+    target: float | None = 0.22
+    """Share to meet, the method's headline unless given; null: report only."""
+    budgets: list[str] = field(default_factory=list)
+    """Budgets to report; empty: all. The chosen one is always among them."""
+
+
+@dataclass
 class Config:
     task: str = "train"
     """What to do; `--help` lists the tasks."""
@@ -366,7 +383,7 @@ class Config:
     seed: int = 42
     stages: list[str] = field(default_factory=lambda: ["pretrain", "instruct"])
     ckpt: str | None = None
-    """For evaluate and generate: a run directory, an exported folder or a llava-hf folder."""
+    """For evaluate, generate, inspect and calibrate: a run directory, an exported folder or a llava-hf folder."""
     restart: bool = False
     """Start over: an existing run directory is moved aside, never deleted."""
     debug: bool = False
@@ -385,3 +402,4 @@ class Config:
     trainer: TrainerConfig = field(default_factory=TrainerConfig)
     evaluate: EvaluateConfig = field(default_factory=EvaluateConfig)
     generate: GenerateConfig = field(default_factory=GenerateConfig)
+    calibrate: CalibrateConfig = field(default_factory=CalibrateConfig)

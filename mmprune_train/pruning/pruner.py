@@ -27,10 +27,15 @@ def _lookup(table: dict, name: str, key: str) -> Callable:
     return table[name]
 
 
-def _counts(
+def counts_of(
     scores: Tensor, lengths: Tensor | None, knee: KneeConfig, pace: Pace, features: Callable[[], Tensor]
 ) -> Tensor:
-    """Counts of one stage; `features` makes the tokens' [B, N, D] for the budgets that look at them."""
+    """Counts [B] of one stage.
+
+    Args:
+        scores: [B, N]. lengths: [B], or None for all N.
+        features: makes the tokens' [B, N, D], for the budgets that look at them.
+    """
     if pace.ratio is not None:
         knee = replace(knee, method="fixed_ratio", ratio=pace.ratio)
     wanted = {*budget_parameters(knee.method), "min_tokens", "max_tokens"}
@@ -167,20 +172,29 @@ class Pruner:
         return vision.enabled and vision.space == "projected" and vision.selection in DIVERSE_SELECTIONS
 
     @torch.no_grad()
+    def score_patches(self, view: VisionView) -> Float[Tensor, "I N"]:
+        """[I, N] stage-1 scores."""
+        return self._vision_score(view)
+
+    @torch.no_grad()
     def keep_patches(
-        self, view: VisionView, projected: Callable[[], Tensor] | None = None
+        self,
+        view: VisionView,
+        projected: Callable[[], Tensor] | None = None,
+        scores: Float[Tensor, "I N"] | None = None,
     ) -> tuple[Bool[Tensor, "I N"], Float[Tensor, "I N"] | None]:
         """Stage 1, score -> budget -> selection: bool [I, N] of kept patches, and the scores [I, N] (None where stage 1
         is off).
 
         Args:
             projected: what the projector makes of the patches [I, N, D], for `space=projected`.
+            scores: those of an earlier call, which need not be computed again.
         """
         images, patches = view.patches.shape[:2]
         if not self.settings.vision.enabled:
             return torch.ones((images, patches), dtype=torch.bool, device=view.patches.device), None
-        scores = self._vision_score(view)
-        counts = _counts(scores, None, self.settings.vision.knee, self._pace_of("vision"), lambda: view.patches)
+        scores = self.score_patches(view) if scores is None else scores
+        counts = counts_of(scores, None, self.settings.vision.knee, self._pace_of("vision"), lambda: view.patches)
         seen = projected() if self.projects and projected is not None else view.patches
         with full_precision(scores):
             return self._select(scores, counts, seen), scores
@@ -245,7 +259,7 @@ class Pruner:
         row, order = rows.unique(return_inverse=True)[1].sort(stable=True)
         table, lengths = pad(scores[groups.candidate][order], row, int(row[-1]) + 1)
         pace = self._pace_of("language")
-        counts = _counts(
+        counts = counts_of(
             table, lengths, stage.knee, pace, lambda: pad(hidden[groups.candidate][order], row, len(lengths))[0]
         )
         kept = top_mask(table, counts, lengths)
