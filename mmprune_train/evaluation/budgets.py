@@ -16,6 +16,18 @@ from mmprune_train.evaluation.generate import progress
 from mmprune_train.pruning.calibration import ScoredImages, Solution, knob_of
 
 
+def distribution(kept: Tensor) -> dict[str, float]:
+    """Mean, spread and percentiles of tokens kept [I]."""
+    percentiles = torch.quantile(kept.double(), torch.tensor([0.05, 0.5, 0.95], dtype=torch.float64)).tolist()
+    return {
+        "mean": float(kept.double().mean()),
+        "std": float(kept.double().std(correction=0)),
+        "min": int(kept.min()),
+        **dict(zip(("p5", "p50", "p95"), percentiles, strict=True)),
+        "max": int(kept.max()),
+    }
+
+
 @dataclass
 class BudgetRow:
     """One budget on the sample."""
@@ -47,20 +59,6 @@ class BudgetRow:
         """`sensitivity=1.0`; empty for a budget without a parameter."""
         knob = knob_of(self.name, 1)
         return f"{knob.name}={getattr(self.knee, knob.name)}" if knob else ""
-
-    @property
-    def distribution(self) -> dict[str, float]:
-        """Mean, spread and percentiles of `kept`."""
-        assert self.kept is not None
-        kept = self.kept.double()
-        percentiles = torch.quantile(kept, torch.tensor([0.05, 0.5, 0.95], dtype=torch.float64)).tolist()
-        return {
-            "mean": float(kept.mean()),
-            "std": float(kept.std(correction=0)),
-            "min": int(kept.min()),
-            **dict(zip(("p5", "p50", "p95"), percentiles, strict=True)),
-            "max": int(kept.max()),
-        }
 
 
 @dataclass

@@ -22,7 +22,7 @@ from mmprune_train.model.llava import PackedLlava
 from mmprune_train.model.patches import Patches, PatchMemory
 from mmprune_train.pruning import Pruner
 from mmprune_train.pruning.budgets import spread_of_features
-from mmprune_train.pruning.calibration import Knob, ScoredImages, Solution, knob_of, solve
+from mmprune_train.pruning.calibration import Knob, ScoredImages, Solution, Value, knob_of, solve
 from mmprune_train.pruning.scores import VisionView
 
 Encoder = Callable[[Tensor], tuple[Tensor, VisionView]]
@@ -229,7 +229,7 @@ def solve_keep_ratio(
     if knob is None:
         return None
 
-    def ratio(value: float) -> float:
+    def ratio(value: Value) -> float:
         changed = with_knee(settings, stage, knob.turned(knee, value))
         return passes.keep_ratio(changed, f"{knee.method} {knob.name}={value}")
 
@@ -241,9 +241,9 @@ def solve_keep_ratio(
     assert aimed is not None
     if aimed.problem and aimed.problem != "out of reach":
         return aimed
-    value_at: dict[float, float] = {}
+    value_at: dict[Value, Value] = {}
 
-    def at(share: float) -> float:
+    def at(share: Value) -> float:
         found = scored.solve(knee, share)
         assert found is not None and found.value is not None
         value_at[share] = found.value

@@ -18,26 +18,29 @@ from mmprune_train.pruning.pruner import counts_of
 from mmprune_train.pruning.schedule import OWN
 from mmprune_train.pruning.selection import top_and_uniform
 
+Value = int | float
+"""Of a parameter."""
+
 
 @dataclass(frozen=True)
 class Knob:
     """The parameter that moves a budget's counts, and the range in which to look for it."""
 
     name: str
-    low: float
-    high: float
+    low: Value
+    high: Value
     whole: bool = False
     """Integers only."""
 
-    def at(self, way: float) -> float:
+    def at(self, way: Value) -> Value:
         """The value at a way 0..1 through the range, ever wider apart: some ranges span orders of magnitude."""
         return self.rounded(self.low + (self.high - self.low) * math.expm1(9 * way) / math.expm1(9))
 
-    def rounded(self, value: float) -> float:
+    def rounded(self, value: Value) -> Value:
         """An integer, or six digits: what is found is to be read and typed."""
         return round(value) if self.whole else float(f"{value:.6g}")
 
-    def turned(self, knee: KneeConfig, value: float) -> KneeConfig:
+    def turned(self, knee: KneeConfig, value: Value) -> KneeConfig:
         """The budget with this value of its parameter."""
         changed: dict[str, Any] = {self.name: value}
         return replace(knee, **changed)
@@ -65,7 +68,7 @@ class Solution:
     knob: Knob
     reachable: tuple[float, float]
     """Smallest and largest share that was seen."""
-    value: float | None = None
+    value: Value | None = None
     reached: float | None = None
     """Share at that value."""
     jump: tuple[float, float] | None = None
@@ -74,7 +77,7 @@ class Solution:
 
 
 def solve(
-    share: Callable[[float], float],
+    share: Callable[[Value], float],
     knob: Knob,
     target: float,
     token: float,

@@ -97,7 +97,7 @@ def _curves(axis: Any, scores: NDArray[np.float64], target: float | None) -> Non
     axis.plot(rank, middle, color=CURVE, lw=1.5, label="median")
     if target is not None:
         axis.axvline(target, color="black", lw=0.8, ls=":")
-    if curves.min() > 0:
+    if curves.max() > 10 * curves.min() > 0:
         axis.set_yscale("log")
     axis.set_xlabel("patches, by score")
     axis.set_ylabel("stage-1 score")

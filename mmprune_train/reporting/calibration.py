@@ -4,7 +4,9 @@ from __future__ import annotations
 
 from typing import Any
 
-from mmprune_train.evaluation.budgets import BudgetRow, Report
+from torch import Tensor
+
+from mmprune_train.evaluation.budgets import BudgetRow, Report, distribution
 from mmprune_train.pruning.calibration import Solution
 from mmprune_train.reporting.tables import table
 
@@ -35,7 +37,11 @@ def sentence(report: Report) -> str:
     """What the run's own budget reaches with the parameter that was found."""
     row, asked = report.own, report.asked
     found, reached = outcome(row.solution)
-    return f"{row.name}, {found}: {reached} for a target of {asked.target} ({asked.measure}: {WHAT[asked.measure]})"
+    told = f"{row.name}, {found}: {reached} for a target of {asked.target} ({asked.measure}: {WHAT[asked.measure]})"
+    whole = 0 if row.kept_at_target is None else int((row.kept_at_target == report.patches).sum())
+    if report.stage == "vision" and whole and row.name not in ("fixed_ratio", "fixed_count"):
+        told += f"\n{whole} of {report.images} images are kept whole at that value"
+    return told
 
 
 def text(report: Report) -> str:
@@ -46,9 +52,9 @@ def text(report: Report) -> str:
         title = f"Tokens of {report.patches} that a budget keeps by {stage.score}: {images}"
     else:
         title = f"Tokens that leave stage 2 by {stage.score}: {report.samples} samples with {images}"
-    header = ["budget", "as set", "mean", "std", "min", "p5", "p50", "p95", "max", "share"]
-    lines = [[_marked(row, report), row.setting, *row.distribution.values(), row.share] for row in _usable(report)]
-    told = [table(lines, header, title)]
+    spread = ["mean", "std", "min", "p5", "p50", "p95", "max"]
+    lines = [[_marked(row, report), row.setting, *_cells(row.kept), row.share] for row in _usable(report)]
+    told = [table(lines, ["budget", "as set", *spread, "share"], title)]
     if report.keep_ratio is not None:
         names = {"dense": "dense", "stage1": "after stage 1", "stage2": "after stage 2", "layer_mean": "layer mean"}
         values = [*(report.tokens[name] for name in names), share(report.keep_ratio)]
@@ -56,10 +62,14 @@ def text(report: Report) -> str:
         told.append(table([values], [*names.values(), "keep ratio"], f"Tokens a sample, {report.own.name} {at} (mean)"))
     if asked.target is not None:
         solved = [row for row in _usable(report) if row is report.own or asked.measure == "vision"]
-        outcomes = [[_marked(row, report), *outcome(row.solution)] for row in solved]
-        told.append(table(outcomes, ["budget", "parameter", "reached"], f"For a target of {asked.target}"))
+        outcomes = [[_marked(row, report), *outcome(row.solution), *_cells(row.kept_at_target)] for row in solved]
+        told.append(table(outcomes, ["budget", "parameter", "reached", *spread], f"For a target of {asked.target}"))
     told += [f"{row.name} {row.problem}" for row in report.rows if row.problem]
     return "\n\n".join(told) + "\n* the run's own budget"
+
+
+def _cells(kept: Tensor | None) -> list[float | None]:
+    return [None] * 7 if kept is None else list(distribution(kept).values())
 
 
 def _marked(row: BudgetRow, report: Report) -> str:
@@ -89,9 +99,9 @@ def summary(report: Report) -> dict[str, Any]:
 
 
 def _row(row: BudgetRow) -> dict[str, Any]:
-    if row.problem:
+    if row.kept is None:
         return {"problem": row.problem}
-    found: dict[str, Any] = {"as_set": row.setting, "tokens": row.distribution, "share": row.share}
+    found: dict[str, Any] = {"as_set": row.setting, "tokens": distribution(row.kept), "share": row.share}
     if row.solution is not None:
         solution = row.solution
         found["target"] = {
@@ -99,6 +109,7 @@ def _row(row: BudgetRow) -> dict[str, Any]:
             "value": solution.value,
             "reached": solution.reached,
             "reachable": list(solution.reachable),
+            **({} if row.kept_at_target is None else {"tokens": distribution(row.kept_at_target)}),
             **({"jump": list(solution.jump)} if solution.jump else {}),
             **({"problem": solution.problem} if solution.problem else {}),
         }
