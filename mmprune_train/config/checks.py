@@ -22,6 +22,7 @@ from mmprune_train.config.schema import (
     PeftConfig,
     PrunerConfig,
     RecoverConfig,
+    ScheduleConfig,
     StageConfig,
     VisionStageConfig,
     WheelConfig,
@@ -60,6 +61,7 @@ SELECTIONS = ("top", "max_min", "dpp", "top_and_uniform", "top_and_distinct")
 MERGES = ("none", "nearest", "mean_token", "prumerge", "contextual", "centres")
 WEIGHING_MERGES = ("prumerge", "centres")
 """Merges that weigh patches by their scores, which must not be negative."""
+PRUNING_STAGES = ("vision", "language")
 POSITIONS = ("contiguous", "original")
 
 
@@ -146,6 +148,7 @@ def check_knee(key: str, knee: KneeConfig, least: int = 1) -> None:
 def check_pruner(pruner: PrunerConfig) -> None:
     _check_vision_stage(pruner.vision)
     _check_language_stage(pruner.language)
+    _check_schedule(pruner.schedule, pruner)
 
 
 def _check_language_stage(stage: LanguageStageConfig) -> None:
@@ -295,6 +298,29 @@ def _check_shares(key: str, stage: VisionStageConfig | LanguageStageConfig | Rec
         )
 
 
+def _check_schedule(schedule: ScheduleConfig, pruner: PrunerConfig) -> None:
+    key = "pruner.schedule"
+    _one_of(f"{key}.name", schedule.name, ("constant", "anneal", "random"))
+    _one_of(f"{key}.shape", schedule.shape, ("cosine", "linear"))
+    for name in schedule.applies_to:
+        _one_of(f"{key}.applies_to", name, PRUNING_STAGES)
+    if not 0 <= schedule.start < schedule.end <= 1:
+        raise UserError(
+            f"{key}.start={schedule.start} and {key}.end={schedule.end} are shares of the steps: 0 <= start < end <= 1"
+        )
+    if not 0 < schedule.low <= schedule.high <= 1:
+        raise UserError(
+            f"{key}.low={schedule.low} and {key}.high={schedule.high} are shares of the tokens: 0 < low <= high <= 1"
+        )
+    if schedule.name != "constant" and not any(getattr(pruner, name).enabled for name in schedule.applies_to):
+        on = [name for name in PRUNING_STAGES if getattr(pruner, name).enabled]
+        raise UserError(
+            f"{key}.name={schedule.name} moves nothing: pruner={pruner.name} runs no stage that "
+            f"{key}.applies_to=[{','.join(schedule.applies_to)}] names; set "
+            + (f"{key}.applies_to=[{','.join(on)}]" if on else f"{key}.name=constant, or choose another pruner")
+        )
+
+
 def possible_scores(encoder: EncoderConfig) -> list[str]:
     """Stage-1 scores that an encoder can give. The pooling head is SigLIP's, unless it is built without."""
     arch = encoder.arch
@@ -359,6 +385,12 @@ def _check_memory(config: Config, name: str, stage: StageConfig) -> None:
             raise UserError(
                 f"{key}: {where}={score} cuts an image anew for each question; set trainer.remember_images=0"
             )
+    schedule = config.pruner.schedule
+    if vision.enabled and schedule.name != "constant" and "vision" in schedule.applies_to:
+        raise UserError(
+            f"{key}: pruner.schedule.name={schedule.name} moves what stage 1 leaves of an image from step to step; "
+            "set trainer.remember_images=0, or pruner.schedule.applies_to=[language]"
+        )
     if projects(vision) and stage.train_projector:
         raise UserError(
             f"{key}: pruner.vision.space=projected selects by what the projector, which stage.{name} trains, makes of "
@@ -463,12 +495,37 @@ def _check_run(config: Config) -> None:
     _at_least("bench.repeats", config.bench.repeats, 1)
     if not config.bench.pruners:
         raise UserError("bench.pruners is empty: name what to measure, e.g. bench.pruners=[none,twostage]")
+    _check_calibrate(config)
     if config.logger.wandb is not None:
         _one_of("logger.wandb.mode", config.logger.wandb.mode, ("auto", "online", "offline"))
     for key in ("experiment_name", "run_id"):
         name = getattr(config, key)
         if name is not None and (not name or name in (".", "..") or "/" in name or "\\" in name):
             raise UserError(f"{key}={name} names a folder: no slashes, not empty; runs_dir= says where it goes")
+
+
+def _check_calibrate(config: Config) -> None:
+    settings = config.calibrate
+    _at_least("calibrate.images", settings.images, 1)
+    _one_of("calibrate.split", settings.split, STAGES)
+    _one_of("calibrate.measure", settings.measure, ("vision", "layer_mean"))
+    for name in settings.budgets:
+        _one_of("calibrate.budgets", name, KNEE_METHODS)
+    if settings.target is not None and not 0 < settings.target <= 1:
+        raise UserError(
+            f"calibrate.target={settings.target} is a share of the tokens: more than 0, at most 1; null reports only"
+        )
+    vision = config.pruner.vision
+    if config.task == "calibrate" and (reads_text(vision) or (vision.enabled and vision.recover.enabled)):
+        raise UserError(
+            f"task=calibrate measures one curve an image, and pruner={config.pruner.name} reads questions or keeps "
+            "patches in two passes; choose a pruner that does neither"
+        )
+    if config.task == "calibrate" and settings.split not in config.stage:
+        raise UserError(
+            f"calibrate.split={settings.split}, but stage.{settings.split} is not set: it says how images and samples "
+            "are prepared; choose the other split, or a stage group that has it"
+        )
 
 
 def _one_of(key: str, value: Any, known: Sequence[str | None]) -> None:

@@ -205,10 +205,32 @@ class LanguageStageConfig:
 
 
 @dataclass
+class ScheduleConfig:
+    """How the budgets move over the steps of each training stage. Where nothing is trained they hold as they are."""
+
+    name: str = "constant"
+    """`constant`: they do not move; `anneal`: everything is kept at first, the budgets' counts later; `random`: each
+    optimizer step draws a share that takes the place of the budgets' counts."""
+    applies_to: list[str] = field(default_factory=lambda: ["vision", "language"])
+    """Pruning stages whose budgets move: `vision`, `language` or both."""
+    start: float = 0.1
+    """anneal: share of the steps before which everything is kept."""
+    end: float = 0.6
+    """anneal: share of the steps from which on the budgets' own counts are kept."""
+    shape: str = "cosine"
+    """anneal: how it falls in between, `cosine` or `linear`."""
+    low: float = 0.1
+    """random: smallest share of a row's tokens that a step may keep."""
+    high: float = 1.0
+    """random: largest one."""
+
+
+@dataclass
 class PrunerConfig:
     name: str = "twostage"
     vision: VisionStageConfig = field(default_factory=VisionStageConfig)
     language: LanguageStageConfig = field(default_factory=LanguageStageConfig)
+    schedule: ScheduleConfig = field(default_factory=ScheduleConfig)
 
 
 @dataclass
@@ -388,6 +410,23 @@ class BenchConfig:
 
 
 @dataclass
+class CalibrateConfig:
+    """What `task=calibrate` measures, and on what."""
+
+    images: int = 256
+    """Different images to look at, drawn by `seed`; fewer where the split has fewer."""
+    split: str = "instruct"
+    """`pretrain` or `instruct`: whose samples, template and image preparation; never the questions of evaluation."""
+    measure: str = "vision"
+    """`vision`: visual tokens that stage 1 leaves / dense ones; `layer_mean`: the keep ratio, tokens entering an LLM
+    layer averaged over layers / dense tokens, with stage 2 in the loop."""
+    target: float | None = 0.22
+    """Share to meet, the method's headline unless given; null: report only."""
+    budgets: list[str] = field(default_factory=list)
+    """Budgets to report; empty: all. The chosen one is always among them."""
+
+
+@dataclass
 class Config:
     task: str = "train"
     """What to do; `--help` lists the tasks."""
@@ -400,7 +439,7 @@ class Config:
     seed: int = 42
     stages: list[str] = field(default_factory=lambda: ["pretrain", "instruct"])
     ckpt: str | None = None
-    """For evaluate and generate: a run directory, an exported folder or a llava-hf folder."""
+    """For evaluate, generate, inspect and calibrate: a run directory, an exported folder or a llava-hf folder."""
     restart: bool = False
     """Start over: an existing run directory is moved aside, never deleted."""
     debug: bool = False
@@ -420,3 +459,4 @@ class Config:
     evaluate: EvaluateConfig = field(default_factory=EvaluateConfig)
     generate: GenerateConfig = field(default_factory=GenerateConfig)
     bench: BenchConfig = field(default_factory=BenchConfig)
+    calibrate: CalibrateConfig = field(default_factory=CalibrateConfig)

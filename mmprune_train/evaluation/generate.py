@@ -5,7 +5,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from PIL import Image
@@ -15,6 +15,7 @@ from mmprune_train.data.templates import Template
 from mmprune_train.errors import UserError
 from mmprune_train.evaluation.questions import Question
 
+Item = TypeVar("Item")
 COUNTS = ("dense", "stage1", "stage2", "layer_mean", "visual_dense", "visual_stage1", "visual_stage2")
 
 
@@ -85,18 +86,18 @@ def answer(
     return predictions
 
 
-def batches(questions: Sequence[Question], size: int) -> Iterator[Sequence[Question]]:
-    for start in range(0, len(questions), size):
-        yield questions[start : start + size]
+def batches(items: Sequence[Item], size: int) -> Iterator[Sequence[Item]]:
+    for start in range(0, len(items), size):
+        yield items[start : start + size]
 
 
-def progress(items: Sequence[Any], title: str) -> Iterable[Any]:
-    """A bar on a terminal, about ten plain lines elsewhere."""
+def progress(items: Sequence[Any], title: str, unit: str = "batches", lines: int = 10) -> Iterable[Any]:
+    """A bar on a terminal, about `lines` plain lines elsewhere."""
     if sys.stderr.isatty():
         yield from tqdm(items, desc=title)
         return
-    every = max(1, -(-len(items) // 10))
+    every = max(1, -(-len(items) // lines))
     for index, item in enumerate(items, 1):
         yield item
         if index % every == 0 or index == len(items):
-            print(f"{title} {index}/{len(items)} batches", flush=True)
+            print(f"{title} {index}/{len(items)} {unit}", flush=True)

@@ -24,6 +24,7 @@ from mmprune_train.model.patches import Patches, PatchMemory
 from mmprune_train.model.question import FOLDER, Asked, Looks, QuestionEncoder, Words, looks_of
 from mmprune_train.model.vision import deepest_feature, encode, family_of, scored_block
 from mmprune_train.pruning import IGNORE, Kind, PackedSequence, Pruner, PruningTrace
+from mmprune_train.pruning.scores import VisionView
 
 Annotate = Callable[[Tensor], tuple[Tensor, Tensor]]
 """Token ids of one sample [L] -> kinds [L] and turns [L]."""
@@ -211,39 +212,61 @@ class PackedLlava(PreTrainedModel, GenerationMixin):
 
     def _select_patches(self, pixel_values: Tensor, asked: Asked | None = None) -> Patches:
         """Stage 1 of images [I, 3, H, W]: a row for each image, or for each that `asked` has."""
-        if asked is None and self.question is not None:
-            asked = self.question.ask(Looks.unasked(len(pixel_values)))
         tower: Any = self.hf.model.vision_tower
-        config = self.config
         trained = torch.is_grad_enabled() and any(p.requires_grad for p in tower.parameters())
-        parts: list[Patches] = []
-        for number, chunk in enumerate(pixel_values.to(tower.dtype).split(self.vision_chunk)):
+        parts = []
+        for number, chunk in enumerate(pixel_values.split(self.vision_chunk)):
             with timed(self.clock, "vision"), torch.set_grad_enabled(trained):
-                states, view = encode(
-                    tower,
-                    chunk,
-                    config.vision_feature_layer,
-                    drop_cls=config.vision_feature_select_strategy == "default",
-                    layer=self.pruner.settings.vision.layer,
-                )
-            if states.shape[1] != view.patches.shape[1]:  # "full" on an encoder with CLS: no patch grid to prune on
-                if self.pruner.settings.vision.enabled:
-                    raise UserError(
-                        "vision_feature_select_strategy='full' feeds the CLS token to the LLM, which stage 1 cannot "
-                        "prune; use 'default', or pruner=language_only"
-                    )
-                view.patches = states
+                states, view = self.encode_images(chunk)
             with timed(self.clock, "selection"):
-                projected = partial(self._project_to_look, states)
-                if asked is not None and self.question is not None:
-                    view, rows = self.question.show(view, asked, number * self.vision_chunk)
-                    projected = partial(self._project_to_look, states, rows)
-                    states = states[rows]
-                kept, scores = self.pruner.keep_patches(view, projected)
-                features, places = self.pruner.merge_patches(states, kept, scores, view)
-                order = self.pruner.entry_order(kept, places, scores)
-            parts.append(Patches(features[places], places, order, scores))
+                parts.append(self.cut_images(states, view, asked, first=number * self.vision_chunk))
         return Patches.cat(parts)
+
+    def encode_images(self, pixel_values: Tensor) -> tuple[Tensor, VisionView]:
+        """Features [I, N, D] of images [I, 3, H, W] for the projector, and what stage 1 looks at."""
+        tower: Any = self.hf.model.vision_tower
+        return encode(
+            tower,
+            pixel_values.to(tower.dtype),
+            self.config.vision_feature_layer,
+            drop_cls=self.config.vision_feature_select_strategy == "default",
+            layer=self.pruner.settings.vision.layer,
+        )
+
+    def cut_images(
+        self,
+        states: Tensor,
+        view: VisionView,
+        asked: Asked | None = None,
+        first: int = 0,
+        scores: Tensor | None = None,
+    ) -> Patches:
+        """Stage 1 of encoded images: a row for each image, or for each that `asked` has.
+
+        Args:
+            states: features [I, N, D] for the projector. view: what stage 1 looks at.
+            asked: the questions, where the pruner reads them; None: nothing is asked.
+            first: number of the first of these images among those of `asked`.
+            scores: [I, N] of an earlier call, which need not be computed again.
+        """
+        if states.shape[1] != view.patches.shape[1]:  # "full" on an encoder with CLS: no patch grid to prune on
+            if self.pruner.settings.vision.enabled:
+                raise UserError(
+                    "vision_feature_select_strategy='full' feeds the CLS token to the LLM, which stage 1 cannot "
+                    "prune; use 'default', or pruner=language_only"
+                )
+            view.patches = states
+        projected = partial(self._project_to_look, states)
+        if self.question is not None:
+            if asked is None:
+                asked, first = self.question.ask(Looks.unasked(len(states))), 0
+            view, rows = self.question.show(view, asked, first)
+            projected = partial(self._project_to_look, states, rows)
+            states = states[rows]
+        kept, scores = self.pruner.keep_patches(view, projected, scores)
+        features, places = self.pruner.merge_patches(states, kept, scores, view)
+        order = self.pruner.entry_order(kept, places, scores)
+        return Patches(features[places], places, order, scores)
 
     @torch.no_grad()
     def _project_to_look(self, features: Tensor, rows: Tensor | None = None) -> Tensor:

@@ -189,14 +189,24 @@ def effective_rank(curve: Curve, lengths: Lengths, features: Float[Tensor, "B N 
     Returns:
         counts [B].
     """
+    return scaled_rank(spread_of_features(features), scale)
+
+
+def scaled_rank(spread: Float[Tensor, " B"], scale: float) -> Lengths:
+    """[B] what `effective_rank` counts in rows whose effective rank is known."""
     _check_scale("effective_rank", scale)
+    return _nearest(scale * spread)
+
+
+def spread_of_features(features: Float[Tensor, "B N D"]) -> Float[Tensor, " B"]:
+    """[B] effective rank of each row's features, what `effective_rank` scales and rounds."""
     size, width = features.shape[1:]
     gram = features @ features.mT if size <= width else features.mT @ features
     energy = torch.linalg.eigvalsh(gram)  # [B, min(N, D)] squared singular values, ascending
     noise = energy[:, -1:] * max(size, width) * torch.finfo(energy.dtype).eps
     singular = torch.where(energy > noise, energy, 0).sqrt()
     total = singular.sum(dim=1, keepdim=True)
-    return _nearest(scale * _exp_entropy(singular / torch.where(total > 0, total, 1)))
+    return _exp_entropy(singular / torch.where(total > 0, total, 1))
 
 
 def fixed_ratio(curve: Curve, lengths: Lengths, ratio: float = 0.25) -> Lengths:
@@ -312,7 +322,11 @@ def find_knee(
     curve = curve.masked_fill(~inside, 0)  # padding sorts last, and no budget may meet an infinity
     if needs_features(method):
         params["features"] = _valid_features(features, inside, method)
-    counts = _budget(method)(curve, lengths, **params)
+    return bounded(_budget(method)(curve, lengths, **params), lengths, min_tokens, max_tokens)
+
+
+def bounded(counts: Lengths, lengths: Lengths, min_tokens: int, max_tokens: int | None) -> Lengths:
+    """Counts [B] within `min_tokens`..`max_tokens`, and always within 1..length."""
     counts = counts.clamp(min=min_tokens)
     if max_tokens is not None:
         counts = counts.clamp(max=max_tokens)

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import fields, replace
 from inspect import signature
 
@@ -18,17 +19,29 @@ from mmprune_train.pruning.merging import merge
 from mmprune_train.pruning.packed import PackedSequence
 from mmprune_train.pruning.raters import relevant_raters
 from mmprune_train.pruning.recycling import recycle
+from mmprune_train.pruning.schedule import OWN, Pace, spare
 from mmprune_train.pruning.scores import LANGUAGE_SCORES, VISION_SCORES, LanguageView, VisionView, full_precision
 from mmprune_train.pruning.selection import columns, pad, selection, top_mask
 from mmprune_train.pruning.turns import candidates_and_voters
 
 
-def _counts(scores: Tensor, lengths: Tensor | None, knee: KneeConfig, features: Callable[[], Tensor]) -> Tensor:
-    """Counts of one stage; `features` makes the tokens' [B, N, D] for the budgets that look at them."""
+def counts_of(
+    scores: Tensor, lengths: Tensor | None, knee: KneeConfig, pace: Pace, features: Callable[[], Tensor]
+) -> Tensor:
+    """Counts [B] of one stage.
+
+    Args:
+        scores: [B, N]. lengths: [B], or None for all N.
+        features: makes the tokens' [B, N, D], for the budgets that look at them.
+    """
+    if pace.ratio is not None:
+        knee = replace(knee, method="fixed_ratio", ratio=pace.ratio)
     wanted = {*budget_parameters(knee.method), "min_tokens", "max_tokens"}
     params = {f.name: getattr(knee, f.name) for f in fields(knee) if f.name in wanted}
     seen = features() if needs_features(knee.method) else None
-    return find_knee(scores, knee.method, lengths, features=seen, **params)
+    counts = find_knee(scores, knee.method, lengths, features=seen, **params)
+    whole = torch.full_like(counts, scores.shape[1]) if lengths is None else lengths
+    return spare(counts, whole, pace.spared, knee.max_tokens) if pace.spared else counts
 
 
 class Pruner:
@@ -40,6 +53,7 @@ class Pruner:
 
     def __init__(self, settings: PrunerConfig) -> None:
         self.settings = settings
+        self._pace = OWN
         if settings.vision.enabled:
             key, recover = "pruner.vision", settings.vision.recover
             self._vision_score = find_component(VISION_SCORES, settings.vision.score, f"{key}.score")
@@ -51,6 +65,18 @@ class Pruner:
         if settings.language.enabled:
             self._language_score = find_component(LANGUAGE_SCORES, settings.language.score, "pruner.language.score")
             budget_parameters(settings.language.knee.method)
+
+    @contextmanager
+    def paced(self, pace: Pace) -> Iterator[None]:
+        """Move the budgets of the stages that the schedule applies to, as long as the context lasts."""
+        self._pace = pace
+        try:
+            yield
+        finally:
+            self._pace = OWN
+
+    def _pace_of(self, stage: str) -> Pace:
+        return self._pace if stage in self.settings.schedule.applies_to else OWN
 
     def layers(self, depth: int) -> dict[int, int]:
         """LLM layers that stage 2 prunes before, ascending, each with its place in `pruner.language.layer`.
@@ -80,24 +106,35 @@ class Pruner:
         return projects(self.settings.vision)
 
     @torch.no_grad()
+    def score_patches(self, view: VisionView) -> Float[Tensor, "I N"]:
+        """[I, N] stage-1 scores."""
+        return self._vision_score(view)
+
+    @torch.no_grad()
     def keep_patches(
-        self, view: VisionView, projected: Callable[[], Tensor] | None = None
+        self,
+        view: VisionView,
+        projected: Callable[[], Tensor] | None = None,
+        scores: Float[Tensor, "I N"] | None = None,
     ) -> tuple[Bool[Tensor, "I N"], Float[Tensor, "I N"] | None]:
         """Stage 1, score -> budget -> selection, and perhaps a second pass: bool [I, N] of kept patches, and the first
         pass's scores [I, N] (None where stage 1 is off).
 
         Args:
             projected: what the projector makes of the patches [I, N, D], for `space=projected`.
+            scores: those of an earlier call, which need not be computed again.
         """
         images, patches = view.patches.shape[:2]
         if not self.settings.vision.enabled:
             return torch.ones((images, patches), dtype=torch.bool, device=view.patches.device), None
-        scores = self._vision_score(view)
-        counts = _counts(scores, None, self.settings.vision.knee, lambda: view.patches)
+        scores = self.score_patches(view) if scores is None else scores
+        counts = counts_of(scores, None, self.settings.vision.knee, self._pace_of("vision"), lambda: view.patches)
         seen = projected() if self.projects and projected is not None else view.patches
         with full_precision(scores):
             kept = self._select(scores, counts, seen)
-        return (self._recover(view, kept) if self.settings.vision.recover.enabled else kept), scores
+        drawn = self._pace_of("vision").ratio is not None  # that ratio is the whole stage's
+        recovers = self.settings.vision.recover.enabled and not drawn
+        return (self._recover(view, kept) if recovers else kept), scores
 
     def _recover(self, view: VisionView, kept: Bool[Tensor, "I N"]) -> Bool[Tensor, "I N"]:
         """The second pass: dropped patches come back by its own score and budget, none for want of a question."""
@@ -106,10 +143,11 @@ class Pruner:
         left = (~kept).sum(1)
         order = kept.int().sort(dim=1, stable=True).indices  # dropped patches first
         dropped = scores.gather(1, order)
-        counts = _counts(
+        counts = counts_of(
             dropped,
             left.clamp(min=1),
             stage.knee,
+            OWN,
             lambda: view.patches.gather(1, order[..., None].expand_as(view.patches)),
         ).minimum(left)
         if stage.score in TEXT_SCORES and view.asked is not None:
@@ -183,7 +221,8 @@ class Pruner:
             rows = 2 * rows + (~sequence.visual[candidate])
         row, order = rows.unique(return_inverse=True)[1].sort(stable=True)
         table, lengths = pad(scores[candidate][order], row, int(row[-1]) + 1)
-        counts = _counts(table, lengths, self._knee(place), lambda: pad(hidden[candidate][order], row, len(lengths))[0])
+        knee, pace = self._knee(place), self._pace_of("language")
+        counts = counts_of(table, lengths, knee, pace, lambda: pad(hidden[candidate][order], row, len(lengths))[0])
         kept = top_mask(table, counts, lengths)
         column, _ = columns(row, len(lengths))
         chosen = torch.zeros_like(rows, dtype=torch.bool)

@@ -27,6 +27,9 @@ TASKS = {
         "mmprune_train.tasks.train:run", "run the experiment's stages in order; continues an interrupted run"
     ),
     "prepare": Task("mmprune_train.tasks.prepare:run", "get and convert the data and weights an experiment needs"),
+    "calibrate": Task(
+        "mmprune_train.tasks.calibrate:run", "tokens each budget would keep of a sample, and the parameter for a target"
+    ),
     "evaluate": Task("mmprune_train.tasks.evaluate:run", "generate answers and score them (ckpt=FOLDER)"),
     "generate": Task(
         "mmprune_train.tasks.generate:run", "answer one question about images (ckpt=FOLDER generate.images=[FILE])"

@@ -57,12 +57,19 @@ def with_run_settings(config: Config, source: Path) -> tuple[Config, Any]:
 
 def named_groups() -> set[str]:
     """First parts of the keys that the command line gives, e.g. {"pruner", "evaluate"}; empty outside of it."""
+    return {group_of(override) for override in command_line()}
+
+
+def command_line() -> list[str]:
+    """The overrides as they were typed; empty outside of the command line."""
     from hydra.core.hydra_config import HydraConfig
 
-    if not HydraConfig.initialized():
-        return set()
-    keys = [override.split("=", 1)[0].lstrip("+~") for override in HydraConfig.get().overrides.task]
-    return {key.split(".", 1)[0].split("@", 1)[0] for key in keys}
+    return list(HydraConfig.get().overrides.task) if HydraConfig.initialized() else []
+
+
+def group_of(override: str) -> str:
+    """First part of an override's key: `pruner` of `+pruner.vision.score=random`."""
+    return override.split("=", 1)[0].lstrip("+~").split(".", 1)[0].split("@", 1)[0]
 
 
 def evaluate_folder(config: Config, source: str | Path, folder: Path, pruner: Any = None) -> dict[str, Any]:

@@ -13,6 +13,7 @@ from mmprune_train.config.schema import OptimConfig
 from mmprune_train.data.batch import Batch
 from mmprune_train.model.flops import StepFlops
 from mmprune_train.model.llava import PackedLlava
+from mmprune_train.pruning.schedule import pace
 from mmprune_train.training.freezing import Part
 from mmprune_train.training.optim import adamw, parameter_groups, schedule
 
@@ -36,7 +37,8 @@ class MultimodalModule(pl.LightningModule):
 
     The loss of a step is the mean over the supervised tokens of all its micro-batches on all ranks, so accumulation and
     data parallelism leave it unchanged. Randomness (dropout, random scores) is a function of seed, stage, rank and
-    micro-batch: no generator has a state that a resumed run would have to get back.
+    micro-batch: no generator has a state that a resumed run would have to get back. The pruner's schedule knows only
+    the optimizer step, and holds while a training step runs its forward pass.
     """
 
     stage_name = "?"
@@ -77,7 +79,11 @@ class MultimodalModule(pl.LightningModule):
             self.rate = float(self.trainer.optimizers[0].param_groups[-1]["lr"])
 
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
-        output = self.model.forward_packed(batch.sequence, batch.pixel_values, names=batch.images)
+        pruner = self.model.pruner
+        step = batch_idx // self.trainer.accumulate_grad_batches
+        now = pace(pruner.settings.schedule, step, self.total_steps, f"{self.seed}/{self.stage_name}")
+        with pruner.paced(now):
+            output = self.model.forward_packed(batch.sequence, batch.pixel_values, names=batch.images)
         counts = output.trace.counts()
         for name in TOTALS:
             if name in counts:

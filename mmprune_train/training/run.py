@@ -128,12 +128,16 @@ def run_stage(
 
 def match_projector(model: PackedLlava, images: list[Tensor]) -> None:
     """Fit the new projector to what stage 1 keeps of these images [3, H, W]."""
+    with torch.no_grad():
+        features = [model.kept_features(torch.stack(images[at : at + 8])) for at in range(0, len(images), 8)]
+    fit_projector(model, torch.cat(features) if features else torch.empty((0, 1)))
+
+
+def fit_projector(model: PackedLlava, kept: Tensor) -> None:
+    """Fit the new projector to these features [K, Dv]."""
     table = model.hf.model.language_model.embed_tokens
     rms = float(table.weight.detach().float().square().mean().sqrt())
     rms *= float(getattr(table, "embed_scale", 1.0))  # Gemma scales what it looks up
-    with torch.no_grad():
-        features = [model.kept_features(torch.stack(images[at : at + 8])) for at in range(0, len(images), 8)]
-    kept = torch.cat(features) if features else torch.empty((0, 1))
     match_features(model.hf.model.multi_modal_projector, kept, rms)
 
 

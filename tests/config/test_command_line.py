@@ -51,7 +51,7 @@ def test_questions_are_answered_without_torch(arguments, words, tmp_path):
 
 def test_help_names_every_task_and_every_group_option(tmp_path):
     text = mmprune("--help", cwd=tmp_path).stdout
-    for word in ("train", "prepare", "evaluate", "generate", "twostage*", "llava13b_twostage", "kneedle*", "csv*"):
+    for word in ("train", "calibrate", "evaluate", "generate", "twostage*", "llava13b_twostage", "kneedle*", "csv*"):
         assert word in text
 
 
@@ -70,6 +70,18 @@ def test_wrong_input_exits_with_2_and_one_line(arguments, words, tmp_path):
     assert words in answer.stderr
     assert len(answer.stderr.strip().splitlines()) == 1
     assert list(tmp_path.iterdir()) == []
+
+
+def test_presets_of_a_config_dir_are_options_like_the_others(tmp_path):
+    (tmp_path / "conf" / "pruner").mkdir(parents=True)
+    (tmp_path / "conf" / "pruner" / "calibrated.yaml").write_text("name: mine\nvision:\n  knee:\n    mass: 0.25\n")
+    command = ["--config-dir", "conf", "+experiment=llava7b_dense"]  # which chooses a pruner of its own
+    answer = mmprune(*command, "pruner=calibrated", "--cfg", "job", "--resolve", cwd=tmp_path, before=NO_TORCH)
+    assert answer.returncode == 0 and "mass: 0.25" in answer.stdout, answer.stderr
+    answer = mmprune(*command, "pruner=calibratde", cwd=tmp_path, before=NO_TORCH)
+    assert answer.returncode == 2 and "did you mean calibrated? (one of calibrated, " in answer.stderr
+    answer = mmprune("--config-dir", "absent", "pruner=calibrated", cwd=tmp_path, before=NO_TORCH)
+    assert answer.returncode == 2 and "absent" in answer.stderr and len(answer.stderr.splitlines()) == 1
 
 
 def test_debug_adds_the_traceback(tmp_path):

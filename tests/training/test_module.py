@@ -2,75 +2,18 @@
 
 from __future__ import annotations
 
-import json
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-import pytorch_lightning as pl
 import torch
-from tiny import IMAGE_TOKEN, PATCHES, SIDE, VOCAB, tiny_llava
+from tiny import tiny_llava
+from training.short import Loader, fit
 
 from mmprune_train.config.compose import load_pruner
-from mmprune_train.config.schema import OptimConfig, StageConfig
-from mmprune_train.data.batch import Batch, Sample, collate
-from mmprune_train.data.encode import Example
 from mmprune_train.model.llava import PackedLlava
 from mmprune_train.model.patches import PatchMemory
-from mmprune_train.pruning import IGNORE, Kind, Pruner
-from mmprune_train.quiet import quiet
-from mmprune_train.training.callbacks import MetricsWriter
-from mmprune_train.training.freezing import freeze
-from mmprune_train.training.module import InstructModule
+from mmprune_train.pruning import Pruner
 from mmprune_train.training.stream import BatchStream, steps_of
-
-
-def sample(number: int) -> Sample:
-    """One image, a question and an answer whose length varies from sample to sample."""
-    generator = torch.Generator().manual_seed(number)
-    answer = 1 + 3 * (number % 4)
-    words = torch.randint(4, VOCAB, (4 + answer,), generator=generator)
-    ids = torch.cat([torch.tensor([1]), torch.full((PATCHES,), IMAGE_TOKEN), words])
-    kinds = [Kind.SPECIAL] + [Kind.VISUAL] * PATCHES + [Kind.PROMPT] * 4 + [Kind.ANSWER] * answer
-    kind = torch.tensor([int(k) for k in kinds])
-    labels = torch.where(kind == Kind.ANSWER, ids, IGNORE)
-    example = Example(str(number), ids, kind, torch.ones_like(ids), labels, n_images=1)
-    return Sample(example, [Path(f"{number}.png")], [torch.randn((3, SIDE, SIDE), generator=generator)])
-
-
-class Loader:
-    """Sixteen samples in batches of a given size."""
-
-    def __init__(self, batch_size: int) -> None:
-        self.batch_size = batch_size
-
-    def __len__(self) -> int:
-        return 16 // self.batch_size
-
-    def epoch(self, epoch: int, start: int) -> Iterator[Batch]:
-        for index in range(start, len(self)):
-            yield collate([sample(index * self.batch_size + i) for i in range(self.batch_size)])
-
-
-def fit(folder: Path, batch_size: int, window: int, pruner: str = "none") -> tuple[list[dict], PackedLlava]:
-    model = PackedLlava(tiny_llava(), Pruner(load_pruner(pruner)))
-    parts = freeze(model, StageConfig(train_projector=True, train_llm=True, lr=1e-3), adapters=False)
-    stream = BatchStream(Loader(batch_size), 3, window)
-    module = InstructModule(model, parts, OptimConfig(eps=1e-3, warmup_ratio=0.0), 3, seed=7)
-    with quiet():
-        trainer = pl.Trainer(
-            accelerator="cpu",
-            max_epochs=1,
-            accumulate_grad_batches=window,
-            enable_checkpointing=False,
-            enable_progress_bar=False,
-            enable_model_summary=False,
-            logger=False,
-            default_root_dir=folder,
-        )
-        trainer.callbacks += [MetricsWriter(folder / "metrics.jsonl", stream)]
-        trainer.fit(module, train_dataloaders=stream)
-    return [json.loads(line) for line in (folder / "metrics.jsonl").open()], model
 
 
 @pytest.mark.parametrize("pruner", ["none", "twostage"])

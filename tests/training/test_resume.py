@@ -48,13 +48,15 @@ def train(config: Config) -> tuple[list[dict[str, Any]], RunDirectory]:
     return [json.loads(line) for line in (run.stage("instruct") / "metrics.jsonl").open()], run
 
 
+@pytest.mark.parametrize("schedule", ["constant", "anneal", "random"])
 def test_killed_at_any_step_the_losses_are_bit_equal(
-    root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, schedule: str
 ) -> None:
-    whole, _ = train(config_of(root, tmp_path / "whole"))
+    moving = f"pruner.schedule.name={schedule}"
+    whole, _ = train(config_of(root, tmp_path / "whole", moving))
     assert len({row["loss"] for row in whole}) == 9 and whole[-1]["epoch"] > 1
     write = MetricsWriter.on_step_end
-    config = config_of(root, tmp_path / "killed")
+    config = config_of(root, tmp_path / "killed", moving)
     for step in (1, 4, 7):  # before the first checkpoint, at one, between two of them
 
         def die(self: MetricsWriter, trainer: Any, module: Any, step: int = step) -> None:

@@ -1,0 +1,146 @@
+"""Every budget on one sample: what it keeps as it is set, and with which parameter it meets the target."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from mmprune_train.config.checks import KNEE_METHODS, SHARE_METHODS, SIGNED_SCORES
+from mmprune_train.config.schema import CalibrateConfig, KneeConfig, PrunerConfig
+from mmprune_train.evaluation.calibration import SamplePasses, solve_keep_ratio, with_knee
+from mmprune_train.evaluation.generate import progress
+from mmprune_train.pruning.calibration import ScoredImages, Solution, knob_of
+
+
+def distribution(kept: Tensor) -> dict[str, float]:
+    """Mean, spread and percentiles of tokens kept [I]."""
+    percentiles = torch.quantile(kept.double(), torch.tensor([0.05, 0.5, 0.95], dtype=torch.float64)).tolist()
+    return {
+        "mean": float(kept.double().mean()),
+        "std": float(kept.double().std(correction=0)),
+        "min": int(kept.min()),
+        **dict(zip(("p5", "p50", "p95"), percentiles, strict=True)),
+        "max": int(kept.max()),
+    }
+
+
+@dataclass
+class BudgetRow:
+    """One budget on the sample."""
+
+    knee: KneeConfig
+    problem: str = ""
+    """Why the budget cannot be used here; all below is empty then."""
+    kept: Tensor | None = None
+    """[I] tokens kept of each image (of each sample where stage 2 runs alone)."""
+    share: float | None = None
+    """Share kept in all: of the visual tokens, or the keep ratio where stage 2 runs alone."""
+    solution: Solution | None = None
+    kept_at_target: Tensor | None = None
+    """[I] the same with the solution's parameter."""
+
+    @property
+    def name(self) -> str:
+        return self.knee.method
+
+    @property
+    def solved(self) -> KneeConfig | None:
+        """The budget with the parameter that meets the target; None where there is none."""
+        if self.solution is None or self.solution.value is None:
+            return None
+        return self.solution.knob.turned(self.knee, self.solution.value)
+
+    @property
+    def setting(self) -> str:
+        """`sensitivity=1.0`; empty for a budget without a parameter."""
+        knob = knob_of(self.name, 1)
+        return f"{knob.name}={getattr(self.knee, knob.name)}" if knob else ""
+
+
+@dataclass
+class Report:
+    """All budgets on one sample of images."""
+
+    asked: CalibrateConfig
+    pruner: PrunerConfig
+    stage: str
+    """Whose budget is calibrated: `vision`, or `language` where stage 2 runs alone."""
+    images: int
+    samples: int
+    patches: int
+    """Visual tokens of an image."""
+    token: float
+    """Share that one token makes: of an image, or of an average sample."""
+    rows: list[BudgetRow] = field(default_factory=list)
+    keep_ratio: float | None = None
+    """Of the run's own budget, at the target where it was solved."""
+    tokens: dict[str, float] = field(default_factory=dict)
+    """Means over the samples behind `keep_ratio`."""
+
+    @property
+    def own(self) -> BudgetRow:
+        """The run's own budget."""
+        return next(row for row in self.rows if row.name == getattr(self.pruner, self.stage).knee.method)
+
+
+def report_budgets(
+    asked: CalibrateConfig,
+    pruner: PrunerConfig,
+    scored: ScoredImages | None,
+    passes: SamplePasses | None,
+    images: int,
+    samples: int,
+    patches: int,
+) -> Report:
+    """Look at every budget that is asked for, and solve for the target.
+
+    Args:
+        scored: stage 1's scores; None: stage 1 is off.
+        passes: for `measure=layer_mean`.
+        images, samples, patches: how many, and of how many patches an image has.
+    """
+    stage = "vision" if scored is not None else "language"
+    knee: KneeConfig = getattr(pruner, stage).knee
+    names = [name for name in KNEE_METHODS if name in (*(asked.budgets or KNEE_METHODS), knee.method)]
+    token = 1 / patches if passes is None else passes.token
+    rows = [BudgetRow(replace(knee, method=name), _problem(name, getattr(pruner, stage).score)) for name in names]
+    report = Report(asked, pruner, stage, images, samples, patches, token, rows)
+    usable = [row for row in rows if not row.problem]
+    if scored is not None:
+        _look(usable, scored, asked.target if passes is None else None)
+    else:
+        assert passes is not None
+        for row in usable:
+            row.kept, row.share = _passed(passes(with_knee(pruner, stage, row.knee), row.name))
+    if passes is not None:
+        own = report.own
+        if asked.target is not None:
+            own.solution = solve_keep_ratio(passes, pruner, scored, asked.target)
+        counts = passes(with_knee(pruner, stage, own.solved or own.knee), own.name)
+        report.tokens = {name: float(values.mean()) for name, values in counts.items()}
+        left, report.keep_ratio = _passed(counts)
+        if own.solved is not None:
+            own.kept_at_target = left if scored is None else scored.kept(own.solved)
+    return report
+
+
+def _problem(method: str, score: str) -> str:
+    negative = method in SHARE_METHODS and score in SIGNED_SCORES
+    return f"needs scores >= 0, and {score} can be negative" if negative else ""
+
+
+def _look(rows: Sequence[BudgetRow], scored: ScoredImages, target: float | None) -> None:
+    for row in progress(rows, "calibrate", "budgets"):
+        row.kept, row.share = scored.kept(row.knee), scored.share(row.knee)
+        if target is not None:
+            row.solution = scored.solve(row.knee, target)
+            row.kept_at_target = None if row.solved is None else scored.kept(row.solved)
+
+
+def _passed(counts: dict[str, Any]) -> tuple[Tensor, float]:
+    """[B] tokens that left stage 2, and the keep ratio."""
+    return counts["stage2"].long(), float(counts["layer_mean"].sum() / counts["dense"].sum())

@@ -1,0 +1,259 @@
+"""`task=calibrate`: what each budget keeps of a sample, the parameter that meets a target, and a preset that has it."""
+
+from __future__ import annotations
+
+import shlex
+import shutil
+from dataclasses import dataclass, replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from mmprune_train.config.checks import KNEE_METHODS
+from mmprune_train.config.compose import to_yaml
+from mmprune_train.config.identity import run_dir
+from mmprune_train.config.schema import CalibrateConfig, Config, PrunerConfig
+from mmprune_train.data.images import ImageReader, image_processor
+from mmprune_train.data.records import Record, read_records
+from mmprune_train.data.sources import split_files
+from mmprune_train.data.templates import get_template
+from mmprune_train.errors import UserError
+from mmprune_train.evaluation.budgets import BudgetRow, Report, report_budgets
+from mmprune_train.evaluation.calibration import (
+    EncodedImages,
+    Encoder,
+    SamplePasses,
+    draw_records,
+    encode_images,
+    pack,
+    with_knee,
+)
+from mmprune_train.model.build import build, load_model, vision_tower
+from mmprune_train.model.llava import PackedLlava
+from mmprune_train.model.vision import encode
+from mmprune_train.model.weights import encoder_folder
+from mmprune_train.pruning import Pruner
+from mmprune_train.pruning.calibration import ScoredImages, knob_of
+from mmprune_train.quiet import quiet
+from mmprune_train.reporting.budget_figure import KeptTokens, draw_budgets
+from mmprune_train.reporting.calibration import WHAT, outcome, sentence, share, summary, text
+from mmprune_train.tasks.evaluate import command_line, group_of, with_run_settings
+from mmprune_train.tasks.prepare import prepare_data, prepare_weights
+from mmprune_train.training.files import write_atomically, write_json
+from mmprune_train.training.inputs import template_of
+from mmprune_train.training.precision import choose_accelerator, choose_precision
+from mmprune_train.training.run import MATCHED_IMAGES, fit_projector
+
+PRESET = "calibrated"
+"""Name of the pruner preset that is written, for the run's own budget."""
+LEFT_OUT = {"task", "calibrate", "ckpt", "pruner", "knee"}
+"""Keys of the command that the next one does not repeat: the preset holds what they said."""
+
+
+def run(config: Config) -> dict[str, Any]:
+    """Write `calibrate/result.json`, `budgets.png` and `conf/pruner/calibrated.yaml` below the run directory.
+
+    Without `ckpt=` the base weights are measured, as a training run would start from them.
+
+    Raises:
+        UserError: the run's own budget cannot meet the target; the report is written nevertheless.
+    """
+    asked = config.calibrate
+    source = Path(config.ckpt) if config.ckpt else None
+    chosen, pruner = with_run_settings(config, source) if source else (config, config.pruner)
+    trained = source is not None and (source / "manifest.json").is_file()
+    folder = (source if source and trained else run_dir(config)) / "calibrate"
+    if pruner is not None:
+        check_subject(pruner, asked)
+    prepare_data(chosen, [asked.split])
+    subject = load_subject(chosen, pruner)
+    check_subject(subject.pruner, asked)
+    report, images = measure(chosen, subject)
+    written = write_presets(folder / "conf", report, chosen)
+    result = {**summary(report), "seed": config.seed, "ckpt": config.ckpt}
+    result["presets"] = sorted(written)
+    if PRESET in written:
+        result["next"] = next_command(config, folder / "conf")
+    write_json(folder / "result.json", result)
+    draw(report, images, folder / "budgets.png")
+    print(f"\n{text(report)}\n\n{folder}", flush=True)
+    own = report.own
+    if own.solution is not None and own.solved is None:
+        low, high = own.solution.reachable
+        raise UserError(
+            f"calibrate.target={asked.target}: {own.name} keeps {share(low)} to {share(high)} of this sample, whatever "
+            f"its {own.solution.knob.name} ({own.solution.problem}); choose another target, or another knee="
+        )
+    if PRESET in written:
+        print(f"\n{sentence(report)}\nNext: {result['next']}", flush=True)
+    return result
+
+
+def check_subject(pruner: PrunerConfig, asked: CalibrateConfig) -> None:
+    """Raise UserError where a pruner has nothing that could be calibrated this way."""
+    vision, language = pruner.vision, pruner.language
+    if not (vision.enabled or language.enabled):
+        raise UserError(
+            f"task=calibrate: pruner={pruner.name} keeps everything; choose one that prunes: pruner=twostage"
+        )
+    if asked.measure == "vision" and not vision.enabled:
+        raise UserError(
+            f"calibrate.measure=vision: pruner={pruner.name} has no stage 1; set calibrate.measure=layer_mean, or "
+            "pruner=twostage"
+        )
+    method = (vision if vision.enabled else language).knee.method
+    if asked.measure == "layer_mean" and asked.target is not None and knob_of(method, 1) is None:
+        able = [name for name in KNEE_METHODS if knob_of(name, 1)]
+        raise UserError(
+            f"calibrate.measure=layer_mean: {method} has no parameter to solve for; choose knee={able[0]} (or "
+            f"{', '.join(able[1:])}), or set calibrate.target=null"
+        )
+
+
+@dataclass
+class Subject:
+    """What is calibrated."""
+
+    pruner: PrunerConfig
+    encoder: Encoder
+    reader: ImageReader
+    device: torch.device
+    model: PackedLlava | None = None
+    """None where stage 1 is measured on base weights: the LLM need not be there."""
+    processor: Any = None
+
+
+def load_subject(config: Config, pruner: PrunerConfig | None) -> Subject:
+    """The model, or its encoder alone where that is enough.
+
+    Args:
+        pruner: None: the checkpoint's own.
+    """
+    asked = config.calibrate
+    device = torch.device(choose_accelerator(config.trainer.accelerator))
+    reader = ImageReader(image_processor(config.encoder, config.stage[asked.split].image_aspect_ratio))
+    with quiet():
+        if not config.ckpt and asked.measure == "vision":
+            assert pruner is not None
+            torch.manual_seed(config.seed)  # random weights are to be those of a run
+            tower = vision_tower(config.encoder, encoder_folder(config.encoder), torch.float32).to(device).eval()
+            encoder = partial(
+                encode,
+                tower,
+                feature_layer=config.encoder.feature_layer,
+                drop_cls=config.encoder.has_cls,
+                layer=pruner.vision.layer,
+            )
+            return Subject(pruner, encoder, reader, device)
+        if config.ckpt:
+            model, processor = load_model(config.ckpt, pruner=pruner, device=device)
+            reader = ImageReader(processor.image_processor)
+        else:
+            prepare_weights(config)
+            model, processor = build(config)
+            model.to(device).eval()
+    return Subject(model.pruner.settings, model.encode_images, reader, device, model, processor)
+
+
+def measure(config: Config, subject: Subject) -> tuple[Report, EncodedImages]:
+    """Draw the sample, encode its images once, and look at every budget."""
+    asked, pruner = config.calibrate, subject.pruner
+    records = read_records(*split_files(config.data, asked.split), getattr(config.data, asked.split).limit)
+    drawn = draw_records(records, asked.images, config.seed)
+    paths = {path: f"{record.where} (id {record.id})" for record in drawn for path in record.images}
+    if not paths:
+        raise UserError(f"data.{asked.split}.annotations: no sample has an image; choose another calibrate.split")
+    dtype = choose_precision(config.trainer.precision, subject.device.type).dtype
+    passing = asked.measure == "layer_mean"
+    ranks = pruner.vision.enabled and "effective_rank" in (*(asked.budgets or KNEE_METHODS), pruner.vision.knee.method)
+    images = encode_images(
+        subject.encoder,
+        Pruner(pruner),
+        paths,
+        subject.reader,
+        config.trainer.vision_chunk,
+        subject.device,
+        dtype,
+        ranks,
+        passing,
+    )
+    scored = None if images.scores is None else ScoredImages(pruner.vision, images.scores, images.spread)
+    passes = sample_passes(config, subject, drawn, images, dtype) if passing else None
+    return report_budgets(asked, pruner, scored, passes, len(paths), len(drawn), images.patches), images
+
+
+def sample_passes(
+    config: Config, subject: Subject, records: list[Record], images: EncodedImages, dtype: torch.dtype
+) -> SamplePasses:
+    """Passes over the drawn samples, packed as their stage trains them."""
+    model, tokenizer = subject.model, subject.processor.tokenizer
+    assert model is not None
+    split = config.calibrate.split
+    stage = config.stage[split]
+    template = get_template(template_of(config, split), tokenizer)
+    packed = pack(records, template, tokenizer, model.config.image_seq_length, stage.max_length, stage.batch_size)
+    passes = SamplePasses(model, packed, images, dtype, config.seed)
+    if not config.ckpt and config.projector.init == "matched":
+        fit_projector(model, passes.kept_features(MATCHED_IMAGES))
+    return passes
+
+
+def write_presets(folder: Path, report: Report, config: Config) -> dict[str, Path]:
+    """`pruner/calibrated.yaml` for the run's own budget and `pruner/calibrated_NAME.yaml` for every other one that was
+    solved; those of an earlier calibration are removed. By name."""
+    shutil.rmtree(folder, ignore_errors=True)
+    written = {}
+    for row in report.rows:
+        if row.solved is not None:
+            name = PRESET if row is report.own else f"{PRESET}_{row.name}"
+            settings = with_knee(report.pruner, report.stage, row.solved)
+            settings = replace(settings, name=f"{settings.name.removesuffix('-' + PRESET)}-{PRESET}")
+            written[name] = folder / "pruner" / f"{name}.yaml"
+            write_atomically(written[name], "".join(header(report, row, config)) + to_yaml(settings))
+    return written
+
+
+def header(report: Report, row: BudgetRow, config: Config) -> list[str]:
+    """Comment lines that say what a preset was computed from."""
+    asked = report.asked
+    found, reached = outcome(row.solution)
+    command = shlex.join(["python", "-m", "mmprune_train", *(command_line() or ["task=calibrate"])])
+    weights = config.ckpt or f"encoder {config.encoder.name}, llm {config.llm.name}, not trained"
+    score = getattr(report.pruner, report.stage).score
+    return [
+        f"# {command}\n",
+        f"# {report.images} images in {report.samples} samples of {asked.split}, seed {config.seed}; {weights}.\n",
+        f"# pruner.{report.stage}: score {score}, {row.name}, {found}. {asked.measure} ({WHAT[asked.measure]}):\n",
+        f"# target {asked.target}, reached {reached}. Every setting is pinned: knee=... moves nothing here,\n",
+        "# pruner.vision.knee.* and pruner.language.knee.* do.\n",
+    ]
+
+
+def next_command(config: Config, folder: Path) -> str:
+    """The command that uses the preset: evaluates the checkpoint with it, or trains."""
+    kept = [override for override in command_line() if group_of(override) not in LEFT_OUT]
+    task = ["task=evaluate", f"ckpt={config.ckpt}"] if config.ckpt else []
+    arguments = ["--config-dir", str(folder), *task, *kept, f"pruner={PRESET}"]
+    return shlex.join(["python", "-m", "mmprune_train", *arguments])
+
+
+def draw(report: Report, images: EncodedImages, path: Path) -> None:
+    """The figure."""
+    shown = [
+        KeptTokens(
+            row.name,
+            row.kept.numpy(),
+            None if row.kept_at_target is None else row.kept_at_target.numpy(),
+            row is report.own,
+        )
+        for row in report.rows
+        if row.kept is not None
+    ]
+    asked = report.asked
+    aimed = asked.target * report.patches if asked.target and asked.measure == "vision" else None
+    what = "tokens kept of an image" if report.stage == "vision" else "tokens of a sample after stage 2"
+    score = getattr(report.pruner, report.stage).score
+    title = f"{report.pruner.name}, {score}: {report.images} images of {asked.split}"
+    draw_budgets(shown, None if images.scores is None else images.scores.double().numpy(), aimed, what, title, path)
