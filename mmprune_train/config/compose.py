@@ -17,6 +17,7 @@ from omegaconf.errors import OmegaConfBaseException
 from mmprune_train.config import checks
 from mmprune_train.config.explain import all_keys, explain, unknown_key, unknown_name
 from mmprune_train.config.paths import conf_dir, options
+from mmprune_train.config.pruner import check_pruner
 from mmprune_train.config.schema import Config, KneeConfig, PrunerConfig
 from mmprune_train.errors import UserError
 
@@ -116,5 +117,5 @@ def load_pruner(spec: str | Mapping[str, Any] | None) -> PrunerConfig:
     except OmegaConfBaseException as error:
         raise UserError(f"pruner: {explain(error)}") from error
     assert isinstance(pruner, PrunerConfig)
-    checks.check_pruner(pruner)
+    check_pruner(pruner)
     return pruner

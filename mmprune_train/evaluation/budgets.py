@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from mmprune_train.config.checks import KNEE_METHODS, SHARE_METHODS, SIGNED_SCORES
+from mmprune_train.config.pruner import KNEE_METHODS, SHARE_METHODS, SIGNED_SCORES
 from mmprune_train.config.schema import CalibrateConfig, KneeConfig, PrunerConfig
 from mmprune_train.evaluation.calibration import SamplePasses, solve_keep_ratio, with_knee
 from mmprune_train.evaluation.generate import progress

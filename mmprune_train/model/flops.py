@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from mmprune_train.config.checks import TEXT_SCORES, stage_one_scores
+from mmprune_train.config.pruner import TEXT_SCORES, stage_one_scores
 from mmprune_train.model.llava import PackedLlava
 from mmprune_train.model.vision import deepest_feature, family_of, scored_block
 from mmprune_train.pruning import PruningTrace

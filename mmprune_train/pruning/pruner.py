@@ -11,7 +11,7 @@ import torch
 from jaxtyping import Bool, Float, Int64
 from torch import Tensor
 
-from mmprune_train.config.checks import TEXT_SCORES, projects, pruned_layers, reads_text
+from mmprune_train.config.pruner import TEXT_SCORES, projects, pruned_layers, reads_text
 from mmprune_train.config.schema import KneeConfig, PrunerConfig
 from mmprune_train.pruning.budgets import budget_parameters, find_knee, needs_features
 from mmprune_train.pruning.components import find_component

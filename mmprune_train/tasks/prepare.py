@@ -35,7 +35,7 @@ def prepare_data(config: Config, splits: list[str]) -> dict[str, Path]:
 def prepare_weights(config: Config) -> dict[str, Path | None]:
     """Folders of the encoder's, the LLM's and, where the pruner reads text, the text tower's weights, downloaded and
     converted where needed; None: random."""
-    from mmprune_train.config.checks import reads_text
+    from mmprune_train.config.pruner import reads_text
     from mmprune_train.model.weights import encoder_folder, llm_folder, text_folder
 
     for name, part in (("encoder", config.encoder), ("llm", config.llm)):

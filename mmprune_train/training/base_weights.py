@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 from pathlib import Path
 
-from mmprune_train.config.checks import reads_text
+from mmprune_train.config.pruner import reads_text
 from mmprune_train.config.schema import Config
 from mmprune_train.model.weights import encoder_folder, llm_folder, text_folder
 

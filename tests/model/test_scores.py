@@ -20,7 +20,7 @@ from transformers import (
     SiglipVisionConfig,
 )
 
-from mmprune_train.config import checks
+from mmprune_train.config import pruner as parts
 from mmprune_train.config.schema import EncoderConfig, StageConfig
 from mmprune_train.errors import UserError
 from mmprune_train.model.flops import StepFlops
@@ -210,19 +210,19 @@ def test_an_encoder_that_llava_cannot_feed_is_refused_with_the_one_to_take() -> 
 
 
 def test_the_config_knows_the_same_scores_selections_and_merges() -> None:
-    assert tuple(VISION_SCORES) == checks.VISION_SCORES
-    assert tuple(LANGUAGE_SCORES) == checks.LANGUAGE_SCORES
-    assert {name: part for name, (_, part) in NEEDS.items()} == checks.SCORE_NEEDS
-    assert tuple(SELECTIONS) == checks.SELECTIONS
-    assert ("none", *MERGES) == checks.MERGES
-    assert set(checks.RATED_SCORES) < set(LANGUAGE_SCORES)
+    assert tuple(VISION_SCORES) == parts.VISION_SCORES
+    assert tuple(LANGUAGE_SCORES) == parts.LANGUAGE_SCORES
+    assert {name: part for name, (_, part) in NEEDS.items()} == parts.SCORE_NEEDS
+    assert tuple(SELECTIONS) == parts.SELECTIONS
+    assert ("none", *MERGES) == parts.MERGES
+    assert set(parts.RATED_SCORES) < set(LANGUAGE_SCORES)
 
 
 @pytest.mark.parametrize("vision", VISION)
 def test_the_config_knows_which_scores_an_encoder_can_give(vision: str) -> None:
     arch = VISION[vision]().to_dict()
     described = EncoderConfig(arch=arch, has_cls=family_of(arch["model_type"]).has_cls)
-    assert checks.possible_scores(described) == possible_scores(view_of(tiny_llava(vision).model.vision_tower))
+    assert parts.possible_scores(described) == possible_scores(view_of(tiny_llava(vision).model.vision_tower))
 
 
 class Largest(TorchDispatchMode):

@@ -19,8 +19,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from kneed import KneeLocator
 
-from mmprune_train.config.checks import KNEE_METHODS, SHARE_METHODS
 from mmprune_train.config.paths import options
+from mmprune_train.config.pruner import KNEE_METHODS, SHARE_METHODS
 from mmprune_train.config.schema import KneeConfig, PrunerConfig
 from mmprune_train.errors import UserError
 from mmprune_train.pruning import IGNORE, Kind, PackedSequence, Pruner, available_budgets, find_knee
