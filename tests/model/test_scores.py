@@ -242,6 +242,8 @@ def test_no_stage_one_score_holds_patches_times_patches(score: str) -> None:
     config = type(VISION[vision]())(**VISION[vision]().to_dict() | {"image_size": 256})
     view = view_of(AutoModel.from_config(config), images=1, side=256)
     patches = view.patches.shape[1]
+    joint = torch.nn.Linear(view.patches.shape[2], 16)
+    view.question = lambda normed: (joint(view.block_output()), torch.randn(1, 16))
     even_order.cache_clear()
     with Largest() as largest, torch.no_grad():
         VISION_SCORES[score](view)
