@@ -388,7 +388,7 @@ def test_both_stages_give_effective_rank_the_features_of_their_rows() -> None:
         stage.score, stage.knee = "random", KneeConfig(method="effective_rank")
     pruner = Pruner(settings)
     patches = torch.stack([torch.ones(8, 5), torch.eye(8)[:, :5]])
-    mask, _ = pruner.keep_patches(VisionView(patches, None, None))
+    mask, _ = pruner.keep_patches(VisionView(patches, (2, 4), lambda: patches))
     assert mask.sum(1).tolist() == [1, 5]
 
     kind = torch.tensor([Kind.SPECIAL, *[Kind.VISUAL] * 4, *[Kind.PROMPT] * 3, Kind.SPECIAL] * 2)
