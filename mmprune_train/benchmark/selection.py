@@ -50,7 +50,7 @@ def selection_costs(
             for name, settings in pruners.items():
                 model.pruner = Pruner(settings)
                 with torch.no_grad():
-                    kept[name] = model._select_patches(pixel_values).kept
+                    kept[name] = model.select_patches(pixel_values).kept
                 lap = model.clock.lap()
                 if repeat:
                     laps[name].append(lap)

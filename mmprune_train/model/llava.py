@@ -210,7 +210,7 @@ class PackedLlava(PreTrainedModel, GenerationMixin):
         visual = torch.bincount(sequence.segment[sequence.visual], minlength=sequence.samples)
         return sequence.lengths, visual
 
-    def _select_patches(self, pixel_values: Tensor, asked: Asked | None = None) -> Patches:
+    def select_patches(self, pixel_values: Tensor, asked: Asked | None = None) -> Patches:
         """Stage 1 of images [I, 3, H, W]: a row for each image, or for each that `asked` has."""
         tower: Any = self.hf.model.vision_tower
         trained = torch.is_grad_enabled() and any(p.requires_grad for p in tower.parameters())
@@ -283,18 +283,18 @@ class PackedLlava(PreTrainedModel, GenerationMixin):
     def _remembered_patches(
         self, pixel_values: Tensor, names: list[str] | None, asked: Asked | None
     ) -> tuple[Patches, int]:
-        """As `_select_patches`, and the number of images that were encoded for it.
+        """As `select_patches`, and the number of images that were encoded for it.
 
         With a memory images are encoded one by one, so that an image's features do not depend on the others of the
         batch in which it was first seen. A stage 1 that reads the question has nothing to remember.
         """
         if self.memory is None or names is None or asked is not None:
-            return self._select_patches(pixel_values, asked), len(pixel_values)
+            return self.select_patches(pixel_values, asked), len(pixel_values)
         rows, encoded = [], 0
         for name, pixels in zip(names, pixel_values.split(1), strict=True):
             seen = self.memory.get(name)
             if seen is None:
-                seen = self._select_patches(pixels).detach()
+                seen = self.select_patches(pixels).detach()
                 self.memory.put(name, seen)
                 encoded += 1
             rows.append(seen.to(pixel_values.device))
@@ -302,7 +302,7 @@ class PackedLlava(PreTrainedModel, GenerationMixin):
 
     def kept_features(self, pixel_values: Tensor) -> Tensor:
         """[K, Dv] features that stage 1 leaves of images [I, 3, H, W], made tokens among them, before the projector."""
-        return self._select_patches(pixel_values.to(self.hf.lm_head.weight.device)).chosen
+        return self.select_patches(pixel_values.to(self.hf.lm_head.weight.device)).chosen
 
     def _absent_image(self) -> Tensor | None:
         """In training, a text-only batch runs the vision path on a blank image with zero weight, so that every rank
@@ -311,7 +311,7 @@ class PackedLlava(PreTrainedModel, GenerationMixin):
             return None
         size = self.config.vision_config.image_size
         blank = torch.zeros((1, 3, size, size), device=self.hf.lm_head.weight.device)
-        return self.hf.model.multi_modal_projector(self._select_patches(blank).chosen)
+        return self.hf.model.multi_modal_projector(self.select_patches(blank).chosen)
 
     def _embed(self, sequence: PackedSequence, projected: Tensor | None, row_of: Tensor | None) -> Tensor:
         visual = sequence.visual
