@@ -8,6 +8,7 @@ from __future__ import annotations
 import os
 import sys
 import traceback
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from mmprune_train.errors import UserError
@@ -73,6 +74,8 @@ def main() -> None:
     if "--help" in arguments or "-h" in arguments:
         print(usage())
         return
+    if (here := str(Path.cwd())) not in sys.path:  # `mmprune` finds a user's module:function where `python -m` does
+        sys.path.insert(0, here)
     try:
         compose_and_run()
     except KeyboardInterrupt:

@@ -41,7 +41,7 @@ def selection_costs(
         pixel_values: [I, 3, H, W], encoded in chunks of `model.vision_chunk`.
         repeats: passes that are counted, of every pruner.
     """
-    own, own_clock = model.pruner, model.clock
+    own, own_clock, question = model.pruner, model.clock, model.question
     model.clock = Clock()
     laps: dict[str, list[dict[str, float]]] = {name: [] for name in pruners}
     kept: dict[str, Tensor] = {}
@@ -49,13 +49,14 @@ def selection_costs(
         for repeat in range(repeats + 1):
             for name, settings in pruners.items():
                 model.pruner = Pruner(settings)
+                model.question = question if model.pruner.reads_text else None
                 with torch.no_grad():
                     kept[name] = model.select_patches(pixel_values).kept
                 lap = model.clock.lap()
                 if repeat:
                     laps[name].append(lap)
     finally:
-        model.pruner, model.clock = own, own_clock
+        model.pruner, model.clock, model.question = own, own_clock, question
     for name, all_laps in laps.items():
         selection = [lap.get("selection", 0.0) for lap in all_laps]
         vision = [lap["vision"] for lap in all_laps]

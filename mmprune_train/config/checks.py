@@ -45,7 +45,7 @@ def check(config: Config) -> None:
     one_of("projector.init", config.projector.init, ("torch", "unit_variance", "matched"))
     check_knee("knee", config.knee)
     check_pruner(config.pruner)
-    _check_pruner_fits(config)
+    check_pruner_fits(config)
     _check_stages(config)
     _check_peft(config.peft, config.stage)
     check_optim(config.optim)
@@ -94,7 +94,8 @@ def check_llm(llm: LlmConfig) -> None:
     one_of("llm.template", llm.template, ("v1", "chat"))
 
 
-def _check_pruner_fits(config: Config) -> None:
+def check_pruner_fits(config: Config) -> None:
+    """Raise UserError where the encoder or the LLM cannot give what the pruner asks."""
     vision, language = config.pruner.vision, config.pruner.language
     first, *others = possible_scores(config.encoder)
     for key, score in stage_one_scores(vision):
@@ -282,6 +283,12 @@ def _check_calibrate(config: Config) -> None:
             f"task=calibrate measures one curve an image, and pruner={config.pruner.name} reads questions or keeps "
             "patches in two passes; choose a pruner that does neither"
         )
+    for key, name in (("knee.method", vision.knee.method), ("selection", vision.selection), ("merge", vision.merge)):
+        if config.task == "calibrate" and vision.enabled and (":" in name or name == "centres"):
+            raise UserError(
+                f"pruner.vision.{key}={name}: task=calibrate does not know what it keeps for which parameter; choose "
+                "another, and see what yours keeps in the keep_ratio of task=evaluate"
+            )
     if config.task == "calibrate" and settings.split not in config.stage:
         raise UserError(
             f"calibrate.split={settings.split}, but stage.{settings.split} is not set: it says how images and samples "

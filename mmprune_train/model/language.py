@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from importlib import import_module
 from typing import Any
@@ -46,31 +46,44 @@ def _slides(config: Any) -> bool:
     return window is not None and window < config.max_position_embeddings
 
 
-def scoring_queries_keys(
-    layer: Any, hidden: Tensor, cos: Tensor, sin: Tensor
-) -> Callable[[Tensor], tuple[Tensor, Tensor]]:
+class ScoringKeys:
     """Queries of chosen rows and keys of all tokens, as `layer` will compute them, without an attention matrix.
 
     Args:
         layer: the decoder layer that is about to run.
         hidden: [T, D] states entering it.
         cos, sin: [T, d] rotary tables of the tokens' positions; narrower where the family turns part of a head.
-    Returns:
-        rows [R] -> queries [R, H, d], scaled by 1/sqrt(d), and keys [T, Hkv, d].
     """
 
-    def query_keys(rows: Tensor) -> tuple[Tensor, Tensor]:
-        attention = layer.self_attn
-        query, keys = _projections(attention, layer.input_layernorm(hidden), rows)
-        if hasattr(attention, "q_norm"):  # Qwen3 normalises each head
-            query, keys = attention.q_norm(query), attention.k_norm(keys)
+    def __init__(self, layer: Any, hidden: Tensor, cos: Tensor, sin: Tensor) -> None:
+        self.layer = layer
+        self.hidden = hidden
+        self.cos, self.sin = cos, sin
+        self.ran = False
+        """Whether the layer's norm and projections were run."""
+
+    @torch.no_grad()
+    def __call__(self, rows: Tensor) -> tuple[Tensor, Tensor]:
+        """rows [R] -> queries [R, H, d], scaled by 1/sqrt(d), and keys [T, Hkv, d]."""
+        self.ran = True
+        attention = self.layer.self_attn
+        with looking(self.hidden.device):
+            query, keys = _projections(attention, self.layer.input_layernorm(self.hidden), rows)
+            if hasattr(attention, "q_norm"):  # Qwen3 normalises each head
+                query, keys = attention.q_norm(query), attention.k_norm(keys)
         family = attention.config.model_type
         rotate = import_module(f"transformers.models.{family}.modeling_{family}").apply_rotary_pos_emb
-        query = rotate(query, query, cos[rows], sin[rows])[0]
-        keys = rotate(keys, keys, cos, sin)[0]
+        query = rotate(query, query, self.cos[rows], self.sin[rows])[0]
+        keys = rotate(keys, keys, self.cos, self.sin)[0]
         return query * attention.scaling, keys
 
-    return query_keys
+
+def looking(device: torch.device) -> torch.autocast:
+    """Autocast as it is, but without its cache of cast weights: a weight that was cast where no gradient is taken would
+    be found without one by the pass that trains it (torch before 2.10)."""
+    kind = device.type
+    dtype, enabled = torch.get_autocast_dtype(kind), torch.is_autocast_enabled(kind)
+    return torch.autocast(kind, dtype=dtype, enabled=enabled, cache_enabled=False)
 
 
 def _projections(attention: Any, normed: Tensor, rows: Tensor) -> tuple[Tensor, Tensor]:

@@ -19,7 +19,7 @@ from mmprune_train.errors import UserError
 from mmprune_train.model import attention
 from mmprune_train.model.cache import PrunedCache
 from mmprune_train.model.clock import Clock, timed
-from mmprune_train.model.language import check_language_model, rotary, scoring_queries_keys
+from mmprune_train.model.language import ScoringKeys, check_language_model, looking, rotary
 from mmprune_train.model.patches import Patches, PatchMemory
 from mmprune_train.model.question import FOLDER, Asked, Looks, QuestionEncoder, Words, looks_of
 from mmprune_train.model.vision import deepest_feature, encode, family_of, scored_block
@@ -270,13 +270,8 @@ class PackedLlava(PreTrainedModel, GenerationMixin):
 
     @torch.no_grad()
     def _project_to_look(self, features: Tensor, rows: Tensor | None = None) -> Tensor:
-        """[I, N, D] features after the projector, for stage 1 to look at; of the images `rows`, where given.
-
-        Autocast must not cache the weights it casts here: the training pass would find them without their gradient.
-        """
-        kind = features.device.type
-        dtype, enabled = torch.get_autocast_dtype(kind), torch.is_autocast_enabled(kind)
-        with torch.autocast(kind, dtype=dtype, enabled=enabled, cache_enabled=False):
+        """[I, N, D] features after the projector, for stage 1 to look at; of the images `rows`, where given."""
+        with looking(features.device):
             projected = self.hf.model.multi_modal_projector(features)
         return projected if rows is None else projected[rows]
 
@@ -311,7 +306,8 @@ class PackedLlava(PreTrainedModel, GenerationMixin):
             return None
         size = self.config.vision_config.image_size
         blank = torch.zeros((1, 3, size, size), device=self.hf.lm_head.weight.device)
-        return self.hf.model.multi_modal_projector(self.select_patches(blank).chosen)
+        asked = None if self.question is None else self.question.ask(Looks.unasked(1))  # first, as with images
+        return self.hf.model.multi_modal_projector(self.select_patches(blank, asked).chosen)
 
     def _embed(self, sequence: PackedSequence, projected: Tensor | None, row_of: Tensor | None) -> Tensor:
         visual = sequence.visual
@@ -335,11 +331,10 @@ class PackedLlava(PreTrainedModel, GenerationMixin):
         for index, layer in enumerate(language.layers):
             if index in prune_before:
                 scoring, seen = (language.layers[index - 1], entered) if self.pruner.looks_back else (layer, hidden)
-                keys = scoring_queries_keys(scoring, seen.detach(), rotation[0][0], rotation[1][0])
+                keys = ScoringKeys(scoring, seen.detach(), rotation[0][0], rotation[1][0])
                 mask, scores = self.pruner.keep_tokens(sequence, hidden.detach(), keys, prune_before[index])
-                if scores is None and self.training:  # other ranks score: under ZeRO-3 all must run the same modules
-                    with torch.no_grad():
-                        keys(torch.zeros(1, dtype=torch.long, device=seen.device))
+                if self.training and not keys.ran:  # other ranks score: under ZeRO-3 all must run the same modules
+                    keys(torch.zeros(1, dtype=torch.long, device=seen.device))
                 if scores is not None:
                     trace.language_scores = scores if trace.language_scores is None else trace.language_scores
                     hidden, mask = self.pruner.merge_tokens(sequence, hidden, mask, scores)

@@ -29,7 +29,7 @@ def find_component(table: Mapping[str, Callable], name: str, key: str) -> Callab
     try:
         found = getattr(importlib.import_module(module), function)
     except ModuleNotFoundError as error:
-        if error.name != module.partition(".")[0] and error.name != module:
+        if module != error.name and not module.startswith(f"{error.name}."):
             raise  # the module is there, something that it imports is not
         raise UserError(
             f"{key}={name}: there is no module {module}; run from the folder that holds {module.partition('.')[0]}, "

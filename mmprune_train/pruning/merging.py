@@ -11,7 +11,7 @@ from functools import partial
 from inspect import signature
 
 import torch
-from jaxtyping import Bool, Float
+from jaxtyping import Bool, Float, Int64
 from torch import Tensor
 from torch.nn.functional import normalize
 
@@ -37,13 +37,19 @@ def _similarity(keys: Keys) -> Float[Tensor, "I N N"]:
     return unit @ unit.transpose(1, 2)
 
 
+def _sums(features: Features, home: Int64[Tensor, "I N"]) -> Float[Tensor, "I N D"]:
+    """[I, N, D] what came together at each place, added in float32: many small parts in bf16 would be lost."""
+    total = torch.zeros_like(features, dtype=torch.float32)
+    return total.scatter_add(1, home[..., None].expand_as(features), features.float()).to(features.dtype)
+
+
 def nearest(features: Features, kept: Mask, scores: Scores, keys: Keys) -> tuple[Features, Mask]:
     """Every dropped patch joins the kept patch whose key is most similar; a kept patch becomes the mean of itself and
     those that joined it (our choice, the plainest member of PruMerge's and ToMe's family)."""
     home = _similarity(keys).masked_fill(~kept[:, None], -torch.inf).argmax(2)  # [I, N]
     own = torch.arange(kept.shape[1], device=kept.device)
     home = torch.where(kept, own, home)
-    total = torch.zeros_like(features).scatter_add(1, home[..., None].expand_as(features), features)
+    total = _sums(features, home)
     count = torch.zeros_like(home).scatter_add(1, home, torch.ones_like(home)).clamp(min=1)
     return total / count[..., None].to(features.dtype), kept
 
@@ -142,7 +148,7 @@ def contextual(features: Features, kept: Mask, scores: Scores, keys: Keys, count
     home = _similarity(keys).masked_fill(~target[:, None], -torch.inf).argmax(2)
     home = torch.where(joins, home, raster)
     moved = features * joins[..., None].to(features.dtype)
-    total = torch.zeros_like(features).scatter_add(1, home[..., None].expand_as(features), moved)
+    total = _sums(moved, home)
     members = torch.zeros_like(home).scatter_add(1, home, joins.long()).clamp(min=1)
     mean = total / members[..., None].to(features.dtype)
     return torch.where(target[..., None], features + mean, features), kept | target

@@ -1,7 +1,8 @@
 """Selection: which tokens a count keeps, and the padding that turns ragged groups into rows.
 
 A selection takes scores [B, N], counts [B] and features [B, N, D] and answers a mask [B, N]. Loops run over picks or
-rounds, never over rows, so a batch costs what its largest count costs.
+rounds, so a batch costs what its largest count costs; `max_min` alone looks for its first pick row by row, to hold one
+N x N matrix of distances at a time.
 """
 
 from __future__ import annotations

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from typing import Any
 
 import torch
 
 from mmprune_train.benchmark.selection import selection_costs
+from mmprune_train.config.checks import check_pruner_fits
 from mmprune_train.config.compose import load_pruner
 from mmprune_train.config.identity import run_dir
+from mmprune_train.config.pruner import reads_text
 from mmprune_train.config.schema import Config
 from mmprune_train.errors import UserError
 from mmprune_train.model.build import build
@@ -30,8 +32,11 @@ def run(config: Config) -> dict[str, Any]:
     pruners = {
         name: config.pruner if name == config.pruner.name else load_pruner(name) for name in config.bench.pruners
     }
+    for pruner in pruners.values():
+        check_pruner_fits(replace(config, pruner=pruner))
+    reads = [pruner for pruner in pruners.values() if reads_text(pruner.vision)]
     with quiet():
-        model, processor = build(config)
+        model, processor = build(replace(config, pruner=reads[0]) if reads else config)
     model.eval().to(accelerator, precision.dtype)
     model.vision_chunk = config.trainer.vision_chunk
     loader = stage_loader(config, stage, processor.tokenizer, model.config.image_seq_length, rank=0, world=1)
@@ -57,6 +62,7 @@ def run(config: Config) -> dict[str, Any]:
     ]
     header = ["pruner", "patches", "kept", "vision s", "selection s", "share"]
     title = f"stage 1 on {len(images)} images, medians of {config.bench.repeats}"
+    title += "; questions are empty" if reads else ""
     folder = run_dir(config) / "bench"
     write_json(folder / "result.json", result)
     print(f"\n{table(rows, header, title)}\n\n{folder / 'result.json'}", flush=True)

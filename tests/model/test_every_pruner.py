@@ -141,3 +141,19 @@ def test_gradients_reach_projector_and_adapters_alone(name: str) -> None:
     for key, parameter in model.named_parameters():
         moved = parameter.grad is not None and bool(parameter.grad.abs().sum() > 0)
         assert moved == (key in trained), key
+
+
+@pytest.mark.parametrize("name", PRESETS)
+def test_every_rank_runs_the_same_modules_in_the_same_order_whatever_its_samples(name: str) -> None:
+    """Under ZeRO-3 each module gathers its weights from all ranks, in the order in which it runs."""
+    model = packed(tiny_llava(), settings_of(name)).train()
+    ran: list[str] = []
+    for key, module in model.named_modules():
+        if list(module.parameters(recurse=False)):
+            module.register_forward_hook(lambda *_, key=key: ran.append(key))
+    orders = []
+    for drawn in ([[(1, 5, 2)]], [[(0, 4, 3)]], [[(1, 0, 2)]], [[(1, 3, 1), (0, 2, 2)], [(0, 3, 1)]]):
+        ran.clear()
+        run(model, [sample(number, turns) for number, turns in enumerate(drawn)])
+        orders.append(list(ran))
+    assert orders[0] and all(order == orders[0] for order in orders[1:])

@@ -24,7 +24,7 @@ from mmprune_train.config import pruner as parts
 from mmprune_train.config.schema import EncoderConfig, StageConfig
 from mmprune_train.errors import UserError
 from mmprune_train.model.flops import StepFlops
-from mmprune_train.model.language import check_language_model, rotary, scoring_queries_keys
+from mmprune_train.model.language import ScoringKeys, check_language_model, rotary
 from mmprune_train.model.vision import encode, family_of
 from mmprune_train.pruning import Kind, PackedSequence, find_knee
 from mmprune_train.pruning.merging import MERGES
@@ -261,7 +261,7 @@ def test_no_stage_two_score_holds_tokens_times_tokens(score: str, text: str) -> 
     sequence = PackedSequence(zeros, place, zeros, kind, zeros, place, zeros + 1, zeros - 100, place, 1)
     with torch.no_grad():
         cos, sin = rotary(language, hidden[None], place[None])
-        keys = scoring_queries_keys(language.layers[2], hidden, cos[0], sin[0])
+        keys = ScoringKeys(language.layers[2], hidden, cos[0], sin[0])
         voters = Voters("first", zeros[:1], zeros[:1] + 1, place[-9:-1], zeros[:8], place[-1:])
         view = LanguageView(sequence, hidden, keys, voters)
         with Largest() as largest:
@@ -282,7 +282,7 @@ def test_recomputed_queries_and_keys_are_the_layers_own(text: str) -> None:
         reference = language(ids, output_attentions=True, output_hidden_states=True)
         hidden = reference.hidden_states[2][0]
         cos, sin = rotary(language, hidden[None], torch.arange(10)[None])
-        query, keys = scoring_queries_keys(language.layers[2], hidden, cos[0], sin[0])(torch.tensor([6, 9]))
+        query, keys = ScoringKeys(language.layers[2], hidden, cos[0], sin[0])(torch.tensor([6, 9]))
     logits = torch.einsum("rhd,thd->hrt", query, keys.repeat_interleave(2, dim=1))
     future = torch.arange(10) > torch.tensor([6, 9])[:, None]
     chance = logits.masked_fill(future, -torch.inf).softmax(-1)

@@ -83,6 +83,19 @@ def test_a_misspelt_method_of_ones_own_is_found(folder: Path) -> None:
         run(folder, "-m", "mmprune_train", "--config-dir", "my_methods", "+experiment=smoke", "pruner=atended")
 
 
+def test_the_console_script_finds_the_readers_module(folder: Path) -> None:
+    """A script's folder, not the reader's, comes first on sys.path; -P leaves that out as well."""
+    words = ["--config-dir", "my_methods", "task=nothing", "+experiment=smoke", "pruner=edges"]
+    code = (
+        f"import sys; sys.argv = ['mmprune', *{words}]; sys.path.insert(0, {str(GUIDE.parents[1])!r})\n"
+        "from mmprune_train.__main__ import main\n"
+        "try: main()\n"
+        "except SystemExit: pass\n"
+        "import my_parts"
+    )
+    run(folder, "-P", "-c", code)
+
+
 def test_its_python_runs(folder: Path) -> None:
     run(folder, "-c", SNIPPETS[0])
 
