@@ -28,9 +28,13 @@ def run_task(cfg: DictConfig) -> Any:
     from hydra.types import RunMode
 
     from mmprune_train.config.compose import config_from
+    from mmprune_train.config.pruner import idle_knee
 
     try:
         config = config_from(cfg)
+        chosen = [o for o in HydraConfig.get().overrides.task if o.startswith(("knee=", "knee."))]
+        if chosen and (note := idle_knee(config.pruner, config.knee)):
+            print(f"note: {note}", file=sys.stderr, flush=True)
         return find_task(config.task)(config)
     except Exception as error:
         if HydraConfig.get().mode == RunMode.MULTIRUN:

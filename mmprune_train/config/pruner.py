@@ -173,6 +173,17 @@ def pruned_layers(stage: LanguageStageConfig, depth: int) -> dict[int, int]:
     return {layer: place for place, layer in enumerate(layers)}
 
 
+def idle_knee(pruner: PrunerConfig, knee: KneeConfig) -> str | None:
+    """What to tell who chooses a `knee` that no budget of the pruner follows; None: one does, or there is no budget."""
+    stages = {
+        key: stage.knee for key, stage in (("vision", pruner.vision), ("language", pruner.language)) if stage.enabled
+    }
+    if not stages or knee in stages.values():
+        return None
+    keys = " or ".join(f"pruner.{key}.knee.method" for key in stages)
+    return f"knee={knee.method} moves nothing: pruner={pruner.name} sets its own budgets; {keys} does"
+
+
 def projects(stage: VisionStageConfig) -> bool:
     """Whether stage 1 selects by what the projector makes of all patches; a selection of the user's may."""
     looks = stage.selection in DIVERSE_SELECTIONS or ":" in stage.selection

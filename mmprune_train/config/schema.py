@@ -403,9 +403,9 @@ class GenerateConfig:
 class BenchConfig:
     pruners: list[str] = field(default_factory=lambda: ["none", "twostage"])
     """Pruners to measure side by side, by name; the one that `pruner=` chooses has the command line's settings."""
-    images: int = 64
+    images: int = 16
     """Images of the batch, spread over the first stage's data."""
-    repeats: int = 5
+    repeats: int = 3
     """Counted passes of each pruner, interleaved; times are their medians."""
 
 

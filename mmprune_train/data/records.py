@@ -53,7 +53,7 @@ def _items(file: Path, limit: int | None) -> Iterator[Any]:
     if not file.is_file():
         raise UserError(f"there is no annotation file {file}; correct the split's `annotations` or run `task=prepare`")
     try:
-        with file.open(encoding="utf-8") as stream:
+        with file.open(encoding="utf-8-sig") as stream:
             if file.suffix == ".jsonl":
                 lines = ((number, line) for number, line in enumerate(stream, 1) if line.strip())
                 for taken, (number, line) in enumerate(lines):
@@ -118,5 +118,8 @@ def _turns(conversation: Any, wrong: Any, require_answers: bool) -> list[Turn]:
         if require_answers:
             raise wrong("the last question has no answer", "add a gpt message or drop the question")
         conversation = [*conversation, {"from": "gpt", "value": ""}]
+    for position, message in enumerate(conversation):
+        if require_answers and position % 2 and not message["value"].strip():
+            raise wrong(f"the answer of turn {position // 2 + 1} is empty", "write it, or drop the turn")
     pairs = zip(conversation[::2], conversation[1::2], strict=True)
     return [Turn(question["value"].strip(), answer["value"].strip()) for question, answer in pairs]

@@ -129,7 +129,8 @@ def assemble(
 def make_processor(
     encoder: EncoderConfig, tokenizer: PreTrainedTokenizerBase, template: str, aspect_ratio: str = "square"
 ) -> LlavaProcessor:
-    """The llava-hf processor: images and text in, image tokens already repeated."""
+    """The llava-hf processor: images and text in, image tokens already repeated, padding on the left for `generate`."""
+    tokenizer.padding_side = "left"
     return LlavaProcessor(
         image_processor=image_processor(encoder, aspect_ratio),
         tokenizer=tokenizer,
@@ -220,6 +221,7 @@ def load_model(
     try:
         hf, info = LlavaForConditionalGeneration.from_pretrained(folder, dtype=dtype, **REPORT)
         processor = AutoProcessor.from_pretrained(folder)
+        processor.tokenizer.padding_side = "left"
     except (OSError, ValueError, SafetensorError) as error:
         raise UserError(f"{path}: not a whole model folder: {str(error).strip().splitlines()[0]}") from error
     complete(info, folder)

@@ -20,6 +20,7 @@ from mmprune_train.quiet import quiet
 from mmprune_train.tasks.prepare import prepare_data
 from mmprune_train.training.files import write_json
 from mmprune_train.training.precision import choose_accelerator, choose_precision
+from mmprune_train.training.rundir import free_name
 
 
 def run(config: Config) -> dict[str, Any]:
@@ -31,10 +32,19 @@ def run(config: Config) -> dict[str, Any]:
     name = f"evaluate-{chosen.pruner.name}" if pruner else "evaluate"
     folder = source / name if (source / "manifest.json").is_file() else run_dir(config) / name
     prepare_data(chosen, ["evaluate"])
+    keep_earlier(folder)
     result = evaluate_folder(chosen, config.ckpt or source, folder, pruner)
     write_json(folder / "result.json", result)
     print(f"\n{result_table(result)}\n\n{folder}", flush=True)
     return result
+
+
+def keep_earlier(folder: Path) -> None:
+    """Move an earlier evaluation's folder aside; what a run was once found to answer is not lost."""
+    if (folder / "predictions.jsonl").is_file():
+        aside = free_name(folder)
+        folder.rename(aside)
+        print(f"moved the earlier evaluation to {aside}", flush=True)
 
 
 def with_run_settings(config: Config, source: Path) -> tuple[Config, Any]:

@@ -10,6 +10,8 @@ from pytorch_lightning.utilities.rank_zero import rank_zero_only
 
 from mmprune_train.config.identity import run_dir
 from mmprune_train.config.schema import Config
+from mmprune_train.data.records import read_records
+from mmprune_train.data.sources import split_files
 from mmprune_train.errors import UserError
 from mmprune_train.reporting.tables import table
 from mmprune_train.tasks.prepare import prepare_data, prepare_weights
@@ -32,6 +34,8 @@ def run(config: Config) -> dict[str, Any]:
         result = None  # other questions than those the finished run was asked
     if result is None:  # before the run directory is made: a run that cannot start leaves nothing behind
         prepare_data(config, [*todo, *(["evaluate"] if evaluates else [])])
+        for name in todo:  # a mistake in a later stage's data would show after the stages before it were trained
+            read_records(*split_files(config.data, name), getattr(config.data, name).limit)
         prepare_weights(config)
     directory = open_run(config, writable=main)
     if todo:

@@ -96,6 +96,15 @@ def build_loggers(config: LoggerConfig, stage_dir: Path, run_name: str, resumed_
     return loggers
 
 
+def close_loggers(loggers: list[Logger]) -> None:
+    """End the wandb run, so that the next stage of this process opens one of its own."""
+    from pytorch_lightning.loggers import WandbLogger
+
+    for logger in loggers:
+        if isinstance(logger, WandbLogger) and rank_zero_only.rank == 0:
+            logger.experiment.finish()
+
+
 def wandb_offline(config: WandbConfig) -> bool:
     """`auto`: online where an account is set up, else offline, which needs none.
 

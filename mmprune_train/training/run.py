@@ -27,7 +27,7 @@ from mmprune_train.training.checkpoints import Checkpoints, last_checkpoint
 from mmprune_train.training.files import read_jsonl
 from mmprune_train.training.freezing import freeze, freezing_table, store_frozen
 from mmprune_train.training.inputs import spread_images, stage_loader, template_of
-from mmprune_train.training.loggers import build_loggers
+from mmprune_train.training.loggers import build_loggers, close_loggers
 from mmprune_train.training.module import MODULES
 from mmprune_train.training.precision import Precision, choose_accelerator, choose_precision
 from mmprune_train.training.rundir import RunDirectory
@@ -113,6 +113,7 @@ def run_stage(
     began = time.perf_counter()
     with quiet():
         trainer.fit(module, train_dataloaders=stream, ckpt_path=resume, weights_only=True if resume else None)
+        close_loggers(loggers)
     if trainer.global_step < steps:
         raise RuntimeError(f"stage {name} stopped at step {trainer.global_step} of {steps}")
 

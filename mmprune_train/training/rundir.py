@@ -79,7 +79,7 @@ def open_run(config: Config, writable: bool = True) -> RunDirectory:
     if not writable:
         return RunDirectory(path, False)
     if config.restart and path.exists():
-        aside = _free_name(path)
+        aside = free_name(path)
         path.rename(aside)
         print(f"restart: moved {path} to {aside}", flush=True)
     written = path / "config.yaml"
@@ -106,7 +106,8 @@ def open_run(config: Config, writable: bool = True) -> RunDirectory:
     return run
 
 
-def _free_name(path: Path) -> Path:
+def free_name(path: Path) -> Path:
+    """`path` with the first `.oldN` behind it that is not taken."""
     number = 1
     while (candidate := path.with_name(f"{path.name}.old{number}")).exists():
         number += 1

@@ -3,6 +3,7 @@
 import pytest
 
 from mmprune_train.config.compose import compose_config
+from mmprune_train.config.pruner import idle_knee
 from mmprune_train.errors import UserError
 
 
@@ -129,6 +130,22 @@ def test_typos_are_answered_with_the_nearest_valid_word(override, words):
 def test_settings_that_cannot_work_are_refused_with_the_remedy(smoke, overrides, words):
     with pytest.raises(UserError, match=words):
         smoke(*overrides)
+
+
+@pytest.mark.parametrize(
+    ("overrides", "words"),
+    [
+        (["pruner=visionzip", "knee=otsu"], "pruner=visionzip sets its own budgets; pruner.vision.knee.method does"),
+        (["pruner=fastv", "knee=kneedle"], "pruner.language.knee.method does"),
+        (["pruner=twostage", "knee=otsu"], None),
+        (["pruner=twostage", "knee=otsu", "pruner.vision.knee.method=iqr"], None),
+        (["pruner=none", "knee=otsu"], None),
+    ],
+)
+def test_a_knee_that_moves_nothing_is_told(smoke, overrides, words):
+    config = smoke(*overrides)
+    note = idle_knee(config.pruner, config.knee)
+    assert (note is None) if words is None else (note is not None and words in note)
 
 
 def test_a_stage_that_is_off_may_have_any_score(smoke):

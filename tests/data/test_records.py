@@ -59,6 +59,7 @@ def test_the_limit_takes_the_first_and_reads_no_further(tmp_path: Path, name: st
         ({"id": "x", "conversations": [*talk("q", "a"), *talk("b", first="gpt")]}, r"two gpt .*\(message 2\)"),
         ({"id": "x", "conversations": talk("a", first="gpt")}, "there is no question"),
         ({"id": "x", "conversations": talk("q")}, "the last question has no answer"),
+        ({"id": "x", "conversations": talk("q", "a", "r", "  ")}, "the answer of turn 2 is empty; write it"),
         ({"id": "x", "conversations": talk("<image>", "a")}, r"1 <image> for 0 image\(s\); write one"),
         ({"id": "x", "image": ["a", "b"], "conversations": talk("<image>", "a")}, r"1 <image> for 2 image\(s\)"),
         ({"id": "x", "image": "a", "conversations": talk("q", "a")}, r"0 <image> for 1 image\(s\)"),

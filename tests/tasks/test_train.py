@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from PIL import Image
 from training.synthetic import overrides, write_dataset
 from transformers import LlavaForConditionalGeneration
 
@@ -106,7 +107,9 @@ def test_evaluate_again_gives_the_same_answers_and_another_pruner_keeps_other_to
     finished: tuple[Config, dict, Path],
 ) -> None:
     config, result, folder = finished
+    earlier = (folder / "evaluate/predictions.jsonl").read_text()
     again = evaluate.run(replace(config, task="evaluate", ckpt=str(folder)))
+    assert (folder / "evaluate.old1/predictions.jsonl").read_text() == earlier
     same = ("accuracy", "accuracy_blank", "blind_majority", "keep_ratio", "tokens_stage2")
     assert {key: again[key] for key in same} == {key: result["evaluate"][key] for key in same}
     dense = evaluate.evaluate_folder(config, folder, folder / "dense", pruner="none")
@@ -123,6 +126,37 @@ def test_generate_answers_about_an_image(
     assert result["prediction"] in capsys.readouterr().out
     with pytest.raises(UserError, match="no file absent.png"):
         generate.run(replace(config, ckpt=str(folder), generate=replace(asked, images=["absent.png"])))
+
+
+def test_a_mistake_in_the_second_stages_data_is_told_before_the_first_is_trained(tmp_path: Path) -> None:
+    data = write_dataset(tmp_path / "squares")
+    (data / "instruct.json").write_text('[{"id": "x", "conversations": []}]')
+    with pytest.raises(UserError, match="instruct.json"):
+        train.run(compose_config(overrides(data, tmp_path / "runs")))
+    assert not (tmp_path / "runs").exists()
+
+
+def test_each_stage_has_a_wandb_run_of_its_own(tmp_path: Path) -> None:
+    data = write_dataset(tmp_path / "squares")
+    short = ["stage.pretrain.max_steps=1", "stage.instruct.max_steps=1", "evaluate.after_train=false"]
+    train.run(compose_config([*overrides(data, tmp_path / "runs"), "logger=wandb", *short]))
+    for stage in ("pretrain", "instruct"):
+        (found,) = (tmp_path / "runs/smoke/t" / stage).glob("wandb/offline-run-*/*.wandb")
+        assert stage in found.name
+
+
+def test_a_loaded_processor_pads_on_the_left(finished: tuple[Config, dict, Path], root: Path) -> None:
+    """Answers then begin at one place: after the input."""
+    model, processor = load_model(finished[2])
+    image = Image.open(root / "images/0.png").convert("RGB")
+    texts = ["<image>\nWhat is it?", "<image>\nWhat colour is the square, please?"]
+    both = processor(images=[image, image], text=texts, padding=True, return_tensors="pt")
+    assert both["attention_mask"][:, -1].tolist() == [1, 1]
+    start = both["input_ids"].shape[1]
+    answers = model.generate(**both, max_new_tokens=4)[:, start:]
+    alone = processor(images=[image], text=texts[:1], return_tensors="pt")
+    first = model.generate(**alone, max_new_tokens=4)[0, alone["input_ids"].shape[1] :]
+    assert answers[0, : len(first)].tolist() == first.tolist()
 
 
 def test_missing_data_is_one_line_before_anything_loads(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
