@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -18,16 +16,14 @@ from transformers.models.llava.modeling_llava import LlavaCausalLMOutputWithPast
 from mmprune_train.errors import UserError
 from mmprune_train.model import attention
 from mmprune_train.model.cache import PrunedCache
-from mmprune_train.model.clock import Clock, timed
-from mmprune_train.model.language import ScoringKeys, check_language_model, looking, rotary
-from mmprune_train.model.patches import Patches, PatchMemory
-from mmprune_train.model.question import FOLDER, Asked, Looks, QuestionEncoder, Words, looks_of
-from mmprune_train.model.vision import deepest_feature, encode, family_of, scored_block
-from mmprune_train.pruning import IGNORE, Kind, PackedSequence, Pruner, PruningTrace
-from mmprune_train.pruning.scores import VisionView
-
-Annotate = Callable[[Tensor], tuple[Tensor, Tensor]]
-"""Token ids of one sample [L] -> kinds [L] and turns [L]."""
+from mmprune_train.model.clock import Clock
+from mmprune_train.model.images import ImageSide
+from mmprune_train.model.inputs import Annotate, first_of_equal, pack
+from mmprune_train.model.language import ScoringKeys, check_language_model, rotary
+from mmprune_train.model.patches import PatchMemory
+from mmprune_train.model.question import FOLDER, QuestionEncoder, Words, looks_of
+from mmprune_train.model.vision import deepest_feature, family_of, scored_block
+from mmprune_train.pruning import IGNORE, PackedSequence, Pruner, PruningTrace
 
 
 @dataclass
@@ -47,19 +43,6 @@ class PackedOutput:
     """Scalar, int64: how many those are."""
 
 
-def first_of_equal(pixel_values: Tensor) -> tuple[Tensor, Tensor]:
-    """Several questions about one image, or several beams, need it encoded once.
-
-    Args:
-        pixel_values: [I, 3, H, W].
-    Returns:
-        The images that differ from the one before them [J, 3, H, W], and for every image its row among them [I].
-    """
-    new = torch.ones(len(pixel_values), dtype=torch.bool, device=pixel_values.device)
-    new[1:] = (pixel_values[1:] != pixel_values[:-1]).flatten(1).any(1)
-    return pixel_values[new], new.cumsum(0) - 1
-
-
 def _in_order(sequence: PackedSequence, kept: Tensor, order: Tensor) -> PackedSequence:
     """Let the j-th kept place of an image hold patch order[image, j].
 
@@ -73,7 +56,7 @@ def _in_order(sequence: PackedSequence, kept: Tensor, order: Tensor) -> PackedSe
     return replace(sequence, patch=sequence.patch.masked_scatter(visual, order[image, place]))
 
 
-class PackedLlava(PreTrainedModel, GenerationMixin):
+class PackedLlava(ImageSide, PreTrainedModel, GenerationMixin):
     """A `LlavaForConditionalGeneration` whose samples run packed, pruned and without padding.
 
     The Hugging Face model is a member (`hf`), so its checkpoints load and save with its own keys; beside it stands at
@@ -121,7 +104,6 @@ class PackedLlava(PreTrainedModel, GenerationMixin):
         self.words = words
         self.memory: PatchMemory | None = None
         self.clock: Clock | None = None
-        """What stage 1 left of images seen before; set by training where the encoder is frozen."""
         self.last_pruning: PruningTrace | None = None
         self.generation_config = hf.generation_config
         language = hf.model.language_model
@@ -175,7 +157,7 @@ class PackedLlava(PreTrainedModel, GenerationMixin):
                 looks = looks_of(sequence, self.words)
                 sequence = replace(sequence, image=looks.row)
                 asked = self.question.ask(looks)
-            patches, encoded = self._remembered_patches(pixel_values, names, asked)
+            patches, encoded = self.remembered_patches(pixel_values, names, asked)
         row = sequence.image
         if patches is not None:
             kept = patches.kept
@@ -188,7 +170,7 @@ class PackedLlava(PreTrainedModel, GenerationMixin):
             projected = self.hf.model.multi_modal_projector(patches.chosen)  # [K, D]
             row_of = (kept.flatten().cumsum(0) - 1).view_as(kept)  # [I, N]
         else:
-            projected, row_of = self._absent_image(), None
+            projected, row_of = self.absent_image(), None
         stage1, stage1_visual = self._count(sequence)
         trace = PruningTrace(dense, dense_visual, stage1, stage1_visual, encoded=encoded)
         trace.asked = asked.shape if asked is not None else (0, 0)
@@ -209,105 +191,6 @@ class PackedLlava(PreTrainedModel, GenerationMixin):
     def _count(sequence: PackedSequence) -> tuple[Tensor, Tensor]:
         visual = torch.bincount(sequence.segment[sequence.visual], minlength=sequence.samples)
         return sequence.lengths, visual
-
-    def select_patches(self, pixel_values: Tensor, asked: Asked | None = None) -> Patches:
-        """Stage 1 of images [I, 3, H, W]: a row for each image, or for each that `asked` has."""
-        tower: Any = self.hf.model.vision_tower
-        trained = torch.is_grad_enabled() and any(p.requires_grad for p in tower.parameters())
-        parts = []
-        for number, chunk in enumerate(pixel_values.split(self.vision_chunk)):
-            with timed(self.clock, "vision"), torch.set_grad_enabled(trained):
-                states, view = self.encode_images(chunk)
-            with timed(self.clock, "selection"):
-                parts.append(self.cut_images(states, view, asked, first=number * self.vision_chunk))
-        return Patches.cat(parts)
-
-    def encode_images(self, pixel_values: Tensor) -> tuple[Tensor, VisionView]:
-        """Features [I, N, D] of images [I, 3, H, W] for the projector, and what stage 1 looks at."""
-        tower: Any = self.hf.model.vision_tower
-        return encode(
-            tower,
-            pixel_values.to(tower.dtype),
-            self.config.vision_feature_layer,
-            drop_cls=self.config.vision_feature_select_strategy == "default",
-            layer=self.pruner.settings.vision.layer,
-        )
-
-    def cut_images(
-        self,
-        states: Tensor,
-        view: VisionView,
-        asked: Asked | None = None,
-        first: int = 0,
-        scores: Tensor | None = None,
-    ) -> Patches:
-        """Stage 1 of encoded images: a row for each image, or for each that `asked` has.
-
-        Args:
-            states: features [I, N, D] for the projector. view: what stage 1 looks at.
-            asked: the questions, where the pruner reads them; None: nothing is asked.
-            first: number of the first of these images among those of `asked`.
-            scores: [I, N] of an earlier call, which need not be computed again.
-        """
-        if states.shape[1] != view.patches.shape[1]:  # "full" on an encoder with CLS: no patch grid to prune on
-            if self.pruner.settings.vision.enabled:
-                raise UserError(
-                    "vision_feature_select_strategy='full' feeds the CLS token to the LLM, which stage 1 cannot "
-                    "prune; use 'default', or pruner=language_only"
-                )
-            view.patches = states
-        projected = partial(self._project_to_look, states)
-        if self.question is not None:
-            if asked is None:
-                asked, first = self.question.ask(Looks.unasked(len(states))), 0
-            view, rows = self.question.show(view, asked, first)
-            projected = partial(self._project_to_look, states, rows)
-            states = states[rows]
-        kept, scores = self.pruner.keep_patches(view, projected, scores)
-        features, places = self.pruner.merge_patches(states, kept, scores, view)
-        order = self.pruner.entry_order(kept, places, scores)
-        return Patches(features[places], places, order, scores)
-
-    @torch.no_grad()
-    def _project_to_look(self, features: Tensor, rows: Tensor | None = None) -> Tensor:
-        """[I, N, D] features after the projector, for stage 1 to look at; of the images `rows`, where given."""
-        with looking(features.device):
-            projected = self.hf.model.multi_modal_projector(features)
-        return projected if rows is None else projected[rows]
-
-    def _remembered_patches(
-        self, pixel_values: Tensor, names: list[str] | None, asked: Asked | None
-    ) -> tuple[Patches, int]:
-        """As `select_patches`, and the number of images that were encoded for it.
-
-        With a memory images are encoded one by one, so that an image's features do not depend on the others of the
-        batch in which it was first seen. A stage 1 that reads the question has nothing to remember.
-        """
-        if self.memory is None or names is None or asked is not None:
-            return self.select_patches(pixel_values, asked), len(pixel_values)
-        rows, encoded = [], 0
-        for name, pixels in zip(names, pixel_values.split(1), strict=True):
-            seen = self.memory.get(name)
-            if seen is None:
-                seen = self.select_patches(pixels).detach()
-                self.memory.put(name, seen)
-                encoded += 1
-            rows.append(seen.to(pixel_values.device))
-        return Patches.cat(rows), encoded
-
-    def kept_features(self, pixel_values: Tensor) -> Tensor:
-        """[K, Dv] features that stage 1 leaves of images [I, 3, H, W], made tokens among them, before the projector."""
-        return self.select_patches(pixel_values.to(self.hf.lm_head.weight.device)).chosen
-
-    def _absent_image(self) -> Tensor | None:
-        """In training, a text-only batch runs the vision path on a blank image with zero weight, so that every rank
-        runs the same modules each step whatever its samples (ZeRO-3 and DDP would hang otherwise)."""
-        if not (self.training and torch.is_grad_enabled()):
-            return None
-        size = self.config.vision_config.image_size
-        blank = torch.zeros((1, 3, size, size), device=self.hf.lm_head.weight.device)
-        asked = None if self.question is None else self.question.ask(Looks.unasked(1))  # first, as with images
-        return self.hf.model.multi_modal_projector(self.select_patches(blank, asked).chosen)
 
     def _embed(self, sequence: PackedSequence, projected: Tensor | None, row_of: Tensor | None) -> Tensor:
         visual = sequence.visual
@@ -342,7 +225,7 @@ class PackedLlava(PreTrainedModel, GenerationMixin):
                     if self.pruner.settings.language.positions == "contiguous":
                         sequence = replace(sequence, position=sequence.within())
                     rotation, borders, counts = self._enter(sequence, hidden, cache)
-                trace.language_entered[index] = list(sequence.entry.split(borders.lengths))  # type: ignore[union-attr]
+                trace.language_entered[index] = sequence.entries(borders.lengths)
             trace.layers.append(counts[0])
             trace.layers_visual.append(counts[1])
             entered = hidden
@@ -357,7 +240,7 @@ class PackedLlava(PreTrainedModel, GenerationMixin):
             )[0]
         if cache is not None:
             cache.end_prompt()
-        trace.language_kept = list(sequence.entry.split(borders.lengths))  # type: ignore[union-attr]
+        trace.language_kept = sequence.entries(borders.lengths)
         return sequence, language.norm(hidden)
 
     def _enter(
@@ -401,7 +284,12 @@ class PackedLlava(PreTrainedModel, GenerationMixin):
         if attention_mask is None:
             attention_mask = torch.ones_like(input_ids)
         valid = attention_mask.bool()
-        sequence = self._pack(input_ids, valid, pixel_values, labels)
+        asks = self.pruner.settings.language.enabled or self.pruner.reads_text
+        if asks and self.annotate is None:
+            raise UserError("this pruner must know question text from role markers: pass `annotate` (load_model does)")
+        images = 0 if pixel_values is None else len(pixel_values)
+        token = self.config.image_token_id
+        sequence = pack(input_ids, valid, images, token, labels, self.annotate if asks else None)
         entered_at = valid.flatten().nonzero().squeeze(1)  # [T] flat place of each dense token
         cache = past_key_values
         if cache is None and use_cache:
@@ -427,42 +315,6 @@ class PackedLlava(PreTrainedModel, GenerationMixin):
             logits = logits[:, -logits_to_keep:] if logits_to_keep else logits
         loss = None if labels is None else packed.loss_sum / packed.supervised
         return LlavaCausalLMOutputWithPast(loss=loss, logits=logits, past_key_values=cache)
-
-    def _pack(
-        self, input_ids: Tensor, valid: Tensor, pixel_values: Tensor | None, labels: Tensor | None
-    ) -> PackedSequence:
-        """The processor's padded batch as a packed sequence."""
-        batch = input_ids.shape[0]
-        segment = torch.arange(batch, device=input_ids.device)[:, None].expand_as(input_ids)[valid]
-        ids = input_ids[valid]
-        visual = ids == self.config.image_token_id
-        images = 0 if pixel_values is None else len(pixel_values)
-        tokens = int(visual.sum())
-        per_image = self.config.image_seq_length
-        if images:
-            per_image = tokens // images
-        if tokens != images * per_image or (images and per_image == 0):
-            raise UserError(f"{tokens} image tokens in input_ids do not match {images} images in pixel_values")
-        count = visual.cumsum(0) - 1
-        image = torch.where(visual, count // max(per_image, 1), -1)
-        patch = torch.where(visual, count % max(per_image, 1), -1)
-        kind = torch.where(visual, Kind.VISUAL, Kind.PROMPT)
-        turn = torch.ones_like(ids)
-        lengths = valid.sum(1).tolist()
-        if self.pruner.settings.language.enabled or self.pruner.reads_text:
-            if self.annotate is None:
-                raise UserError(
-                    "this pruner must know question text from role markers: pass `annotate` (load_model does)"
-                )
-            parts = [self.annotate(part.cpu()) for part in ids.split(lengths)]
-            kind, turn = (torch.cat(fields).to(ids.device) for fields in zip(*parts, strict=True))
-        target = torch.full_like(ids, IGNORE)
-        if labels is not None:
-            label = labels[valid]
-            target[:-1] = torch.where(segment[1:] == segment[:-1], label[1:], IGNORE)
-        slot = torch.arange(len(ids), device=ids.device)
-        sequence = PackedSequence(ids, slot, segment, kind, image, patch, turn, target, slot, batch)
-        return replace(sequence, position=sequence.within())
 
     def _decode(self, input_ids: Tensor, cache: PrunedCache) -> LlavaCausalLMOutputWithPast:
         """One further token of each sample [B, 1], against what each layer kept."""

@@ -37,7 +37,7 @@ class Patches:
     @property
     def indices(self) -> list[Tensor]:
         """Per image, the places that stay, ascending."""
-        return [row.nonzero().squeeze(1) for row in self.kept]
+        return list(self.kept.nonzero()[:, 1].split(self.kept.sum(1).tolist()))
 
     @property
     def entering(self) -> list[Tensor]:

@@ -85,6 +85,11 @@ class PackedSequence:
         starts = self.lengths.cumsum(0) - self.lengths  # [samples]
         return torch.arange(len(self), device=self.ids.device) - starts[self.segment]
 
+    def entries(self, lengths: list[int]) -> list[Int64[Tensor, " L"]]:
+        """Per sample of these `lengths`, the places at which its tokens entered the LLM."""
+        assert self.entry is not None, "the sequence has not entered the LLM"
+        return list(self.entry.split(lengths))
+
     def keep(self, mask: Bool[Tensor, " T"]) -> PackedSequence:
         """Select the tokens where `mask` [T] is true, every field at once.
 

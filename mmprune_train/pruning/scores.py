@@ -98,13 +98,15 @@ def possible_scores(view: VisionView) -> list[str]:
     return [name for name in VISION_SCORES if name not in NEEDS or getattr(view, NEEDS[name][0]) is not None]
 
 
-def _require(view: VisionView, score: str) -> None:
+def _required(view: VisionView, score: str) -> Any:
+    """What the score reads of the view; UserError where the encoder has none."""
     field, part = NEEDS[score]
-    if getattr(view, field) is None:
+    if (found := getattr(view, field)) is None:
         raise UserError(
             f"pruner.vision.score={score} needs {part}, which {view.encoder} has not; "
             f"set pruner.vision.score to one that it can give: {', '.join(possible_scores(view))}"
         )
+    return found
 
 
 def _row_attention(query: Float[Tensor, "I D"], keys: Float[Tensor, "I K D"], heads: int) -> Float[Tensor, "I K"]:
@@ -117,8 +119,7 @@ def _row_attention(query: Float[Tensor, "I D"], keys: Float[Tensor, "I K D"], he
 
 def cls_attention(view: VisionView) -> Float[Tensor, "I N"]:
     """[I, N] softmax over the patches of q_cls . k_patch / sqrt(d), mean over heads."""
-    _require(view, "cls_attention")
-    query, keys = view.cls_query_keys()  # type: ignore[misc]
+    query, keys = _required(view, "cls_attention")()
     return _row_attention(query, keys[:, 1:], view.heads)
 
 
@@ -127,15 +128,14 @@ def cls_attention_wide(view: VisionView) -> Float[Tensor, "I N"]:
 
     LLaVA-PruMerge's signal (Shang et al. 2024, arXiv 2403.15388): the heads are not split. It takes the last block.
     """
-    _require(view, "cls_attention_wide")
-    query, keys = view.cls_query_keys()  # type: ignore[misc]
+    query, keys = _required(view, "cls_attention_wide")()
     return _row_attention(query, keys, heads=1)[:, 1:]
 
 
 def cls_cosine(view: VisionView) -> Float[Tensor, "I N"]:
     """[I, N] cosine between the CLS token and each patch at the feature layer."""
-    _require(view, "cls_cosine")
-    return torch.cosine_similarity(view.cls.float()[:, None], view.patches.float(), dim=-1)  # type: ignore[union-attr]
+    cls = _required(view, "cls_cosine")
+    return torch.cosine_similarity(cls.float()[:, None], view.patches.float(), dim=-1)
 
 
 def map_attention(view: VisionView) -> Float[Tensor, "I N"]:
@@ -145,14 +145,12 @@ def map_attention(view: VisionView) -> Float[Tensor, "I N"]:
     does in its CLS token. It sits behind the last layer and its norm, so the score is taken there and not at the
     feature layer: the remaining layers run, without gradients, when this score is chosen and only then.
     """
-    _require(view, "map_attention")
-    query, keys = view.probe_query_keys()  # type: ignore[misc]
+    query, keys = _required(view, "map_attention")()
     return _row_attention(query, keys, view.heads)
 
 
 def _text_cosine(view: VisionView, score: str, normed: bool) -> Float[Tensor, "I N"]:
-    _require(view, score)
-    patches, question = view.question(normed)  # type: ignore[misc]
+    patches, question = _required(view, score)(normed)
     return torch.cosine_similarity(patches.float(), question.float()[:, None], dim=-1)
 
 

@@ -24,6 +24,7 @@ from mmprune_train.data.templates import get_template
 from mmprune_train.errors import UserError
 from mmprune_train.model.build import build, build_on_meta
 from mmprune_train.model.flops import StepFlops
+from mmprune_train.model.inputs import pack
 from mmprune_train.model.llava import PackedLlava
 from mmprune_train.model.peft import add_adapters
 from mmprune_train.model.question import (
@@ -84,7 +85,13 @@ def test_an_image_has_the_question_of_its_own_turn_in_training_and_in_a_prompt()
         assert (looks.image, looks.question) == (list(range(len(expected))), expected)
     prompt = "USER: <image>\nWhat color is the shape? ASSISTANT:"
     inputs = processor(images=[Image.new("RGB", (60, 40), "red")], text=[prompt], return_tensors="pt")
-    packed_prompt = model._pack(inputs["input_ids"], inputs["attention_mask"].bool(), inputs["pixel_values"], None)
+    packed_prompt = pack(
+        inputs["input_ids"],
+        inputs["attention_mask"].bool(),
+        len(inputs["pixel_values"]),
+        model.config.image_token_id,
+        annotate=model.annotate,
+    )
     assert looks_of(packed_prompt, model.words).question == ["What color is the shape?"]
 
 

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from tiny import PATCHES, TEXT, VISION, annotate, packed, tiny_inputs, tiny_llava
+from tiny import IMAGE_TOKEN, PATCHES, TEXT, VISION, annotate, packed, tiny_inputs, tiny_llava
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
@@ -24,6 +24,7 @@ from mmprune_train.config import pruner as parts
 from mmprune_train.config.schema import EncoderConfig, StageConfig
 from mmprune_train.errors import UserError
 from mmprune_train.model.flops import StepFlops
+from mmprune_train.model.inputs import pack
 from mmprune_train.model.language import ScoringKeys, check_language_model, rotary
 from mmprune_train.model.vision import encode, family_of
 from mmprune_train.pruning import Kind, PackedSequence, find_knee
@@ -408,7 +409,7 @@ def test_batches_may_share_images() -> None:
     model = packed(hf, "twostage")
     inputs = tiny_inputs([1, 1], [7, 7])
     same = torch.cat([inputs["pixel_values"][:1]] * 2)
-    sequence = model._pack(inputs["input_ids"], inputs["attention_mask"].bool(), same, None)
+    sequence = pack(inputs["input_ids"], inputs["attention_mask"].bool(), len(same), IMAGE_TOKEN, annotate=annotate)
     shared = PackedSequence(**{**sequence.__dict__, "image": sequence.image.clamp(max=0)})
     with torch.no_grad():
         twice = model.forward_packed(sequence, same)

@@ -100,7 +100,8 @@ def test_every_knob_is_a_parameter_of_its_budget() -> None:
     for name in available_budgets():
         if knob := knob_of(name, SIZE):
             for value in (knob.at(0), knob.at(1)):
-                find_knee(scores, name, features=features()[:2], **{knob.name: value})
+                counts = find_knee(scores, name, features=features()[:2], **{knob.name: value})
+                assert ((counts >= 1) & (counts <= SIZE)).all()
 
 
 def test_steps_and_jumps_are_reported_with_what_was_reached() -> None:

@@ -91,13 +91,13 @@ def test_the_console_script_finds_the_readers_module(folder: Path) -> None:
         "from mmprune_train.__main__ import main\n"
         "try: main()\n"
         "except SystemExit: pass\n"
-        "import my_parts"
+        "import my_parts; print(my_parts.__file__)"
     )
-    run(folder, "-P", "-c", code)
+    assert run(folder, "-P", "-c", code).strip() == str(folder / "my_parts.py")
 
 
 def test_its_python_runs(folder: Path) -> None:
-    run(folder, "-c", SNIPPETS[0])
+    assert run(folder, "-c", SNIPPETS[0] + "print('ran', scores.shape)").startswith("ran")
 
 
 def test_its_score_and_budget_are_what_it_says(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,0 +1,133 @@
+"""The image side of the network: from pixels to what stage 1 leaves for the projector."""
+
+from __future__ import annotations
+
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import LlavaConfig, LlavaForConditionalGeneration
+
+from mmprune_train.errors import UserError
+from mmprune_train.model.clock import Clock, timed
+from mmprune_train.model.language import looking
+from mmprune_train.model.patches import Patches, PatchMemory
+from mmprune_train.model.question import Asked, Looks, QuestionEncoder
+from mmprune_train.model.vision import encode
+from mmprune_train.pruning import Pruner
+from mmprune_train.pruning.scores import VisionView
+
+
+class ImageSide:
+    """What `PackedLlava` does with images, before its LLM; it owns the members below."""
+
+    hf: LlavaForConditionalGeneration
+    config: LlavaConfig
+    pruner: Pruner
+    question: QuestionEncoder | None
+    vision_chunk: int
+    training: bool
+    memory: PatchMemory | None
+    """What stage 1 left of images seen before; set by training where the encoder is frozen."""
+    clock: Clock | None
+    """Set by who times the parts of a pass."""
+
+    def select_patches(self, pixel_values: Tensor, asked: Asked | None = None) -> Patches:
+        """Stage 1 of images [I, 3, H, W]: a row for each image, or for each that `asked` has."""
+        tower: Any = self.hf.model.vision_tower
+        trained = torch.is_grad_enabled() and any(p.requires_grad for p in tower.parameters())
+        parts = []
+        for number, chunk in enumerate(pixel_values.split(self.vision_chunk)):
+            with timed(self.clock, "vision"), torch.set_grad_enabled(trained):
+                states, view = self.encode_images(chunk)
+            with timed(self.clock, "selection"):
+                parts.append(self.cut_images(states, view, asked, first=number * self.vision_chunk))
+        return Patches.cat(parts)
+
+    def encode_images(self, pixel_values: Tensor) -> tuple[Tensor, VisionView]:
+        """Features [I, N, D] of images [I, 3, H, W] for the projector, and what stage 1 looks at."""
+        tower: Any = self.hf.model.vision_tower
+        return encode(
+            tower,
+            pixel_values.to(tower.dtype),
+            self.config.vision_feature_layer,
+            drop_cls=self.config.vision_feature_select_strategy == "default",
+            layer=self.pruner.settings.vision.layer,
+        )
+
+    def cut_images(
+        self,
+        states: Tensor,
+        view: VisionView,
+        asked: Asked | None = None,
+        first: int = 0,
+        scores: Tensor | None = None,
+    ) -> Patches:
+        """Stage 1 of encoded images: a row for each image, or for each that `asked` has.
+
+        Args:
+            states: features [I, N, D] for the projector. view: what stage 1 looks at.
+            asked: the questions, where the pruner reads them; None: nothing is asked.
+            first: number of the first of these images among those of `asked`.
+            scores: [I, N] of an earlier call, which need not be computed again.
+        """
+        if states.shape[1] != view.patches.shape[1]:  # "full" on an encoder with CLS: no patch grid to prune on
+            if self.pruner.settings.vision.enabled:
+                raise UserError(
+                    "vision_feature_select_strategy='full' feeds the CLS token to the LLM, which stage 1 cannot "
+                    "prune; use 'default', or pruner=language_only"
+                )
+            view.patches = states
+        projected = partial(self._project_to_look, states)
+        if self.question is not None:
+            if asked is None:
+                asked, first = self.question.ask(Looks.unasked(len(states))), 0
+            view, rows = self.question.show(view, asked, first)
+            projected = partial(self._project_to_look, states, rows)
+            states = states[rows]
+        kept, scores = self.pruner.keep_patches(view, projected, scores)
+        features, places = self.pruner.merge_patches(states, kept, scores, view)
+        order = self.pruner.entry_order(kept, places, scores)
+        return Patches(features[places], places, order, scores)
+
+    @torch.no_grad()
+    def _project_to_look(self, features: Tensor, rows: Tensor | None = None) -> Tensor:
+        """[I, N, D] features after the projector, for stage 1 to look at; of the images `rows`, where given."""
+        with looking(features.device):
+            projected = self.hf.model.multi_modal_projector(features)
+        return projected if rows is None else projected[rows]
+
+    def remembered_patches(
+        self, pixel_values: Tensor, names: list[str] | None, asked: Asked | None
+    ) -> tuple[Patches, int]:
+        """As `select_patches`, and the number of images that were encoded for it.
+
+        With a memory images are encoded one by one, so that an image's features do not depend on the others of the
+        batch in which it was first seen. A stage 1 that reads the question has nothing to remember.
+        """
+        if self.memory is None or names is None or asked is not None:
+            return self.select_patches(pixel_values, asked), len(pixel_values)
+        rows, encoded = [], 0
+        for name, pixels in zip(names, pixel_values.split(1), strict=True):
+            seen = self.memory.get(name)
+            if seen is None:
+                seen = self.select_patches(pixels).detach()
+                self.memory.put(name, seen)
+                encoded += 1
+            rows.append(seen.to(pixel_values.device))
+        return Patches.cat(rows), encoded
+
+    def kept_features(self, pixel_values: Tensor) -> Tensor:
+        """[K, Dv] features that stage 1 leaves of images [I, 3, H, W], made tokens among them, before the projector."""
+        return self.select_patches(pixel_values.to(self.hf.lm_head.weight.device)).chosen
+
+    def absent_image(self) -> Tensor | None:
+        """In training, a text-only batch runs the vision path on a blank image with zero weight, so that every rank
+        runs the same modules each step whatever its samples (ZeRO-3 and DDP would hang otherwise)."""
+        if not (self.training and torch.is_grad_enabled()):
+            return None
+        size = self.config.vision_config.image_size
+        blank = torch.zeros((1, 3, size, size), device=self.hf.lm_head.weight.device)
+        asked = None if self.question is None else self.question.ask(Looks.unasked(1))  # first, as with images
+        return self.hf.model.multi_modal_projector(self.select_patches(blank, asked).chosen)

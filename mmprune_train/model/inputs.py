@@ -1,0 +1,71 @@
+"""The llava-hf processor's padded batch as a packed sequence."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+
+import torch
+from torch import Tensor
+
+from mmprune_train.errors import UserError
+from mmprune_train.pruning import IGNORE, Kind, PackedSequence
+
+Annotate = Callable[[Tensor], tuple[Tensor, Tensor]]
+"""Token ids of one sample [L] -> kinds [L] and turns [L]."""
+
+
+def pack(
+    input_ids: Tensor,
+    valid: Tensor,
+    images: int,
+    image_token: int,
+    labels: Tensor | None = None,
+    annotate: Annotate | None = None,
+) -> PackedSequence:
+    """Leave out the padding and name each token's sample, image and patch.
+
+    Args:
+        input_ids: [B, L], every image as its full number of image tokens. valid: [B, L] bool, False at padding.
+        images: how many images there are, in the order of their tokens.
+        image_token: id that stands for one patch.
+        labels: [B, L] ids to predict, IGNORE elsewhere (not shifted); None: no targets.
+        annotate: kinds and turns of a sample's tokens; None: all text is the first turn's prompt.
+    Raises:
+        UserError: image tokens and images do not match.
+    """
+    segment = torch.arange(input_ids.shape[0], device=input_ids.device)[:, None].expand_as(input_ids)[valid]
+    ids = input_ids[valid]
+    visual = ids == image_token
+    tokens = int(visual.sum())
+    per_image = max(tokens // images, 1) if images else 1
+    if tokens != images * per_image:
+        raise UserError(f"{tokens} image tokens in input_ids do not match {images} images in pixel_values")
+    count = visual.cumsum(0) - 1
+    image = torch.where(visual, count // per_image, -1)
+    patch = torch.where(visual, count % per_image, -1)
+    kind = torch.where(visual, Kind.VISUAL, Kind.PROMPT)
+    turn = torch.ones_like(ids)
+    if annotate is not None:
+        parts = [annotate(part.cpu()) for part in ids.split(valid.sum(1).tolist())]
+        kind, turn = (torch.cat(fields).to(ids.device) for fields in zip(*parts, strict=True))
+    target = torch.full_like(ids, IGNORE)
+    if labels is not None:
+        label = labels[valid]
+        target[:-1] = torch.where(segment[1:] == segment[:-1], label[1:], IGNORE)
+    slot = torch.arange(len(ids), device=ids.device)
+    sequence = PackedSequence(ids, slot, segment, kind, image, patch, turn, target, slot, input_ids.shape[0])
+    return replace(sequence, position=sequence.within())
+
+
+def first_of_equal(pixel_values: Tensor) -> tuple[Tensor, Tensor]:
+    """Several questions about one image, or several beams, need it encoded once.
+
+    Args:
+        pixel_values: [I, 3, H, W].
+    Returns:
+        The images that differ from the one before them [J, 3, H, W], and for every image its row among them [I].
+    """
+    new = torch.ones(len(pixel_values), dtype=torch.bool, device=pixel_values.device)
+    new[1:] = (pixel_values[1:] != pixel_values[:-1]).flatten(1).any(1)
+    return pixel_values[new], new.cumsum(0) - 1
