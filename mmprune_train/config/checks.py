@@ -35,6 +35,7 @@ from mmprune_train.config.values import at_least, one_of
 from mmprune_train.errors import UserError
 
 STRATEGIES = ("single", "ddp", "deepspeed_zero1", "deepspeed_zero2", "deepspeed_zero3")
+BENCHED = ("train", "generate", "selection")
 
 
 def check(config: Config) -> None:
@@ -167,6 +168,7 @@ def _check_memory(config: Config, name: str, stage: StageConfig) -> None:
 def _check_stage(config: Config, name: str, stage: StageConfig) -> None:
     key = f"stage.{name}"
     one_of(f"{key}.template", stage.template, ("plain", "v1", "chat", "auto"))
+    one_of(f"{key}.checkpointed_layers", stage.checkpointed_layers, ("all", "before", "after"))
     one_of(f"{key}.image_aspect_ratio", stage.image_aspect_ratio, ("square", "pad"))
     if not (stage.train_projector or stage.train_llm or stage.train_vision):
         raise UserError(f"{key} trains nothing: set one of train_projector, train_llm, train_vision to true")
@@ -253,10 +255,7 @@ def _check_run(config: Config) -> None:
     at_least("evaluate.batch_size", evaluate.batch_size, 1)
     at_least("evaluate.max_new_tokens", evaluate.max_new_tokens, 1)
     at_least("generate.max_new_tokens", config.generate.max_new_tokens, 1)
-    at_least("bench.images", config.bench.images, 1)
-    at_least("bench.repeats", config.bench.repeats, 1)
-    if not config.bench.pruners:
-        raise UserError("bench.pruners is empty: name what to measure, e.g. bench.pruners=[none,twostage]")
+    _check_bench(config)
     _check_calibrate(config)
     if config.logger.wandb is not None:
         one_of("logger.wandb.mode", config.logger.wandb.mode, ("auto", "online", "offline"))
@@ -264,6 +263,23 @@ def _check_run(config: Config) -> None:
         name = getattr(config, key)
         if name is not None and (not name or name in (".", "..") or "/" in name or "\\" in name):
             raise UserError(f"{key}={name} names a folder: no slashes, not empty; runs_dir= says where it goes")
+
+
+def _check_bench(config: Config) -> None:
+    settings = config.bench
+    at_least("bench.images", settings.images, 1)
+    at_least("bench.repeats", settings.repeats, 1)
+    at_least("bench.new_tokens", settings.new_tokens, 2)
+    if settings.batch_size is not None:
+        at_least("bench.batch_size", settings.batch_size, 1)
+    for name in settings.measure:
+        one_of("bench.measure", name, BENCHED)
+    if not settings.measure:
+        raise UserError(f"bench.measure is empty: name some of {', '.join(BENCHED)}")
+    if not settings.pruners:
+        raise UserError("bench.pruners is empty: name what to measure, e.g. bench.pruners=[none,twostage]")
+    if settings.stage is not None:
+        one_of("bench.stage", settings.stage, tuple(config.stage))
 
 
 def _check_calibrate(config: Config) -> None:

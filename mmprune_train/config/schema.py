@@ -295,6 +295,10 @@ class StageConfig:
     samples_per_image: int = 1
     """Samples of one image that a batch holds together where there are as many; the image is encoded once for them."""
     gradient_checkpointing: bool = False
+    """Compute the LLM's activations again in the backward pass instead of keeping them."""
+    checkpointed_layers: str = "all"
+    """gradient_checkpointing: `all` LLM layers, or those `before` the first pruning layer, where sequences are long, or
+    those `after` it. Without a pruning layer all are before it."""
     strategy: str | None = None
     """Strategy of this stage alone (LLaVA: ZeRO-2, then ZeRO-3); null: the run's `strategy`."""
 
@@ -377,6 +381,8 @@ class TrainerConfig:
     that a frozen encoder reads them once; shared by the stages of a run."""
     vision_chunk: int = 64
     """Images per forward pass of the vision tower."""
+    compile: bool = False
+    """Compile the LLM's layers with torch.compile, for any length at once; the first steps take minutes more."""
 
 
 @dataclass
@@ -401,12 +407,24 @@ class GenerateConfig:
 
 @dataclass
 class BenchConfig:
+    measure: list[str] = field(default_factory=lambda: ["train", "generate"])
+    """`train`: optimizer steps; `generate`: answers; `selection`: stage 1 beside the vision tower, on many images."""
     pruners: list[str] = field(default_factory=lambda: ["none", "twostage"])
     """Pruners to measure side by side, by name; the one that `pruner=` chooses has the command line's settings."""
+    stage: str | None = None
+    """Training stage whose samples, template and frozen parts are measured; null: the last of `stages`."""
+    batch_size: int | None = None
+    """Samples of the batch; null: the stage's."""
+    baseline: bool = True
+    """Also measure transformers' own LlavaForConditionalGeneration: padded, dense, logits at every position."""
+    cached: bool = True
+    """train: also measure each pruner with a warm feature cache, where its stage 1 can be cached."""
+    new_tokens: int = 16
+    """generate: tokens that each sample writes."""
     images: int = 16
-    """Images of the batch, spread over the first stage's data."""
+    """selection: images of the batch, spread over the stage's data."""
     repeats: int = 3
-    """Counted passes of each pruner, interleaved; times are their medians."""
+    """Counted passes, interleaved; times are their medians."""
 
 
 @dataclass

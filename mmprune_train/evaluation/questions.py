@@ -33,7 +33,7 @@ def read_questions(annotations: Path, images: Path, limit: int | None = None) ->
 
     A record's own `kind` counts; without one, a yes or a no as the answer makes it `yes_no`.
     """
-    return [_question(record) for record in read_records(annotations, images, limit, require_answers=False)]
+    return [question_of(record) for record in read_records(annotations, images, limit, require_answers=False)]
 
 
 def choose(questions: list[Question], kinds: list[str], per_kind: int | None) -> list[Question]:
@@ -49,7 +49,8 @@ def choose(questions: list[Question], kinds: list[str], per_kind: int | None) ->
     return chosen
 
 
-def _question(record: Record) -> Question:
+def question_of(record: Record) -> Question:
+    """The question of a record's first turn."""
     turn = record.turns[0]
     guessed = "yes_no" if normalise(turn.answer) in ("yes", "no") else "open"
     return Question(record.id, list(record.images), turn.question, turn.answer, record.kind or guessed)

@@ -67,6 +67,7 @@ def _sdpa_per_sample(
     return torch.cat(outs, dim=2).transpose(1, 2)  # [1, T, H, d]
 
 
+@torch.compiler.disable  # kernels of any kind, and samples of any length, stay out of compiled graphs
 def packed_attention(
     module: nn.Module,
     query: Tensor,

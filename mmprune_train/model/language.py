@@ -46,6 +46,28 @@ def _slides(config: Any) -> bool:
     return window is not None and window < config.max_position_embeddings
 
 
+def checkpoint_layers(model: Any, which: str) -> None:
+    """Let LLM layers keep nothing for the backward pass but what enters them.
+
+    Args:
+        model: a PackedLlava.
+        which: `all` layers, or those `before` the first pruning layer, or those `after` it. Choosing tokens happens
+            between layers, and is not done again.
+    """
+    model.activation_checkpointing_enable(activation_checkpointing_kwargs={"use_reentrant": False})
+    layers = model.hf.model.language_model.layers
+    first = min(model.pruner.layers(len(layers)), default=len(layers))
+    for index, layer in enumerate(layers):
+        layer.gradient_checkpointing = which == "all" or (which == "before") == (index < first)
+
+
+def compile_layers(model: Any) -> None:
+    """Compile each LLM layer of a PackedLlava with torch.compile; attention stays outside of the graphs, and lengths
+    are symbols, so that one compilation serves all layers and batches."""
+    for layer in model.hf.model.language_model.layers:
+        layer.compile(dynamic=True)
+
+
 class ScoringKeys:
     """Queries of chosen rows and keys of all tokens, as `layer` will compute them, without an attention matrix.
 

@@ -1,69 +1,242 @@
-"""`task=bench`: what several pruners cost beside the encoder, on the same images and weights."""
+"""`task=bench`: what several pruners cost side by side, on the same batch and weights."""
 
 from __future__ import annotations
 
 from dataclasses import asdict, replace
+from pathlib import Path
 from typing import Any
 
 import torch
 
-from mmprune_train.benchmark.selection import selection_costs
+from mmprune_train.benchmark.generation import GenerationCost, generation_costs
+from mmprune_train.benchmark.selection import SelectionCost, selection_costs
+from mmprune_train.benchmark.steps import BASELINE, PARTS, StepCost, Way, padded, pruned, step_costs
 from mmprune_train.config.checks import check_pruner_fits
 from mmprune_train.config.compose import load_pruner
 from mmprune_train.config.identity import run_dir
 from mmprune_train.config.pruner import reads_text
-from mmprune_train.config.schema import Config
+from mmprune_train.config.schema import Config, PrunerConfig
+from mmprune_train.data.batch import Batch
+from mmprune_train.data.loader import TrainLoader
+from mmprune_train.data.templates import get_template
 from mmprune_train.errors import UserError
+from mmprune_train.evaluation.generate import load_images, progress
+from mmprune_train.evaluation.questions import question_of
 from mmprune_train.model.build import build
+from mmprune_train.model.llava import PackedLlava
 from mmprune_train.quiet import quiet
+from mmprune_train.reporting.bench_figure import draw_steps
 from mmprune_train.reporting.tables import table
 from mmprune_train.tasks.prepare import prepare_data
 from mmprune_train.training.files import write_json
-from mmprune_train.training.inputs import spread_images, stage_loader
-from mmprune_train.training.precision import choose_accelerator, choose_precision
+from mmprune_train.training.inputs import spread_images, stage_loader, template_of
+from mmprune_train.training.precision import Precision, choose_accelerator, choose_precision
+from mmprune_train.training.run import make_trainable
+
+DENSE = "none"
+"""The packed model without pruning: what the others are shares of."""
 
 
 def run(config: Config) -> dict[str, Any]:
-    """Write `bench/result.json` to the run directory."""
+    """Write `bench/result.json` and the figure to the run directory; returns the result."""
     accelerator = choose_accelerator(config.trainer.accelerator)
     precision = choose_precision(config.trainer.precision, accelerator)
-    stage = config.stages[0]
-    prepare_data(config, [stage])
+    name = config.bench.stage or config.stages[-1]
+    prepare_data(config, [name])
+    pruners = chosen_pruners(config)
+    reads = [pruner for pruner in pruners.values() if reads_text(pruner.vision)]
+    with quiet():
+        model, processor = build(replace(config, pruner=reads[0]) if reads else config)
+        make_trainable(model, config, name, precision)
+    model.to(accelerator)
+    model.template = template_of(config, name)
+    loader = stage_loader(
+        _with_batch_size(config, name), name, processor.tokenizer, model.config.image_seq_length, rank=0, world=1
+    )
+    print(f"{accelerator}, {precision.name} ({precision.reason}), {torch.get_num_threads()} threads", flush=True)
+    result: dict[str, Any] = {
+        "encoder": config.encoder.name,
+        "image_size": config.encoder.image_size,
+        "llm": config.llm.name,
+        "peft": config.peft.name,
+        "stage": name,
+        "precision": precision.name,
+        "threads": torch.get_num_threads(),
+        "device": torch.cuda.get_device_name() if accelerator == "cuda" else "cpu",
+        "repeats": config.bench.repeats,
+        "seed": config.seed,
+    }
+    folder = run_dir(config) / "bench"
+    if "train" in config.bench.measure:
+        batch = next(iter(loader.epoch(0))).to(accelerator)
+        result["samples"], result["batch_ids"] = batch.sequence.samples, batch.ids
+        result["train"] = _train(config, model, batch, pruners, precision, folder)
+    if "generate" in config.bench.measure:
+        result["generate"] = _generate(config, model, processor, loader, pruners, precision)
+    if "selection" in config.bench.measure:
+        result["selection"] = _selection(config, model, loader, pruners, precision)
+    write_json(folder / "result.json", result)
+    print(f"\n{folder / 'result.json'}", flush=True)
+    return result
+
+
+def chosen_pruners(config: Config) -> dict[str, PrunerConfig]:
+    """Settings by name of what `bench.pruners` lists."""
     pruners = {
         name: config.pruner if name == config.pruner.name else load_pruner(name) for name in config.bench.pruners
     }
     for pruner in pruners.values():
         check_pruner_fits(replace(config, pruner=pruner))
-    reads = [pruner for pruner in pruners.values() if reads_text(pruner.vision)]
-    with quiet():
-        model, processor = build(replace(config, pruner=reads[0]) if reads else config)
-    model.eval().to(accelerator, precision.dtype)
-    model.vision_chunk = config.trainer.vision_chunk
-    loader = stage_loader(config, stage, processor.tokenizer, model.config.image_seq_length, rank=0, world=1)
+    return pruners
+
+
+def _with_batch_size(config: Config, name: str) -> Config:
+    size = config.bench.batch_size
+    if size is None:
+        return config
+    return replace(config, stage={**config.stage, name: replace(config.stage[name], batch_size=size)})
+
+
+# -- optimizer steps -------------------------------------------------------------------------------------------------
+
+
+def _train(
+    config: Config,
+    model: PackedLlava,
+    batch: Batch,
+    pruners: dict[str, PrunerConfig],
+    precision: Precision,
+    folder: Path,
+) -> dict[str, Any]:
+    ways: dict[str, Way] = {BASELINE: padded(model, batch)} if config.bench.baseline else {}
+    for name, settings in pruners.items():
+        ways[name] = pruned(model, batch, settings)
+    rounds = config.bench.repeats
+
+    def told(numbers: Any) -> Any:
+        return progress(list(numbers), "training step", "rounds", rounds + 1)
+
+    costs = step_costs(model, ways, rounds, precision.dtype, told)
+    dense = costs.get(DENSE)
+    what = f"{config.encoder.name} at {config.encoder.image_size} px, {config.llm.name}, peft={config.peft.name}, "
+    what += f"{batch.sequence.samples} samples, {precision.name}"
+    print(f"\n{steps_text(costs, what)}", flush=True)
+    figure = folder / "bench.png"
+    draw_steps(
+        {name: cost.seconds for name, cost in costs.items()},
+        PARTS,
+        {name: shares(cost, dense) for name, cost in costs.items()},
+        f"one optimizer step: {what}",
+        figure,
+    )
+    print(f"\n{figure}", flush=True)
+    return {name: asdict(cost) | {"keep_ratio": cost.keep_ratio} for name, cost in costs.items()}
+
+
+def shares(cost: StepCost, dense: StepCost | None) -> tuple[float | None, float | None, float | None]:
+    """The LLM's operations, its forward and backward seconds, and peak memory, as shares of the dense packed model's."""
+    if dense is None:
+        return None, None, None
+    return (
+        cost.language_flops / dense.language_flops,
+        cost.language_seconds / dense.language_seconds,
+        cost.peak_bytes / dense.peak_bytes,
+    )
+
+
+def steps_text(costs: dict[str, StepCost], what: str) -> str:
+    """The tables of a step: tokens, seconds, and the LLM's share of the dense packed model's cost."""
+    baseline, dense = costs.get(BASELINE), costs.get(DENSE)
+    names = ("dense", "stage1", "stage2", "layer_mean", "padding")
+    tokens = [
+        [name, *(round(cost.tokens[key], 1) for key in names), cost.keep_ratio] for name, cost in costs.items()
+    ]
+    repeats = len(next(iter(costs.values())).seconds_all["step"])
+    seconds = [
+        [
+            name,
+            *(cost.seconds[part] for part in (*PARTS, "step")),
+            baseline.seconds["step"] / cost.seconds["step"] if baseline else None,
+        ]
+        for name, cost in costs.items()
+    ]
+    rows = []
+    for name, cost in costs.items():
+        ideal, achieved, memory = shares(cost, dense)
+        over = achieved / ideal if achieved is not None and ideal else None
+        rows.append([name, cost.flops / 1e12, ideal, achieved, over, cost.peak_bytes / 2**30, memory])
+    return "\n\n".join(
+        (
+            table(tokens, ["way", *names, "keep_ratio"], f"Tokens of the batch: {what}"),
+            table(
+                seconds,
+                ["way", *PARTS, "step", f"x {BASELINE}"],
+                f"Seconds of a step, median of {repeats} interleaved",
+            ),
+            table(
+                rows,
+                ["way", "TFLOP", "LLM ideal", "LLM seconds", "seconds / ideal", "peak GiB", "memory"],
+                f"Shares of {DENSE}: LLM operations, LLM forward + backward, peak memory above the weights",
+            ),
+        )
+    )
+
+
+# -- answers ---------------------------------------------------------------------------------------------------------
+
+
+def _generate(
+    config: Config,
+    model: PackedLlava,
+    processor: Any,
+    loader: TrainLoader,
+    pruners: dict[str, PrunerConfig],
+    precision: Precision,
+) -> dict[str, Any]:
+    size = config.bench.batch_size or config.stage[config.bench.stage or config.stages[-1]].batch_size
+    template = get_template(config.llm.template, processor.tokenizer)
+    questions = [question_of(record) for record in loader.dataset.records[:size]]
+    processor.tokenizer.padding_side = "left"
+    inputs = processor(
+        images=[image for question in questions for image in load_images(question)] or None,
+        text=[template.prompt(question.text, len(question.images)) for question in questions],
+        return_tensors="pt",
+        padding=True,
+    ).to(model.device)
+    training = model.training
+    model.eval()
+    costs = generation_costs(
+        model, inputs, pruners, config.bench.new_tokens, config.bench.repeats, precision.dtype, config.bench.baseline
+    )
+    model.train(training)
+    title = f"Answers of {config.bench.new_tokens} tokens to {len(questions)} prompts, medians of {config.bench.repeats}"
+    print(f"\n{generation_text(costs, title)}", flush=True)
+    return {name: asdict(cost) for name, cost in costs.items()}
+
+
+def generation_text(costs: dict[str, GenerationCost], title: str) -> str:
+    rows = [[n, c.first_token_seconds, c.tokens_per_second, c.cache_bytes / 2**20] for n, c in costs.items()]
+    return table(rows, ["way", "first token s", "tokens / s", "cache MiB"], title)
+
+
+# -- stage 1 alone ---------------------------------------------------------------------------------------------------
+
+
+def _selection(
+    config: Config, model: PackedLlava, loader: TrainLoader, pruners: dict[str, PrunerConfig], precision: Precision
+) -> dict[str, Any]:
     images = list(spread_images(loader, config.bench.images))
     if not images:
-        raise UserError(f"data.{stage}.annotations has no sample with an image; choose other data= or stages=")
-    pixels = torch.stack(images).to(accelerator)
-    print(f"{accelerator}, {precision.reason}, {torch.get_num_threads()} threads", flush=True)
-    costs = dict(selection_costs(model, pixels, pruners, config.bench.repeats))
-    result = {
-        "encoder": config.encoder.name,
-        "image_size": config.encoder.image_size,
-        "images": len(images),
-        "repeats": config.bench.repeats,
-        "precision": precision.name,
-        "threads": torch.get_num_threads(),
-        "device": accelerator,
-        "pruners": {name: asdict(cost) for name, cost in costs.items()},
-    }
+        raise UserError(f"data.{config.stages[-1]} has no sample with an image; choose other data= or bench.stage=")
+    pixels = torch.stack(images).to(model.device)
+    with torch.autocast(model.device.type, dtype=precision.dtype, enabled=precision.dtype != torch.float32):
+        costs: dict[str, SelectionCost] = dict(selection_costs(model, pixels, pruners, config.bench.repeats))
     rows = [
         [name, c.patches, c.kept, c.vision_seconds, c.selection_seconds, f"{100 * c.share:.2f} %"]
         for name, c in costs.items()
     ]
     header = ["pruner", "patches", "kept", "vision s", "selection s", "share"]
-    title = f"stage 1 on {len(images)} images, medians of {config.bench.repeats}"
-    title += "; questions are empty" if reads else ""
-    folder = run_dir(config) / "bench"
-    write_json(folder / "result.json", result)
-    print(f"\n{table(rows, header, title)}\n\n{folder / 'result.json'}", flush=True)
-    return result
+    title = f"Stage 1 on {len(images)} images, medians of {config.bench.repeats}"
+    title += "; questions are empty" if any(reads_text(pruner.vision) for pruner in pruners.values()) else ""
+    print(f"\n{table(rows, header, title)}", flush=True)
+    return {"images": len(images), "pruners": {name: asdict(cost) for name, cost in costs.items()}}

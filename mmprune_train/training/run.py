@@ -17,6 +17,7 @@ from mmprune_train.config.schema import Config, StageConfig
 from mmprune_train.data.images import image_processor
 from mmprune_train.errors import UserError
 from mmprune_train.model.build import build, load_model
+from mmprune_train.model.language import checkpoint_layers, compile_layers
 from mmprune_train.model.llava import PackedLlava
 from mmprune_train.model.patches import PatchMemory
 from mmprune_train.model.peft import add_adapters, merge_adapters
@@ -25,7 +26,7 @@ from mmprune_train.quiet import quiet
 from mmprune_train.training.callbacks import MetricsWriter, progress
 from mmprune_train.training.checkpoints import Checkpoints, last_checkpoint
 from mmprune_train.training.files import read_jsonl
-from mmprune_train.training.freezing import freeze, freezing_table, store_frozen
+from mmprune_train.training.freezing import Part, freeze, freezing_table, store_frozen
 from mmprune_train.training.inputs import spread_images, stage_loader, template_of
 from mmprune_train.training.loggers import build_loggers, close_loggers
 from mmprune_train.training.module import MODULES
@@ -61,18 +62,13 @@ def run_stage(
     accelerator = choose_accelerator(config.trainer.accelerator)
     precision = choose_precision(config.trainer.precision, accelerator)
     pl.seed_everything(config.seed, verbose=False)
-    adapters = stage.use_peft and config.peft.name != "none" and stage.train_llm
+    adapters = uses_adapters(config, name)
     with quiet():
         if start_from is None:
             model, processor = build(config)
         else:
             model, processor = load_model(start_from, pruner=config.pruner, text=config.encoder.text)
-        if adapters:
-            add_adapters(model, config.peft)
-        parts = freeze(model, stage, adapters)
-        store_frozen(model, precision.dtype)
-        if stage.gradient_checkpointing:
-            model.activation_checkpointing_enable(activation_checkpointing_kwargs={"use_reentrant": False})
+        parts = make_trainable(model, config, name, precision)
     model.vision_chunk = config.trainer.vision_chunk
     if config.trainer.remember_images:
         memories = {} if memories is None else memories
@@ -125,6 +121,30 @@ def run_stage(
     found = summary(folder / "metrics.jsonl") if trainer.is_global_zero else {}
     run.update_stage(name, state="done", wall_minutes=(time.perf_counter() - began) / 60, **found)
     return found
+
+
+def uses_adapters(config: Config, name: str) -> bool:
+    """Whether stage `name` trains adapters in place of the LLM's own weights."""
+    stage = config.stage[name]
+    return stage.use_peft and config.peft.name != "none" and stage.train_llm
+
+
+def make_trainable(model: PackedLlava, config: Config, name: str, precision: Precision) -> list[Part]:
+    """Set a model up as stage `name` trains it: adapters, frozen parts and their dtype, gradient checkpointing.
+
+    Returns:
+        What is trained, part by part.
+    """
+    stage, adapters = config.stage[name], uses_adapters(config, name)
+    if adapters:
+        add_adapters(model, config.peft)
+    parts = freeze(model, stage, adapters)
+    store_frozen(model, precision.dtype)
+    if stage.gradient_checkpointing:
+        checkpoint_layers(model, stage.checkpointed_layers)
+    if config.trainer.compile:
+        compile_layers(model)
+    return parts
 
 
 def match_projector(model: PackedLlava, images: list[Tensor]) -> None:

@@ -1,0 +1,111 @@
+"""What answering costs: time to the first token, tokens a second, and the cache's memory."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
+from statistics import median
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import StoppingCriteria, StoppingCriteriaList
+
+from mmprune_train.benchmark.baseline import plain_attention
+from mmprune_train.benchmark.steps import BASELINE
+from mmprune_train.config.schema import PrunerConfig
+from mmprune_train.model.llava import PackedLlava
+from mmprune_train.pruning import Pruner
+
+
+@dataclass
+class GenerationCost:
+    """Greedy answers of a fixed length to one batch of prompts; times are medians over the repeats."""
+
+    first_token_seconds: float
+    """From the call to the first new token: vision, pruning, prompt."""
+    tokens_per_second: float
+    """New tokens of all samples after the first ones, over the time they took."""
+    cache_bytes: int
+    """Keys and values at the end."""
+
+
+class _Stamps(StoppingCriteria):
+    """Notes when each token was ready; stops nothing."""
+
+    def __init__(self, device: torch.device) -> None:
+        self.device = device
+        self.times: list[float] = []
+
+    def __call__(self, input_ids: Any, scores: Any, **kwargs: Any) -> Any:
+        if self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)
+        self.times.append(time.perf_counter())
+        return torch.zeros(len(input_ids), dtype=torch.bool, device=input_ids.device)
+
+
+def generation_costs(
+    model: PackedLlava,
+    inputs: Mapping[str, Tensor],
+    pruners: Mapping[str, PrunerConfig],
+    new_tokens: int,
+    repeats: int,
+    dtype: torch.dtype,
+    baseline: bool = True,
+) -> dict[str, GenerationCost]:
+    """Time several pruners, and the padded Hugging Face model, on the same prompts and weights, interleaved, after one
+    round that is not counted.
+
+    Args:
+        inputs: the llava-hf processor's, padded on the left.
+        new_tokens: tokens that every sample generates, at least 2.
+    """
+    own = model.pruner, model.question
+    names = [*([BASELINE] if baseline else []), *pruners]
+    found: dict[str, list[tuple[float, float, int]]] = {name: [] for name in names}
+    try:
+        for number in range(repeats + 1):
+            for name in names:
+                context: AbstractContextManager[Any] = nullcontext()
+                if name == BASELINE:
+                    context = plain_attention(model)
+                else:
+                    model.pruner = Pruner(pruners[name])
+                    model.question = own[1] if model.pruner.reads_text else None
+                with context:
+                    measured = _generate(model.hf if name == BASELINE else model, inputs, new_tokens, dtype)
+                if number:
+                    found[name].append(measured)
+    finally:
+        model.pruner, model.question = own
+    return {
+        name: GenerationCost(median(r[0] for r in rows), median(r[1] for r in rows), rows[-1][2])
+        for name, rows in found.items()
+    }
+
+
+@torch.inference_mode()
+def _generate(
+    model: Any, inputs: Mapping[str, Tensor], new_tokens: int, dtype: torch.dtype
+) -> tuple[float, float, int]:
+    device = inputs["input_ids"].device
+    stamps = _Stamps(device)
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    began = time.perf_counter()
+    with torch.autocast(device.type, dtype=dtype, enabled=dtype != torch.float32):
+        out = model.generate(
+            **inputs,
+            max_new_tokens=new_tokens,
+            min_new_tokens=new_tokens,
+            do_sample=False,
+            return_dict_in_generate=True,
+            stopping_criteria=StoppingCriteriaList([stamps]),
+        )
+    first, last = stamps.times[0], stamps.times[-1]
+    rate = len(inputs["input_ids"]) * (len(stamps.times) - 1) / (last - first)
+    layers = out.past_key_values.layers
+    memory = sum(t.numel() * t.element_size() for layer in layers for t in (layer.keys, layer.values))
+    return first - began, rate, memory

@@ -1,0 +1,235 @@
+"""What one optimizer step costs: seconds by part, memory, operations, for several ways of computing it side by side."""
+
+from __future__ import annotations
+
+import gc
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import dataclass, field
+from statistics import median
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from mmprune_train.benchmark.baseline import padded_inputs, plain_attention
+from mmprune_train.benchmark.flops import flop_counter
+from mmprune_train.benchmark.memory import PeakMemory
+from mmprune_train.config.schema import PrunerConfig
+from mmprune_train.data.batch import Batch
+from mmprune_train.model.clock import Clock
+from mmprune_train.model.llava import PackedLlava
+from mmprune_train.model.patches import Patches
+from mmprune_train.pruning import Pruner, PruningTrace
+
+BASELINE = "hf_padded"
+"""Name of the plain Hugging Face model among the ways."""
+PARTS = ("vision", "selection", "forward", "backward", "optimizer")
+"""What the seconds of a step are told apart into; `forward` is the LLM's, with projector and loss."""
+
+
+@dataclass
+class StepCost:
+    """One way of computing a step; times are medians over the repeats."""
+
+    seconds: dict[str, float]
+    """By part, see `PARTS`, and their sum as `step`."""
+    seconds_all: dict[str, list[float]]
+    """The same of every repeat, in order."""
+    peak_bytes: int
+    """Highest memory of a step above what is there between steps: weights, optimizer states."""
+    flops: float
+    """Of a step, counted by PyTorch."""
+    language_flops: float
+    """Without the vision tower."""
+    tokens: dict[str, float] = field(default_factory=dict)
+    """Totals of the batch: dense, stage1, stage2, layer_mean, padding."""
+
+    @property
+    def language_seconds(self) -> float:
+        """Forward and backward, without the vision tower and the choosing of tokens."""
+        return self.seconds["forward"] + self.seconds["backward"]
+
+    @property
+    def keep_ratio(self) -> float:
+        return self.tokens["layer_mean"] / self.tokens["dense"]
+
+
+@dataclass
+class Way:
+    """One way of computing the loss of a batch."""
+
+    loss: Callable[[], Tensor]
+    """One forward pass, timed by the model's clock."""
+    context: Callable[[], AbstractContextManager[Any]] = nullcontext
+    """Entered around a step."""
+    vision: Callable[[], Any] | None = None
+    """The vision tower alone, to tell its operations apart; None: it does not run."""
+    tokens: dict[str, float] = field(default_factory=dict)
+    """Filled by `loss`."""
+
+
+def pruned(
+    model: PackedLlava,
+    batch: Batch,
+    settings: PrunerConfig,
+    read_cache: Callable[[], Patches] | None = None,
+) -> Way:
+    """The packed model with one pruner.
+
+    Args:
+        read_cache: gives what stage 1 leaves of the batch's images; None: the tower runs.
+    """
+    pruner, question = Pruner(settings), model.question
+
+    @contextmanager
+    def context() -> Iterator[None]:
+        before = model.pruner, model.question
+        model.pruner, model.question = pruner, question if pruner.reads_text else None
+        try:
+            yield
+        finally:
+            model.pruner, model.question = before
+
+    def loss() -> Tensor:
+        assert model.clock is not None, "a way runs under the clock"
+        patches = None
+        if read_cache is not None:
+            with model.clock.part("vision"):
+                patches = read_cache()
+        pixels = batch.pixel_values if patches is None else None
+        with model.clock.part("forward"):
+            output = model.forward_packed(batch.sequence, pixels)
+        way.tokens = tokens_of(output.trace)
+        return output.loss_sum / output.supervised
+
+    def vision() -> None:
+        if batch.pixel_values is not None:
+            with torch.no_grad():
+                model.encode_images(batch.pixel_values)
+
+    way = Way(loss, context, vision if read_cache is None else None)
+    return way
+
+
+def padded(model: PackedLlava, batch: Batch) -> Way:
+    """The Hugging Face model with the same weights and samples."""
+    inputs = padded_inputs(batch)
+    tower: Any = model.hf.model.vision_tower
+
+    def loss() -> Tensor:
+        assert model.clock is not None, "a way runs under the clock"
+        with model.clock.part("forward"), timed_module(tower, model.clock, "vision"):
+            result: Tensor = model.hf(**inputs).loss
+        return result
+
+    dense = float(inputs["attention_mask"].sum())
+    every = float(inputs["input_ids"].numel())
+    tokens = {name: every for name in ("dense", "stage1", "stage2", "layer_mean")} | {"dense": dense}
+    pixels = inputs.get("pixel_values")
+
+    def vision() -> None:
+        with torch.no_grad():
+            tower(pixels)
+
+    return Way(
+        loss,
+        lambda: plain_attention(model),
+        vision if pixels is not None else None,
+        tokens | {"padding": every - dense},
+    )
+
+
+def tokens_of(trace: PruningTrace) -> dict[str, float]:
+    """Totals of a batch; `padding` is what was computed beside the samples' own tokens."""
+    counts = trace.counts()
+    return {name: counts[name] for name in ("dense", "stage1", "stage2", "layer_mean")} | {"padding": 0.0}
+
+
+@contextmanager
+def timed_module(module: nn.Module, clock: Clock, part: str) -> Iterator[None]:
+    """Book what `module`'s calls take under `part`."""
+    running: list[AbstractContextManager[None]] = []
+
+    def enter(*_: Any) -> None:
+        running.append(clock.part(part))
+        running[-1].__enter__()
+
+    def leave(*_: Any) -> None:
+        running.pop().__exit__(None, None, None)
+
+    hooks = [module.register_forward_pre_hook(enter), module.register_forward_hook(leave)]
+    try:
+        yield
+    finally:
+        for hook in hooks:
+            hook.remove()
+
+
+def step_costs(
+    model: PackedLlava,
+    ways: Mapping[str, Way],
+    repeats: int,
+    dtype: torch.dtype,
+    progress: Callable[[Iterable[int]], Iterable[int]] = iter,
+) -> dict[str, StepCost]:
+    """Measure every way on the same weights: one step that is not counted, then `repeats` interleaved ones, then one
+    for memory and one for operations.
+
+    Args:
+        model: frozen as it is trained; a learning rate of zero leaves its weights as they are.
+        dtype: bfloat16 computes under autocast.
+        progress: wraps the numbers of the rounds.
+    """
+    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    optimizer = torch.optim.AdamW(trained, lr=0.0)
+    device = trained[0].device
+    own_clock, model.clock = model.clock, Clock()
+    laps: dict[str, list[dict[str, float]]] = {name: [] for name in ways}
+    costs = {}
+    try:
+        for number in progress(range(repeats + 1)):
+            for name, way in ways.items():
+                with way.context(), _computed_in(device, dtype):
+                    lap = _step(model.clock, way, optimizer)
+                if number:
+                    laps[name].append(lap)
+        for name, way in ways.items():
+            gc.collect()
+            with way.context(), _computed_in(device, dtype):
+                with PeakMemory(device) as memory:
+                    _step(model.clock, way, optimizer)
+                with flop_counter() as whole:
+                    way.loss().backward()
+                optimizer.zero_grad()
+                with flop_counter() as seen:
+                    if way.vision is not None:
+                        way.vision()
+            flops = whole.get_total_flops()
+            seconds = {part: [lap.get(part, 0.0) for lap in laps[name]] for part in PARTS}
+            seconds["step"] = [sum(lap.values()) for lap in laps[name]]
+            costs[name] = StepCost(
+                seconds={part: median(times) for part, times in seconds.items()},
+                seconds_all=seconds,
+                peak_bytes=memory.bytes,
+                flops=flops,
+                language_flops=flops - seen.get_total_flops(),
+                tokens=way.tokens,
+            )
+    finally:
+        model.clock = own_clock
+    return costs
+
+
+def _step(clock: Clock, way: Way, optimizer: torch.optim.Optimizer) -> dict[str, float]:
+    loss = way.loss()
+    with clock.part("backward"):
+        loss.backward()
+    with clock.part("optimizer"):
+        optimizer.step()
+        optimizer.zero_grad()
+    return clock.lap()
+
+
+def _computed_in(device: torch.device, dtype: torch.dtype) -> AbstractContextManager[Any]:
+    return torch.autocast(device.type, dtype=dtype, enabled=dtype != torch.float32)

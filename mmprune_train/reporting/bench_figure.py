@@ -1,0 +1,75 @@
+"""The figure of a bench: where the seconds of a step go, and what the saving is beside the ideal one."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+COLOURS = ("#4477aa", "#ee6677", "#228833", "#66ccee", "#bbbbbb")
+"""Of vision, selection, forward, backward and optimizer: Paul Tol's bright scheme, safe for colour-blind eyes."""
+
+
+def draw_steps(
+    seconds: Mapping[str, Mapping[str, float]],
+    parts: Sequence[str],
+    shares: Mapping[str, tuple[float | None, float | None, float | None]],
+    title: str,
+    path: Path,
+) -> None:
+    """Left: a bar of seconds for each way of computing a step. Right: its share of the dense packed one.
+
+    Args:
+        seconds: way -> part -> median seconds, and their sum as `step`.
+        shares: way -> the LLM's operations, the LLM's seconds and the peak memory, each as a share of the dense packed
+            model's; None: not to be had.
+    """
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    names = list(seconds)
+    figure, (left, right) = plt.subplots(
+        1, 2, figsize=(11, 1.7 + 0.45 * len(names)), width_ratios=[1.5, 1], sharey=True
+    )
+    rows = range(len(names))
+    start = [0.0] * len(names)
+    for part, colour in zip(parts, COLOURS, strict=True):
+        width = [seconds[name].get(part, 0.0) for name in names]
+        left.barh(rows, width, left=start, color=colour, label=part, height=0.6)
+        start = [a + b for a, b in zip(start, width, strict=True)]
+    for row, name in enumerate(names):
+        left.annotate(
+            f"{seconds[name]['step']:.2f} s", (start[row], row), (4, 0), textcoords="offset points", va="center",
+            fontsize=9,
+        )  # fmt: skip
+    left.set_yticks(rows, names)
+    left.invert_yaxis()
+    left.set_xlim(0, 1.14 * max(start))
+    left.set_xlabel("seconds a step, median")
+    _shares(right, names, shares)
+    for axis in (left, right):
+        axis.spines[["top", "right"]].set_visible(False)
+    left.legend(ncols=len(parts), fontsize=8, frameon=False, loc="lower left", bbox_to_anchor=(0, 1.0))
+    figure.suptitle(title, fontsize=11, x=0.01, ha="left")
+    figure.tight_layout()
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path, dpi=110)
+    plt.close(figure)
+
+
+def _shares(
+    axis: Any, names: Sequence[str], shares: Mapping[str, tuple[float | None, float | None, float | None]]
+) -> None:
+    marks = (("|", "ideal: operations of the LLM"), ("o", "LLM seconds"), ("x", "peak memory"))
+    for kind, (mark, label) in enumerate(marks):
+        found = [(value, row) for row, name in enumerate(names) if (value := shares[name][kind]) is not None]
+        if found:
+            size = 220 if mark == "|" else 36
+            axis.scatter(*zip(*found, strict=True), marker=mark, s=size, color=COLOURS[kind * 2 % 5], label=label)
+    axis.axvline(1, color="black", lw=0.8, ls=":")
+    axis.set_xlim(left=0)
+    axis.set_xlabel("share of the dense packed model")
+    axis.tick_params(axis="y", length=0)
+    axis.legend(fontsize=8, frameon=False, loc="lower left", bbox_to_anchor=(0, 1.0), ncols=3, columnspacing=1.0)
