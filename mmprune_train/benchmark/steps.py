@@ -125,7 +125,7 @@ def padded(model: PackedLlava, batch: Batch) -> Way:
 
     dense = float(inputs["attention_mask"].sum())
     every = float(inputs["input_ids"].numel())
-    tokens = {name: every for name in ("dense", "stage1", "stage2", "layer_mean")} | {"dense": dense}
+    tokens = dict.fromkeys(("dense", "stage1", "stage2", "layer_mean"), every) | {"dense": dense}
     pixels = inputs.get("pixel_values")
 
     def vision() -> None:

@@ -134,7 +134,7 @@ def _train(
 
 
 def shares(cost: StepCost, dense: StepCost | None) -> tuple[float | None, float | None, float | None]:
-    """The LLM's operations, its forward and backward seconds, and peak memory, as shares of the dense packed model's."""
+    """The LLM's operations, its forward and backward seconds, and peak memory: shares of the dense packed model's."""
     if dense is None:
         return None, None, None
     return (
@@ -148,9 +148,7 @@ def steps_text(costs: dict[str, StepCost], what: str) -> str:
     """The tables of a step: tokens, seconds, and the LLM's share of the dense packed model's cost."""
     baseline, dense = costs.get(BASELINE), costs.get(DENSE)
     names = ("dense", "stage1", "stage2", "layer_mean", "padding")
-    tokens = [
-        [name, *(round(cost.tokens[key], 1) for key in names), cost.keep_ratio] for name, cost in costs.items()
-    ]
+    tokens = [[name, *(round(cost.tokens[key], 1) for key in names), cost.keep_ratio] for name, cost in costs.items()]
     repeats = len(next(iter(costs.values())).seconds_all["step"])
     seconds = [
         [
@@ -209,7 +207,9 @@ def _generate(
         model, inputs, pruners, config.bench.new_tokens, config.bench.repeats, precision.dtype, config.bench.baseline
     )
     model.train(training)
-    title = f"Answers of {config.bench.new_tokens} tokens to {len(questions)} prompts, medians of {config.bench.repeats}"
+    title = (
+        f"Answers of {config.bench.new_tokens} tokens to {len(questions)} prompts, medians of {config.bench.repeats}"
+    )
     print(f"\n{generation_text(costs, title)}", flush=True)
     return {name: asdict(cost) for name, cost in costs.items()}
 

@@ -88,6 +88,9 @@ def result_text(result: dict[str, Any]) -> str:
         "samples": "samples",
         "loss": "loss (last 10 steps)",
         "step_seconds": "seconds per step (median)",
+        "samples_per_second": "samples per second",
+        "data_share": "share of it waiting for data",
+        "mfu": "MFU",
         "train_minutes": "training minutes",
         "keep_ratio": "keep ratio in training",
     }

@@ -39,14 +39,16 @@ class StepWatch(pl.Callback):
 class MetricsWriter(StepWatch):
     """Writes one line of metrics.jsonl an optimizer step, and hands it to the loggers and to the progress callback."""
 
-    def __init__(self, path: Path, stream: BatchStream) -> None:
+    def __init__(self, path: Path, stream: BatchStream, peak_tflops: float) -> None:
         """Args:
         path: the stage's metrics.jsonl.
         stream: tells the epoch and the seconds spent waiting for data.
+        peak_tflops: of one device, for the MFU.
         """
         super().__init__()
         self.path = path
         self.stream = stream
+        self.peak_tflops = peak_tflops
         self.latest: dict[str, Any] = {}
         self.began = 0.0
 
@@ -67,13 +69,16 @@ class MetricsWriter(StepWatch):
         waited = self.stream.take_waited()
         seconds = time.perf_counter() - self.began + waited
         flops = measured.pop("flops")
+        tflops = flops / 1e12 / seconds / trainer.world_size
         row = {
             "step": trainer.global_step,
             "epoch": round(self.stream.epochs_done, 4),
             **measured,
             "step_seconds": seconds,
             "data_seconds": waited,
-            "tflops": flops / 1e12 / seconds / trainer.world_size,
+            "samples_per_second": measured["samples"] / seconds,
+            "tflops": tflops,
+            "mfu": tflops / self.peak_tflops,
         }
         self.latest = row
         if trainer.is_global_zero:
@@ -106,9 +111,16 @@ class PlainProgress(StepWatch):
             each = (time.perf_counter() - self.began) / (step - self.first)
             print(
                 f"{self.stage} {step}/{self.total_steps}  loss {row['loss']:.4f}  lr {row['lr']:.2e}  "
-                f"kept {row['keep_ratio']:.3f}  {each:.2f} s/step  {(self.total_steps - step) * each:.0f} s left",
+                f"kept {row['keep_ratio']:.3f}  {each:.2f} s/step{waiting(row)}  MFU {row['mfu']:.2f}  "
+                f"{(self.total_steps - step) * each:.0f} s left",
                 flush=True,
             )
+
+
+def waiting(row: dict[str, Any]) -> str:
+    """The step's share of waiting for data, where it is worth a word."""
+    share = row["data_seconds"] / row["step_seconds"]
+    return f" ({100 * share:.0f} % waiting for data)" if share >= 0.05 else ""
 
 
 class StepBar(TQDMProgressBar):
@@ -121,7 +133,13 @@ class StepBar(TQDMProgressBar):
 
     def get_metrics(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> dict[str, Any]:
         row = self.metrics.latest
-        return {"loss": f"{row['loss']:.4f}", "kept": f"{row['keep_ratio']:.3f}", "step": row["step"]} if row else {}
+        if not row:
+            return {}
+        wait = f"{row['data_seconds'] / row['step_seconds']:.0%}"
+        return {
+            "loss": f"{row['loss']:.4f}", "kept": f"{row['keep_ratio']:.3f}", "mfu": f"{row['mfu']:.2f}",
+            "data": wait, "step": row["step"],
+        }  # fmt: skip
 
     def on_train_epoch_start(self, trainer: pl.Trainer, *args: Any) -> None:
         super().on_train_epoch_start(trainer, *args)

@@ -34,6 +34,7 @@ from mmprune_train.training.precision import Precision, choose_accelerator, choo
 from mmprune_train.training.rundir import RunDirectory
 from mmprune_train.training.strategies import build_strategy, whole_weights
 from mmprune_train.training.stream import BatchStream, steps_of
+from mmprune_train.training.throughput import STARVED, peak
 
 MATCHED_IMAGES = 64
 """Images that `projector.init=matched` measures features on."""
@@ -95,7 +96,8 @@ def run_stage(
     steps = steps_of(len(loader), stage.epochs, window, stage.max_steps)
     stream = BatchStream(loader, steps, window)
     module = MODULES[name](model, parts, config.optim, steps, config.seed)
-    metrics = MetricsWriter(folder / "metrics.jsonl", stream)
+    limit = peak(accelerator, precision.dtype)
+    metrics = MetricsWriter(folder / "metrics.jsonl", stream, limit.tflops)
     every, kept = config.trainer.checkpoint_every_steps, config.trainer.keep_checkpoints
     saves = Checkpoints(folder / "checkpoints", every, kept, last=steps)
     trainer.callbacks += [metrics, progress(name, steps, config.trainer.log_every, metrics), saves]
@@ -103,6 +105,7 @@ def run_stage(
     if trainer.is_global_zero:
         print(freezing_table(parts, f"\nStage {name}: {steps} steps of {stage.global_batch_size} samples"), flush=True)
         print(f"{accelerator}, {precision.name} ({precision.reason}), {config.trainer.devices} device(s)", flush=True)
+        print(f"MFU is of {limit.tflops:.3g} TFLOP/s: {limit.source}", flush=True)
         if resume:
             print(f"continues after step {resumed_step}", flush=True)
     run.update_stage(name, state="running", steps=steps)
@@ -119,6 +122,12 @@ def run_stage(
             save_model(model, processor, run.model(name), adapters)
     trainer.strategy.barrier("model saved")
     found = summary(folder / "metrics.jsonl") if trainer.is_global_zero else {}
+    if found.get("data_share", 0.0) >= STARVED:
+        print(
+            f"{name}: {found['data_share']:.0%} of the time went into waiting for data; raise trainer.num_workers "
+            f"(now {config.trainer.num_workers})",
+            flush=True,
+        )
     run.update_stage(name, state="done", wall_minutes=(time.perf_counter() - began) / 60, **found)
     return found
 
@@ -219,10 +228,14 @@ def summary(metrics: Path) -> dict[str, float]:
     """What a stage's metrics.jsonl says about the whole stage; unlike a clock, it survives interruptions."""
     rows = read_jsonl(metrics)
     last = rows[-min(10, len(rows)) :]
+    seconds = sum(row["step_seconds"] for row in rows)
     return {
         "loss": fmean(row["loss"] for row in last),
-        "train_minutes": sum(row["step_seconds"] for row in rows) / 60,
+        "train_minutes": seconds / 60,
         "step_seconds": median(row["step_seconds"] for row in rows),
         "keep_ratio": sum(r["tokens_layer_mean"] for r in rows) / sum(r["tokens_dense"] for r in rows),
         "samples": sum(row["samples"] for row in rows),
+        "samples_per_second": sum(row["samples"] for row in rows) / seconds,
+        "data_share": sum(row["data_seconds"] for row in rows) / seconds,
+        "mfu": sum(row["mfu"] * row["step_seconds"] for row in rows) / seconds,
     }

@@ -2,19 +2,15 @@
 
 from __future__ import annotations
 
-import json
 import time
-from pathlib import Path
 
 import pytest
 import torch
 from tiny import PATCHES, SIDE, packed, tiny_llava
-from training.synthetic import overrides, write_dataset
 
 from mmprune_train.benchmark.selection import selection_costs
-from mmprune_train.config.compose import compose_config, load_pruner
+from mmprune_train.config.compose import load_pruner
 from mmprune_train.model.clock import Clock, timed
-from mmprune_train.tasks import bench
 
 
 def test_a_part_inside_another_counts_for_itself_alone(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -46,12 +42,3 @@ def test_costs_are_of_each_pruner_and_the_model_is_left_as_it_was() -> None:
     for cost in costs.values():
         assert cost.vision_seconds > 0 and cost.selection_seconds > 0
         assert cost.share > 0
-
-
-def test_the_task_writes_its_table(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    root = write_dataset(tmp_path / "squares")
-    more = ["task=bench", "bench.images=5", "bench.repeats=1", "bench.pruners=[none,fastervlm]"]
-    result = bench.run(compose_config([*overrides(root, tmp_path / "runs"), *more]))
-    assert result == json.loads((tmp_path / "runs/smoke/t/bench/result.json").read_text())
-    assert list(result["pruners"]) == ["none", "fastervlm"] and result["images"] == 5
-    assert "fastervlm" in capsys.readouterr().out

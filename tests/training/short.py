@@ -69,6 +69,6 @@ def fit(
             logger=False,
             default_root_dir=folder,
         )
-        trainer.callbacks += [MetricsWriter(folder / "metrics.jsonl", stream)]
+        trainer.callbacks += [MetricsWriter(folder / "metrics.jsonl", stream, peak_tflops=2.5)]
         trainer.fit(module, train_dataloaders=stream)
     return [json.loads(line) for line in (folder / "metrics.jsonl").open()], model

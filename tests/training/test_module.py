@@ -77,7 +77,7 @@ def test_metrics_have_the_contracts_keys(tmp_path: Path) -> None:
     rows, _ = fit(tmp_path, batch_size=4, window=2, pruner="twostage")
     keys = (
         "step epoch loss lr samples tokens_dense tokens_stage1 tokens_stage2 tokens_layer_mean keep_ratio "
-        "visual_keep_ratio supervised_tokens step_seconds data_seconds tflops"
+        "visual_keep_ratio supervised_tokens step_seconds data_seconds samples_per_second tflops mfu"
     )
     assert list(rows[0]) == keys.split()
     assert [row["step"] for row in rows] == [1, 2, 3] and [row["epoch"] for row in rows] == [0.5, 1.0, 1.5]
@@ -85,6 +85,7 @@ def test_metrics_have_the_contracts_keys(tmp_path: Path) -> None:
         assert row["tokens_dense"] >= row["tokens_stage1"] >= row["tokens_layer_mean"] >= row["tokens_stage2"] > 0
         assert row["keep_ratio"] == pytest.approx(row["tokens_layer_mean"] / row["tokens_dense"])
         assert row["step_seconds"] > row["data_seconds"] > 0 and row["tflops"] > 0
+        assert row["mfu"] == pytest.approx(row["tflops"] / 2.5)
 
 
 def test_windows_go_on_over_the_end_of_an_epoch_and_a_stream_goes_on_where_it_was() -> None:

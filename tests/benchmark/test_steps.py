@@ -1,0 +1,112 @@
+"""What `task=bench` measures of training steps and answers."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from tiny import packed, tiny_llava
+from torch import nn
+from training.short import Loader
+from training.synthetic import overrides, write_dataset
+
+from mmprune_train.benchmark.baseline import padded_inputs, plain_attention
+from mmprune_train.benchmark.flops import flop_counter
+from mmprune_train.benchmark.steps import BASELINE, PARTS, padded, pruned, step_costs, timed_module
+from mmprune_train.config.compose import compose_config, load_pruner
+from mmprune_train.model.clock import Clock
+from mmprune_train.model.llava import PackedLlava
+from mmprune_train.tasks import bench
+
+
+def test_the_padded_baseline_has_the_packed_models_loss() -> None:
+    model = packed(tiny_llava(), "none")
+    batch = next(Loader(6).epoch(0, 0))
+    ours = model.forward_packed(batch.sequence, batch.pixel_values)
+    inputs = padded_inputs(batch)
+    assert (inputs["attention_mask"] == 0).any(), "nothing is padded"
+    with plain_attention(model):
+        theirs = model.hf(**inputs).loss
+    torch.testing.assert_close(ours.loss_sum / ours.supervised, theirs)
+    again = model.forward_packed(batch.sequence, batch.pixel_values)
+    assert torch.equal(again.loss_sum, ours.loss_sum), "the packed attention is not back"
+
+
+def test_attention_counts_in_the_cpus_kernel_as_in_a_plain_product() -> None:
+    query = torch.randn(2, 4, 9, 8, requires_grad=True)
+    key, value = (torch.randn(2, 2, 9, 8, requires_grad=True) for _ in range(2))
+    with flop_counter() as forward:
+        out = nn.functional.scaled_dot_product_attention(query, key, value, is_causal=True, enable_gqa=True)
+    with flop_counter() as backward:
+        out.sum().backward()
+    product = 2 * 2 * 4 * 9 * 9 * 8  # of scores, or of states: multiply and add, batch, heads, L x L, width
+    assert forward.get_total_flops() == 2 * product
+    assert backward.get_total_flops() == 5 * product  # scores once more, and two products each for two operands
+
+
+def test_a_module_is_timed_call_by_call(monkeypatch: pytest.MonkeyPatch) -> None:
+    clock, linear = Clock(), nn.Linear(2, 2)
+    with clock.part("rest"), timed_module(linear, clock, "linear"):
+        linear(torch.ones(2))
+        linear(torch.ones(2))
+    assert set(clock.lap()) == {"rest", "linear"}
+    linear(torch.ones(2))
+    assert clock.lap() == {}
+
+
+def test_steps_are_told_apart_and_leave_the_model_as_it_was() -> None:
+    model = packed(tiny_llava(), "twostage")
+    model.train()
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    pruner = model.pruner
+    batch = next(Loader(6).epoch(0, 0))
+    ways = {
+        BASELINE: padded(model, batch),
+        "none": pruned(model, batch, load_pruner("none")),
+        "twostage": pruned(model, batch, load_pruner("twostage")),
+    }
+    costs = step_costs(model, ways, repeats=2, dtype=torch.float32)
+    assert model.pruner is pruner and model.clock is None
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+    for name, cost in costs.items():
+        assert list(cost.seconds) == [*PARTS, "step"]
+        assert all(len(times) == 2 for times in cost.seconds_all.values())
+        assert sum(cost.seconds_all[part][0] for part in PARTS) == pytest.approx(cost.seconds_all["step"][0])
+        assert cost.seconds["vision"] > 0 and cost.seconds["backward"] > 0 and cost.peak_bytes > 0
+        assert (cost.seconds["selection"] > 0) == (name != BASELINE)
+    assert costs[BASELINE].keep_ratio > costs["none"].keep_ratio == 1 > costs["twostage"].keep_ratio
+    assert costs[BASELINE].tokens["padding"] > costs["none"].tokens["padding"] == 0
+    assert costs[BASELINE].language_flops > costs["none"].language_flops > costs["twostage"].language_flops
+    assert costs["none"].peak_bytes > costs["twostage"].peak_bytes
+    assert costs["none"].flops - costs["none"].language_flops == pytest.approx(_tower_flops(model, batch.pixel_values))
+
+
+def _tower_flops(model: PackedLlava, pixels: Any) -> float:
+    """Products of the tower's matrices with its states, up to the feature layer, and of its attention."""
+    tower = model.hf.model.vision_tower
+    blocks = tower.encoder.layers[: len(tower.encoder.layers) + 1 + model.config.vision_feature_layer]
+    size, side = tower.config.patch_size, tower.config.image_size
+    tokens, width, images = (side // size) ** 2 + 1, tower.config.hidden_size, len(pixels)
+    weights = sum(part.weight.numel() for block in blocks for part in block.modules() if isinstance(part, nn.Linear))
+    embed = 2 * 3 * size**2 * width * (tokens - 1)
+    return images * (embed + 2 * tokens * weights + len(blocks) * 4 * tokens**2 * width)
+
+
+def test_the_task_writes_tables_json_and_figure(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    root = write_dataset(tmp_path / "squares")
+    more = ["task=bench", "bench.batch_size=3", "bench.repeats=1", "bench.pruners=[none,fastervlm]", "bench.images=5"]
+    more += ["bench.measure=[train,generate,selection]", "bench.new_tokens=3"]
+    result = bench.run(compose_config([*overrides(root, tmp_path / "runs"), *more]))
+    folder = tmp_path / "runs/smoke/t/bench"
+    assert result == json.loads((folder / "result.json").read_text())
+    assert (folder / "bench.png").stat().st_size > 10_000
+    assert result["samples"] == 3
+    assert [name for name in result["train"] if "cache" not in name] == [BASELINE, "none", "fastervlm"]
+    assert list(result["generate"]) == [BASELINE, "none", "fastervlm"]
+    assert result["generate"][BASELINE]["cache_bytes"] >= result["generate"]["none"]["cache_bytes"] > 0
+    assert result["selection"]["images"] == 5 and list(result["selection"]["pruners"]) == ["none", "fastervlm"]
+    printed = capsys.readouterr().out
+    assert "fastervlm" in printed and "LLM ideal" in printed and "first token s" in printed
