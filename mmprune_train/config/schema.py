@@ -377,6 +377,11 @@ class TrainerConfig:
     that a frozen encoder reads them once; shared by the stages of a run."""
     vision_chunk: int = 64
     """Images per forward pass of the vision tower."""
+    attention: str = "auto"
+    """What attends inside the samples of a packed sequence: `auto` (the fastest that runs here, which is printed with
+    the reason), `flash_4`, `flash_3`, `flash_2`, `torch_varlen`, `flex` or `sdpa_per_sample`; see docs/attention.md."""
+    logits_chunk: int = 1024
+    """Supervised tokens whose logits exist at a time; more costs memory, not time."""
 
 
 @dataclass

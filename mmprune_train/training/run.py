@@ -16,8 +16,10 @@ from torch import Tensor
 from mmprune_train.config.schema import Config, StageConfig
 from mmprune_train.data.images import image_processor
 from mmprune_train.errors import UserError
+from mmprune_train.model.attention import backend_for
 from mmprune_train.model.build import build, load_model
 from mmprune_train.model.llava import PackedLlava
+from mmprune_train.model.loss import loss_kernel
 from mmprune_train.model.patches import PatchMemory
 from mmprune_train.model.peft import add_adapters, merge_adapters
 from mmprune_train.model.projector import match_features
@@ -74,6 +76,8 @@ def run_stage(
         if stage.gradient_checkpointing:
             model.activation_checkpointing_enable(activation_checkpointing_kwargs={"use_reentrant": False})
     model.vision_chunk = config.trainer.vision_chunk
+    model.attention, model.logits_chunk = config.trainer.attention, config.trainer.logits_chunk
+    kernels = kernel_lines(model, torch.device(accelerator), precision.dtype)
     if config.trainer.remember_images:
         memories = {} if memories is None else memories
         ratio = stage.image_aspect_ratio
@@ -107,6 +111,7 @@ def run_stage(
     if trainer.is_global_zero:
         print(freezing_table(parts, f"\nStage {name}: {steps} steps of {stage.global_batch_size} samples"), flush=True)
         print(f"{accelerator}, {precision.name} ({precision.reason}), {config.trainer.devices} device(s)", flush=True)
+        print(kernels, flush=True)
         if resume:
             print(f"continues after step {resumed_step}", flush=True)
     run.update_stage(name, state="running", steps=steps)
@@ -125,6 +130,14 @@ def run_stage(
     found = summary(folder / "metrics.jsonl") if trainer.is_global_zero else {}
     run.update_stage(name, state="done", wall_minutes=(time.perf_counter() - began) / 60, **found)
     return found
+
+
+def kernel_lines(model: PackedLlava, device: torch.device, dtype: torch.dtype) -> str:
+    """What attends and what takes the loss on a device, and why; UserError where what is asked for cannot run."""
+    attends, why = backend_for(model.attention, model.hf.model.language_model.config, device, dtype)
+    kernel, reason = loss_kernel(device)
+    taken = f"chunks of {model.logits_chunk} tokens" if kernel == "chunked" else kernel
+    return f"attention: {attends.name} ({why})\nlogits: {taken} ({reason})"
 
 
 def match_projector(model: PackedLlava, images: list[Tensor]) -> None:
