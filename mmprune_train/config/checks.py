@@ -36,6 +36,7 @@ from mmprune_train.errors import UserError
 
 STRATEGIES = ("single", "ddp", "deepspeed_zero1", "deepspeed_zero2", "deepspeed_zero3")
 BENCHED = ("train", "generate", "selection")
+ATTENTION = ("auto", "flash_4", "flash_3", "flash_2", "torch_varlen", "flex", "sdpa_per_sample")
 
 
 def check(config: Config) -> None:
@@ -242,8 +243,10 @@ def _check_run(config: Config) -> None:
     trainer, evaluate = config.trainer, config.evaluate
     one_of("trainer.accelerator", trainer.accelerator, ("auto", "cpu", "cuda"))
     one_of("trainer.precision", trainer.precision, ("auto", "bf16", "fp32"))
+    one_of("trainer.attention", trainer.attention, ATTENTION)
     at_least("trainer.remember_images", config.trainer.remember_images, 0)
-    for count in ("devices", "num_nodes", "log_every", "checkpoint_every_steps", "keep_checkpoints", "vision_chunk"):
+    counts = ("devices", "num_nodes", "log_every", "checkpoint_every_steps", "keep_checkpoints")
+    for count in (*counts, "vision_chunk", "logits_chunk"):
         at_least(f"trainer.{count}", getattr(trainer, count), 1)
     at_least("trainer.num_workers", trainer.num_workers, 0)
     one_of("data.source", config.data.source, ("easy_vqa", None))

@@ -9,7 +9,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn.functional import cross_entropy
 from transformers import GenerationMixin, LlavaConfig, LlavaForConditionalGeneration, PreTrainedModel, ProcessorMixin
 from transformers.models.llava.modeling_llava import LlavaCausalLMOutputWithPast
 
@@ -20,6 +19,7 @@ from mmprune_train.model.clock import Clock
 from mmprune_train.model.images import ImageSide
 from mmprune_train.model.inputs import Annotate, first_of_equal, pack
 from mmprune_train.model.language import ScoringKeys, check_language_model, rotary
+from mmprune_train.model.loss import CHUNK, cross_entropy_sum
 from mmprune_train.model.patches import PatchMemory
 from mmprune_train.model.question import FOLDER, QuestionEncoder, Words, looks_of
 from mmprune_train.model.vision import deepest_feature, family_of, scored_block
@@ -102,6 +102,8 @@ class PackedLlava(ImageSide, PreTrainedModel, GenerationMixin):
         self.vision_chunk = vision_chunk
         self.question = question if pruner.reads_text else None
         self.words = words
+        self.attention = "auto"  # trainer.attention
+        self.logits_chunk = CHUNK
         self.memory: PatchMemory | None = None
         self.clock: Clock | None = None
         self.last_pruning: PruningTrace | None = None
@@ -183,8 +185,8 @@ class PackedLlava(ImageSide, PreTrainedModel, GenerationMixin):
         hidden = self._embed(sequence, projected, row_of)
         sequence, hidden = self._run_layers(replace(sequence, entry=sequence.within()), hidden, trace, cache)
         supervised = sequence.target != IGNORE
-        logits = self.hf.lm_head(hidden[supervised])
-        loss_sum = cross_entropy(logits.float(), sequence.target[supervised], reduction="sum")
+        targets = sequence.target[supervised]
+        loss_sum = cross_entropy_sum(self.hf.lm_head, hidden[supervised], targets, self.logits_chunk)
         return PackedOutput(hidden, sequence, row, trace, loss_sum, supervised.sum())
 
     @staticmethod
@@ -250,8 +252,10 @@ class PackedLlava(ImageSide, PreTrainedModel, GenerationMixin):
         counts = self._count(sequence)
         if cache is not None:
             cache.start_layers(sequence)
-        rotation = rotary(self.hf.model.language_model, hidden[None], sequence.position[None])
-        return rotation, attention.Borders(sequence.cu_seqlens, counts[0].tolist()), counts
+        language = self.hf.model.language_model
+        rotation = rotary(language, hidden[None], sequence.position[None])
+        backend, _ = attention.backend_for(self.attention, language.config, hidden.device, hidden.dtype)
+        return rotation, attention.Borders(sequence.cu_seqlens, counts[0].tolist(), backend), counts
 
     # ------------------------------------------------------------------ transformers' interface
 

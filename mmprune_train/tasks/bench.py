@@ -31,7 +31,7 @@ from mmprune_train.tasks.prepare import prepare_data
 from mmprune_train.training.files import write_json
 from mmprune_train.training.inputs import spread_images, stage_loader, template_of
 from mmprune_train.training.precision import Precision, choose_accelerator, choose_precision
-from mmprune_train.training.run import make_trainable
+from mmprune_train.training.run import kernel_lines, make_trainable
 
 DENSE = "none"
 """The packed model without pruning: what the others are shares of."""
@@ -53,7 +53,9 @@ def run(config: Config) -> dict[str, Any]:
     loader = stage_loader(
         _with_batch_size(config, name), name, processor.tokenizer, model.config.image_seq_length, rank=0, world=1
     )
+    model.attention, model.logits_chunk = config.trainer.attention, config.trainer.logits_chunk
     print(f"{accelerator}, {precision.name} ({precision.reason}), {torch.get_num_threads()} threads", flush=True)
+    print(kernel_lines(model, torch.device(accelerator), precision.dtype), flush=True)
     result: dict[str, Any] = {
         "encoder": config.encoder.name,
         "image_size": config.encoder.image_size,

@@ -31,6 +31,7 @@ def run(config: Config) -> dict[str, Any]:
     precision = choose_precision(config.trainer.precision, accelerator)
     with quiet():
         model, processor = load_model(config.ckpt, pruner=pruner, device=accelerator, text=chosen.encoder.text)
+    model.attention = config.trainer.attention
     question = Question("generate", images, config.generate.question, "", "open")
     template = prompt_template(model, processor, chosen)
     prediction = answer(

@@ -16,9 +16,11 @@ from torch import Tensor
 from mmprune_train.config.schema import Config, StageConfig
 from mmprune_train.data.images import image_processor
 from mmprune_train.errors import UserError
+from mmprune_train.model.attention import backend_for
 from mmprune_train.model.build import build, load_model
 from mmprune_train.model.language import checkpoint_layers, compile_layers
 from mmprune_train.model.llava import PackedLlava
+from mmprune_train.model.loss import loss_kernel
 from mmprune_train.model.patches import PatchMemory
 from mmprune_train.model.peft import add_adapters, merge_adapters
 from mmprune_train.model.projector import match_features
@@ -71,6 +73,8 @@ def run_stage(
             model, processor = load_model(start_from, pruner=config.pruner, text=config.encoder.text)
         parts = make_trainable(model, config, name, precision)
     model.vision_chunk = config.trainer.vision_chunk
+    model.attention, model.logits_chunk = config.trainer.attention, config.trainer.logits_chunk
+    kernels = kernel_lines(model, torch.device(accelerator), precision.dtype)
     if config.trainer.remember_images:
         memories = {} if memories is None else memories
         ratio = stage.image_aspect_ratio
@@ -106,6 +110,7 @@ def run_stage(
         print(freezing_table(parts, f"\nStage {name}: {steps} steps of {stage.global_batch_size} samples"), flush=True)
         print(f"{accelerator}, {precision.name} ({precision.reason}), {config.trainer.devices} device(s)", flush=True)
         print(f"MFU is of {limit.tflops:.3g} TFLOP/s: {limit.source}", flush=True)
+        print(kernels, flush=True)
         if resume:
             print(f"continues after step {resumed_step}", flush=True)
     run.update_stage(name, state="running", steps=steps)
@@ -154,6 +159,14 @@ def make_trainable(model: PackedLlava, config: Config, name: str, precision: Pre
     if config.trainer.compile:
         compile_layers(model)
     return parts
+
+
+def kernel_lines(model: PackedLlava, device: torch.device, dtype: torch.dtype) -> str:
+    """What attends and what takes the loss on a device, and why; UserError where what is asked for cannot run."""
+    attends, why = backend_for(model.attention, model.hf.model.language_model.config, device, dtype)
+    kernel, reason = loss_kernel(device)
+    taken = f"chunks of {model.logits_chunk} tokens" if kernel == "chunked" else kernel
+    return f"attention: {attends.name} ({why})\nlogits: {taken} ({reason})"
 
 
 def match_projector(model: PackedLlava, images: list[Tensor]) -> None:

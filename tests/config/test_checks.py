@@ -68,6 +68,8 @@ def test_typos_are_answered_with_the_nearest_valid_word(override, words):
         (["trainer.remember_images=9", "pruner=divprune"], "space=projected.*space=features"),
         (["trainer.remember_images=9", "strategy=deepspeed_zero3"], "every rank"),
         (["trainer.remember_images=-1"], "at least 0"),
+        (["trainer.attention=flash_5"], "trainer.attention=flash_5.*flash_4"),
+        (["trainer.logits_chunk=0"], "trainer.logits_chunk=0.*at least 1"),
         (["task=calibrate", "pruner=cdpruner"], "cdpruner reads questions"),
         (["trainer.remember_images=9", "pruner.schedule.name=anneal"], "from step to step.*applies_to=.language"),
         (["pruner.schedule.name=aneal"], "did you mean anneal"),

@@ -31,7 +31,7 @@ KEYS = [
     "pruner.language.knee.method=fixed_count", "encoder.feature_layer=-1", "optim.schedule=constant",
     "optim.grad_clip=1.0", "llm.template=v1", "logger=[wandb,csv]", "stage.instruct.gradient_checkpointing=true",
     "stage.instruct.samples_per_image=2", "stage.instruct.train_vision=true", "trainer.num_workers=1",
-    "trainer.precision=bf16",
+    "trainer.precision=bf16", "trainer.attention=sdpa_per_sample", "trainer.logits_chunk=3",
 ]  # fmt: skip
 
 KEEPS_ALL = (
