@@ -23,6 +23,25 @@ class Sample:
     """One [3, H, W] float32 an image."""
 
 
+@dataclass(frozen=True)
+class Place:
+    """Where a micro-batch stands: the `index`-th of `count` of an optimizer step, both from 0."""
+
+    step: int = 0
+    index: int = 0
+    count: int = 1
+    supervised: int = 0
+    """Tokens that count in the loss, over the step's micro-batches on this rank."""
+
+    @property
+    def first(self) -> bool:
+        return self.index == 0
+
+    @property
+    def last(self) -> bool:
+        return self.index == self.count - 1
+
+
 @dataclass
 class Batch:
     sequence: PackedSequence
@@ -34,8 +53,8 @@ class Batch:
     """Paths of the images, row by row of `pixel_values`."""
     supervised: int
     """Tokens that count in the loss."""
-    window_supervised: int = 0
-    """The same over all micro-batches of the optimizer step, on this rank; set by who knows the window."""
+    place: Place = Place()
+    """Set by who knows the optimizer step."""
 
     def to(self, device: torch.device | str) -> Batch:
         pixels = None if self.pixel_values is None else self.pixel_values.to(device, non_blocking=True)

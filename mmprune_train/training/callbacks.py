@@ -42,7 +42,7 @@ class MetricsWriter(StepWatch):
     def __init__(self, path: Path, stream: BatchStream) -> None:
         """Args:
         path: the stage's metrics.jsonl.
-        stream: tells the epoch and the seconds spent waiting for data.
+        stream: tells the epoch and the seconds spent waiting for data, and is told what images left.
         """
         super().__init__()
         self.path = path
@@ -59,7 +59,7 @@ class MetricsWriter(StepWatch):
     def on_train_batch_start(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int
     ) -> None:
-        if batch_idx % trainer.accumulate_grad_batches == 0:
+        if batch.place.first:
             self.began = time.perf_counter()
 
     def on_step_end(self, trainer: pl.Trainer, pl_module: MultimodalModule) -> None:
@@ -67,6 +67,7 @@ class MetricsWriter(StepWatch):
         waited = self.stream.take_waited()
         seconds = time.perf_counter() - self.began + waited
         flops = measured.pop("flops")
+        self.stream.learn(measured.pop("images"))
         row = {
             "step": trainer.global_step,
             "epoch": round(self.stream.epochs_done, 4),
@@ -112,16 +113,27 @@ class PlainProgress(StepWatch):
 
 
 class StepBar(TQDMProgressBar):
-    """Lightning's bar over the stage's micro-batches, with the latest step's loss and share of tokens kept."""
+    """Lightning's bar over the stage's optimizer steps, with the latest one's loss and share of tokens kept."""
 
-    def __init__(self, stage: str, metrics: MetricsWriter) -> None:
+    def __init__(self, stage: str, total_steps: int, metrics: MetricsWriter) -> None:
         super().__init__(refresh_rate=1)
         self.stage = stage
+        self.total_steps = total_steps
         self.metrics = metrics
 
     def get_metrics(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> dict[str, Any]:
         row = self.metrics.latest
         return {"loss": f"{row['loss']:.4f}", "kept": f"{row['keep_ratio']:.3f}", "step": row["step"]} if row else {}
+
+    @property
+    def total_train_batches(self) -> int:
+        return self.total_steps
+
+    def on_train_batch_end(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        if batch.place.last:  # the bar counts from 0
+            super().on_train_batch_end(trainer, pl_module, outputs, batch, batch.place.step)
 
     def on_train_epoch_start(self, trainer: pl.Trainer, *args: Any) -> None:
         super().on_train_epoch_start(trainer, *args)
@@ -131,5 +143,5 @@ class StepBar(TQDMProgressBar):
 def progress(stage: str, total_steps: int, every: int, metrics: MetricsWriter) -> pl.Callback:
     """A bar on a terminal, plain lines elsewhere."""
     if sys.stdout.isatty() and sys.stderr.isatty():
-        return StepBar(stage, metrics)
+        return StepBar(stage, total_steps, metrics)
     return PlainProgress(stage, total_steps, every, metrics)

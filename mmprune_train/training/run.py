@@ -81,31 +81,30 @@ def run_stage(
     model.template = template_of(config, name)
 
     trainer_options, world = trainer_settings(config, stage, accelerator, precision)
-    window = accumulation(stage, world, name)
     resume = last_checkpoint(folder / "checkpoints")
     resumed_step = int(resume.stem.removeprefix("step-")) if resume else 0
     loggers = build_loggers(
         config.logger, folder, f"{config.experiment_name}-{run.path.name}-{name}-{stamp(run)}", resumed_step
     )
     with quiet():
-        trainer = pl.Trainer(
-            **trainer_options, accumulate_grad_batches=window, default_root_dir=folder, logger=loggers or False
-        )
+        trainer = pl.Trainer(**trainer_options, default_root_dir=folder, logger=loggers or False)
     loader = stage_loader(
         config, name, processor.tokenizer, model.config.image_seq_length, rank=trainer.global_rank, world=world
     )
     if start_from is None and config.projector.init == "matched":
         match_projector(model, list(spread_images(loader, MATCHED_IMAGES)))
-    steps = steps_of(len(loader), stage.epochs, window, stage.max_steps)
-    stream = BatchStream(loader, steps, window)
-    module = MODULES[name](model, parts, config.optim, steps, config.seed)
+    steps = steps_of(len(loader.dataset), stage.epochs, stage.global_batch_size, stage.max_steps)
+    stream = BatchStream(loader, steps)
+    module = MODULES[name](model, parts, config.optim, steps, config.seed, stage.token_budget)
     metrics = MetricsWriter(folder / "metrics.jsonl", stream)
     every, kept = config.trainer.checkpoint_every_steps, config.trainer.keep_checkpoints
     saves = Checkpoints(folder / "checkpoints", every, kept, last=steps)
     trainer.callbacks += [metrics, progress(name, steps, config.trainer.log_every, metrics), saves]
 
     if trainer.is_global_zero:
-        print(freezing_table(parts, f"\nStage {name}: {steps} steps of {stage.global_batch_size} samples"), flush=True)
+        packs = f"packs to {stage.token_budget} tokens" if stage.token_budget else f"{stage.batch_size} samples"
+        title = f"\nStage {name}: {steps} steps of {stage.global_batch_size} samples, {packs} a forward pass"
+        print(freezing_table(parts, title), flush=True)
         print(f"{accelerator}, {precision.name} ({precision.reason}), {config.trainer.devices} device(s)", flush=True)
         if resume:
             print(f"continues after step {resumed_step}", flush=True)
@@ -145,17 +144,6 @@ def fit_projector(model: PackedLlava, kept: Tensor) -> None:
 def stamp(run: RunDirectory) -> str:
     """When the run directory was made, in digits: a run started over gets new pages in the loggers."""
     return "".join(filter(str.isdigit, str(run.manifest.get("created", ""))))[:14]
-
-
-def accumulation(stage: StageConfig, world: int, name: str) -> int:
-    """Micro-batches of one optimizer step; UserError where the batch sizes do not divide."""
-    forward = stage.batch_size * world
-    if stage.global_batch_size % forward:
-        raise UserError(
-            f"stage.{name}: global_batch_size={stage.global_batch_size} is not a multiple of batch_size x processes = "
-            f"{stage.batch_size} x {world}; change either"
-        )
-    return stage.global_batch_size // forward
 
 
 def trainer_settings(
@@ -199,10 +187,21 @@ def summary(metrics: Path) -> dict[str, float]:
     """What a stage's metrics.jsonl says about the whole stage; unlike a clock, it survives interruptions."""
     rows = read_jsonl(metrics)
     last = rows[-min(10, len(rows)) :]
+    packed = (
+        {
+            "micro_batches": fmean(row["micro_batches"] for row in rows),
+            "budget_use": fmean(row["budget_use"] for row in rows),
+            "budget_overruns": sum(row["budget_overruns"] for row in rows),
+            "padding_tokens": sum(row["padding_tokens"] for row in rows),
+        }
+        if "budget_use" in rows[0]
+        else {}
+    )
     return {
         "loss": fmean(row["loss"] for row in last),
         "train_minutes": sum(row["step_seconds"] for row in rows) / 60,
         "step_seconds": median(row["step_seconds"] for row in rows),
         "keep_ratio": sum(r["tokens_layer_mean"] for r in rows) / sum(r["tokens_dense"] for r in rows),
         "samples": sum(row["samples"] for row in rows),
+        **packed,
     }
