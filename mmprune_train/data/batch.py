@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -23,9 +24,8 @@ class Sample:
     """One [3, H, W] float32 an image."""
 
 
-@dataclass(frozen=True)
-class Place:
-    """Where a micro-batch stands: the `index`-th of `count` of an optimizer step, both from 0."""
+class Place(NamedTuple):
+    """Where a micro-batch stands: the `index`-th of `count` of optimizer step `step`, index and step from 0."""
 
     step: int = 0
     index: int = 0
@@ -42,6 +42,9 @@ class Place:
         return self.index == self.count - 1
 
 
+ALONE = Place()
+
+
 @dataclass
 class Batch:
     sequence: PackedSequence
@@ -53,7 +56,7 @@ class Batch:
     """Paths of the images, row by row of `pixel_values`."""
     supervised: int
     """Tokens that count in the loss."""
-    place: Place = Place()
+    place: Place = ALONE
     """Set by who knows the optimizer step."""
 
     def to(self, device: torch.device | str) -> Batch:

@@ -23,7 +23,7 @@ LAG = 16
 the plan of a step does not depend on how many there are."""
 MARGIN = 2.0
 """Standard deviations of a micro-batch's visual tokens that are left free above their expected number: a normal sum is
-larger in one of 44 micro-batches."""
+larger in one of 44."""
 MEMORY = 0.99
 """What an optimizer step leaves of the weight of those before: about the last hundred count."""
 ENOUGH = 32
@@ -37,9 +37,11 @@ class Length:
     known: int
     images: int = 0
     """Images whose tokens are not among the known ones."""
+    spread: int = 0
+    """Their variance, in variances of one image: as many where they are different ones."""
 
     def __add__(self, other: Length) -> Length:
-        return Length(self.known + other.known, self.images + other.images)
+        return Length(self.known + other.known, self.images + other.images, self.spread + other.spread)
 
 
 class SampleLengths:
@@ -63,7 +65,7 @@ class SampleLengths:
             self._seen[index] = int((example.kind != Kind.VISUAL).sum()), example.n_images
         text, images = self._seen[index].tolist()
         if self.visual_tokens is None:
-            return Length(text, images)
+            return Length(text, images, images)
         return Length(text + sum(map(self.visual_tokens, self.dataset.records[index].images[:images])))
 
 
@@ -80,24 +82,27 @@ class Estimate:
 
     def safe(self, length: Length) -> float:
         """Tokens that samples will hardly exceed: the expected number and MARGIN standard deviations of their sum."""
-        visual = length.images * self.mean + MARGIN * self.deviation * math.sqrt(length.images)
+        visual = length.images * self.mean + MARGIN * self.deviation * math.sqrt(length.spread)
         return length.known + min(visual, length.images * self.most)
 
 
 class KeptTokens:
     """Running estimate of what stage 1 leaves of an image: as many as there are patches until enough have been seen.
 
-    Images are taken as independent of each other. The plan of a step uses what was known LAG steps before it, which
-    `state_dict` holds, so a resumed run plans the same batches.
+    Different images are taken as independent of each other. The plan of a step uses what was known `lag` steps before
+    it, which `state_dict` holds, so a resumed run plans the same batches.
 
     Args:
         patches: of an image, the most that can be left.
+        enough: images.
     """
 
-    def __init__(self, patches: int) -> None:
+    def __init__(self, patches: int, lag: int = LAG, enough: int = ENOUGH) -> None:
         self.patches = patches
+        self.lag = lag
+        self.enough = enough
         self.steps = 0
-        self._history: deque[list[float]] = deque(maxlen=LAG + 1)  # totals after step `steps`, last, and those before
+        self._history: deque[list[float]] = deque(maxlen=lag + 1)  # totals after step `steps`, last, and those before
 
     def observe(self, seen: Sequence[float]) -> None:
         """What an optimizer step saw over all ranks.
@@ -112,10 +117,10 @@ class KeptTokens:
 
     def at(self, step: int) -> Estimate:
         """For the plan of optimizer step `step`, from 0."""
-        known = step - LAG
+        known = step - self.lag
         assert known <= self.steps, f"step {step} is planned before step {known} is done"
         samples, images, tokens, squares = self._history[known - self.steps - 1] if known > 0 else [0.0] * 4
-        if images < ENOUGH:
+        if images < self.enough:
             return Estimate(self.patches, 0.0, self.patches)
         mean = tokens / images
         # of a sample with M images E[x^2 / M] = variance + M mean^2
@@ -126,4 +131,4 @@ class KeptTokens:
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         self.steps = state["steps"]
-        self._history = deque(state["history"], maxlen=LAG + 1)
+        self._history = deque(state["history"], maxlen=self.lag + 1)

@@ -15,7 +15,7 @@ from transformers import PreTrainedTokenizerBase
 from mmprune_train.data.batch import Batch, Sample, collate
 from mmprune_train.data.dataset import ConversationDataset
 from mmprune_train.data.images import ImageReader
-from mmprune_train.data.lengths import LAG, KeptTokens, SampleLengths, VisualTokens
+from mmprune_train.data.lengths import KeptTokens, SampleLengths, VisualTokens
 from mmprune_train.data.packing import EvenSplit, Split, TokenSplit
 from mmprune_train.data.records import Record
 from mmprune_train.data.sampler import GlobalBatches
@@ -49,13 +49,9 @@ class TrainLoader:
         self.num_workers = num_workers
         self.pin = pin
         self.kept = kept
+        self.most = batches.size // world
         if num_workers:  # set before the fork, or the tokenizers library warns in every worker
             os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-
-    @property
-    def most(self) -> int:
-        """Micro-batches that an optimizer step may have."""
-        return self.batches.size // self.world
 
     def epochs(self, steps: int) -> float:
         """Epochs that so many optimizer steps take."""
@@ -74,21 +70,25 @@ class TrainLoader:
                 counts.append(len(mine))
                 yield from mine
 
+        workers, ahead = self._workers()
         loader = DataLoader(
             _Reporting(self.dataset),
             batch_sampler=planned(),
             collate_fn=_collate,
+            num_workers=workers,
+            prefetch_factor=ahead if workers else None,
             pin_memory=self.pin,
-            **self._workers(),
         )
         micro_batches = _checked(loader)
         for first in micro_batches:
             yield [first, *islice(micro_batches, counts.popleft() - 1)]
 
-    def _workers(self) -> dict[str, int]:
-        """Workers, and how many batches each reads ahead: together no further than an estimate lags behind."""
-        workers = self.num_workers if self.kept is None else min(self.num_workers, LAG)
-        return {"num_workers": workers, "prefetch_factor": min(2, LAG // workers) or 1} if workers else {}
+    def _workers(self) -> tuple[int, int]:
+        """Workers, and how many micro-batches each reads ahead: together no further than an estimate lags behind."""
+        if self.kept is None:
+            return self.num_workers, 2
+        workers = min(self.num_workers, self.kept.lag)
+        return workers, min(2, self.kept.lag // max(1, workers))
 
 
 def train_loader(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from dataclasses import replace
 from heapq import heapify, heapreplace
 from typing import Protocol
 
@@ -92,7 +93,7 @@ def pack(
     for group in groups:
         fits = estimate.safe(_sum(lengths, group)) <= budget
         together += [group] if fits else [[place] for place in group]
-    total = estimate.expected(_sum(lengths, range(len(lengths))))
+    total = sum(map(estimate.expected, lengths))
     most = len(lengths) // world
     for k in range(min(most, max(1, math.ceil(total / (budget * world)))), most + 1):
         for parts in (together, singles):
@@ -124,5 +125,7 @@ def _least_loaded(
     return [(load, places[number]) for load, number in sorted(heap, key=lambda pair: (-pair[0], pair[1]))]
 
 
-def _sum(lengths: Sequence[Length], places: Sequence[int]) -> Length:
-    return sum((lengths[place] for place in places), Length(0))
+def _sum(lengths: Sequence[Length], group: Sequence[int]) -> Length:
+    """Of samples that look at the same: what is uncertain of one is so of all."""
+    whole = sum((lengths[place] for place in group), Length(0))
+    return replace(whole, spread=whole.spread * len(group))
