@@ -25,21 +25,21 @@ class Sample:
 
 
 class Place(NamedTuple):
-    """Where a micro-batch stands: the `index`-th of `count` of optimizer step `step`, index and step from 0."""
+    """Where a micro-batch stands: `number` of the `of` micro-batches of optimizer step `step`, both from 0."""
 
     step: int = 0
-    index: int = 0
-    count: int = 1
+    number: int = 0
+    of: int = 1
     supervised: int = 0
     """Tokens that count in the loss, over the step's micro-batches on this rank."""
 
     @property
     def first(self) -> bool:
-        return self.index == 0
+        return self.number == 0
 
     @property
     def last(self) -> bool:
-        return self.index == self.count - 1
+        return self.number == self.of - 1
 
 
 ALONE = Place()

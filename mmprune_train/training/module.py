@@ -98,7 +98,7 @@ class MultimodalModule(pl.LightningModule):
 
     def on_train_batch_start(self, batch: Batch, batch_idx: int) -> None:
         place = batch.place
-        key = f"{self.seed}/{self.stage_name}/{self.global_rank}/{place.step}/{place.index}"
+        key = f"{self.seed}/{self.stage_name}/{self.global_rank}/{place.step}/{place.number}"
         torch.manual_seed(int.from_bytes(hashlib.sha256(key.encode()).digest()[:8], "big"))
         self._accumulate(place)
         if place.first:

@@ -60,10 +60,10 @@ class BatchStream:
             began = time.perf_counter()
             micro_batches = next(coming)
             self.waited += time.perf_counter() - began
-            step, count = self.handed_out, len(micro_batches)
+            step = self.handed_out
             supervised = sum(batch.supervised for batch in micro_batches)
-            for index, batch in enumerate(micro_batches):
-                place = Place(step, index, count, supervised)
+            for number, batch in enumerate(micro_batches):
+                place = Place(step, number, len(micro_batches), supervised)
                 self.handed_out += place.last
                 yield replace(batch, place=place)
 

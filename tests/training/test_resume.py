@@ -57,8 +57,9 @@ def train(config: Config) -> tuple[list[dict[str, Any]], RunDirectory]:
         ("pruner.schedule.name=constant",),
         ("pruner.schedule.name=anneal",),
         ("pruner.schedule.name=random",),
-        ("stage.instruct.token_budget=420", "stage.instruct.global_batch_size=6", "trainer.num_workers=1"),
+        ("stage.instruct.token_budget=600", "stage.instruct.global_batch_size=6", "trainer.num_workers=1"),
     ],
+    ids=["constant", "anneal", "random", "token_budget"],
 )
 def test_killed_at_any_step_the_losses_are_bit_equal(
     root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, changed: tuple[str, ...]
