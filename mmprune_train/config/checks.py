@@ -177,7 +177,7 @@ def _check_stage(config: Config, name: str, stage: StageConfig) -> None:
         value = getattr(stage, rate)
         if value is not None and value <= 0:
             raise UserError(f"{key}.{rate}={value} must be more than 0; to freeze a part set its train_ key to false")
-    for count in ("batch_size", "global_batch_size", "epochs", "max_steps"):
+    for count in ("batch_size", "global_batch_size", "token_budget", "epochs", "max_steps"):
         if getattr(stage, count) is not None:
             at_least(f"{key}.{count}", getattr(stage, count), 1)
     if config.trainer.remember_images:
@@ -188,12 +188,15 @@ def _check_stage(config: Config, name: str, stage: StageConfig) -> None:
     one_of(where, strategy, STRATEGIES)
     if strategy == "single" and processes > 1:
         raise UserError(f"{where}=single runs one process, but trainer asks for {processes}: add strategy=ddp")
-    one_pass = stage.batch_size * processes
+    one_pass = processes * (stage.batch_size if stage.token_budget is None else 1)
     if processes > 0 and stage.global_batch_size % one_pass:
         fits = max(1, round(stage.global_batch_size / one_pass)) * one_pass
+        what, other = f"{processes} processes", "trainer.devices"
+        if stage.token_budget is None:
+            what, other = f"{key}.batch_size={stage.batch_size} x {what}", f"{key}.batch_size"
         raise UserError(
-            f"{key}.global_batch_size={stage.global_batch_size} is no multiple of {key}.batch_size={stage.batch_size} "
-            f"x {processes} processes: set {key}.global_batch_size={fits}, or another {key}.batch_size"
+            f"{key}.global_batch_size={stage.global_batch_size} is no multiple of {what}: set "
+            f"{key}.global_batch_size={fits}, or another {other}"
         )
     tokens = (config.encoder.image_size // config.encoder.patch_size) ** 2
     if stage.max_length <= tokens:

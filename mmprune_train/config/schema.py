@@ -280,9 +280,12 @@ class StageConfig:
     vision_lr: float | None = None
     """Peak learning rate of the vision tower; null: `lr`."""
     batch_size: int = 16
-    """Samples per device and forward pass."""
+    """Samples per device and forward pass, where `token_budget` is null."""
     global_batch_size: int = 128
     """Samples per optimizer step over all devices; gradient accumulation follows from it."""
+    token_budget: int | None = None
+    """Tokens that may enter the LLM (after stage 1) per device and forward pass: the samples of each optimizer step are
+    packed into as few forward passes as that allows; null: `batch_size` samples. See docs/throughput.md."""
     epochs: int = 1
     max_steps: int | None = None
     """Train exactly this many optimizer steps, over as many epochs as that takes; null: `epochs` decides."""

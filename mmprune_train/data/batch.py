@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -23,6 +24,27 @@ class Sample:
     """One [3, H, W] float32 an image."""
 
 
+class Place(NamedTuple):
+    """Where a micro-batch stands: `number` of the `of` micro-batches of optimizer step `step`, both from 0."""
+
+    step: int = 0
+    number: int = 0
+    of: int = 1
+    supervised: int = 0
+    """Tokens that count in the loss, over the step's micro-batches on this rank."""
+
+    @property
+    def first(self) -> bool:
+        return self.number == 0
+
+    @property
+    def last(self) -> bool:
+        return self.number == self.of - 1
+
+
+ALONE = Place()
+
+
 @dataclass
 class Batch:
     sequence: PackedSequence
@@ -34,8 +56,8 @@ class Batch:
     """Paths of the images, row by row of `pixel_values`."""
     supervised: int
     """Tokens that count in the loss."""
-    window_supervised: int = 0
-    """The same over all micro-batches of the optimizer step, on this rank; set by who knows the window."""
+    place: Place = ALONE
+    """Set by who knows the optimizer step."""
 
     def to(self, device: torch.device | str) -> Batch:
         pixels = None if self.pixel_values is None else self.pixel_values.to(device, non_blocking=True)

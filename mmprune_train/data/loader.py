@@ -1,9 +1,12 @@
-"""The training loader: batches of any epoch from any position, read here or in worker processes."""
+"""The training loader: micro-batches of any optimizer steps, read here or in worker processes."""
 
 from __future__ import annotations
 
 import os
+from collections import deque
 from collections.abc import Iterator, Sequence
+from itertools import islice
+from typing import Any
 
 import torch
 from torch.utils.data import DataLoader, Dataset
@@ -12,42 +15,80 @@ from transformers import PreTrainedTokenizerBase
 from mmprune_train.data.batch import Batch, Sample, collate
 from mmprune_train.data.dataset import ConversationDataset
 from mmprune_train.data.images import ImageReader
+from mmprune_train.data.lengths import KeptTokens, SampleLengths, VisualTokens
+from mmprune_train.data.packing import EvenSplit, Split, TokenSplit
 from mmprune_train.data.records import Record
-from mmprune_train.data.sampler import ResumableBatches
+from mmprune_train.data.sampler import GlobalBatches
 from mmprune_train.data.templates import Template
 from mmprune_train.errors import UserError
 
 
 class TrainLoader:
-    """Holds no position: (epoch, start) is all, so a resumed run asks for where it was and gets the same batches."""
+    """Micro-batches of one rank. Holds no position: a resumed run asks for the step where it was."""
 
     def __init__(
-        self, dataset: ConversationDataset, batches: ResumableBatches, num_workers: int = 0, pin: bool = False
+        self,
+        dataset: ConversationDataset,
+        batches: GlobalBatches,
+        split: Split,
+        rank: int = 0,
+        world: int = 1,
+        num_workers: int = 0,
+        pin: bool = False,
+        kept: KeptTokens | None = None,
     ) -> None:
+        """Args:
+        split: of a step's samples into micro-batches.
+        kept: the estimate that `split` plans with, to be told what training sees; None: it needs none.
+        """
         self.dataset = dataset
         self.batches = batches
+        self.split = split
+        self.rank = rank
+        self.world = world
         self.num_workers = num_workers
         self.pin = pin
+        self.kept = kept
+        self.most = batches.size // world
         if num_workers:  # set before the fork, or the tokenizers library warns in every worker
             os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
-    def __len__(self) -> int:
-        """Batches an epoch, the same on every rank."""
-        return len(self.batches)
+    def epochs(self, steps: int) -> float:
+        """Epochs that so many optimizer steps take."""
+        return steps * self.batches.size / self.batches.n
 
-    def epoch(self, epoch: int, start: int = 0) -> Iterator[Batch]:
-        """Batches `start`, `start + 1`, ... of an epoch. Raises UserError for a bad sample, also from a worker."""
+    def steps(self, start: int, stop: int) -> Iterator[list[Batch]]:
+        """This rank's micro-batches of the optimizer steps start .. stop - 1, equally many on every rank.
+
+        Raises UserError for a bad sample, also from a worker.
+        """
+        counts: deque[int] = deque()
+
+        def planned() -> Iterator[list[int]]:
+            for step in range(start, stop):
+                mine = self.split(step)[self.rank :: self.world]
+                counts.append(len(mine))
+                yield from mine
+
+        workers, ahead = self._workers()
         loader = DataLoader(
             _Reporting(self.dataset),
-            batch_sampler=self.batches.epoch(epoch, start),
+            batch_sampler=planned(),
             collate_fn=_collate,
-            num_workers=self.num_workers,
+            num_workers=workers,
+            prefetch_factor=ahead if workers else None,
             pin_memory=self.pin,
         )
-        for batch in loader:
-            if isinstance(batch, UserError):
-                raise batch
-            yield batch
+        micro_batches = _checked(loader)
+        for first in micro_batches:
+            yield [first, *islice(micro_batches, counts.popleft() - 1)]
+
+    def _workers(self) -> tuple[int, int]:
+        """Workers, and how many micro-batches each reads ahead: together no further than an estimate lags behind."""
+        if self.kept is None:
+            return self.num_workers, 2
+        workers = min(self.num_workers, self.kept.lag)
+        return workers, min(2, self.kept.lag // max(1, workers))
 
 
 def train_loader(
@@ -58,30 +99,52 @@ def train_loader(
     image_tokens: int,
     max_length: int,
     batch_size: int,
+    global_batch_size: int,
     seed: int,
     rank: int = 0,
     world: int = 1,
     num_workers: int = 0,
     group_by_modality: bool = False,
     samples_per_image: int = 1,
+    token_budget: int | None = None,
+    visual_tokens: VisualTokens | None = None,
 ) -> TrainLoader:
-    """Batches of `batch_size` records for one rank; see ResumableBatches for the order and ConversationDataset for the
-    rest. `samples_per_image` > 1 keeps that many samples of one image in one batch."""
-    return TrainLoader(
-        ConversationDataset(records, template, tokenizer, reader, image_tokens, max_length),
-        ResumableBatches(
-            len(records),
-            batch_size,
-            seed,
-            rank,
-            world,
-            modality=[bool(record.images) for record in records] if group_by_modality else None,
-            images=[tuple(record.images) or None for record in records],
-            samples_per_image=samples_per_image,
-        ),
-        num_workers,
-        pin=torch.cuda.is_available(),
+    """Micro-batches of one rank; see GlobalBatches for the order and ConversationDataset for the rest.
+
+    Args:
+        batch_size: samples of a micro-batch, where there is no `token_budget`.
+        global_batch_size: samples of an optimizer step over all ranks; a multiple of batch_size x world, or, with a
+            budget, of `world`.
+        samples_per_image: up to so many samples of one image are kept in one micro-batch.
+        token_budget: tokens that a micro-batch lets into the LLM, see TokenSplit.
+        visual_tokens: how many of them an image has; None: that is estimated while training.
+    """
+    dataset = ConversationDataset(records, template, tokenizer, reader, image_tokens, max_length)
+    batches = GlobalBatches(
+        len(records),
+        global_batch_size,
+        seed,
+        modality=[bool(record.images) for record in records] if group_by_modality else None,
+        images=[tuple(record.images) or None for record in records],
+        samples_per_image=samples_per_image,
     )
+    pin = torch.cuda.is_available()
+    if token_budget is None:
+        return TrainLoader(dataset, batches, EvenSplit(batches, batch_size), rank, world, num_workers, pin)
+    kept = KeptTokens(image_tokens) if visual_tokens is None else None
+    split = TokenSplit(batches, SampleLengths(dataset, visual_tokens), token_budget, world, kept)
+    if token_budget < max_length:  # else every sample fits
+        if rank == 0:
+            print(f"token_budget={token_budget} < max_length={max_length}: reading {len(records)} lengths", flush=True)
+        split.check()
+    return TrainLoader(dataset, batches, split, rank, world, num_workers, pin, kept)
+
+
+def _checked(loader: DataLoader[Any]) -> Iterator[Batch]:
+    for batch in loader:
+        if isinstance(batch, UserError):
+            raise batch
+        yield batch
 
 
 class _Reporting(Dataset[Sample]):

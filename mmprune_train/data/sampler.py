@@ -1,77 +1,88 @@
-"""Which samples form which batch: a pure function of (seed, epoch), so that a position is all a resume needs."""
+"""Which samples form which global batch: a pure function of (seed, step), so a step is all a resume needs."""
 
 from __future__ import annotations
 
 from collections.abc import Hashable, Sequence
+from itertools import groupby
 
 import numpy as np
 
-from mmprune_train.errors import UserError
 
+class GlobalBatches:
+    """The samples of every optimizer step: `size` of an endless row of epochs, each shuffled anew.
 
-class ResumableBatches:
-    """Batches of sample indices for one rank of several, the same number on every rank.
-
-    Every epoch is shuffled anew. What does not fill a last global batch is left out of that epoch; another epoch leaves
-    out others.
+    Every epoch holds each sample once. A global batch that begins near the end of an epoch goes on into the next.
 
     Args:
         n: samples.
-        batch_size: samples a batch and rank.
-        modality: a class for every sample; batches hold one class (over all ranks), and what is left over of the
-            classes is mixed, so that nothing is lost that would otherwise be trained on. None: no grouping.
-        images: what every sample looks at; with `samples_per_image` > 1, up to that many samples of one image stay
-            together, so that one pass of the vision tower serves them all. None entries stay alone.
-    Raises:
-        UserError: there are fewer samples than one global batch.
+        size: samples of a step, over all ranks.
+        modality: a class for every sample; global batches hold one class, and what is left over of the classes is
+            mixed, as is the batch in which an epoch ends. None: no grouping.
+        images: what every sample looks at; with `samples_per_image` > 1, up to that many samples of one image follow
+            each other, so that one pass of the vision tower may serve them all. None entries stay alone.
     """
 
     def __init__(
         self,
         n: int,
-        batch_size: int,
+        size: int,
         seed: int,
-        rank: int = 0,
-        world: int = 1,
         modality: Sequence[Hashable] | None = None,
         images: Sequence[Hashable] | None = None,
         samples_per_image: int = 1,
     ) -> None:
-        if n < batch_size * world:
-            raise UserError(
-                f"{n} samples do not fill one batch of batch_size={batch_size} on {world} device(s); "
-                "lower the stage's batch_size or raise the split's limit"
-            )
         self.n = n
-        self.batch_size = batch_size
+        self.size = size
         self.seed = seed
-        self.rank = rank
-        self.world = world
         self.samples_per_image = samples_per_image
         self._images = images if samples_per_image > 1 else None
         classes: dict[Hashable, list[int]] = {}
         for index in range(n):
             classes.setdefault(modality[index] if modality is not None else None, []).append(index)
         self._classes = [np.array(members) for members in classes.values()]
+        self._latest: tuple[int, list[int]] = (-1, [])
 
-    def __len__(self) -> int:
-        """Batches an epoch, on every rank."""
-        return self.n // (self.batch_size * self.world)
+    def __getitem__(self, step: int) -> list[int]:
+        """Samples of optimizer step `step`, from 0."""
+        samples: list[int] = []
+        while len(samples) < self.size:
+            epoch, at = divmod(step * self.size + len(samples), self.n)
+            samples += self.epoch(epoch)[at : at + self.size - len(samples)]
+        return samples
 
-    def epoch(self, epoch: int, start: int = 0) -> list[list[int]]:
-        """The batches `start`, `start + 1`, ... of an epoch on this rank."""
+    def epoch(self, epoch: int) -> list[int]:
+        """All samples in the order of an epoch; do not change the list."""
+        if self._latest[0] != epoch:
+            self._latest = epoch, self._shuffled(epoch)
+        return self._latest[1]
+
+    def groups(self, samples: Sequence[int]) -> list[list[int]]:
+        """Places in `samples` that had better stay together: neighbours of one image."""
+        images = self._images
+        if images is None:
+            return [[place] for place in range(len(samples))]
+        keys = [("alone", place) if images[i] is None else ("image", images[i]) for place, i in enumerate(samples)]
+        return _chunks(
+            [list(group) for _, group in groupby(range(len(samples)), keys.__getitem__)], self.samples_per_image
+        )
+
+    def _shuffled(self, epoch: int) -> list[int]:
+        """An epoch as [end of a global batch that the epoch before began] + whole ones + [beginning of another]."""
         random = np.random.default_rng([self.seed, epoch])
-        size = self.batch_size * self.world
+        head = min(-epoch * self.n % self.size, self.n)
+        tail = (self.n - head) % self.size
         whole: list[list[int]] = []
         left: list[int] = []
         for members in self._classes:
             order = self._together(random.permutation(members).tolist(), random)
-            full = len(order) // size * size
-            whole += [order[at : at + size] for at in range(0, full, size)]
+            full = len(order) // self.size * self.size
+            whole += [order[at : at + self.size] for at in range(0, full, self.size)]
             left += order[full:]
-        whole += [left[at : at + size] for at in range(0, len(left) // size * size, size)]
-        mine = slice(self.rank * self.batch_size, (self.rank + 1) * self.batch_size)
-        return [whole[batch][mine] for batch in random.permutation(len(whole)).tolist()[start:]]
+        while len(left) < head + tail:
+            left += whole.pop(int(random.integers(len(whole))))
+        whole += [left[at : at + self.size] for at in range(head, len(left) - tail, self.size)]
+        middle = [index for batch in random.permutation(len(whole)).tolist() for index in whole[batch]]
+        return left[:head] + middle + left[len(left) - tail :]
 
     def _together(self, order: list[int], random: np.random.Generator) -> list[int]:
         if self._images is None:
@@ -80,6 +91,9 @@ class ResumableBatches:
         for index in order:
             image = self._images[index]
             groups.setdefault(("alone", index) if image is None else ("image", image), []).append(index)
-        step = self.samples_per_image
-        chunks = [group[at : at + step] for group in groups.values() for at in range(0, len(group), step)]
+        chunks = _chunks(list(groups.values()), self.samples_per_image)
         return [index for chunk in random.permutation(len(chunks)).tolist() for index in chunks[chunk]]
+
+
+def _chunks(groups: list[list[int]], most: int) -> list[list[int]]:
+    return [group[at : at + most] for group in groups for at in range(0, len(group), most)]

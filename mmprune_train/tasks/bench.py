@@ -51,7 +51,7 @@ def run(config: Config) -> dict[str, Any]:
     model.to(accelerator)
     model.template = template_of(config, name)
     loader = stage_loader(
-        _with_batch_size(config, name), name, processor.tokenizer, model.config.image_seq_length, rank=0, world=1
+        _one_batch(config, name), name, processor.tokenizer, model.config.image_seq_length, rank=0, world=1
     )
     model.attention, model.logits_chunk = config.trainer.attention, config.trainer.logits_chunk
     print(f"{accelerator}, {precision.name} ({precision.reason}), {torch.get_num_threads()} threads", flush=True)
@@ -70,7 +70,7 @@ def run(config: Config) -> dict[str, Any]:
     }
     folder = run_dir(config) / "bench"
     if "train" in config.bench.measure:
-        batch = next(iter(loader.epoch(0))).to(accelerator)
+        batch = next(loader.steps(0, 1))[0].to(accelerator)
         result["samples"], result["batch_ids"] = batch.sequence.samples, batch.ids
         result["train"] = _train(config, model, batch, pruners, precision, folder)
     if "generate" in config.bench.measure:
@@ -92,11 +92,12 @@ def chosen_pruners(config: Config) -> dict[str, PrunerConfig]:
     return pruners
 
 
-def _with_batch_size(config: Config, name: str) -> Config:
-    size = config.bench.batch_size
-    if size is None:
-        return config
-    return replace(config, stage={**config.stage, name: replace(config.stage[name], batch_size=size)})
+def _one_batch(config: Config, name: str) -> Config:
+    """The config of steps that are one micro-batch each."""
+    stage = config.stage[name]
+    size = config.bench.batch_size or stage.batch_size
+    stage = replace(stage, batch_size=size, global_batch_size=size, token_budget=None)
+    return replace(config, stage={**config.stage, name: stage})
 
 
 # -- optimizer steps -------------------------------------------------------------------------------------------------

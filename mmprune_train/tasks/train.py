@@ -93,8 +93,13 @@ def result_text(result: dict[str, Any]) -> str:
         "mfu": "MFU",
         "train_minutes": "training minutes",
         "keep_ratio": "keep ratio in training",
+        "micro_batches": "micro-batches per step",
+        "budget_use": "use of the token budget",
+        "budget_overruns": "micro-batches over the budget",
+        "padding_tokens": "padding tokens",
     }
     stages = result["stages"]
+    names = {key: text for key, text in names.items() if any(key in stages[s] for s in stages)}
     rows = [[text, *(stages[s].get(key) for s in stages)] for key, text in names.items()]
     text = table(rows, ["Training", *stages])
     if "evaluate" in result:

@@ -42,7 +42,7 @@ class MetricsWriter(StepWatch):
     def __init__(self, path: Path, stream: BatchStream, peak_tflops: float) -> None:
         """Args:
         path: the stage's metrics.jsonl.
-        stream: tells the epoch and the seconds spent waiting for data.
+        stream: tells the epoch and the seconds spent waiting for data, and is told what images left.
         peak_tflops: of one device, for the MFU.
         """
         super().__init__()
@@ -61,7 +61,7 @@ class MetricsWriter(StepWatch):
     def on_train_batch_start(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int
     ) -> None:
-        if batch_idx % trainer.accumulate_grad_batches == 0:
+        if batch.place.first:
             self.began = time.perf_counter()
 
     def on_step_end(self, trainer: pl.Trainer, pl_module: MultimodalModule) -> None:
@@ -70,6 +70,7 @@ class MetricsWriter(StepWatch):
         seconds = time.perf_counter() - self.began + waited
         flops = measured.pop("flops")
         tflops = flops / 1e12 / seconds / trainer.world_size
+        self.stream.learn(measured.pop("images"))
         row = {
             "step": trainer.global_step,
             "epoch": round(self.stream.epochs_done, 4),
@@ -124,11 +125,12 @@ def waiting(row: dict[str, Any]) -> str:
 
 
 class StepBar(TQDMProgressBar):
-    """Lightning's bar over the stage's micro-batches, with the latest step's loss and share of tokens kept."""
+    """Lightning's bar over the stage's optimizer steps, with the latest one's loss and share of tokens kept."""
 
-    def __init__(self, stage: str, metrics: MetricsWriter) -> None:
+    def __init__(self, stage: str, total_steps: int, metrics: MetricsWriter) -> None:
         super().__init__(refresh_rate=1)
         self.stage = stage
+        self.total_steps = total_steps
         self.metrics = metrics
 
     def get_metrics(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> dict[str, Any]:
@@ -141,6 +143,16 @@ class StepBar(TQDMProgressBar):
             "data": wait, "step": row["step"],
         }  # fmt: skip
 
+    @property
+    def total_train_batches(self) -> int:
+        return self.total_steps
+
+    def on_train_batch_end(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        if batch.place.last:  # the bar counts from 0
+            super().on_train_batch_end(trainer, pl_module, outputs, batch, batch.place.step)
+
     def on_train_epoch_start(self, trainer: pl.Trainer, *args: Any) -> None:
         super().on_train_epoch_start(trainer, *args)
         self.train_progress_bar.set_description(self.stage)
@@ -149,5 +161,5 @@ class StepBar(TQDMProgressBar):
 def progress(stage: str, total_steps: int, every: int, metrics: MetricsWriter) -> pl.Callback:
     """A bar on a terminal, plain lines elsewhere."""
     if sys.stdout.isatty() and sys.stderr.isatty():
-        return StepBar(stage, metrics)
+        return StepBar(stage, total_steps, metrics)
     return PlainProgress(stage, total_steps, every, metrics)

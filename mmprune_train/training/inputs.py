@@ -7,8 +7,9 @@ from typing import Any
 
 from torch import Tensor
 
-from mmprune_train.config.schema import Config
+from mmprune_train.config.schema import Config, PrunerConfig
 from mmprune_train.data.images import ImageReader, image_processor
+from mmprune_train.data.lengths import VisualTokens
 from mmprune_train.data.loader import TrainLoader, train_loader
 from mmprune_train.data.records import read_records
 from mmprune_train.data.sources import split_files
@@ -21,12 +22,21 @@ def template_of(config: Config, name: str) -> str:
     return config.llm.template if template == "auto" else template
 
 
-def stage_loader(config: Config, name: str, tokenizer: Any, image_tokens: int, rank: int, world: int) -> TrainLoader:
+def stage_loader(
+    config: Config,
+    name: str,
+    tokenizer: Any,
+    image_tokens: int,
+    rank: int,
+    world: int,
+    visual_tokens: VisualTokens | None = None,
+) -> TrainLoader:
     """Batches of stage `name` for one rank.
 
     Args:
         tokenizer: with the image token in its vocabulary.
         image_tokens: visual tokens of one image.
+        visual_tokens: those that stage 1 leaves of an image, where they are known before training.
     """
     stage = config.stage[name]
     annotations, images = split_files(config.data, name)
@@ -38,13 +48,22 @@ def stage_loader(config: Config, name: str, tokenizer: Any, image_tokens: int, r
         image_tokens,
         stage.max_length,
         stage.batch_size,
+        stage.global_batch_size,
         config.seed,
         rank,
         world,
         config.trainer.num_workers,
         stage.group_by_modality,
         stage.samples_per_image,
+        stage.token_budget,
+        visual_tokens or whole_images(config.pruner, image_tokens),
     )
+
+
+def whole_images(pruner: PrunerConfig, image_tokens: int) -> VisualTokens | None:
+    """All patches of any image, where stage 1 is off or a schedule moves it, so that a step may leave them all."""
+    moves = pruner.schedule.name != "constant" and "vision" in pruner.schedule.applies_to
+    return None if pruner.vision.enabled and not moves else lambda image: image_tokens
 
 
 def spread_images(loader: TrainLoader, count: int) -> Iterator[Tensor]:

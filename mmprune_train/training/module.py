@@ -10,9 +10,10 @@ import torch
 from torch import Tensor
 
 from mmprune_train.config.schema import OptimConfig
-from mmprune_train.data.batch import Batch
+from mmprune_train.data.batch import Batch, Place
 from mmprune_train.model.flops import StepFlops
 from mmprune_train.model.llava import PackedLlava
+from mmprune_train.pruning import PruningTrace
 from mmprune_train.pruning.schedule import pace
 from mmprune_train.training.freezing import Part
 from mmprune_train.training.optim import adamw, parameter_groups, schedule
@@ -26,10 +27,18 @@ TOTALS = (
     "stage2",
     "layer_mean",
     "visual_dense",
+    "visual_stage1",
     "visual_layer_mean",
     "flops",
+    "micro_batches",
+    "overruns",
+    "held",
 )
-"""What is summed over the micro-batches and ranks of one optimizer step."""
+"""What is summed over the micro-batches and ranks of one optimizer step; `held`: tokens that batches had room for."""
+
+UNFINISHED = 2**40
+"""Micro-batches that Lightning is told to accumulate while an optimizer step is not complete: more than there are, and
+a power of two, by which a loss is divided and multiplied without rounding."""
 
 
 class MultimodalModule(pl.LightningModule):
@@ -39,17 +48,29 @@ class MultimodalModule(pl.LightningModule):
     data parallelism leave it unchanged. Randomness (dropout, random scores) is a function of seed, stage, rank and
     micro-batch: no generator has a state that a resumed run would have to get back. The pruner's schedule knows only
     the optimizer step, and holds while a training step runs its forward pass.
+
+    Where a micro-batch stands in its optimizer step is the batch's to say (`Batch.place`), so steps may have different
+    numbers of them.
     """
 
     stage_name = "?"
 
-    def __init__(self, model: PackedLlava, parts: list[Part], optim: OptimConfig, total_steps: int, seed: int) -> None:
+    def __init__(
+        self,
+        model: PackedLlava,
+        parts: list[Part],
+        optim: OptimConfig,
+        total_steps: int,
+        seed: int,
+        token_budget: int | None = None,
+    ) -> None:
         """Args:
         model: frozen as `freezing.freeze` left it.
         parts: that function's report; gives each part's peak learning rate.
         optim: optimizer and schedule.
         total_steps: optimizer steps of the stage, on which the schedule depends.
         seed: the run's seed.
+        token_budget: tokens that may enter the LLM, a rank and micro-batch; its use is measured.
         """
         super().__init__()
         self.model = model
@@ -57,10 +78,16 @@ class MultimodalModule(pl.LightningModule):
         self.optim = optim
         self.total_steps = total_steps
         self.seed = seed
+        self.token_budget = token_budget
         self.flops = StepFlops(model)
         self.window_supervised = 0
         self.totals = dict.fromkeys(TOTALS, 0.0)
+        self.spread = torch.zeros(2, dtype=torch.float64)  # samples with images; sum of their tokens^2 / images
         self.rate = 0.0
+
+    @property
+    def _patches(self) -> int:
+        return int(self.model.config.image_seq_length)
 
     @property
     def strict_loading(self) -> bool:  # type: ignore[override]
@@ -70,18 +97,33 @@ class MultimodalModule(pl.LightningModule):
     # -- the step ----------------------------------------------------------------------------------------------------
 
     def on_train_batch_start(self, batch: Batch, batch_idx: int) -> None:
-        key = f"{self.seed}/{self.stage_name}/{self.global_rank}/{batch_idx}"
+        place = batch.place
+        key = f"{self.seed}/{self.stage_name}/{self.global_rank}/{place.step}/{place.number}"
         torch.manual_seed(int.from_bytes(hashlib.sha256(key.encode()).digest()[:8], "big"))
-        if batch_idx % self.trainer.accumulate_grad_batches == 0:
-            total = torch.tensor(batch.window_supervised, device=self.device, dtype=torch.int64)
+        self._accumulate(place)
+        if place.first:
+            total = torch.tensor(place.supervised, device=self.device, dtype=torch.int64)
             self.window_supervised = int(self.trainer.strategy.reduce(total, reduce_op="sum"))
             self.totals = dict.fromkeys(TOTALS, 0.0)
+            self.spread = torch.zeros(2, dtype=torch.float64, device=self.device)
             self.rate = float(self.trainer.optimizers[0].param_groups[-1]["lr"])
+
+    def _accumulate(self, place: Place) -> None:
+        """Let the step end where the batch says so. Lightning asks `accumulate_grad_batches` whether it has ended and
+        would find the first micro-batch by it; that is found here, so `optimizer_zero_grad` is left idle."""
+        self.trainer.accumulate_grad_batches = 1 if place.last else UNFINISHED
+        if self.trainer.strategy.handles_gradient_accumulation:  # DeepSpeed's engine, which zeroes gradients itself
+            self.trainer.model.set_gradient_accumulation_boundary(place.last)
+        elif place.first:
+            for optimizer in self.trainer.optimizers:
+                optimizer.zero_grad()
+
+    def optimizer_zero_grad(self, epoch: int, batch_idx: int, optimizer: torch.optim.Optimizer) -> None:
+        """See `_accumulate`."""
 
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
         pruner = self.model.pruner
-        step = batch_idx // self.trainer.accumulate_grad_batches
-        now = pace(pruner.settings.schedule, step, self.total_steps, f"{self.seed}/{self.stage_name}")
+        now = pace(pruner.settings.schedule, batch.place.step, self.total_steps, f"{self.seed}/{self.stage_name}")
         with pruner.paced(now):
             output = self.model.forward_packed(batch.sequence, batch.pixel_values, names=batch.images)
         counts = output.trace.counts()
@@ -92,26 +134,30 @@ class MultimodalModule(pl.LightningModule):
         self.totals["supervised"] += int(output.supervised)
         self.totals["samples"] += batch.sequence.samples
         self.totals["flops"] += float(self.flops(output.trace, output.trace.encoded, int(output.supervised)))
+        if self.token_budget is not None:
+            self.totals["micro_batches"] += 1
+            self.totals["overruns"] += counts["stage1"] > self.token_budget
+            self.totals["held"] += batch.sequence.ids.numel()
+            self.spread += _spread(output.trace, self._patches)
         return output.loss_sum * (self._split() / max(1, self.window_supervised))
 
-    def _split(self) -> float:
-        """What will divide the loss on its way to the gradients, to be undone beforehand.
+    def _split(self) -> int:
+        """What will divide the loss on its way to the gradients, to be undone beforehand: Lightning divides by the
+        accumulation, data parallelism by the ranks."""
+        return self.trainer.accumulate_grad_batches * self.trainer.world_size
 
-        Lightning divides by the accumulation, data parallelism by the ranks; DeepSpeed's engine divides by the
-        accumulation once more.
+    def step_metrics(self) -> dict[str, Any]:
+        """Metrics of the optimizer step that has just ended, over all ranks (every rank must call this).
+
+        `flops` and `images` (as `KeptTokens.observe` takes it) are for the caller's own use.
         """
-        trainer = self.trainer
-        engine = trainer.accumulate_grad_batches if trainer.strategy.handles_gradient_accumulation else 1
-        return trainer.accumulate_grad_batches * engine * trainer.world_size
-
-    def step_metrics(self) -> dict[str, float]:
-        """Metrics of the optimizer step that has just ended, over all ranks (every rank must call this)."""
-        row = torch.tensor(list(self.totals.values()), dtype=torch.float64)
+        row = torch.tensor([*self.totals.values(), *self.spread.tolist()], dtype=torch.float64)
         if self.trainer.world_size > 1:
             row = self.trainer.strategy.reduce(row.to(self.device), reduce_op="sum").cpu()
-        total = dict(zip(TOTALS, row.tolist(), strict=True))
+        *totals, samples, squares = row.tolist()
+        total = dict(zip(TOTALS, totals, strict=True))
         visual = total["visual_layer_mean"] / total["visual_dense"] if total["visual_dense"] else 1.0
-        return {
+        metrics = {
             "loss": total["loss_sum"] / max(1.0, total["supervised"]),
             "lr": self.rate,
             "samples": int(total["samples"]),
@@ -123,7 +169,16 @@ class MultimodalModule(pl.LightningModule):
             "visual_keep_ratio": visual,
             "supervised_tokens": int(total["supervised"]),
             "flops": total["flops"],
+            "images": (samples, total["visual_dense"] / self._patches, total["visual_stage1"], squares),
         }
+        if self.token_budget is not None:
+            metrics |= {
+                "micro_batches": int(total["micro_batches"]) // self.trainer.world_size,
+                "budget_use": total["stage1"] / (total["micro_batches"] * self.token_budget),
+                "budget_overruns": int(total["overruns"]),
+                "padding_tokens": int(total["held"] - total["dense"]),
+            }
+        return metrics
 
     # -- optimizer ---------------------------------------------------------------------------------------------------
 
@@ -148,6 +203,13 @@ class MultimodalModule(pl.LightningModule):
 
     def _trained(self) -> set[str]:
         return {name for name, parameter in self.named_parameters() if parameter.requires_grad}
+
+
+def _spread(trace: PruningTrace, patches: int) -> Tensor:
+    """[2] samples that have images, and the sum of (tokens left of a sample's images)^2 / images; on the device."""
+    images = trace.dense_visual.double() / patches  # [B]
+    squares = trace.stage1_visual.double() ** 2 / images.clamp(min=1)
+    return torch.stack([(images > 0).sum().double(), squares.sum()])
 
 
 class PretrainModule(MultimodalModule):

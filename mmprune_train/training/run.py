@@ -82,24 +82,21 @@ def run_stage(
     model.template = template_of(config, name)
 
     trainer_options, world = trainer_settings(config, stage, accelerator, precision)
-    window = accumulation(stage, world, name)
     resume = last_checkpoint(folder / "checkpoints")
     resumed_step = int(resume.stem.removeprefix("step-")) if resume else 0
     loggers = build_loggers(
         config.logger, folder, f"{config.experiment_name}-{run.path.name}-{name}-{stamp(run)}", resumed_step
     )
     with quiet():
-        trainer = pl.Trainer(
-            **trainer_options, accumulate_grad_batches=window, default_root_dir=folder, logger=loggers or False
-        )
+        trainer = pl.Trainer(**trainer_options, default_root_dir=folder, logger=loggers or False)
     loader = stage_loader(
         config, name, processor.tokenizer, model.config.image_seq_length, rank=trainer.global_rank, world=world
     )
     if start_from is None and config.projector.init == "matched":
         match_projector(model, list(spread_images(loader, MATCHED_IMAGES)))
-    steps = steps_of(len(loader), stage.epochs, window, stage.max_steps)
-    stream = BatchStream(loader, steps, window)
-    module = MODULES[name](model, parts, config.optim, steps, config.seed)
+    steps = steps_of(len(loader.dataset), stage.epochs, stage.global_batch_size, stage.max_steps)
+    stream = BatchStream(loader, steps)
+    module = MODULES[name](model, parts, config.optim, steps, config.seed, stage.token_budget)
     limit = peak(accelerator, precision.dtype)
     metrics = MetricsWriter(folder / "metrics.jsonl", stream, limit.tflops)
     every, kept = config.trainer.checkpoint_every_steps, config.trainer.keep_checkpoints
@@ -107,7 +104,9 @@ def run_stage(
     trainer.callbacks += [metrics, progress(name, steps, config.trainer.log_every, metrics), saves]
 
     if trainer.is_global_zero:
-        print(freezing_table(parts, f"\nStage {name}: {steps} steps of {stage.global_batch_size} samples"), flush=True)
+        packs = f"packs to {stage.token_budget} tokens" if stage.token_budget else f"{stage.batch_size} samples"
+        title = f"\nStage {name}: {steps} steps of {stage.global_batch_size} samples, {packs} a forward pass"
+        print(freezing_table(parts, title), flush=True)
         print(f"{accelerator}, {precision.name} ({precision.reason}), {config.trainer.devices} device(s)", flush=True)
         print(f"MFU is of {limit.tflops:.3g} TFLOP/s: {limit.source}", flush=True)
         print(kernels, flush=True)
@@ -189,17 +188,6 @@ def stamp(run: RunDirectory) -> str:
     return "".join(filter(str.isdigit, str(run.manifest.get("created", ""))))[:14]
 
 
-def accumulation(stage: StageConfig, world: int, name: str) -> int:
-    """Micro-batches of one optimizer step; UserError where the batch sizes do not divide."""
-    forward = stage.batch_size * world
-    if stage.global_batch_size % forward:
-        raise UserError(
-            f"stage.{name}: global_batch_size={stage.global_batch_size} is not a multiple of batch_size x processes = "
-            f"{stage.batch_size} x {world}; change either"
-        )
-    return stage.global_batch_size // forward
-
-
 def trainer_settings(
     config: Config, stage: StageConfig, accelerator: str, precision: Precision
 ) -> tuple[dict[str, Any], int]:
@@ -242,6 +230,16 @@ def summary(metrics: Path) -> dict[str, float]:
     rows = read_jsonl(metrics)
     last = rows[-min(10, len(rows)) :]
     seconds = sum(row["step_seconds"] for row in rows)
+    packed = (
+        {
+            "micro_batches": fmean(row["micro_batches"] for row in rows),
+            "budget_use": fmean(row["budget_use"] for row in rows),
+            "budget_overruns": sum(row["budget_overruns"] for row in rows),
+            "padding_tokens": sum(row["padding_tokens"] for row in rows),
+        }
+        if "budget_use" in rows[0]
+        else {}
+    )
     return {
         "loss": fmean(row["loss"] for row in last),
         "train_minutes": seconds / 60,
@@ -251,4 +249,5 @@ def summary(metrics: Path) -> dict[str, float]:
         "samples_per_second": sum(row["samples"] for row in rows) / seconds,
         "data_share": sum(row["data_seconds"] for row in rows) / seconds,
         "mfu": sum(row["mfu"] * row["step_seconds"] for row in rows) / seconds,
+        **packed,
     }

@@ -1,81 +1,91 @@
-"""All micro-batches of a stage as one row, so that a resumed run has one position to return to.
+"""All micro-batches of a stage as one row, so that a resumed run has one position to return to: its optimizer steps.
 
-Lightning sees one epoch as long as the stage. Its epochs would add an end-of-epoch case to every resume, and
-accumulation windows that end short there, which its strategies treat differently; here a window is always `window`
-micro-batches, and one that begins near the end of an epoch goes on into the next.
+Lightning sees one epoch as long as the stage. Its epochs would add an end-of-epoch case to every resume. How many
+micro-batches a step has is the loader's choice; each knows its place, and `MultimodalModule` steps after the last.
 """
 
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
-from itertools import islice
-from typing import Protocol
+from typing import Any, Protocol
 
-from mmprune_train.data.batch import Batch
+from mmprune_train.data.batch import Batch, Place
+from mmprune_train.data.lengths import KeptTokens
 
 
-class EpochLoader(Protocol):
-    """A training loader of `data`: one pass an epoch, in an order that (seed, epoch) decides."""
+class StepLoader(Protocol):
+    """A training loader of `data`, in an order that (seed, step) decides."""
 
-    def __len__(self) -> int: ...
+    most: int
+    """Micro-batches that an optimizer step may have."""
+    kept: KeptTokens | None
+    """What the plan of steps learns from training."""
 
-    def epoch(self, epoch: int, start: int) -> Iterator[Batch]:
-        """Batches `start`, `start + 1`, ... of an epoch."""
+    def steps(self, start: int, stop: int) -> Iterator[list[Batch]]:
+        """Micro-batches of the optimizer steps start .. stop - 1."""
+        ...
+
+    def epochs(self, steps: int) -> float:
+        """Epochs that so many optimizer steps take."""
         ...
 
 
-def steps_of(batches: int, epochs: int, window: int, max_steps: int | None) -> int:
+def steps_of(samples: int, epochs: int, global_batch_size: int, max_steps: int | None) -> int:
     """Optimizer steps of a stage: `max_steps` over as many epochs as that takes, or those of `epochs`.
 
     At least one; a remainder smaller than a global batch at the end of the stage is left out.
     """
-    return max(1, epochs * batches // window) if max_steps is None else max_steps
+    return max(1, epochs * samples // global_batch_size) if max_steps is None else max_steps
 
 
 class BatchStream:
-    """Iterates over the micro-batches of a stage and knows how many were handed out (Lightning saves that)."""
+    """Iterates over the micro-batches of a stage and knows how many steps were handed out (Lightning saves that)."""
 
-    def __init__(self, loader: EpochLoader, steps: int, window: int) -> None:
+    def __init__(self, loader: StepLoader, steps: int) -> None:
         self.loader = loader
-        self.window = window
-        self.total = steps * window
+        self.steps = steps
         self.handed_out = 0
         self.waited = 0.0
 
     def __len__(self) -> int:
-        """Micro-batches of the whole stage, also after a resume: Lightning adds those done before."""
-        return self.total
+        """More micro-batches than the stage has: it ends when the steps are done. Without a length Lightning would
+        fetch a batch ahead, and the position would not be that of training."""
+        return self.steps * self.loader.most + 1
 
     def __iter__(self) -> Iterator[Batch]:
-        batches = self._from(self.handed_out)
-        while self.handed_out < self.total:
+        coming = self.loader.steps(self.handed_out, self.steps)
+        while self.handed_out < self.steps:
             began = time.perf_counter()
-            window = list(islice(batches, self.window))
-            supervised = sum(batch.supervised for batch in window)
+            micro_batches = next(coming)
             self.waited += time.perf_counter() - began
-            for batch in window:
-                self.handed_out += 1
-                yield replace(batch, window_supervised=supervised)
-
-    def _from(self, position: int) -> Iterator[Batch]:
-        epoch, start = divmod(position, len(self.loader))
-        while True:
-            yield from self.loader.epoch(epoch, start)
-            epoch, start = epoch + 1, 0
+            step = self.handed_out
+            supervised = sum(batch.supervised for batch in micro_batches)
+            for number, batch in enumerate(micro_batches):
+                place = Place(step, number, len(micro_batches), supervised)
+                self.handed_out += place.last
+                yield replace(batch, place=place)
 
     @property
     def epochs_done(self) -> float:
-        return self.handed_out / len(self.loader)
+        return self.loader.epochs(self.handed_out)
+
+    def learn(self, seen: Sequence[float]) -> None:
+        """What the step that has just ended saw of images, as `KeptTokens.observe` wants it."""
+        if self.loader.kept is not None:
+            self.loader.kept.observe(seen)
 
     def take_waited(self) -> float:
         """Seconds spent waiting for data since the last call."""
         waited, self.waited = self.waited, 0.0
         return waited
 
-    def state_dict(self) -> dict[str, int]:
-        return {"handed_out": self.handed_out}
+    def state_dict(self) -> dict[str, Any]:
+        kept = self.loader.kept
+        return {"handed_out": self.handed_out, "kept": None if kept is None else kept.state_dict()}
 
-    def load_state_dict(self, state: dict[str, int]) -> None:
+    def load_state_dict(self, state: dict[str, Any]) -> None:
         self.handed_out = state["handed_out"]
+        if self.loader.kept is not None:
+            self.loader.kept.load_state_dict(state["kept"])

@@ -46,6 +46,11 @@ def test_typos_are_answered_with_the_nearest_valid_word(override, words):
         (["stages=[pretran]"], "did you mean pretrain"),
         (["stage.instruct.global_batch_size=9"], "global_batch_size=8"),
         (["stage.instruct.batch_size=0"], "at least 1"),
+        (["stage.instruct.token_budget=0"], "token_budget=0 must be at least 1"),
+        (
+            ["stage.instruct.token_budget=900", "strategy=ddp", "trainer.devices=3"],
+            "global_batch_size=8 is no multiple of 3 processes: set stage.instruct.global_batch_size=9",
+        ),
         (["stage.pretrain.train_projector=false"], "trains nothing"),
         (["stage.pretrain.lr=0"], "more than 0"),
         (["stage.pretrain.max_length=36"], "no room for text"),

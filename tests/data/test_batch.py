@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 import json
 from collections import Counter
 from pathlib import Path
@@ -18,7 +17,6 @@ from mmprune_train.data.dataset import ConversationDataset
 from mmprune_train.data.images import ImageReader, image_processor
 from mmprune_train.data.loader import TrainLoader, train_loader
 from mmprune_train.data.records import read_records
-from mmprune_train.data.sampler import ResumableBatches
 from mmprune_train.data.templates import get_template
 from mmprune_train.errors import UserError
 from mmprune_train.model.tokenizer import tiny_tokenizer
@@ -126,62 +124,7 @@ def test_pad_shows_the_whole_image_on_the_mean_colour_and_square_its_middle() ->
         image_processor(ENCODER, "wide")
 
 
-def flat(batches: list[list[int]]) -> list[int]:
-    return list(itertools.chain.from_iterable(batches))
-
-
-def test_ranks_share_an_epoch_without_overlap_and_have_equally_many_batches() -> None:
-    ranks = [ResumableBatches(23, 3, seed=0, rank=rank, world=2) for rank in range(2)]
-    epochs = [rank.epoch(0) for rank in ranks]
-    assert [len(epoch) for epoch in epochs] == [len(rank) for rank in ranks] == [3, 3]
-    seen = flat(epochs[0]) + flat(epochs[1])
-    assert len(set(seen)) == 18
-
-
-def test_the_order_depends_on_seed_and_epoch_alone_and_can_be_entered_anywhere() -> None:
-    def make(seed: int) -> ResumableBatches:
-        return ResumableBatches(40, 4, seed=seed, images=[k // 5 for k in range(40)], samples_per_image=2)
-
-    assert make(1).epoch(3) == make(1).epoch(3)
-    assert make(1).epoch(3, start=4) == make(1).epoch(3)[4:]
-    assert make(1).epoch(3) != make(1).epoch(4) and make(1).epoch(3) != make(2).epoch(3)
-
-
-def test_batches_of_one_modality_lose_nothing_but_an_unfilled_last_batch() -> None:
-    modality = [index % 3 == 0 for index in range(50)]  # 17 and 33 samples
-    batches = ResumableBatches(50, 4, seed=0, modality=modality)
-    epoch = batches.epoch(0)
-    assert len(epoch) == len(batches) == 12 and len(set(flat(epoch))) == 48
-    mixed = [batch for batch in epoch if len({modality[index] for index in batch}) > 1]
-    assert len(mixed) <= 1
-
-
-def test_both_ranks_see_the_same_modality_at_the_same_time() -> None:
-    modality = [index < 30 for index in range(60)]
-    ranks = [ResumableBatches(60, 3, seed=0, rank=rank, world=2, modality=modality).epoch(0) for rank in range(2)]
-    for first, second in zip(*ranks, strict=True):
-        assert len({modality[index] for index in first + second}) == 1
-
-
-def test_single_modality_data_can_be_grouped() -> None:
-    assert len(ResumableBatches(8, 4, seed=0, modality=[True] * 8).epoch(0)) == 2
-
-
-def test_samples_of_one_image_stay_together_up_to_the_limit() -> None:
-    images: list[int | None] = [index // 8 for index in range(64)]
-    epoch = ResumableBatches(64, 8, seed=0, images=images, samples_per_image=4).epoch(0)
-    assert sorted(flat(epoch)) == list(range(64))
-    assert all(len({images[index] for index in batch}) <= 2 for batch in epoch)
-    alone = ResumableBatches(64, 8, seed=0, images=[None] * 64, samples_per_image=4).epoch(0)
-    assert sorted(flat(alone)) == list(range(64))
-
-
-def test_too_few_samples_for_one_batch_is_an_error() -> None:
-    with pytest.raises(UserError, match="7 samples do not fill one batch of batch_size=4 on 2"):
-        ResumableBatches(7, 4, seed=0, world=2)
-
-
-def loader(folder: Path, num_workers: int = 0) -> TrainLoader:
+def loader(folder: Path, num_workers: int = 0, rank: int = 0, world: int = 1) -> TrainLoader:
     data = dataset(folder)
     return train_loader(
         data.records,
@@ -190,29 +133,42 @@ def loader(folder: Path, num_workers: int = 0) -> TrainLoader:
         data.reader,
         PATCHES,
         512,
-        batch_size=4,
+        batch_size=4 // world,
+        global_batch_size=8,
         seed=5,
+        rank=rank,
+        world=world,
         num_workers=num_workers,
         group_by_modality=True,
         samples_per_image=2,
     )
 
 
-def test_an_epoch_can_be_entered_anywhere_with_the_same_batches(folder: Path) -> None:
-    whole = list(loader(folder).epoch(1))
-    rest = list(loader(folder).epoch(1, start=2))
-    assert len(whole) == len(loader(folder)) == 4 and len(rest) == 2
-    for one, other in zip(whole[2:], rest, strict=True):
-        assert one.ids == other.ids and torch.equal(one.sequence.ids, other.sequence.ids)
-        assert (one.pixel_values is None) == (other.pixel_values is None)
-        if one.pixel_values is not None and other.pixel_values is not None:
-            np.testing.assert_array_equal(one.pixel_values, other.pixel_values)
+def test_a_stage_can_be_entered_anywhere_with_the_same_batches(folder: Path) -> None:
+    whole = list(loader(folder).steps(0, 5))
+    rest = list(loader(folder).steps(3, 5))
+    assert len(whole) == 5 and len(rest) == 2 and loader(folder).epochs(5) == 2.5
+    for ones, others in zip(whole[3:], rest, strict=True):
+        assert len(ones) == len(others) == 2
+        for one, other in zip(ones, others, strict=True):
+            assert one.ids == other.ids and torch.equal(one.sequence.ids, other.sequence.ids)
+            assert (one.pixel_values is None) == (other.pixel_values is None)
+            if one.pixel_values is not None and other.pixel_values is not None:
+                np.testing.assert_array_equal(one.pixel_values, other.pixel_values)
+
+
+def test_ranks_share_a_step_and_have_equally_many_micro_batches(folder: Path) -> None:
+    alone = next(loader(folder).steps(0, 1))
+    ranks = [next(loader(folder, rank=rank, world=2).steps(0, 1)) for rank in range(2)]
+    assert [len(batches) for batches in ranks] == [2, 2]
+    for one, first, second in zip(alone, *ranks, strict=True):
+        assert one.ids == first.ids + second.ids
 
 
 def test_workers_give_the_same_batches_and_pass_errors_on_in_one_line(folder: Path) -> None:
-    alone = [batch.ids for batch in loader(folder).epoch(0)]
-    assert [batch.ids for batch in loader(folder, num_workers=1).epoch(0)] == alone
+    alone = [[batch.ids for batch in batches] for batches in loader(folder).steps(0, 3)]
+    assert [[batch.ids for batch in batches] for batches in loader(folder, num_workers=1).steps(0, 3)] == alone
     (folder / "2.png").unlink()
     with pytest.raises(UserError, match=r"2\.png is missing") as caught:
-        list(loader(folder, num_workers=1).epoch(0))
+        list(loader(folder, num_workers=1).steps(0, 2))
     assert "Traceback" not in str(caught.value)

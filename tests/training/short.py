@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from itertools import accumulate
 from pathlib import Path
 
 import pytorch_lightning as pl
@@ -37,32 +38,56 @@ def sample(number: int) -> Sample:
 
 
 class Loader:
-    """Sixteen samples in batches of a given size."""
+    """Sixteen samples, in order, in micro-batches of given sizes: those of an optimizer step; several such in turn."""
 
-    def __init__(self, batch_size: int) -> None:
-        self.batch_size = batch_size
+    kept = None
 
-    def __len__(self) -> int:
-        return 16 // self.batch_size
+    def __init__(self, *sizes: int, then: Sequence[Sequence[int]] = ()) -> None:
+        """Args:
+        then: sizes in the steps that follow, as many samples in all.
+        """
+        self.sizes = (sizes, *then)
+        self.most = max(map(len, self.sizes))
+
+    def epochs(self, steps: int) -> float:
+        return steps * sum(self.sizes[0]) / 16
 
     def epoch(self, epoch: int, start: int) -> Iterator[Batch]:
-        for index in range(start, len(self)):
-            yield collate([sample(index * self.batch_size + i) for i in range(self.batch_size)])
+        """The micro-batches `start`, ... of the first size, once over the samples."""
+        size = self.sizes[0][0]
+        for number in range(start, 16 // size):
+            yield self.batch(number * size, size)
+
+    def steps(self, start: int, stop: int) -> Iterator[list[Batch]]:
+        for step in range(start, stop):
+            sizes = self.sizes[step % len(self.sizes)]
+            begins = accumulate(sizes[:-1], initial=step * sum(sizes))
+            yield [self.batch(first, size) for first, size in zip(begins, sizes, strict=True)]
+
+    @staticmethod
+    def batch(first: int, size: int) -> Batch:
+        return collate([sample((first + i) % 16) for i in range(size)])
 
 
 def fit(
-    folder: Path, batch_size: int, window: int, pruner: object = "none", steps: int = 3, seed: int = 7
+    folder: Path,
+    batch_size: int,
+    window: int,
+    pruner: object = "none",
+    steps: int = 3,
+    seed: int = 7,
+    token_budget: int | None = None,
+    loader: Loader | None = None,
 ) -> tuple[list[dict], PackedLlava]:
-    """Train for some steps; the rows of metrics.jsonl, and the model."""
+    """Train for some steps of `window` micro-batches, or those of `loader`: rows of metrics.jsonl, and the model."""
     model = PackedLlava(tiny_llava(), Pruner(load_pruner(pruner)))
     parts = freeze(model, StageConfig(train_projector=True, train_llm=True, lr=1e-3), adapters=False)
-    stream = BatchStream(Loader(batch_size), steps, window)
-    module = InstructModule(model, parts, OptimConfig(eps=1e-3, warmup_ratio=0.0), steps, seed)
+    stream = BatchStream(loader or Loader(*[batch_size] * window), steps)
+    module = InstructModule(model, parts, OptimConfig(eps=1e-3, warmup_ratio=0.0), steps, seed, token_budget)
     with quiet():
         trainer = pl.Trainer(
             accelerator="cpu",
             max_epochs=1,
-            accumulate_grad_batches=window,
             enable_checkpointing=False,
             enable_progress_bar=False,
             enable_model_summary=False,

@@ -10,6 +10,7 @@ from tiny import tiny_llava
 from training.short import Loader, fit
 
 from mmprune_train.config.compose import load_pruner
+from mmprune_train.data.batch import Place
 from mmprune_train.model.llava import PackedLlava
 from mmprune_train.model.patches import PatchMemory
 from mmprune_train.pruning import Pruner
@@ -88,25 +89,49 @@ def test_metrics_have_the_contracts_keys(tmp_path: Path) -> None:
         assert row["mfu"] == pytest.approx(row["tflops"] / 2.5)
 
 
-def test_windows_go_on_over_the_end_of_an_epoch_and_a_stream_goes_on_where_it_was() -> None:
-    def ids(stream: BatchStream) -> list[tuple[str, int]]:
-        return [(batch.ids[0], batch.window_supervised) for batch in stream]
+@pytest.mark.parametrize("pruner", ["none", "twostage"])
+def test_micro_batches_may_differ_in_size_and_steps_in_their_number(tmp_path: Path, pruner: str) -> None:
+    even, model = fit(tmp_path / "even", batch_size=2, window=4, pruner=pruner, steps=5)
+    loader = Loader(3, 5, then=[(8,), (1, 2, 5)])
+    uneven, other = fit(tmp_path / "uneven", batch_size=0, window=0, pruner=pruner, steps=5, loader=loader)
+    for a, b in zip(even, uneven, strict=True):
+        assert a["loss"] == pytest.approx(b["loss"], rel=1e-5)
+        for key in ("step", "epoch", "samples", "supervised_tokens", "tokens_stage1", "lr"):
+            assert a[key] == b[key], key
+    for p, q in zip(model.hf.parameters(), other.hf.parameters(), strict=True):
+        torch.testing.assert_close(p, q, atol=2e-5, rtol=0)
 
-    whole = ids(BatchStream(Loader(4), steps=3, window=3))
-    assert [name for name, _ in whole] == ["0", "4", "8", "12", "0", "4", "8", "12", "0"]
-    assert len({supervised for _, supervised in whole[:3]}) == 1, "one denominator a window"
-    stream = BatchStream(Loader(4), steps=3, window=3)
+
+def test_the_use_of_a_budget_is_measured(tmp_path: Path) -> None:
+    loader = Loader(3, 5)
+    rows, _ = fit(tmp_path, batch_size=0, window=0, token_budget=90, loader=loader)
+    for row, batches in zip(rows, loader.steps(0, 3), strict=True):
+        tokens = [len(batch.sequence.ids) for batch in batches]
+        assert row["micro_batches"] == 2 and row["padding_tokens"] == 0
+        assert row["budget_use"] == pytest.approx(sum(tokens) / 180)
+        assert row["budget_overruns"] == sum(n > 90 for n in tokens) == 1
+
+
+def test_a_stream_goes_on_where_it_was() -> None:
+    def ids(stream: BatchStream) -> list[tuple[str, Place]]:
+        return [(batch.ids[0], batch.place) for batch in stream]
+
+    whole = ids(BatchStream(Loader(4, 1, 2), steps=3))
+    assert [name for name, _ in whole] == ["0", "4", "5", "7", "11", "12", "14", "2", "3"]
+    assert [place.step for _, place in whole] == [0, 0, 0, 1, 1, 1, 2, 2, 2]
+    assert [(place.first, place.last) for _, place in whole[:3]] == [(True, False), (False, False), (False, True)]
+    assert len({place.supervised for _, place in whole[:3]}) == 1, "one denominator a step"
+    stream = BatchStream(Loader(4, 1, 2), steps=3)
     batches = iter(stream)
     for _ in range(3):
         next(batches)
-    assert stream.state_dict() == {"handed_out": 3}, "what was read ahead is not yet handed out"
-    resumed = BatchStream(Loader(4), steps=3, window=3)
+    resumed = BatchStream(Loader(4, 1, 2), steps=3)
     resumed.load_state_dict(stream.state_dict())
-    assert ids(resumed) == whole[3:] and len(resumed) == 9
+    assert ids(resumed) == whole[3:] and resumed.epochs_done == 3 * 7 / 16
 
 
 @pytest.mark.parametrize(
-    ("batches", "epochs", "window", "limit", "steps"),
+    ("samples", "epochs", "size", "limit", "steps"),
     [
         (10, 1, 4, None, 2),
         (10, 2, 4, None, 5),
@@ -115,5 +140,5 @@ def test_windows_go_on_over_the_end_of_an_epoch_and_a_stream_goes_on_where_it_wa
         (2, 1, 1, 100, 100),
     ],
 )
-def test_steps_of_a_stage(batches: int, epochs: int, window: int, limit: int | None, steps: int) -> None:
-    assert steps_of(batches, epochs, window, limit) == steps
+def test_steps_of_a_stage(samples: int, epochs: int, size: int, limit: int | None, steps: int) -> None:
+    assert steps_of(samples, epochs, size, limit) == steps

@@ -29,6 +29,9 @@ def losses_and_weights(root: Path, runs: Path, *more: str) -> tuple[list[float],
     assert done.returncode == 0, done.stdout + done.stderr
     folder = runs / "smoke" / "t" / "instruct"
     rows = [json.loads(line) for line in (folder / "metrics.jsonl").open()]
+    if any("token_budget" in override for override in more):
+        assert len({row["micro_batches"] for row in rows}) > 1, "steps should differ in their number"
+        assert all(row["budget_use"] <= 1 and row["padding_tokens"] == row["budget_overruns"] == 0 for row in rows)
     return [row["loss"] for row in rows], load_file(folder / "model" / "model.safetensors")
 
 
@@ -43,15 +46,12 @@ def alone(root: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[list[fl
 
 
 @pytest.mark.parametrize("strategy", ["ddp", "deepspeed_zero1", "deepspeed_zero2", "deepspeed_zero3"])
+@pytest.mark.parametrize("split", ["batch_size=2", "token_budget=500"])
 def test_two_processes_equal_one(
-    strategy: str, root: Path, tmp_path: Path, alone: tuple[list[float], dict[str, torch.Tensor]]
+    split: str, strategy: str, root: Path, tmp_path: Path, alone: tuple[list[float], dict[str, torch.Tensor]]
 ) -> None:
-    split = (
-        "trainer.devices=2",
-        "stage.instruct.batch_size=2",
-        "trainer.logits_chunk=3",
-    )  # unequal chunks on the ranks
-    losses, weights = losses_and_weights(root, tmp_path, f"strategy={strategy}", *split)
+    more = ("trainer.devices=2", "trainer.logits_chunk=3")  # unequal chunks on the ranks
+    losses, weights = losses_and_weights(root, tmp_path, f"strategy={strategy}", f"stage.instruct.{split}", *more)
     assert losses == pytest.approx(alone[0], rel=1e-5)
     assert weights.keys() == alone[1].keys()
     for name, weight in weights.items():

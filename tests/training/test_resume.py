@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,8 @@ from training.synthetic import overrides, write_dataset
 
 from mmprune_train.config.compose import compose_config
 from mmprune_train.config.schema import Config
+from mmprune_train.data import loader
+from mmprune_train.data.lengths import KeptTokens
 from mmprune_train.training.callbacks import MetricsWriter
 from mmprune_train.training.checkpoints import all_checkpoints
 from mmprune_train.training.run import run_stage
@@ -48,15 +51,24 @@ def train(config: Config) -> tuple[list[dict[str, Any]], RunDirectory]:
     return [json.loads(line) for line in (run.stage("instruct") / "metrics.jsonl").open()], run
 
 
-@pytest.mark.parametrize("schedule", ["constant", "anneal", "random"])
+@pytest.mark.parametrize(
+    "changed",
+    [
+        ("pruner.schedule.name=constant",),
+        ("pruner.schedule.name=anneal",),
+        ("pruner.schedule.name=random",),
+        ("stage.instruct.token_budget=600", "stage.instruct.global_batch_size=6", "trainer.num_workers=1"),
+    ],
+    ids=["constant", "anneal", "random", "token_budget"],
+)
 def test_killed_at_any_step_the_losses_are_bit_equal(
-    root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, schedule: str
+    root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, changed: tuple[str, ...]
 ) -> None:
-    moving = f"pruner.schedule.name={schedule}"
-    whole, _ = train(config_of(root, tmp_path / "whole", moving))
+    monkeypatch.setattr(loader, "KeptTokens", partial(KeptTokens, lag=2, enough=4))
+    whole, _ = train(config_of(root, tmp_path / "whole", *changed))
     assert len({row["loss"] for row in whole}) == 9 and whole[-1]["epoch"] > 1
     write = MetricsWriter.on_step_end
-    config = config_of(root, tmp_path / "killed", moving)
+    config = config_of(root, tmp_path / "killed", *changed)
     for step in (1, 4, 7):  # before the first checkpoint, at one, between two of them
 
         def die(self: MetricsWriter, trainer: Any, module: Any, step: int = step) -> None:
@@ -72,6 +84,9 @@ def test_killed_at_any_step_the_losses_are_bit_equal(
     clocked = ("step_seconds", "data_seconds", "samples_per_second", "tflops", "mfu")
     timeless = [{k: v for k, v in row.items() if k not in clocked} for row in (*whole, *rows)]
     assert timeless[:9] == timeless[9:]
+    if "micro_batches" in rows[0]:
+        use = [(row["micro_batches"], row["budget_overruns"]) for row in rows]
+        assert use[:3] == [(2, 0)] * 3 and use[-1] == (1, 0), "all patches first, then what stage 1 leaves"
     assert run.finished("instruct") and (run.model("instruct") / "model.safetensors").is_file()
     assert len(all_checkpoints(run.stage("instruct") / "checkpoints")) == 1
 
