@@ -48,7 +48,7 @@ def test_typos_are_answered_with_the_nearest_valid_word(override, words):
         (["stage.instruct.batch_size=0"], "at least 1"),
         (["stage.instruct.token_budget=0"], "token_budget=0 must be at least 1"),
         (
-            ["stage.instruct.token_budget=900", "strategy=ddp", "trainer.devices=3"],
+            ["stages=[instruct]", "stage.instruct.token_budget=900", "strategy=ddp", "trainer.devices=3"],
             "global_batch_size=8 is no multiple of 3 processes: set stage.instruct.global_batch_size=9",
         ),
         (["stage.pretrain.train_projector=false"], "trains nothing"),
