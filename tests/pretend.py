@@ -2,7 +2,8 @@
 
 Tensors on it cannot be mixed with those of the host, as on a real device, so a field that was left behind shows. What
 makes the host wait on CUDA is written down: reading a number, operators whose result's shape depends on the data,
-copies to the host, and copies from memory of the host that is not pinned or not `non_blocking`.
+copies to the host, and copies from memory of the host that is not pinned or not `non_blocking` (of these
+`torch.tensor(..., device=)` fails outright).
 """
 
 from __future__ import annotations
@@ -162,8 +163,14 @@ def _line() -> str:
     """The lines of ours that led here, and the one below that asked."""
     root = str(Path(mmprune_train.__file__).parent)
     ours = [frame for frame in _frames() if frame.f_code.co_filename.startswith(root)]
-    other = [frame for frame in _frames() if "/torch/" not in frame.f_code.co_filename and frame.f_code.co_filename != __file__]
-    lines = dict.fromkeys(f"{Path(frame.f_code.co_filename).name}:{frame.f_lineno}" for frame in [*other[:1], *ours[:3]])
+    other = [
+        frame
+        for frame in _frames()
+        if "/torch/" not in frame.f_code.co_filename and frame.f_code.co_filename != __file__
+    ]
+    lines = dict.fromkeys(
+        f"{Path(frame.f_code.co_filename).name}:{frame.f_lineno}" for frame in [*other[:1], *ours[:3]]
+    )
     return " < ".join(lines)
 
 

@@ -348,13 +348,13 @@ def count_tokens(
     method: str,
     lengths: Lengths,
     *,
-    features: Float[Tensor, "B N D"] | None,
+    features: Float[Tensor, "F ..."] | None,
     min_tokens: int,
     max_tokens: int | None,
     **params: object,
 ) -> Lengths:
-    """`find_knee` for a caller that looks after `sound_rows` itself, so that nobody waits for the device: only `lof` and
-    `effective_rank` do. Rows that are not sound get some count."""
+    """`find_knee` for a caller that looks after `sound_rows` itself, so that nobody waits for the device; only `lof`
+    and `effective_rank` make the host wait. Rows that are not sound get some count."""
     inside = valid_entries(scores, lengths)
     wide = scores.to(torch.float64).nan_to_num(0.0, 0.0, 0.0)
     curve = wide.masked_fill(~inside, -torch.inf).sort(dim=1, descending=True).values

@@ -18,9 +18,9 @@ def fetch(tensor: Tensor) -> Tensor:
 
 def upload(tensor: Tensor, device: torch.device) -> Tensor:
     """A tensor of the host on the device, without waiting: from pinned memory, in the order of the device's work."""
-    if tensor.device == device:
+    if device.type == "cpu" or tensor.device == device:
         return tensor
-    return tensor.to(device) if device.type == "cpu" else tensor.pin_memory().to(device, non_blocking=True)
+    return tensor.pin_memory().to(device, non_blocking=True)
 
 
 def take(values: Shaped[Tensor, "T ..."], rows: Int64[Tensor, " R"]) -> Shaped[Tensor, "R ..."]:

@@ -34,9 +34,9 @@ class PackedSequence:
     """All tokens of a batch in one row, samples one after the other.
 
     It lives on the host, where asking for a length or dropping a token makes nobody wait for the device; only the
-    embeddings may lie there. Every tensor field has T entries along its first dimension and is selected by `keep`; `samples` is the number of
-    segments. The target of a token is the id of the token that follows it where that one is trained on, else IGNORE:
-    labels are shifted here, before anything is dropped.
+    embeddings may lie there. Every tensor field has T entries along its first dimension and is selected by `keep`;
+    `samples` is the number of segments. The target of a token is the id of the token that follows it where that one is
+    trained on, else IGNORE: labels are shifted here, before anything is dropped.
     """
 
     ids: Int64[Tensor, " T"]

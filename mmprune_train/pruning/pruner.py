@@ -60,8 +60,8 @@ def _paced(knee: KneeConfig, pace: Pace) -> KneeConfig:
 class Pruner:
     """Both stages of arXiv 2409.01162's method, with every unpublished detail a setting (see `docs/method.md`).
 
-    Each stage makes the host wait for the device once, to learn what stays; what more some settings cost is in
-    `docs/throughput.md`. Scores that cannot be ranked are found then, too: a row of which nothing stays.
+    Each stage makes the host wait for the device once, to learn what stays; `docs/budgets.md` names the settings that
+    do so more often. Scores that cannot be ranked are found then, too: a row of which nothing stays.
 
     Args:
         settings: scores, budgets, layers and positions of both stages.
@@ -307,6 +307,7 @@ class Pruner:
             if stage.knee.method == "fixed_ratio"
             else replace(stage.knee, count=int(amount))
         )
+
 
 def _turn_rows(sequence: PackedSequence) -> Int64[Tensor, " T"]:
     """[T] a number for each (sample, turn), in order; system text belongs to the first turn."""

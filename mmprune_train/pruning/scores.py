@@ -245,8 +245,8 @@ class LanguageView:
     hidden: Float[Tensor, "T D"]
     """[T, D] hidden states entering the layer."""
     query_keys: Callable[[Tensor], tuple[Tensor, Tensor]]
-    """rows [R], on the host -> queries [R, H, d] of those tokens, scaled, and keys [T, Hkv, d] of all: the layer's own norm,
-    projections (biases, q/k norms, adapters) and rotary embedding."""
+    """rows [R], on the host -> queries [R, H, d] of those tokens, scaled, and keys [T, Hkv, d] of all: the layer's own
+    norm, projections (biases, q/k norms, adapters) and rotary embedding."""
     voters: Voters
     """Who votes, on the host. A score that nobody votes in reads it not."""
 

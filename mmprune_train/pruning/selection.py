@@ -1,9 +1,9 @@
 """Selection: which tokens a count keeps, and the padding that turns ragged groups into rows.
 
-A selection takes scores [B, N], counts [B] and features [B, N, D] and answers a mask [B, N]. One that must know the
-counts on the host, because it loops over them, takes `known`, those of a fixed budget; other budgets make it wait for
-the device. Loops run over picks or rounds, so a batch costs what its largest count costs; `max_min` alone looks for its first pick row by row, to hold one
-N x N matrix of distances at a time.
+A selection takes scores [B, N], counts [B] and features [B, N, D] and answers a mask [B, N]. One that loops over its
+counts takes `known`, too: the counts on the host, where the budget is fixed; for other budgets it makes the host wait.
+Loops run over picks or rounds, so a batch costs what its largest count costs; `max_min` alone looks for its
+first pick row by row, to hold one N x N matrix of distances at a time.
 """
 
 from __future__ import annotations

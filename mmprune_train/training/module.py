@@ -60,6 +60,8 @@ class MultimodalModule(pl.LightningModule):
         self.flops = StepFlops(model)
         self.window_supervised = 0
         self.totals = dict.fromkeys(TOTALS, 0.0)
+        self.loss_sum: Tensor | float = 0.0
+        """Of the window, float64 on the device: read once, at its end, so that no micro-batch waits for its loss."""
         self.rate = 0.0
 
     @property
@@ -73,9 +75,12 @@ class MultimodalModule(pl.LightningModule):
         key = f"{self.seed}/{self.stage_name}/{self.global_rank}/{batch_idx}"
         torch.manual_seed(int.from_bytes(hashlib.sha256(key.encode()).digest()[:8], "big"))
         if batch_idx % self.trainer.accumulate_grad_batches == 0:
-            total = torch.tensor(batch.window_supervised, device=self.device, dtype=torch.int64)
-            self.window_supervised = int(self.trainer.strategy.reduce(total, reduce_op="sum"))
+            self.window_supervised = batch.window_supervised
+            if self.trainer.world_size > 1:
+                total = torch.tensor(batch.window_supervised, device=self.device, dtype=torch.int64)
+                self.window_supervised = int(self.trainer.strategy.reduce(total, reduce_op="sum"))
             self.totals = dict.fromkeys(TOTALS, 0.0)
+            self.loss_sum = 0.0
             self.rate = float(self.trainer.optimizers[0].param_groups[-1]["lr"])
 
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
@@ -88,7 +93,7 @@ class MultimodalModule(pl.LightningModule):
         for name in TOTALS:
             if name in counts:
                 self.totals[name] += counts[name]
-        self.totals["loss_sum"] += float(output.loss_sum.detach())
+        self.loss_sum = self.loss_sum + output.loss_sum.detach().double()
         self.totals["supervised"] += int(output.supervised)
         self.totals["samples"] += batch.sequence.samples
         self.totals["flops"] += float(self.flops(output.trace, output.trace.encoded, int(output.supervised)))
@@ -106,6 +111,7 @@ class MultimodalModule(pl.LightningModule):
 
     def step_metrics(self) -> dict[str, float]:
         """Metrics of the optimizer step that has just ended, over all ranks (every rank must call this)."""
+        self.totals["loss_sum"] = float(self.loss_sum)
         row = torch.tensor(list(self.totals.values()), dtype=torch.float64)
         if self.trainer.world_size > 1:
             row = self.trainer.strategy.reduce(row.to(self.device), reduce_op="sum").cpu()
