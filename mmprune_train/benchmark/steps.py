@@ -114,7 +114,7 @@ def pruned(
 
 def padded(model: PackedLlava, batch: Batch) -> Way:
     """The Hugging Face model with the same weights and samples."""
-    inputs = padded_inputs(batch)
+    inputs = {name: value.to(model.device) for name, value in padded_inputs(batch).items()}
     tower: Any = model.hf.model.vision_tower
 
     def loss() -> Tensor:

@@ -60,8 +60,9 @@ class Batch:
     """Set by who knows the optimizer step."""
 
     def to(self, device: torch.device | str) -> Batch:
+        """The pixels on another device; the sequence stays on the host."""
         pixels = None if self.pixel_values is None else self.pixel_values.to(device, non_blocking=True)
-        return replace(self, sequence=self.sequence.to(device), pixel_values=pixels)
+        return replace(self, pixel_values=pixels)
 
     def pin_memory(self) -> Batch:
         pixels = None if self.pixel_values is None else self.pixel_values.pin_memory()

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 from transformers import DynamicCache
 
+from mmprune_train.pruning.host import upload
 from mmprune_train.pruning.packed import PackedSequence
 
 
@@ -24,14 +25,15 @@ class PrunedCache(DynamicCache):
         self._filing: tuple[Tensor, Tensor, Tensor, Tensor] | None = None  # segment, column, mask, next position
         self._decoded: int | None = None  # tokens since the prompt
 
-    def start_layers(self, sequence: PackedSequence) -> None:
-        """The tokens of `sequence` enter every layer from here on (until the next call)."""
+    def start_layers(self, sequence: PackedSequence, device: torch.device) -> None:
+        """The tokens of `sequence` enter every layer from here on (until the next call); states are on `device`."""
         lengths = sequence.lengths
         width = int(lengths.max())
         column = sequence.within() + (width - lengths)[sequence.segment]
-        mask = torch.arange(width, device=lengths.device) >= (width - lengths)[:, None]
-        last = sequence.cu_seqlens[1:].long() - 1
-        self._filing = (sequence.segment, column, mask, sequence.position[last] + 1)
+        mask = torch.arange(width) >= (width - lengths)[:, None]
+        following = sequence.position[sequence.cu_seqlens[1:].long() - 1] + 1
+        segment, column, mask, following = (upload(t, device) for t in (sequence.segment, column, mask, following))
+        self._filing = (segment, column, mask, following)
 
     def end_prompt(self) -> None:
         """The prompt is through."""

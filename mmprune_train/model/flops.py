@@ -88,7 +88,7 @@ class StepFlops:
         Args:
             trace: what the pass kept. images: images encoded. supervised: positions with logits.
         """
-        lengths = torch.stack(trace.layers).double().cpu()  # [layers, B]
+        lengths = torch.stack(trace.layers).double()  # [layers, B]
         total = images * self.per_image + sum(map(len, trace.vision_kept)) * self.per_kept_patch
         questions, read = trace.asked
         total += questions * (self.per_question + read * self.per_question_token + read**2 * self.per_question_pair)

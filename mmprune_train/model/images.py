@@ -16,6 +16,7 @@ from mmprune_train.model.patches import Patches, PatchMemory
 from mmprune_train.model.question import Asked, Looks, QuestionEncoder
 from mmprune_train.model.vision import encode
 from mmprune_train.pruning import Pruner
+from mmprune_train.pruning.host import fetch
 from mmprune_train.pruning.scores import VisionView
 
 
@@ -64,7 +65,7 @@ class ImageSide:
         first: int = 0,
         scores: Tensor | None = None,
     ) -> Patches:
-        """Stage 1 of encoded images: a row for each image, or for each that `asked` has.
+        """Stage 1 of encoded images: a row for each image, or for each that `asked` has. Here the host waits for it.
 
         Args:
             states: features [I, N, D] for the projector. view: what stage 1 looks at.
@@ -86,10 +87,15 @@ class ImageSide:
             view, rows = self.question.show(view, asked, first)
             projected = partial(self._project_to_look, states, rows)
             states = states[rows]
+        if not self.pruner.settings.vision.enabled:
+            return Patches.whole(states)
         kept, scores = self.pruner.keep_patches(view, projected, scores)
         features, places = self.pruner.merge_patches(states, kept, scores, view)
-        order = self.pruner.entry_order(kept, places, scores)
-        return Patches(features[places], places, order, scores)
+        order = fetch(self.pruner.entry_order(kept, places, scores))
+        if bool((order[:, 0] < 0).any()):
+            assert scores is not None
+            self.pruner.refuse_patches(scores)
+        return Patches.cut(features, order, scores)
 
     @torch.no_grad()
     def _project_to_look(self, features: Tensor, rows: Tensor | None = None) -> Tensor:

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from mmprune_train.errors import UserError
 from mmprune_train.pruning import IGNORE, Kind, PackedSequence
+from mmprune_train.pruning.host import fetch, take
 
 Annotate = Callable[[Tensor], tuple[Tensor, Tensor]]
 """Token ids of one sample [L] -> kinds [L] and turns [L]."""
@@ -23,7 +24,7 @@ def pack(
     labels: Tensor | None = None,
     annotate: Annotate | None = None,
 ) -> PackedSequence:
-    """Leave out the padding and name each token's sample, image and patch.
+    """Leave out the padding and name each token's sample, image and patch. All on the host.
 
     Args:
         input_ids: [B, L], every image as its full number of image tokens. valid: [B, L] bool, False at padding.
@@ -34,7 +35,7 @@ def pack(
     Raises:
         UserError: image tokens and images do not match.
     """
-    segment = torch.arange(input_ids.shape[0], device=input_ids.device)[:, None].expand_as(input_ids)[valid]
+    segment = torch.arange(input_ids.shape[0])[:, None].expand_as(input_ids)[valid]
     ids = input_ids[valid]
     visual = ids == image_token
     tokens = int(visual.sum())
@@ -47,13 +48,13 @@ def pack(
     kind = torch.where(visual, Kind.VISUAL, Kind.PROMPT)
     turn = torch.ones_like(ids)
     if annotate is not None:
-        parts = [annotate(part.cpu()) for part in ids.split(valid.sum(1).tolist())]
-        kind, turn = (torch.cat(fields).to(ids.device) for fields in zip(*parts, strict=True))
+        parts = [annotate(part) for part in ids.split(valid.sum(1).tolist())]
+        kind, turn = (torch.cat(fields) for fields in zip(*parts, strict=True))
     target = torch.full_like(ids, IGNORE)
     if labels is not None:
         label = labels[valid]
         target[:-1] = torch.where(segment[1:] == segment[:-1], label[1:], IGNORE)
-    slot = torch.arange(len(ids), device=ids.device)
+    slot = torch.arange(len(ids))
     sequence = PackedSequence(ids, slot, segment, kind, image, patch, turn, target, slot, input_ids.shape[0])
     return replace(sequence, position=sequence.within())
 
@@ -64,8 +65,9 @@ def first_of_equal(pixel_values: Tensor) -> tuple[Tensor, Tensor]:
     Args:
         pixel_values: [I, 3, H, W].
     Returns:
-        The images that differ from the one before them [J, 3, H, W], and for every image its row among them [I].
+        The images that differ from the one before them [J, 3, H, W], and for every image its row among them [I], on the
+        host.
     """
-    new = torch.ones(len(pixel_values), dtype=torch.bool, device=pixel_values.device)
-    new[1:] = (pixel_values[1:] != pixel_values[:-1]).flatten(1).any(1)
-    return pixel_values[new], new.cumsum(0) - 1
+    new = torch.ones(len(pixel_values), dtype=torch.bool)
+    new[1:] = fetch((pixel_values[1:] != pixel_values[:-1]).flatten(1).any(1))
+    return take(pixel_values, new.nonzero().squeeze(1)), new.cumsum(0) - 1

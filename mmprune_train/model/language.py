@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from mmprune_train.errors import UserError
+from mmprune_train.pruning.host import upload
 
 SUPPORTED = ("gemma", "llama", "mistral", "phi3", "qwen2", "qwen3")
 """Decoder families held to plain transformers in the tests: pre-norm layers with q_proj and k_proj (Phi-3: qkv_proj),
@@ -86,8 +87,9 @@ class ScoringKeys:
 
     @torch.no_grad()
     def __call__(self, rows: Tensor) -> tuple[Tensor, Tensor]:
-        """rows [R] -> queries [R, H, d], scaled by 1/sqrt(d), and keys [T, Hkv, d]."""
+        """rows [R], on the host -> queries [R, H, d], scaled by 1/sqrt(d), and keys [T, Hkv, d]."""
         self.ran = True
+        rows = upload(rows, self.hidden.device)
         attention = self.layer.self_attn
         with looking(self.hidden.device):
             query, keys = _projections(attention, self.layer.input_layernorm(self.hidden), rows)

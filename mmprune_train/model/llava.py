@@ -24,6 +24,7 @@ from mmprune_train.model.patches import PatchMemory
 from mmprune_train.model.question import FOLDER, QuestionEncoder, Words, looks_of
 from mmprune_train.model.vision import deepest_feature, family_of, scored_block
 from mmprune_train.pruning import IGNORE, PackedSequence, Pruner, PruningTrace
+from mmprune_train.pruning.host import fetch, take, upload
 
 
 @dataclass
@@ -33,22 +34,23 @@ class PackedOutput:
     hidden: Tensor
     """[T2, D] normalised states of the tokens that left the last layer."""
     sequence: PackedSequence
-    """Those tokens."""
+    """Those tokens, on the host."""
     row: Tensor
-    """[T] the row in the trace's lists of stage 1 of each token of the dense batch, -1 where it is not visual."""
+    """[T] the row in the trace's lists of stage 1 of each token of the dense batch, -1 where it is not visual; on the
+    host."""
     trace: PruningTrace
     loss_sum: Tensor
     """Scalar, float32: sum of the cross-entropies at supervised tokens."""
     supervised: Tensor
-    """Scalar, int64: how many those are."""
+    """Scalar, int64: how many those are; on the host."""
 
 
 def _in_order(sequence: PackedSequence, kept: Tensor, order: Tensor) -> PackedSequence:
-    """Let the j-th kept place of an image hold patch order[image, j].
+    """Let the j-th kept place of an image hold patch order[image, j]. All on the host.
 
     Args:
         sequence: after stage 1, patches in raster order.
-        kept: [I, N] bool. order: [I, N] patches, the kept ones first.
+        kept: [I, N] bool. order: [I, N] the kept patches, and behind them anything.
     """
     visual = sequence.visual
     image = sequence.image[visual]
@@ -145,8 +147,11 @@ class PackedLlava(ImageSide, PreTrainedModel, GenerationMixin):
     ) -> PackedOutput:
         """Embed, prune, run the layers, and take the loss where there is a target.
 
+        Which tokens there are is kept on the host, so that only a pruning stage waits for the device: once, to learn
+        what stays.
+
         Args:
-            sequence: the dense batch, without embeddings.
+            sequence: the dense batch on the host, without embeddings.
             pixel_values: [I, 3, H, W], or None or empty for text alone.
             cache: filled with every layer's keys and values, for generation.
             names: one for each image; with a `memory`, an image is encoded once.
@@ -184,10 +189,10 @@ class PackedLlava(ImageSide, PreTrainedModel, GenerationMixin):
             )
         hidden = self._embed(sequence, projected, row_of)
         sequence, hidden = self._run_layers(replace(sequence, entry=sequence.within()), hidden, trace, cache)
-        supervised = sequence.target != IGNORE
-        targets = sequence.target[supervised]
-        loss_sum = cross_entropy_sum(self.hf.lm_head, hidden[supervised], targets, self.logits_chunk)
-        return PackedOutput(hidden, sequence, row, trace, loss_sum, supervised.sum())
+        supervised = (sequence.target != IGNORE).nonzero().squeeze(1)
+        targets = upload(sequence.target[supervised], hidden.device)
+        loss_sum = cross_entropy_sum(self.hf.lm_head, take(hidden, supervised), targets, self.logits_chunk)
+        return PackedOutput(hidden, sequence, row, trace, loss_sum, torch.tensor(len(supervised)))
 
     @staticmethod
     def _count(sequence: PackedSequence) -> tuple[Tensor, Tensor]:
@@ -196,13 +201,15 @@ class PackedLlava(ImageSide, PreTrainedModel, GenerationMixin):
 
     def _embed(self, sequence: PackedSequence, projected: Tensor | None, row_of: Tensor | None) -> Tensor:
         visual = sequence.visual
-        embeddings = self.hf.model.language_model.embed_tokens(sequence.ids.masked_fill(visual, 0))  # [T, D]
+        ids = upload(sequence.ids.masked_fill(visual, 0), self.hf.lm_head.weight.device)
+        embeddings = self.hf.model.language_model.embed_tokens(ids)  # [T, D]
         if projected is None:
             return embeddings
         if row_of is None:
             return embeddings + 0.0 * projected.sum()
         rows = row_of[sequence.image[visual], sequence.patch[visual]]
-        return embeddings.index_copy(0, visual.nonzero().squeeze(1), projected[rows].to(embeddings.dtype))
+        places = upload(visual.nonzero().squeeze(1), embeddings.device)
+        return embeddings.index_copy(0, places, take(projected, rows).to(embeddings.dtype))
 
     def _run_layers(
         self, sequence: PackedSequence, hidden: Tensor, trace: PruningTrace, cache: PrunedCache | None
@@ -211,22 +218,22 @@ class PackedLlava(ImageSide, PreTrainedModel, GenerationMixin):
         language: Any = self.hf.model.language_model
         prune_before = self.pruner.layers(len(language.layers))
         sequence = self.pruner.enter_language(sequence, hidden.detach())
-        rotation, borders, counts = self._enter(sequence, hidden, cache)
+        position, rotation, borders, counts = self._enter(sequence, hidden, cache)
         entered = hidden  # what entered the layer before
         for index, layer in enumerate(language.layers):
             if index in prune_before:
                 scoring, seen = (language.layers[index - 1], entered) if self.pruner.looks_back else (layer, hidden)
                 keys = ScoringKeys(scoring, seen.detach(), rotation[0][0], rotation[1][0])
-                mask, scores = self.pruner.keep_tokens(sequence, hidden.detach(), keys, prune_before[index])
+                pruned = self.pruner.prune_tokens(sequence, hidden, keys, prune_before[index])
                 if self.training and not keys.ran:  # other ranks score: under ZeRO-3 all must run the same modules
-                    keys(torch.zeros(1, dtype=torch.long, device=seen.device))
-                if scores is not None:
+                    keys(torch.zeros(1, dtype=torch.long))
+                if pruned is not None:
+                    hidden, mask, scores = pruned
                     trace.language_scores = scores if trace.language_scores is None else trace.language_scores
-                    hidden, mask = self.pruner.merge_tokens(sequence, hidden, mask, scores)
                     sequence, hidden = sequence.keep_with(mask, hidden)
                     if self.pruner.settings.language.positions == "contiguous":
                         sequence = replace(sequence, position=sequence.within())
-                    rotation, borders, counts = self._enter(sequence, hidden, cache)
+                    position, rotation, borders, counts = self._enter(sequence, hidden, cache)
                 trace.language_entered[index] = sequence.entries(borders.lengths)
             trace.layers.append(counts[0])
             trace.layers_visual.append(counts[1])
@@ -234,7 +241,7 @@ class PackedLlava(ImageSide, PreTrainedModel, GenerationMixin):
             hidden = layer(
                 hidden[None],
                 attention_mask=None,
-                position_ids=sequence.position[None],
+                position_ids=position,
                 past_key_values=cache,
                 use_cache=cache is not None,
                 position_embeddings=rotation,
@@ -247,15 +254,17 @@ class PackedLlava(ImageSide, PreTrainedModel, GenerationMixin):
 
     def _enter(
         self, sequence: PackedSequence, hidden: Tensor, cache: PrunedCache | None
-    ) -> tuple[tuple[Tensor, Tensor], attention.Borders, tuple[Tensor, Tensor]]:
-        """What the layers up to the next pruning share: rotary tables, borders, token counts."""
+    ) -> tuple[Tensor, tuple[Tensor, Tensor], attention.Borders, tuple[Tensor, Tensor]]:
+        """What the layers up to the next pruning share: positions, rotary tables, borders, token counts."""
         counts = self._count(sequence)
         if cache is not None:
-            cache.start_layers(sequence)
+            cache.start_layers(sequence, hidden.device)
         language = self.hf.model.language_model
-        rotation = rotary(language, hidden[None], sequence.position[None])
+        position = upload(sequence.position, hidden.device)[None]
+        rotation = rotary(language, hidden[None], position)
         backend, _ = attention.backend_for(self.attention, language.config, hidden.device, hidden.dtype)
-        return rotation, attention.Borders(sequence.cu_seqlens, counts[0].tolist(), backend), counts
+        borders = attention.Borders(upload(sequence.cu_seqlens, hidden.device), counts[0].tolist(), backend)
+        return position, rotation, borders, counts
 
     # ------------------------------------------------------------------ transformers' interface
 
@@ -287,7 +296,8 @@ class PackedLlava(ImageSide, PreTrainedModel, GenerationMixin):
             return self._decode(input_ids, past_key_values)
         if attention_mask is None:
             attention_mask = torch.ones_like(input_ids)
-        valid = attention_mask.bool()
+        input_ids, valid = fetch(input_ids), fetch(attention_mask.bool())
+        labels = None if labels is None else fetch(labels)
         asks = self.pruner.settings.language.enabled or self.pruner.reads_text
         if asks and self.annotate is None:
             raise UserError("this pruner must know question text from role markers: pass `annotate` (load_model does)")
@@ -306,16 +316,17 @@ class PackedLlava(ImageSide, PreTrainedModel, GenerationMixin):
             trace, rows = packed.trace, packed.row[sequence.visual & (sequence.patch == 0)]
             trace.vision_kept = [trace.vision_kept[row] for row in rows.tolist()]
             trace.vision_order = [trace.vision_order[row] for row in rows.tolist()]
-            trace.vision_scores = None if trace.vision_scores is None else trace.vision_scores[rows]
+            trace.vision_scores = None if trace.vision_scores is None else take(trace.vision_scores, rows)
         self.last_pruning = packed.trace
         if logits_to_keep == 1:
             last = packed.sequence.cu_seqlens[1:].long() - 1
-            logits = self.hf.lm_head(packed.hidden[last])[:, None]
+            logits = self.hf.lm_head(take(packed.hidden, last))[:, None]
         else:
             some = self.hf.lm_head(packed.hidden)
             logits = some.new_full((valid.numel(), some.shape[-1]), torch.nan)
-            logits[~valid.flatten()] = 0
-            logits = logits.index_copy(0, entered_at[packed.sequence.slot], some).view(*valid.shape, -1)
+            logits = logits.masked_fill(upload(~valid.flatten(), some.device)[:, None], 0)
+            places = upload(entered_at[packed.sequence.slot], some.device)
+            logits = logits.index_copy(0, places, some).view(*valid.shape, -1)
             logits = logits[:, -logits_to_keep:] if logits_to_keep else logits
         loss = None if labels is None else packed.loss_sum / packed.supervised
         return LlavaCausalLMOutputWithPast(loss=loss, logits=logits, past_key_values=cache)

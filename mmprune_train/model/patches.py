@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from jaxtyping import Bool, Float, Int64
 from torch import Tensor
+
+from mmprune_train.pruning.host import upload
 
 
 @dataclass
@@ -17,11 +18,29 @@ class Patches:
     chosen: Float[Tensor, "K D"]
     """[K, D] features that enter the projector, image by image in raster order; what merging made is among them."""
     kept: Bool[Tensor, "I N"]
-    """[I, N] their places; a made token has that of a dropped patch."""
+    """[I, N] their places, on the host; a made token has that of a dropped patch."""
     order: Int64[Tensor, "I N"]
-    """[I, N] patches in the order in which they enter the LLM, those that stay out last."""
+    """[I, N] patches in the order in which they enter the LLM, and -1 behind the last; on the host."""
     scores: Float[Tensor, "I N"] | None
     """[I, N], None where stage 1 is off."""
+
+    @classmethod
+    def whole(cls, features: Float[Tensor, "I N D"]) -> Patches:
+        """All of them: stage 1 is off."""
+        images, size = features.shape[:2]
+        order = torch.arange(size).expand(images, size)
+        return cls(features.flatten(0, 1), torch.ones((images, size), dtype=torch.bool), order, None)
+
+    @classmethod
+    def cut(
+        cls, features: Float[Tensor, "I N D"], order: Int64[Tensor, "I N"], scores: Float[Tensor, "I N"] | None
+    ) -> Patches:
+        """Of dense features, those of the patches in `order`."""
+        images, size = order.shape
+        kept = torch.zeros((images, size + 1), dtype=torch.bool)
+        kept = kept.scatter(1, torch.where(order < 0, size, order), True)[:, :size]
+        image, patch = (upload(index, features.device) for index in kept.nonzero().unbind(1))
+        return cls(features[image, patch], kept, order, scores)
 
     @classmethod
     def cat(cls, parts: list[Patches]) -> Patches:
@@ -46,15 +65,12 @@ class Patches:
 
     def detach(self) -> Patches:
         """The same without gradient."""
-        return self._each(torch.Tensor.detach)
+        return replace(self, chosen=self.chosen.detach())
 
     def to(self, device: torch.device | str) -> Patches:
-        """The same on another device."""
-        return self._each(lambda tensor: tensor.to(device))
-
-    def _each(self, change: Callable[[Tensor], Tensor]) -> Patches:
-        scores = None if self.scores is None else change(self.scores)
-        return Patches(change(self.chosen), change(self.kept), change(self.order), scores)
+        """The same with features and scores on another device."""
+        scores = None if self.scores is None else self.scores.to(device)
+        return replace(self, chosen=self.chosen.to(device), scores=scores)
 
 
 class PatchMemory:

@@ -19,8 +19,10 @@ from mmprune_train.config.schema import EncoderConfig, TextTowerConfig
 from mmprune_train.errors import UserError
 from mmprune_train.model.tokenizer import tiny_tokenizer
 from mmprune_train.model.weights import REPORT, complete, text_folder
-from mmprune_train.pruning import Kind, PackedSequence
+from mmprune_train.pruning import PackedSequence
+from mmprune_train.pruning.host import take, upload
 from mmprune_train.pruning.scores import VisionView, full_precision
+from mmprune_train.pruning.turns import question_text
 
 FOLDER = "question"
 """Folder inside an exported model that holds the text tower, in CLIP's own format."""
@@ -66,10 +68,8 @@ def looks_of(sequence: PackedSequence, words: Words) -> Looks:
     An image's question is the PROMPT text of its own turn, in any tokenizer's words; system text, answers and other
     turns' questions are none of it. Samples that share an image and ask the same share a row.
     """
-    fields = torch.stack([sequence.ids, sequence.kind, sequence.segment, sequence.turn, sequence.image]).cpu()
-    ids, kind, segment, turn, image = fields
-    turn = turn.clamp(min=1)
-    visual, prompt = kind == Kind.VISUAL, (kind == Kind.PROMPT) & (fields[3] > 0)
+    ids, segment, turn, image = sequence.ids, sequence.segment, sequence.turn.clamp(min=1), sequence.image
+    visual, prompt = sequence.visual, question_text(sequence)
     meetings, which = np.unique(torch.stack([image, segment, turn])[:, visual], axis=1, return_inverse=True)
     rows: dict[tuple[int, str], int] = {}
     row_of = []
@@ -78,7 +78,7 @@ def looks_of(sequence: PackedSequence, words: Words) -> Looks:
         row_of.append(rows.setdefault((one, asked), len(rows)))
     row = torch.full_like(ids, -1)
     row[visual] = torch.tensor(row_of, dtype=torch.long)[torch.from_numpy(which.reshape(-1))]
-    return Looks([one for one, _ in rows], [asked for _, asked in rows], row.to(sequence.ids.device))
+    return Looks([one for one, _ in rows], [asked for _, asked in rows], row)
 
 
 class QuestionEncoder(nn.Module):
@@ -109,15 +109,20 @@ class QuestionEncoder(nn.Module):
         different = {text: number for number, text in enumerate(dict.fromkeys(looks.question))}
         context = self.clip.config.text_config.max_position_embeddings
         read = self.tokenizer(
-            list(different), padding=True, truncation=True, max_length=context, return_tensors="pt"
-        ).to(self.clip.text_projection.weight.device)
-        with full_precision(read["input_ids"]):
-            out = self.clip.get_text_features(read["input_ids"], attention_mask=read["attention_mask"])
-        embedded = out.pooler_output.float()
-        index = torch.tensor([different[text] for text in looks.question], device=embedded.device)
-        known = torch.tensor([bool(text) for text in looks.question], device=embedded.device)
-        questions, tokens = read["input_ids"].shape
-        return Asked(looks.image, embedded[index] * known[:, None], known, (questions, tokens))
+            list(different),
+            padding=True,
+            padding_side="right",  # where a causal tower never sees it, and needs no mask that it would wait for
+            truncation=True,
+            max_length=context,
+            return_tensors="pt",
+        )
+        device = self.clip.text_projection.weight.device
+        ids = upload(read["input_ids"], device)
+        with full_precision(ids):
+            out = self.clip.get_text_features(ids)
+        embedded = take(out.pooler_output.float(), torch.tensor([different[text] for text in looks.question]))
+        known = upload(torch.tensor([bool(text) for text in looks.question]), device)
+        return Asked(looks.image, embedded * known[:, None], known, (ids.shape[0], ids.shape[1]))
 
     def show(self, view: VisionView, asked: Asked, start: int) -> tuple[VisionView, Tensor]:
         """What stage 1 may look at, per image and question.
@@ -128,7 +133,7 @@ class QuestionEncoder(nn.Module):
             the view of the rows of `asked` that look at these images, and the image of each, counted from `start`.
         """
         part = slice(bisect_left(asked.image, start), bisect_left(asked.image, start + len(view.patches)))
-        rows = torch.tensor(asked.image[part], device=view.patches.device) - start
+        rows = upload(torch.tensor(asked.image[part]) - start, view.patches.device)
 
         @cache
         def question(normed: bool) -> tuple[Tensor, Tensor]:

@@ -11,11 +11,13 @@ import math
 from collections.abc import Callable
 
 import torch
-from jaxtyping import Float, Int64
+from jaxtyping import Bool, Float, Int64
 from torch import Tensor
 
+from mmprune_train.config.pruner import SHARE_METHODS
 from mmprune_train.errors import UserError
 from mmprune_train.pruning.components import find_component
+from mmprune_train.pruning.host import fetch, upload
 from mmprune_train.pruning.knees import (
     FLAT,
     Curve,
@@ -102,23 +104,17 @@ def lof(curve: Curve, lengths: Lengths, neighbors: int = 20) -> Lengths:
     from sklearn.neighbors import LocalOutlierFactor  # heavy, and only this budget needs it
 
     _, y, constant = unit_curve(curve, lengths)
-    counts = torch.zeros_like(lengths, device="cpu")
-    rows = y.cpu().numpy()
-    for row, length in enumerate(lengths.tolist()):
-        if not constant[row]:
+    counts = torch.zeros(len(curve), dtype=torch.int64)
+    rows = fetch(torch.cat([y, lengths[:, None], constant[:, None]], dim=1)).numpy()
+    for row, (length, alike) in enumerate(rows[:, -2:].astype(int).tolist()):
+        if not alike:
             detector = LocalOutlierFactor(n_neighbors=min(neighbors, length - 1), algorithm="kd_tree")
             counts[row] = int((detector.fit_predict(rows[row, :length, None]) == -1).sum())
-    return counts.to(lengths.device)
+    return upload(counts, lengths.device)
 
 
-def _shares(curve: Curve, lengths: Lengths, method: str) -> Curve:
+def _shares(curve: Curve, lengths: Lengths) -> Curve:
     """Scores as shares of their row's sum [B, N], 0 beyond its length; a row of zeros is shared evenly."""
-    if bool((curve < 0).any()):
-        row = int((curve < 0).any(dim=1).int().argmax())
-        raise UserError(
-            f"{method}: scores row {row} is negative in places and has no shares; use a softmaxed score "
-            "(pruner.vision.score=cls_attention, pruner.language.score=text_attention) or another knee"
-        )
     mass = torch.where(curve[:, :1] > 0, curve, 1) * valid_entries(curve, lengths)
     return mass / mass.sum(dim=1, keepdim=True)
 
@@ -153,7 +149,7 @@ def cumulative_mass(curve: Curve, lengths: Lengths, mass: float = 0.9) -> Length
     """
     if not 0 < mass <= 1:
         raise UserError(f"cumulative_mass: mass must be in (0, 1], got {mass}")
-    held = _shares(curve, lengths, "cumulative_mass").cumsum(dim=1)
+    held = _shares(curve, lengths).cumsum(dim=1)
     return ((held < mass - FLAT) & valid_entries(curve, lengths)).sum(dim=1) + 1
 
 
@@ -171,7 +167,7 @@ def attention_entropy(curve: Curve, lengths: Lengths, scale: float = 1.0) -> Len
         counts [B].
     """
     _check_scale("attention_entropy", scale)
-    return _nearest(scale * _exp_entropy(_shares(curve, lengths, "attention_entropy")))
+    return _nearest(scale * _exp_entropy(_shares(curve, lengths)))
 
 
 def effective_rank(curve: Curve, lengths: Lengths, features: Float[Tensor, "B N D"], scale: float = 1.0) -> Lengths:
@@ -238,6 +234,10 @@ BUDGETS: dict[str, Callable[..., Tensor]] = {
     "fixed_ratio": fixed_ratio,
     "fixed_count": fixed_count,
 }
+
+
+FIXED = ("fixed_ratio", "fixed_count")
+"""Budgets that do not look at the scores."""
 
 
 def available_budgets() -> list[str]:
@@ -313,11 +313,50 @@ def find_knee(
     lengths = lengths.to(device=scores.device, dtype=torch.int64)
     if lengths.shape != (batch,) or bool(((lengths < 1) | (lengths > size)).any()):
         raise UserError(f"lengths must be [{batch}] with every entry in 1..{size}, got {lengths.tolist()}")
-    inside = valid_entries(scores, lengths)
-    wide = scores.to(torch.float64)
-    if bool((~wide.isfinite() & inside).any()):
-        row = int((~wide.isfinite() & inside).any(dim=1).int().argmax())
+    refuse_unsound(scores, lengths, method)
+    return count_tokens(
+        scores, method, lengths, features=features, min_tokens=min_tokens, max_tokens=max_tokens, **params
+    )
+
+
+def sound_rows(scores: Float[Tensor, "B N"], lengths: Lengths, method: str) -> Bool[Tensor, " B"]:
+    """[B] the rows that a budget can count: finite, and not negative where it shares out their sum."""
+    sound = scores.isfinite()
+    if method in SHARE_METHODS:
+        sound = sound & (scores >= 0)
+    return (sound | ~valid_entries(scores, lengths)).all(dim=1)
+
+
+def refuse_unsound(scores: Float[Tensor, "B N"], lengths: Lengths, method: str) -> None:
+    """Raise UserError for a row that is not sound, and say why. Waits for the device."""
+    sound = fetch(sound_rows(scores, lengths, method))
+    if bool(sound.all()):
+        return
+    bad = ~scores.isfinite() & valid_entries(scores, lengths)
+    if bool(bad.any()):
+        row = int(bad.any(dim=1).int().argmax())
         raise UserError(f"scores row {row} holds NaN or infinite values; check the model's precision or the score")
+    raise UserError(
+        f"{method}: scores row {int(sound.int().argmin())} is negative in places and has no shares; use a softmaxed "
+        "score (pruner.vision.score=cls_attention, pruner.language.score=text_attention) or another knee"
+    )
+
+
+@torch.no_grad()
+def count_tokens(
+    scores: Float[Tensor, "B N"],
+    method: str,
+    lengths: Lengths,
+    *,
+    features: Float[Tensor, "F ..."] | None,
+    min_tokens: int,
+    max_tokens: int | None,
+    **params: object,
+) -> Lengths:
+    """`find_knee` for a caller that looks after `sound_rows` itself, so that nobody waits for the device; only `lof`
+    and `effective_rank` make the host wait. Rows that are not sound get some count."""
+    inside = valid_entries(scores, lengths)
+    wide = scores.to(torch.float64).nan_to_num(0.0, 0.0, 0.0)
     curve = wide.masked_fill(~inside, -torch.inf).sort(dim=1, descending=True).values
     curve = curve.masked_fill(~inside, 0)  # padding sorts last, and no budget may meet an infinity
     if needs_features(method):

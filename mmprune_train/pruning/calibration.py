@@ -13,7 +13,7 @@ from jaxtyping import Float, Int64
 from torch import Tensor
 
 from mmprune_train.config.schema import KneeConfig, VisionStageConfig
-from mmprune_train.pruning.budgets import bounded, scaled_rank
+from mmprune_train.pruning.budgets import bounded, refuse_unsound, scaled_rank
 from mmprune_train.pruning.pruner import counts_of
 from mmprune_train.pruning.schedule import OWN
 from mmprune_train.pruning.selection import top_and_uniform
@@ -136,11 +136,12 @@ class ScoredImages:
 
     def kept(self, knee: KneeConfig) -> Int64[Tensor, " I"]:
         """[I] tokens that enter the LLM of each image under a budget, with what selection and merging add."""
+        whole = torch.full((len(self.scores),), self.scores.shape[1])
         if knee.method == "effective_rank":
             assert self.spread is not None
-            whole = torch.full((len(self.scores),), self.scores.shape[1])
             counts = bounded(scaled_rank(self.spread, knee.scale), whole, knee.min_tokens, knee.max_tokens)
         else:
+            refuse_unsound(self.scores, whole, knee.method)
             counts = counts_of(self.scores, None, knee, OWN, self._no_features)
         return tokens_left(self.stage, self.scores, counts)
 

@@ -11,6 +11,8 @@ import torch
 from jaxtyping import Bool, Float, Int64
 from torch import Tensor
 
+from mmprune_train.pruning.host import take
+
 IGNORE = -100
 """Target of a token whose successor is not trained on."""
 
@@ -31,9 +33,10 @@ class Kind(IntEnum):
 class PackedSequence:
     """All tokens of a batch in one row, samples one after the other.
 
-    Every tensor field has T entries along its first dimension and is selected by `keep`; `samples` is the number of
-    segments. The target of a token is the id of the token that follows it where that one is trained on, else IGNORE:
-    labels are shifted here, before anything is dropped.
+    It lives on the host, where asking for a length or dropping a token makes nobody wait for the device; only the
+    embeddings may lie there. Every tensor field has T entries along its first dimension and is selected by `keep`;
+    `samples` is the number of segments. The target of a token is the id of the token that follows it where that one is
+    trained on, else IGNORE: labels are shifted here, before anything is dropped.
     """
 
     ids: Int64[Tensor, " T"]
@@ -83,7 +86,7 @@ class PackedSequence:
     def within(self) -> Int64[Tensor, " T"]:
         """[T] index of each token inside its sample."""
         starts = self.lengths.cumsum(0) - self.lengths  # [samples]
-        return torch.arange(len(self), device=self.ids.device) - starts[self.segment]
+        return torch.arange(len(self)) - starts[self.segment]
 
     def entries(self, lengths: list[int]) -> list[Int64[Tensor, " L"]]:
         """Per sample of these `lengths`, the places at which its tokens entered the LLM."""
@@ -96,14 +99,14 @@ class PackedSequence:
         A dropped token's target moves to the nearest kept token before it: the last patch of an image that precedes
         trained text hands its target to the last patch that stays.
         """
-        order = torch.arange(len(self), device=mask.device)
+        order = torch.arange(len(self))
         heir = torch.where(mask, order, -1).cummax(0).values  # [T] nearest kept token at or before each
         orphan = ~mask & (self.target != IGNORE)
         target = self.target.clone()
         target[heir[orphan]] = self.target[orphan]
         chosen = mask.nonzero().squeeze(1)
         whole = replace(self, target=target)
-        return whole._each(lambda tensor: tensor[chosen])
+        return whole._each(lambda tensor: take(tensor, chosen))
 
     def keep_with(
         self, mask: Bool[Tensor, " T"], states: Float[Tensor, "T D"]
@@ -113,12 +116,8 @@ class PackedSequence:
         assert kept.embeddings is not None
         return replace(kept, embeddings=None), kept.embeddings
 
-    def to(self, device: torch.device | str) -> PackedSequence:
-        """The same on another device."""
-        return self._each(lambda tensor: tensor.to(device, non_blocking=True))
-
     def _each(self, change: Callable[[Tensor], Tensor]) -> PackedSequence:
-        return replace(self, **self._changed(change))
-
-    def _changed(self, change: Callable[[Tensor], Tensor]) -> dict[str, Any]:
-        return {f.name: change(v) for f in fields(self) if isinstance(v := getattr(self, f.name), Tensor)}
+        changed: dict[str, Any] = {
+            f.name: change(v) for f in fields(self) if isinstance(v := getattr(self, f.name), Tensor)
+        }
+        return replace(self, **changed)

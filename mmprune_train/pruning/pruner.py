@@ -13,39 +13,55 @@ from torch import Tensor
 
 from mmprune_train.config.pruner import TEXT_SCORES, projects, pruned_layers, reads_text
 from mmprune_train.config.schema import KneeConfig, PrunerConfig
-from mmprune_train.pruning.budgets import budget_parameters, find_knee, needs_features
+from mmprune_train.errors import UserError
+from mmprune_train.pruning.budgets import (
+    FIXED,
+    budget_parameters,
+    count_tokens,
+    needs_features,
+    refuse_unsound,
+    sound_rows,
+)
 from mmprune_train.pruning.components import find_component
+from mmprune_train.pruning.host import fetch, take, upload
 from mmprune_train.pruning.merging import merge
 from mmprune_train.pruning.packed import PackedSequence
 from mmprune_train.pruning.raters import relevant_raters
 from mmprune_train.pruning.recycling import recycle
 from mmprune_train.pruning.schedule import OWN, Pace, spare
 from mmprune_train.pruning.scores import LANGUAGE_SCORES, VISION_SCORES, LanguageView, VisionView, full_precision
-from mmprune_train.pruning.selection import columns, pad, selection, top_mask
+from mmprune_train.pruning.selection import pad, selection, top_mask, unpad
 from mmprune_train.pruning.turns import candidates_and_voters
 
 
 def counts_of(
     scores: Tensor, lengths: Tensor | None, knee: KneeConfig, pace: Pace, features: Callable[[], Tensor]
 ) -> Tensor:
-    """Counts [B] of one stage.
+    """Counts [B] of one stage, on the scores' device; rows that are not sound (`sound_rows`) get some count.
 
     Args:
         scores: [B, N]. lengths: [B], or None for all N.
         features: makes the tokens' [B, N, D], for the budgets that look at them.
     """
-    if pace.ratio is not None:
-        knee = replace(knee, method="fixed_ratio", ratio=pace.ratio)
+    knee = _paced(knee, pace)
     wanted = {*budget_parameters(knee.method), "min_tokens", "max_tokens"}
     params = {f.name: getattr(knee, f.name) for f in fields(knee) if f.name in wanted}
     seen = features() if needs_features(knee.method) else None
-    counts = find_knee(scores, knee.method, lengths, features=seen, **params)
-    whole = torch.full_like(counts, scores.shape[1]) if lengths is None else lengths
-    return spare(counts, whole, pace.spared, knee.max_tokens) if pace.spared else counts
+    if lengths is None:
+        lengths = torch.full(scores.shape[:1], scores.shape[1], dtype=torch.int64, device=scores.device)
+    counts = count_tokens(scores, knee.method, lengths, features=seen, **params)
+    return spare(counts, lengths, pace.spared, knee.max_tokens) if pace.spared else counts
+
+
+def _paced(knee: KneeConfig, pace: Pace) -> KneeConfig:
+    return knee if pace.ratio is None else replace(knee, method="fixed_ratio", ratio=pace.ratio)
 
 
 class Pruner:
     """Both stages of arXiv 2409.01162's method, with every unpublished detail a setting (see `docs/method.md`).
+
+    Each stage makes the host wait for the device once, to learn what stays; `docs/budgets.md` names the settings that
+    do so more often. Scores that cannot be ranked are found then, too: a row of which nothing stays.
 
     Args:
         settings: scores, budgets, layers and positions of both stages.
@@ -128,13 +144,33 @@ class Pruner:
         if not self.settings.vision.enabled:
             return torch.ones((images, patches), dtype=torch.bool, device=view.patches.device), None
         scores = self.score_patches(view) if scores is None else scores
-        counts = counts_of(scores, None, self.settings.vision.knee, self._pace_of("vision"), lambda: view.patches)
+        knee, pace = self.settings.vision.knee, self._pace_of("vision")
+        counts = counts_of(scores, None, knee, pace, lambda: view.patches)
         seen = projected() if self.projects and projected is not None else view.patches
+        more = {}
+        if "known" in signature(self._select).parameters and _paced(knee, pace).method in FIXED:
+            more["known"] = counts_of(torch.zeros(images, patches), None, knee, pace, lambda: view.patches)
         with full_precision(scores):
-            kept = self._select(scores, counts, seen)
+            kept = self._select(scores, counts, seen, **more)
+        kept = kept & self._sound(scores, knee, pace)
         drawn = self._pace_of("vision").ratio is not None  # that ratio is the whole stage's
         recovers = self.settings.vision.recover.enabled and not drawn
         return (self._recover(view, kept) if recovers else kept), scores
+
+    @staticmethod
+    def _sound(scores: Float[Tensor, "I N"], knee: KneeConfig, pace: Pace) -> Bool[Tensor, "I 1"]:
+        """[I, 1] images whose scores can be ranked; of others nothing is kept."""
+        whole = torch.full(scores.shape[:1], scores.shape[1], device=scores.device)
+        return sound_rows(scores, whole, _paced(knee, pace).method)[:, None]
+
+    def refuse_patches(self, scores: Float[Tensor, "I N"]) -> None:
+        """Raise UserError: of an image with these scores of the first pass nothing was kept."""
+        whole = torch.full(scores.shape[:1], scores.shape[1], device=scores.device)
+        refuse_unsound(scores, whole, _paced(self.settings.vision.knee, self._pace_of("vision")).method)
+        raise UserError(
+            f"pruner.vision.recover.score={self.settings.vision.recover.score} gave NaN, infinite, or negative values "
+            "that its budget cannot share out; check the model's precision or the score"
+        )
 
     def _recover(self, view: VisionView, kept: Bool[Tensor, "I N"]) -> Bool[Tensor, "I N"]:
         """The second pass: dropped patches come back by its own score and budget, none for want of a question."""
@@ -152,7 +188,8 @@ class Pruner:
         ).minimum(left)
         if stage.score in TEXT_SCORES and view.asked is not None:
             counts = torch.where(view.asked, counts, 0)
-        return kept | top_mask(scores.masked_fill(kept, -torch.inf), counts)
+        sound = self._sound(scores, stage.knee, OWN) & kept.any(1, keepdim=True)
+        return (kept | top_mask(scores.masked_fill(kept, -torch.inf), counts)) & sound
 
     def merge_patches(
         self,
@@ -175,7 +212,8 @@ class Pruner:
     def entry_order(
         self, kept: Bool[Tensor, "I N"], merged: Bool[Tensor, "I N"], scores: Float[Tensor, "I N"] | None
     ) -> Int64[Tensor, "I N"]:
-        """[I, N] an image's patches in the order in which they enter the LLM; those that stay out come last.
+        """[I, N] an image's patches in the order in which they enter the LLM, and -1 behind the last. Nothing but -1:
+        its scores cannot be ranked.
 
         Args:
             kept: before merging. merged: with the made tokens, which come behind all kept patches in `order=rank`.
@@ -183,8 +221,11 @@ class Pruner:
         order = torch.arange(kept.shape[1], device=kept.device).expand(kept.shape)
         if scores is not None and self.settings.vision.order == "rank":
             order = scores.masked_fill(merged & ~kept, -torch.inf).sort(dim=1, descending=True, stable=True).indices
+        merged = merged & kept.any(1, keepdim=True)
         outside = (~merged).gather(1, order).int()
-        return order.gather(1, outside.sort(dim=1, stable=True).indices)
+        order = order.gather(1, outside.sort(dim=1, stable=True).indices)
+        place = torch.arange(kept.shape[1], device=kept.device)
+        return order.masked_fill(place >= merged.sum(1, keepdim=True), -1)
 
     @torch.no_grad()
     def enter_language(self, sequence: PackedSequence, hidden: Float[Tensor, "T D"]) -> PackedSequence:
@@ -194,41 +235,66 @@ class Pruner:
             return sequence
         return replace(sequence, rater=relevant_raters(sequence, hidden))
 
-    @torch.no_grad()
-    def keep_tokens(
+    def prune_tokens(
         self,
         sequence: PackedSequence,
         hidden: Float[Tensor, "T D"],
         query_keys: Callable[[Tensor], tuple[Tensor, Tensor]],
         place: int = 0,
-    ) -> tuple[Bool[Tensor, " T"], Float[Tensor, " T"] | None]:
-        """Stage 2 before one LLM layer: bool [T] of kept tokens, and the candidates' scores [T] (NaN elsewhere).
-
-        Returns (all true, None) where no sample has anything to drop.
+    ) -> tuple[Float[Tensor, "T D"], Bool[Tensor, " T"], Float[Tensor, " T"]] | None:
+        """Stage 2 before one LLM layer; None where no sample has anything to drop.
 
         Args:
             place: which of `pruner.language.layer` this layer is.
+        Returns:
+            the states with what each turn's dropped visual tokens leave in them, through which gradients flow; the kept
+            tokens, those that merging made among them, on the host; the candidates' scores (NaN elsewhere).
         """
         stage = self.settings.language
-        everything = torch.ones(len(sequence), dtype=torch.bool, device=hidden.device)
         lone = stage.no_text == "last_token_attention"
         candidate, voters = candidates_and_voters(sequence, stage.candidates == "visual", lone, stage.turns)
         if len(voters.segment) == 0:
-            return everything, None
-        scores = self._language_score(LanguageView(sequence, hidden, query_keys, voters))
-        rows = _turn_rows(sequence)[candidate]  # [M]
+            return None
+        places = candidate.nonzero().squeeze(1)  # [M]
+        rows = _turn_rows(sequence)[places]
         if stage.ranking == "per_kind":  # a turn's visual tokens are one row, its text tokens another
-            rows = 2 * rows + (~sequence.visual[candidate])
+            rows = 2 * rows + (~sequence.visual[places])
         row, order = rows.unique(return_inverse=True)[1].sort(stable=True)
-        table, lengths = pad(scores[candidate][order], row, int(row[-1]) + 1)
-        knee, pace = self._knee(place), self._pace_of("language")
-        counts = counts_of(table, lengths, knee, pace, lambda: pad(hidden[candidate][order], row, len(lengths))[0])
-        kept = top_mask(table, counts, lengths)
-        column, _ = columns(row, len(lengths))
-        chosen = torch.zeros_like(rows, dtype=torch.bool)
-        chosen[order] = kept[row, column]
-        everything[candidate] = chosen
-        return everything, scores.masked_fill(~candidate, torch.nan)
+        places = places[order]
+        with torch.no_grad():
+            scores = self._language_score(LanguageView(sequence, hidden.detach(), query_keys, voters))
+            table, lengths = pad(take(scores, places), row, int(row[-1]) + 1)
+            lengths = upload(lengths, hidden.device)
+            knee, pace = self._knee(place), self._pace_of("language")
+            counts = counts_of(table, lengths, knee, pace, lambda: pad(take(hidden, places), row, len(table))[0])
+            kept = unpad(top_mask(table, counts, lengths), row)  # [M]
+            method = _paced(knee, pace).method
+            sound = unpad(sound_rows(table, lengths, method)[:, None].expand_as(table), row)
+        if stage.merge != "none":
+            hidden, kept = self._recycle(sequence, hidden, places, kept, scores)
+        stays = fetch(kept & sound)
+        if bool((torch.zeros(len(table)).index_add(0, row, stays.float()) == 0).any()):
+            refuse_unsound(table, lengths, method)
+        mask = torch.ones(len(sequence), dtype=torch.bool)
+        mask[places] = stays
+        return hidden, mask, scores.masked_fill(upload(~candidate, scores.device), torch.nan)
+
+    def _recycle(
+        self,
+        sequence: PackedSequence,
+        hidden: Float[Tensor, "T D"],
+        places: Int64[Tensor, " M"],
+        kept: Bool[Tensor, " M"],
+        scores: Float[Tensor, " T"],
+    ) -> tuple[Float[Tensor, "T D"], Bool[Tensor, " M"]]:
+        """Merge each turn's dropped visual tokens: the states, and which of the candidates at `places` stay."""
+        stage = self.settings.language
+        index = sequence.visual[places].nonzero().squeeze(1)  # of the visual tokens among the candidates
+        row, order = _turn_rows(sequence)[places[index]].unique(return_inverse=True)[1].sort(stable=True)
+        index = index[order]
+        sights, among = places[index], take(kept, index)
+        hidden, made = recycle(hidden, sights, row, ~among, take(scores, sights), stage.merge_share, stage.merge_size)
+        return hidden, kept.index_copy(0, upload(index, kept.device), among | made)
 
     def _knee(self, place: int) -> KneeConfig:
         """The budget of stage 2 at one of its layers."""
@@ -241,25 +307,6 @@ class Pruner:
             if stage.knee.method == "fixed_ratio"
             else replace(stage.knee, count=int(amount))
         )
-
-    def merge_tokens(
-        self,
-        sequence: PackedSequence,
-        hidden: Float[Tensor, "T D"],
-        kept: Bool[Tensor, " T"],
-        scores: Float[Tensor, " T"],
-    ) -> tuple[Float[Tensor, "T D"], Bool[Tensor, " T"]]:
-        """The last part of stage 2: states with what each turn's dropped visual tokens leave in them, and the mask with
-        the places of made tokens. Gradients flow through the states."""
-        stage = self.settings.language
-        if stage.merge == "none":
-            return hidden, kept
-        dropped = (~kept & sequence.visual).nonzero().squeeze(1)
-        if not len(dropped):
-            return hidden, kept
-        row = _turn_rows(sequence)[dropped].unique(return_inverse=True)[1]
-        hidden, made = recycle(hidden, dropped, row, scores[dropped], stage.merge_share, stage.merge_size)
-        return hidden, kept.index_fill(0, made, True)
 
 
 def _turn_rows(sequence: PackedSequence) -> Int64[Tensor, " T"]:

@@ -6,9 +6,10 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
+from mmprune_train.pruning.host import fetch, take, upload
 from mmprune_train.pruning.packed import PackedSequence
 from mmprune_train.pruning.scores import full_precision
-from mmprune_train.pruning.selection import columns, pad
+from mmprune_train.pruning.selection import pad, unpad
 from mmprune_train.pruning.turns import question_text
 
 MARGIN = 1e-6
@@ -26,30 +27,31 @@ def relevant_raters(sequence: PackedSequence, hidden: Float[Tensor, "T D"]) -> B
     Args:
         hidden: [T, D] states entering the LLM.
     Returns:
-        [T] bool, a part of the question text.
+        [T] bool, a part of the question text; on the host, which waits for it.
     """
     relevant = question_text(sequence)
     texts, sights = relevant.nonzero().squeeze(1), sequence.visual.nonzero().squeeze(1)
     if not len(texts) or not len(sights):
         return relevant
     owner, viewer, samples = sequence.segment[texts], sequence.segment[sights], sequence.samples
-    words, _ = pad(hidden[texts].float(), owner, samples)  # [B, R, D]
-    images, _ = pad(hidden[sights].float(), viewer, samples)  # [B, V, D]
+    words, _ = pad(take(hidden, texts).float(), owner, samples)  # [B, R, D]
+    images, _ = pad(take(hidden, sights).float(), viewer, samples)  # [B, V, D]
     turns, _ = pad(sequence.turn[sights].clamp(min=1), viewer, samples)
     with full_precision(hidden):
         logits = words @ images.transpose(1, 2)  # [B, R, V]
-    logits = logits[owner, columns(owner, samples)[0]]  # [texts, V]
+    logits = unpad(logits, owner)  # [texts, V]
     key = owner * (int(sequence.turn.max()) + 1) + sequence.turn[texts]
     asked, row, sizes = key.unique_consecutive(return_inverse=True, return_counts=True)
     first = sizes.cumsum(0) - sizes  # [G] the first text of each turn
     table, _ = pad(logits, row, len(asked))  # [G, R, V]
-    real = torch.arange(table.shape[1], device=hidden.device) < sizes[:, None]  # [G, R]
+    real = upload(torch.arange(table.shape[1]) < sizes[:, None], hidden.device)  # [G, R]
     share = table.masked_fill(~real[..., None], -torch.inf).softmax(1)
-    place = torch.arange(turns.shape[1], device=hidden.device)
+    place = torch.arange(turns.shape[1])
     counts = torch.bincount(viewer, minlength=samples)
     shown = (turns[owner[first]] <= sequence.turn[texts[first], None]) & (place < counts[owner[first], None])  # [G, V]
+    shown, sizes = upload(shown, hidden.device), upload(sizes, hidden.device)
     mean = (share * shown[:, None]).sum(2) / shown.sum(1, keepdim=True).clamp(min=1)  # [G, R]
     stands_out = (mean * sizes[:, None] > 1 + MARGIN) & real
     stands_out = stands_out | ~stands_out.any(1, keepdim=True)
-    relevant[texts] = stands_out[row, columns(row, len(asked))[0]]
+    relevant[texts] = fetch(unpad(stands_out, row))
     return relevant

@@ -7,54 +7,58 @@ cluster's mean joins the sequence. It takes the place of the cluster's centre, a
 from __future__ import annotations
 
 import torch
-from jaxtyping import Float, Int64
+from jaxtyping import Bool, Float, Int64
 from torch import Tensor
 
+from mmprune_train.pruning.host import upload
 from mmprune_train.pruning.scores import full_precision
-from mmprune_train.pruning.selection import pad, top_mask
+from mmprune_train.pruning.selection import pad, top_mask, unpad
 
 
 def recycle(
     hidden: Float[Tensor, "T D"],
-    dropped: Int64[Tensor, " M"],
+    places: Int64[Tensor, " M"],
     row: Int64[Tensor, " M"],
+    dropped: Bool[Tensor, " M"],
     scores: Float[Tensor, " M"],
     share: float = 0.3,
     size: int = 10,
-) -> tuple[Float[Tensor, "T D"], Int64[Tensor, " C"]]:
+) -> tuple[Float[Tensor, "T D"], Bool[Tensor, " M"]]:
     """Cluster the best dropped tokens of each row and put the clusters' means in the places of their centres.
 
     Of n dropped tokens m = floor(share * n) + 1 are recycled, in floor(m / size) + 1 clusters; never more than there
-    are.
+    are. How many were dropped is not asked: tables are as wide as they can become.
 
     Args:
         hidden: [T, D] states of all tokens.
-        dropped: [M] places of the dropped tokens. row: [M] the row, from 0, that each belongs to, none empty.
-        scores: [M] of the dropped tokens; the best are recycled.
+        places: [M] the tokens that could be dropped, on the host. row: [M] the row, from 0 and not falling, that each
+            belongs to, on the host, none empty.
+        dropped: [M] those that were. scores: [M]; the best are recycled.
         share: part of a row's dropped tokens that is recycled. size: tokens a cluster has on average.
     Returns:
-        hidden with the means in place, and the places [C] of the made tokens.
+        hidden with the means in place, and [M] which tokens became one.
     """
-    best = scores.sort(descending=True, stable=True).indices
-    best = best[row[best].sort(stable=True).indices]  # by row, then by score
-    dropped, row = dropped[best], row[best]
-    lengths = torch.bincount(row)
-    taken = ((lengths * share).floor().long() + 1).minimum(lengths)  # [G]
+    groups, device = int(row[-1]) + 1, hidden.device
+    gone, lengths = pad(dropped, row, groups)  # [G, W]
+    most = int((lengths * share).floor().max()) + 1
+    count = gone.sum(1)  # [G]
+    taken = ((count * share).floor().long() + 1).minimum(count)
     counts = (taken // size + 1).minimum(taken)
-    starts = lengths.cumsum(0) - lengths
-    recycled = torch.arange(len(row), device=row.device) - starts[row] < taken[row]
-    dropped, row = dropped[recycled], row[recycled]
-    points, _ = pad(hidden[dropped].float(), row, len(lengths))  # [G, M, D]
-    places, _ = pad(dropped, row, len(lengths))  # [G, M]
-    column = torch.arange(points.shape[1], device=row.device)
+    ranked = pad(scores, row, groups)[0].masked_fill(~gone, -torch.inf)
+    best = ranked.sort(dim=1, descending=True, stable=True).indices[:, :most]  # [G, m]
+    place = upload(pad(places, row, groups)[0], device).gather(1, best)
+    points = hidden.index_select(0, place.flatten()).float().view(*place.shape, -1)  # [G, m, D]
+    column = torch.arange(best.shape[1], device=device)
     real = column < taken[:, None]
     with full_precision(points):
         home = density_peaks(points.detach(), taken, counts)
         members = (home[:, None] == column[:, None]) & real[:, None]  # [G, centre, member]
         means = members.float() @ points / members.sum(2, keepdim=True).clamp(min=1)
     centre = (home == column) & real
-    made = places[centre]
-    return hidden.index_copy(0, made, means[centre].to(hidden.dtype)), made
+    target = torch.where(centre, place, len(hidden)).flatten()  # what is no centre goes to a row that is cut off again
+    longer = torch.cat([hidden, hidden.new_zeros(1, hidden.shape[1])])
+    hidden = longer.index_copy(0, target, means.flatten(0, 1).to(hidden.dtype))[:-1]
+    return hidden, unpad(torch.zeros_like(gone).scatter(1, best, centre), row)
 
 
 @torch.no_grad()

@@ -12,8 +12,9 @@ from jaxtyping import Bool, Float, Int64
 from torch import Tensor
 
 from mmprune_train.errors import UserError
+from mmprune_train.pruning.host import take, upload
 from mmprune_train.pruning.packed import PackedSequence
-from mmprune_train.pruning.selection import columns, pad
+from mmprune_train.pruning.selection import pad, unpad
 from mmprune_train.pruning.turns import Voters
 
 CHUNK = 1 << 25
@@ -195,7 +196,7 @@ def uniform_grid(view: VisionView) -> Float[Tensor, "I N"]:
     A baseline: what does looking at the image add? The scores fall by equal steps and have no knee, so it needs a
     budget that counts (`fixed_ratio`, `fixed_count`); `kneedle` keeps such a curve whole.
     """
-    order = even_order(*view.grid).to(view.patches.device)
+    order = upload(even_order(*view.grid), view.patches.device)
     return (1 - order / len(order)).expand(len(view.patches), -1)
 
 
@@ -240,13 +241,14 @@ class LanguageView:
     """What a stage-2 score may look at, before the layer that will see the short sequence."""
 
     sequence: PackedSequence
+    """On the host; `pruning.host` has what brings its fields, and rows numbered by them, to the states' device."""
     hidden: Float[Tensor, "T D"]
     """[T, D] hidden states entering the layer."""
     query_keys: Callable[[Tensor], tuple[Tensor, Tensor]]
-    """rows [R] -> queries [R, H, d] of those tokens, scaled, and keys [T, Hkv, d] of all: the layer's own norm,
-    projections (biases, q/k norms, adapters) and rotary embedding."""
+    """rows [R], on the host -> queries [R, H, d] of those tokens, scaled, and keys [T, Hkv, d] of all: the layer's own
+    norm, projections (biases, q/k norms, adapters) and rotary embedding."""
     voters: Voters
-    """Who votes. A score that nobody votes in reads it not."""
+    """Who votes, on the host. A score that nobody votes in reads it not."""
 
 
 def _attention(
@@ -254,32 +256,35 @@ def _attention(
 ) -> Float[Tensor, " T"]:
     """[T] mean over heads and over the rows of a ballot that see a token, of the causal attention probability.
 
-    `spare` [R] rows count only for tokens that no other row of the ballot can see. The softmax runs over every token of
+    `rows`, `ballot` and `spare` are on the host. `spare` [R] rows count only for tokens that no other row of the ballot
+    can see. The softmax runs over every token of
     the sample that the row sees, as in the layer itself.
     """
     sequence, groups = view.sequence, len(view.voters.segment)
     queries, keys = view.query_keys(rows)
     heads, kv_heads = queries.shape[1], keys.shape[1]
-    lengths = sequence.lengths
     key_table, _ = pad(keys.float(), sequence.segment, sequence.samples)  # [B, L, Hkv, d]
     width = key_table.shape[1]
     query_table, votes = pad(queries.float().unflatten(1, (kv_heads, heads // kv_heads)), ballot, groups)
+    most_rows = query_table.shape[1]
     place_table, _ = pad(sequence.within()[rows], ballot, groups)  # [G, R]
-    spare_table, _ = pad(spare, ballot, groups)  # [G, R]
+    spare_table, _ = pad(spare, ballot, groups)
+    real_table = torch.arange(most_rows) < votes[:, None]
+    limit = (place_table + 1).minimum(sequence.lengths[view.voters.segment][:, None])  # [G, R] tokens that a row sees
+    first_table, second_table = real_table & ~spare_table, real_table & spare_table
+    samples, limits, firsts, seconds = (
+        upload(part, keys.device) for part in (view.voters.segment, limit, first_table, second_table)
+    )
     column = torch.arange(width, device=keys.device)
     table = keys.new_zeros((groups, width), dtype=torch.float32)
-    most_rows = query_table.shape[1]
     step = max(1, CHUNK // max(1, heads * most_rows * width))
     for start in range(0, groups, step):
         part = slice(start, start + step)
-        segment = view.voters.segment[part]
-        real = torch.arange(most_rows, device=keys.device) < votes[part, None]  # [g, R]
-        sees = (column <= place_table[part][..., None]) & (column < lengths[segment][:, None, None])  # [g, R, L]
+        sees = column < limits[part][..., None]  # [g, R, L]
         with full_precision(keys):
-            logits = torch.einsum("grkmd,glkd->gkmrl", query_table[part], key_table[segment])
+            logits = torch.einsum("grkmd,glkd->gkmrl", query_table[part], key_table[samples[part]])
         chance = logits.masked_fill(~sees[:, None, None], -torch.inf).softmax(-1).mean((1, 2))  # [g, R, L]
-        first = sees & (real & ~spare_table[part])[..., None]
-        second = sees & (real & spare_table[part])[..., None]
+        first, second = sees & firsts[part][..., None], sees & seconds[part][..., None]
         counted = torch.where(first.any(1, keepdim=True), first, second)
         table[part] = (chance * counted).sum(1) / counted.sum(1).clamp(min=1)
     return view.voters.count(sequence, table)
@@ -289,8 +294,8 @@ def text_attention(view: LanguageView) -> Float[Tensor, " T"]:
     """[T] attention of the turn's question text to each token, mean over heads and over the rows that see it."""
     voters = view.voters
     rows = torch.cat([voters.raters, voters.closing])
-    ballot = torch.cat([voters.ballot, torch.arange(len(voters.closing), device=rows.device)])
-    spare = torch.arange(len(rows), device=rows.device) >= len(voters.raters)
+    ballot = torch.cat([voters.ballot, torch.arange(len(voters.closing))])
+    spare = torch.arange(len(rows)) >= len(voters.raters)
     order = ballot.sort(stable=True).indices
     return _attention(view, rows[order], ballot[order], spare[order])
 
@@ -298,7 +303,7 @@ def text_attention(view: LanguageView) -> Float[Tensor, " T"]:
 def last_token_attention(view: LanguageView) -> Float[Tensor, " T"]:
     """[T] attention of the last prompt token to each token, mean over heads (FastV's and PyramidDrop's signal)."""
     closing = view.voters.closing
-    ballot = torch.arange(len(closing), device=closing.device)
+    ballot = torch.arange(len(closing))
     return _attention(view, closing, ballot, torch.zeros_like(closing, dtype=torch.bool))
 
 
@@ -307,12 +312,12 @@ def text_cosine(view: LanguageView) -> Float[Tensor, " T"]:
     sequence, voters = view.sequence, view.voters
     hidden = torch.nn.functional.normalize(view.hidden.float(), dim=-1)
     votes = hidden.new_zeros((len(voters.segment), hidden.shape[1]))
-    votes.index_add_(0, voters.ballot, hidden[voters.raters])
+    votes.index_add_(0, upload(voters.ballot, hidden.device), take(hidden, voters.raters))
     votes, _ = pad(torch.nn.functional.normalize(votes, dim=-1), voters.segment, sequence.samples)  # [B, turns, D]
     states, _ = pad(hidden, sequence.segment, sequence.samples)  # [B, L, D]
     with full_precision(hidden):
         table = votes @ states.transpose(1, 2)  # [B, turns, L]
-    return voters.count(sequence, table[voters.segment, columns(voters.segment, sequence.samples)[0]])
+    return voters.count(sequence, unpad(table, voters.segment))
 
 
 def key_norm(view: LanguageView) -> Float[Tensor, " T"]:

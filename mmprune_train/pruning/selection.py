@@ -1,8 +1,9 @@
 """Selection: which tokens a count keeps, and the padding that turns ragged groups into rows.
 
-A selection takes scores [B, N], counts [B] and features [B, N, D] and answers a mask [B, N]. Loops run over picks or
-rounds, so a batch costs what its largest count costs; `max_min` alone looks for its first pick row by row, to hold one
-N x N matrix of distances at a time.
+A selection takes scores [B, N], counts [B] and features [B, N, D] and answers a mask [B, N]. One that loops over its
+counts takes `known`, too: the counts on the host, where the budget is fixed; for other budgets it makes the host wait.
+Loops run over picks or rounds, so a batch costs what its largest count costs; `max_min` alone looks for its
+first pick row by row, to hold one N x N matrix of distances at a time.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ from torch import Tensor
 from torch.nn.functional import normalize
 
 from mmprune_train.pruning.components import find_component
+from mmprune_train.pruning.host import fetch, take, upload
 
 Scores = Float[Tensor, "B N"]
 Counts = Int64[Tensor, " B"]
@@ -50,22 +52,26 @@ def top(scores: Scores, counts: Counts, features: Features) -> Mask:
     return top_mask(scores, counts)
 
 
-def max_min(scores: Scores, counts: Counts, features: Features) -> Mask:
+def max_min(scores: Scores, counts: Counts, features: Features, known: Counts | None = None) -> Mask:
     """DivPrune (Alvar et al. 2025, arXiv 2503.02175): greedy max-min cosine distance; scores are not looked at.
 
     The first token is the one farthest from its nearest neighbour; each next one is farthest from all chosen so far.
     """
     unit = normalize(features.float(), dim=-1)
     nearest = torch.stack([(1 - row @ row.T).fill_diagonal_(torch.inf).amin(1) for row in unit])  # [B, N], N x N once
-    return _greedy(nearest, counts, unit)
+    return _greedy(nearest, counts, unit, _most(counts, known))
 
 
-def _greedy(first: Scores, counts: Counts, unit: Features) -> Mask:
-    """Farthest-first traversal: `first` ranks the first pick alone."""
+def _most(counts: Counts, known: Counts | None) -> int:
+    return int((fetch(counts) if known is None else known).max())
+
+
+def _greedy(first: Scores, counts: Counts, unit: Features, most: int) -> Mask:
+    """Farthest-first traversal of `most` picks: `first` ranks the first one alone."""
     chosen = torch.zeros_like(first, dtype=torch.bool)
     row = torch.arange(len(first), device=first.device)
     gap = first
-    for step in range(int(counts.max())):
+    for step in range(most):
         pick = gap.masked_fill(chosen, -torch.inf).argmax(1)
         chosen[row, pick] |= step < counts
         distance = 1 - torch.einsum("bnd,bd->bn", unit, unit[row, pick])
@@ -73,7 +79,7 @@ def _greedy(first: Scores, counts: Counts, unit: Features) -> Mask:
     return chosen
 
 
-def dpp(scores: Scores, counts: Counts, features: Features) -> Mask:
+def dpp(scores: Scores, counts: Counts, features: Features, known: Counts | None = None) -> Mask:
     """CDPruner (Zhang et al. 2025, arXiv 2506.10967): greedy MAP of a determinantal point process whose kernel is the
     features' cosine similarity weighted by both tokens' relevance, in Chen et al. 2018's incremental form.
 
@@ -86,7 +92,7 @@ def dpp(scores: Scores, counts: Counts, features: Features) -> Mask:
     chosen = torch.zeros_like(scores, dtype=torch.bool)
     row = torch.arange(len(scores), device=scores.device)
     gain = relevance.square()  # squared volume each token would add: the kernel's diagonal to begin with
-    most = int(counts.max())
+    most = _most(counts, known)
     basis = gain.new_zeros((most, *gain.shape))  # [steps, B, N]
     for step in range(most):
         adds = gain > SPANNED * relevance.square()
@@ -110,7 +116,9 @@ def top_and_uniform(scores: Scores, counts: Counts, features: Features) -> Mask:
     return top_mask(scores, counts) | ((raster % spacing == 0) & (raster < size - 1))
 
 
-def top_and_distinct(scores: Scores, counts: Counts, features: Features, share: float = 0.5, drop: int = 8) -> Mask:
+def top_and_distinct(
+    scores: Scores, counts: Counts, features: Features, share: float = 0.5, drop: int = 8, known: Counts | None = None
+) -> Mask:
     """VisPruner (Zhang et al. 2024, arXiv 2412.01818): a share of the budget by score; of the rest, in score order,
     the tokens most similar to another go out round by round until the budget is met.
 
@@ -126,11 +134,9 @@ def top_and_distinct(scores: Scores, counts: Counts, features: Features, share: 
     unit = normalize(features.float(), dim=-1)
     place = torch.arange(size, device=scores.device)
     by_score = scores.sort(dim=1, descending=True, stable=True).indices
-    important = (counts * share).floor().long()  # [B]
-    wanted = counts - important
-    left = size - important  # [B] tokens that remain in the list
+    important, wanted, left = _shared_out(counts, share, size)
     rest = by_score.gather(1, (place + important[:, None]).clamp(max=size - 1))  # [B, N], valid up to `left`
-    while bool((left > wanted).any()):
+    for _ in range(_rounds(fetch(counts) if known is None else known, share, drop, size)):
         listed = place < left[:, None]
         states = unit.gather(1, rest[..., None].expand_as(unit))
         even, odd = rest[:, ::2], rest[:, 1::2]
@@ -139,7 +145,7 @@ def top_and_distinct(scores: Scores, counts: Counts, features: Features, share: 
         similarity = similarity.masked_fill(~listed[:, ::2], -torch.inf)
         order = similarity.sort(dim=1, descending=True, stable=True).indices
         active = left > wanted
-        gone = torch.where(active, (left - wanted).clamp(max=drop).minimum((left + 1) // 2), 0)
+        gone = _gone(left, wanted, drop)
         order = torch.where(active[:, None], order, place[: order.shape[1]])
         stays = torch.arange(even.shape[1], device=rest.device) >= gone[:, None]
         valid = torch.cat([listed[:, ::2].gather(1, order) & stays, listed[:, 1::2]], 1)
@@ -151,6 +157,27 @@ def top_and_distinct(scores: Scores, counts: Counts, features: Features, share: 
     return votes.scatter_add(1, rest, (place < left[:, None]).long()) > 0
 
 
+def _shared_out(counts: Counts, share: float, size: int) -> tuple[Counts, Counts, Counts]:
+    """[B] each: tokens that go by score, those wanted of the rest, and those that are the rest."""
+    important = (counts * share).floor().long()
+    return important, counts - important, size - important
+
+
+def _gone(left: Counts, wanted: Counts, drop: int) -> Counts:
+    """[B] tokens that a round takes out of lists of `left`, every second of which may go."""
+    return (left - wanted).clamp(min=0, max=drop).minimum((left + 1) // 2)
+
+
+def _rounds(counts: Counts, share: float, drop: int, size: int) -> int:
+    """Rounds until every list is down to what is wanted of it; counts on the host."""
+    _, wanted, left = _shared_out(counts, share, size)
+    rounds = 0
+    while bool((left > wanted).any()):
+        left = left - _gone(left, wanted, drop)
+        rounds += 1
+    return rounds
+
+
 SELECTIONS: dict[str, Callable[..., Tensor]] = {
     "top": top,
     "max_min": max_min,
@@ -160,7 +187,7 @@ SELECTIONS: dict[str, Callable[..., Tensor]] = {
 }
 
 
-def selection(name: str, share: float) -> Callable[[Tensor, Tensor, Tensor], Tensor]:
+def selection(name: str, share: float) -> Callable[..., Tensor]:
     """The selection `name`, or yours as `module:function`; with `share` where it divides the budget."""
     function = find_component(SELECTIONS, name, "pruner.vision.selection")
     return partial(function, share=share) if "share" in signature(function).parameters else function
@@ -173,19 +200,28 @@ def columns(group: Int64[Tensor, " M"], groups: int) -> tuple[Int64[Tensor, " M"
         group: [M] group of each entry, non-decreasing, 0..groups-1.
         groups: number of groups.
     Returns:
-        column [M] of each entry inside its group, and lengths [groups].
+        column [M] of each entry inside its group, and lengths [groups]; on the host, as `group` is.
     """
     lengths = torch.bincount(group, minlength=groups)
     starts = lengths.cumsum(0) - lengths
-    return torch.arange(len(group), device=group.device) - starts[group], lengths
+    return torch.arange(len(group)) - starts[group], lengths
 
 
 def pad(
     values: Shaped[Tensor, "M ..."], group: Int64[Tensor, " M"], groups: int
 ) -> tuple[Shaped[Tensor, "G W ..."], Int64[Tensor, " G"]]:
-    """Rows of a ragged list, padded with zeros: values [M, ...] -> [groups, longest, ...], and lengths [groups]."""
+    """Rows of a ragged list, padded with zeros: values [M, ...] -> [groups, longest, ...], and lengths [groups].
+
+    `group` and the lengths are on the host, the values wherever they are.
+    """
     column, lengths = columns(group, groups)
-    width = int(lengths.max()) if len(values) else 0
-    table = values.new_zeros((groups, width, *values.shape[1:]))
-    table[group, column] = values
-    return table, lengths
+    width = int(lengths.max()) if len(group) else 0
+    place = upload(group * width + column, values.device)
+    rest = values.shape[1:]
+    return values.new_zeros((groups * width, *rest)).index_copy(0, place, values).view(groups, width, *rest), lengths
+
+
+def unpad(table: Shaped[Tensor, "G W ..."], group: Int64[Tensor, " M"]) -> Shaped[Tensor, "M ..."]:
+    """The ragged list [M, ...] whose rows `pad` made a table of."""
+    column, _ = columns(group, table.shape[0])
+    return take(table.flatten(0, 1), group * table.shape[1] + column)

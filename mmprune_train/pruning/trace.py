@@ -10,7 +10,8 @@ from torch import Tensor
 
 @dataclass
 class PruningTrace:
-    """Token counts of one packed batch. Totals are sums over its samples; ratios are of those sums."""
+    """Token counts of one packed batch. Totals are sums over its samples; ratios are of those sums. All is on the host
+    but the scores."""
 
     dense: Tensor
     """[B] tokens of each sample without pruning."""
@@ -56,7 +57,7 @@ class PruningTrace:
         }
 
     def counts(self) -> dict[str, float]:
-        """Totals over the batch as plain numbers, with one copy from the device."""
+        """Totals over the batch as plain numbers."""
         per_sample = self.per_sample
         return dict(zip(per_sample, torch.stack([v.double().sum() for v in per_sample.values()]).tolist(), strict=True))
 

@@ -8,13 +8,14 @@ import torch
 from jaxtyping import Bool, Float, Int64
 from torch import Tensor
 
+from mmprune_train.pruning.host import upload
 from mmprune_train.pruning.packed import IGNORE, Kind, PackedSequence
-from mmprune_train.pruning.selection import pad
+from mmprune_train.pruning.selection import pad, unpad
 
 
 @dataclass
 class Voters:
-    """The ballots of a batch: one for each (sample, turn) that votes, sorted by both.
+    """The ballots of a batch: one for each (sample, turn) that votes, sorted by both. On the host.
 
     With `turns=first` a token is voted on by its own turn alone, so no turn sees a later one's vote. With `mean` and
     `max` all turns from its own on vote. Answers never do.
@@ -41,7 +42,7 @@ class Voters:
         """
         turn, _ = pad(sequence.turn.clamp(min=1), sequence.segment, sequence.samples)  # [B, L]
         own, voting = turn[self.segment], self.turn[:, None]
-        heard = own == voting if self.turns == "first" else own <= voting  # [G, L]
+        heard = upload(own == voting if self.turns == "first" else own <= voting, ballots.device)  # [G, L]
         said, _ = pad(ballots.masked_fill(~heard, 0), self.segment, sequence.samples)  # [B, ballots of a sample, L]
         known, _ = pad(heard, self.segment, sequence.samples)
         if self.turns == "max":
@@ -49,7 +50,7 @@ class Voters:
             table = table.masked_fill(~known.any(1), 0)
         else:
             table = said.sum(1) / known.sum(1).clamp(min=1)
-        return table[sequence.segment, sequence.within()]
+        return unpad(table, sequence.segment)
 
 
 def question_text(sequence: PackedSequence) -> Bool[Tensor, " T"]:
@@ -74,11 +75,10 @@ def candidates_and_voters(
         candidate [T], and the voters; no candidate where there is no voter.
     """
     count = len(sequence)
-    device = sequence.ids.device
     turn = sequence.turn.clamp(min=1)
     most = int(turn.max()) + 1 if count else 1
     key = sequence.segment * most + turn
-    last = torch.ones(count, dtype=torch.bool, device=device)
+    last = torch.ones(count, dtype=torch.bool)
     last[:-1] = sequence.segment[1:] != sequence.segment[:-1]
     answer = sequence.kind == Kind.ANSWER
     before_answer = torch.zeros_like(last)
@@ -93,14 +93,14 @@ def candidates_and_voters(
     size = sequence.samples * most
 
     def some(tokens: Bool[Tensor, " T"]) -> Bool[Tensor, "B K"]:
-        table = torch.zeros(size, dtype=torch.bool, device=device)
+        table = torch.zeros(size, dtype=torch.bool)
         return table.index_fill_(0, key[tokens], True).view(-1, most)
 
-    order = torch.arange(count, device=device)
-    reply = torch.full((size,), count, dtype=torch.long, device=device)
+    order = torch.arange(count)
+    reply = torch.full((size,), count, dtype=torch.long)
     reply = reply.scatter_reduce(0, key[answer], order[answer], "amin")  # where each turn's answer begins
     asking = ~answer & (order < reply[key])
-    closing = torch.full((size,), -1, dtype=torch.long, device=device)
+    closing = torch.full((size,), -1, dtype=torch.long)
     closing = closing.scatter_reduce(0, key[asking], order[asking], "amax")
     asked = some(rater)
     voice = (asked | lone_images) & (closing >= 0).view(-1, most)

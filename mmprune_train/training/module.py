@@ -83,6 +83,8 @@ class MultimodalModule(pl.LightningModule):
         self.window_supervised = 0
         self.totals = dict.fromkeys(TOTALS, 0.0)
         self.spread = torch.zeros(2, dtype=torch.float64)  # samples with images; sum of their tokens^2 / images
+        self.loss_sum: Tensor | float = 0.0
+        """Of the window, float64 on the device: read once, at its end, so that no micro-batch waits for its loss."""
         self.rate = 0.0
 
     @property
@@ -102,10 +104,13 @@ class MultimodalModule(pl.LightningModule):
         torch.manual_seed(int.from_bytes(hashlib.sha256(key.encode()).digest()[:8], "big"))
         self._accumulate(place)
         if place.first:
-            total = torch.tensor(place.supervised, device=self.device, dtype=torch.int64)
-            self.window_supervised = int(self.trainer.strategy.reduce(total, reduce_op="sum"))
+            self.window_supervised = place.supervised
+            if self.trainer.world_size > 1:
+                total = torch.tensor(place.supervised, device=self.device, dtype=torch.int64)
+                self.window_supervised = int(self.trainer.strategy.reduce(total, reduce_op="sum"))
             self.totals = dict.fromkeys(TOTALS, 0.0)
-            self.spread = torch.zeros(2, dtype=torch.float64, device=self.device)
+            self.spread = torch.zeros(2, dtype=torch.float64)
+            self.loss_sum = 0.0
             self.rate = float(self.trainer.optimizers[0].param_groups[-1]["lr"])
 
     def _accumulate(self, place: Place) -> None:
@@ -130,7 +135,7 @@ class MultimodalModule(pl.LightningModule):
         for name in TOTALS:
             if name in counts:
                 self.totals[name] += counts[name]
-        self.totals["loss_sum"] += float(output.loss_sum.detach())
+        self.loss_sum = self.loss_sum + output.loss_sum.detach().double()
         self.totals["supervised"] += int(output.supervised)
         self.totals["samples"] += batch.sequence.samples
         self.totals["flops"] += float(self.flops(output.trace, output.trace.encoded, int(output.supervised)))
@@ -151,6 +156,7 @@ class MultimodalModule(pl.LightningModule):
 
         `flops` and `images` (as `KeptTokens.observe` takes it) are for the caller's own use.
         """
+        self.totals["loss_sum"] = float(self.loss_sum)
         row = torch.tensor([*self.totals.values(), *self.spread.tolist()], dtype=torch.float64)
         if self.trainer.world_size > 1:
             row = self.trainer.strategy.reduce(row.to(self.device), reduce_op="sum").cpu()

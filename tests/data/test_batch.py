@@ -83,11 +83,11 @@ def test_samples_of_one_image_share_its_pixels_and_every_patch_knows_its_place(f
     assert batch.pixel_values[0, 0].mean() > batch.pixel_values[1, 0].mean()  # red before green
 
 
-def test_a_text_only_batch_has_no_pixels_and_moves(folder: Path) -> None:
-    batch = collate(dataset(folder).__getitems__([2]))
-    assert batch.pixel_values is None and not batch.sequence.visual.any()
-    moved = batch.to("meta")
-    assert moved.sequence.ids.device.type == "meta" and moved.ids == batch.ids
+def test_pixels_move_and_the_sequence_stays_on_the_host(folder: Path) -> None:
+    moved = collate(dataset(folder).__getitems__([0])).to("meta")
+    assert moved.pixel_values.device.type == "meta" and moved.sequence.ids.device.type == "cpu"
+    text = collate(dataset(folder).__getitems__([2])).to("meta")
+    assert text.pixel_values is None and not text.sequence.visual.any()
 
 
 def test_an_image_is_read_once_for_a_batch(folder: Path) -> None:
