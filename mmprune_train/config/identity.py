@@ -21,7 +21,7 @@ NOT_DECISIVE = frozenset(
         "knee",
         # how fast and how safely, not what
         "trainer.num_workers", "trainer.log_every", "trainer.checkpoint_every_steps", "trainer.keep_checkpoints",
-        "trainer.vision_chunk", "trainer.remember_images",
+        "trainer.vision_chunk", "trainer.feature_cache", "trainer.feature_cache_dir",
         "data.evaluate",
         "data.blind",
     }

@@ -10,7 +10,7 @@ from torch.utils.data import DataLoader, Dataset
 from transformers import PreTrainedTokenizerBase
 
 from mmprune_train.data.batch import Batch, Sample, collate
-from mmprune_train.data.dataset import ConversationDataset
+from mmprune_train.data.dataset import ConversationDataset, Features
 from mmprune_train.data.images import ImageReader
 from mmprune_train.data.records import Record
 from mmprune_train.data.sampler import ResumableBatches
@@ -64,11 +64,12 @@ def train_loader(
     num_workers: int = 0,
     group_by_modality: bool = False,
     samples_per_image: int = 1,
+    features: Features | None = None,
 ) -> TrainLoader:
     """Batches of `batch_size` records for one rank; see ResumableBatches for the order and ConversationDataset for the
     rest. `samples_per_image` > 1 keeps that many samples of one image in one batch."""
     return TrainLoader(
-        ConversationDataset(records, template, tokenizer, reader, image_tokens, max_length),
+        ConversationDataset(records, template, tokenizer, reader, image_tokens, max_length, features),
         ResumableBatches(
             len(records),
             batch_size,

@@ -83,7 +83,7 @@ class MultimodalModule(pl.LightningModule):
         step = batch_idx // self.trainer.accumulate_grad_batches
         now = pace(pruner.settings.schedule, step, self.total_steps, f"{self.seed}/{self.stage_name}")
         with pruner.paced(now):
-            output = self.model.forward_packed(batch.sequence, batch.pixel_values, names=batch.images)
+            output = self.model.forward_packed(batch.sequence, batch.pixel_values, patches=batch.patches)
         counts = output.trace.counts()
         for name in TOTALS:
             if name in counts:
