@@ -28,6 +28,7 @@ class ImageSide:
     question: QuestionEncoder | None
     vision_chunk: int
     training: bool
+    device: torch.device
     clock: Clock | None
     """Set by who times the parts of a pass."""
 
@@ -98,7 +99,7 @@ class ImageSide:
 
     def kept_features(self, pixel_values: Tensor) -> Tensor:
         """[K, Dv] features that stage 1 leaves of images [I, 3, H, W], made tokens among them, before the projector."""
-        return self.select_patches(pixel_values.to(self.hf.lm_head.weight.device)).chosen
+        return self.select_patches(pixel_values.to(self.device)).chosen
 
     def absent_image(self) -> Tensor | None:
         """In training, a text-only batch runs the vision path on a blank image with zero weight, so that every rank
@@ -106,6 +107,6 @@ class ImageSide:
         if not (self.training and torch.is_grad_enabled()):
             return None
         size = self.config.vision_config.image_size
-        blank = torch.zeros((1, 3, size, size), device=self.hf.lm_head.weight.device)
+        blank = torch.zeros((1, 3, size, size), device=self.device)  # ZeRO-3 gathers a weight that is named
         asked = None if self.question is None else self.question.ask(Looks.unasked(1))  # first, as with images
         return self.hf.model.multi_modal_projector(self.select_patches(blank, asked).chosen)

@@ -224,6 +224,7 @@ class PackedLlava(ImageSide, PreTrainedModel, GenerationMixin):
                     sequence, hidden = sequence.keep_with(mask, hidden)
                     if self.pruner.settings.language.positions == "contiguous":
                         sequence = replace(sequence, position=sequence.within())
+                if scores is not None or self.training:  # as above: other ranks run the rotary module
                     rotation, borders, counts = self._enter(sequence, hidden, cache)
                 trace.language_entered[index] = sequence.entries(borders.lengths)
             trace.layers.append(counts[0])

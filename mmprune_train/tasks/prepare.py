@@ -25,7 +25,8 @@ def run(config: Config) -> dict[str, Any]:
     rows = [[what, place or "random initialisation"] for what, place in result.items()]
     if config.trainer.feature_cache:
         reports = prepare_features(config)
-        rows += [[f"features of {name}", f"{report.line()}; {report.folder}"] for name, report in reports.items()]
+        for name, report in reports.items():
+            rows += [[f"features of {name}", report.folder], ["", report.line()]]
         result["features"] = {name: report.numbers() for name, report in reports.items()}
     print(table(rows, ["ready", "where"]))
     write_json(run_dir(config) / "prepare" / "result.json", result)

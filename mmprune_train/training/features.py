@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import nn
 
 from mmprune_train.assets import cache_dir
 from mmprune_train.config.schema import Config
@@ -90,7 +91,7 @@ def without_tower(model: ImageSide) -> Iterator[None]:
     """Take the vision tower out of the network: it stays where it is while the rest goes to the device, and nothing
     can run it."""
     tower = model.hf.model.vision_tower
-    model.hf.model.vision_tower = None
+    model.hf.model.vision_tower = nn.Module()
     try:
         yield
     finally:

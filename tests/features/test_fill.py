@@ -252,9 +252,7 @@ def test_other_settings_are_encoded_anew_beside_the_old_ones(images: dict[Path, 
     dense, report = other.fill(root, images)
     assert other.images == 7 and len(dense.read(list(images)).chosen) == 63 > len(kept.chosen)
     told = json.loads((Path(report.folder) / "settings.json").read_text())
-    assert (
-        told["stage_1"].startswith("off") and told["dtype"] == "float32"
-    )
+    assert told["stage_1"].startswith("off") and told["dtype"] == "float32"
     one.images = 0
     assert_same(one.fill(root, images)[0].read(list(images)), kept)
     assert one.images == 0
