@@ -149,6 +149,11 @@ def test_a_knee_that_moves_nothing_is_told(smoke, overrides, words):
     assert (note is None) if words is None else (note is not None and words in note)
 
 
+def test_the_feature_cache_concerns_training_alone(smoke):
+    assert smoke("task=evaluate", "trainer.feature_cache=true", "pruner=random").trainer.feature_cache
+    assert smoke("trainer.feature_cache=true", "strategy=deepspeed_zero3").trainer.feature_cache
+
+
 def test_a_stage_that_is_off_may_have_any_score(smoke):
     off = smoke("knee=cumulative_mass", "pruner.vision.enabled=false", "pruner.vision.score=cls_cosine")
     assert off.pruner.vision.knee.method == "cumulative_mass"

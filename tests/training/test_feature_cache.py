@@ -16,9 +16,11 @@ from training.synthetic import overrides, write_dataset
 from mmprune_train.config.compose import compose_config
 from mmprune_train.config.schema import Config
 from mmprune_train.data.batch import Sample, collate
+from mmprune_train.data.encode import Example
 from mmprune_train.errors import UserError
 from mmprune_train.model.images import ImageSide
 from mmprune_train.model.patches import Patches
+from mmprune_train.pruning import Kind
 from mmprune_train.tasks import prepare, train
 from mmprune_train.training.callbacks import MetricsWriter
 from mmprune_train.training.run import run_stage
@@ -162,18 +164,41 @@ def test_samples_that_share_an_image_share_its_features() -> None:
     assert [x.tolist() for x in output.trace.vision_kept] == [x.tolist() for x in plain.trace.vision_kept]
 
 
+def text_alone(whole: Sample, patches: Patches | None) -> Sample:
+    """A sample without its image."""
+    text = whole.example.kind != Kind.VISUAL
+    fields = {name: getattr(whole.example, name)[text] for name in ("ids", "kind", "turn", "labels")}
+    return Sample(Example("text", **fields, n_images=0), [], [], patches)
+
+
 def test_text_alone_runs_the_projector_and_not_the_encoder(encoded: list[int]) -> None:
     """On another rank the projector has work to do; data parallelism waits for a gradient of every parameter."""
     model = packed(tiny_llava(), "twostage").train()
     whole = sample(1)
-    text = whole.example.kind != 0  # not the visual tokens
-    fields = {name: getattr(whole.example, name)[text] for name in ("ids", "kind", "turn", "labels")}
     rows = model.select_patches(whole.pixels[0][None])
     encoded.clear()
-    batch = collate([Sample(type(whole.example)("t", **fields, n_images=0), [], [], rows.take([]))])
-    assert batch.patches is not None and isinstance(batch.patches, Patches)
+    batch = collate([text_alone(whole, rows.take([]))])
     output = model.forward_packed(batch.sequence, batch.pixel_values, patches=batch.patches)
     output.loss_sum.backward()
     assert encoded == []
     for parameter in model.hf.model.multi_modal_projector.parameters():
         assert parameter.grad is not None and not parameter.grad.any()
+
+
+@pytest.mark.parametrize("cached", [False, True])
+def test_text_alone_runs_the_modules_that_images_run_in_their_order(cached: bool) -> None:
+    """ZeRO-3 stops where ranks differ, even in a module that has no weights."""
+    model = packed(tiny_llava(), "twostage").train()
+    whole = sample(1)
+    rows = model.select_patches(whole.pixels[0][None]) if cached else None
+    image = Sample(whole.example, whole.images, whole.pixels, rows)
+    text = text_alone(whole, rows and rows.take([]))
+    order: list[str] = []
+    for name, module in model.named_modules():
+        module.register_forward_pre_hook(lambda _, __, name=name: order.append(name))
+    ran = []
+    for batch in (collate([image]), collate([text])):
+        order.clear()
+        model.forward_packed(batch.sequence, batch.pixel_values, patches=batch.patches)
+        ran.append(list(order))
+    assert ran[0] == ran[1] and any("vision_tower" in name for name in ran[0]) != cached
