@@ -99,7 +99,7 @@ def pruned(
                 patches = read_cache()
         pixels = batch.pixel_values if patches is None else None
         with model.clock.part("forward"):
-            output = model.forward_packed(batch.sequence, pixels)
+            output = model.forward_packed(batch.sequence, pixels, patches=patches)
         way.tokens = tokens_of(output.trace)
         return output.loss_sum / output.supervised
 

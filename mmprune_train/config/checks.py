@@ -37,6 +37,8 @@ from mmprune_train.errors import UserError
 STRATEGIES = ("single", "ddp", "deepspeed_zero1", "deepspeed_zero2", "deepspeed_zero3")
 BENCHED = ("train", "generate", "selection")
 ATTENTION = ("auto", "flash_4", "flash_3", "flash_2", "torch_varlen", "flex", "sdpa_per_sample")
+CACHING_TASKS = ("train", "prepare", "plan")
+"""Tasks that `trainer.feature_cache` concerns."""
 
 
 def check(config: Config) -> None:
@@ -137,32 +139,26 @@ def _check_stages(config: Config) -> None:
             raise UserError(f"data.{name}.annotations is not set, and stage {name} needs it: {config.data.how_to_get}")
 
 
-def _check_memory(config: Config, name: str, stage: StageConfig) -> None:
+def _check_feature_cache(config: Config, name: str, stage: StageConfig) -> None:
     vision = config.pruner.vision
-    key = f"trainer.remember_images={config.trainer.remember_images}"
+    key, off = "trainer.feature_cache=true", "set trainer.feature_cache=false"
     if stage.train_vision:
-        raise UserError(f"{key}: stage.{name}.train_vision=true changes the features that would be remembered; set 0")
+        raise UserError(f"{key}: stage.{name}.train_vision=true changes the features that would be kept; {off}")
     for where, score in stage_one_scores(vision):
         if score == "random":
-            raise UserError(f"{key}: {where}=random must draw anew each time; set trainer.remember_images=0")
+            raise UserError(f"{key}: {where}=random must draw anew each time; {off}")
         if score in TEXT_SCORES:
-            raise UserError(
-                f"{key}: {where}={score} cuts an image anew for each question; set trainer.remember_images=0"
-            )
+            raise UserError(f"{key}: {where}={score} cuts an image anew for each question; {off}")
     schedule = config.pruner.schedule
     if vision.enabled and schedule.name != "constant" and "vision" in schedule.applies_to:
         raise UserError(
             f"{key}: pruner.schedule.name={schedule.name} moves what stage 1 leaves of an image from step to step; "
-            "set trainer.remember_images=0, or pruner.schedule.applies_to=[language]"
+            f"{off}, or pruner.schedule.applies_to=[language]"
         )
     if projects(vision) and stage.train_projector:
         raise UserError(
             f"{key}: pruner.vision.space=projected selects by what the projector, which stage.{name} trains, makes of "
-            "the patches; set trainer.remember_images=0, or pruner.vision.space=features"
-        )
-    if (stage.strategy or config.strategy.name) == "deepspeed_zero3":
-        raise UserError(
-            f"{key}: under deepspeed_zero3 every rank must run the encoder at every step; set trainer.remember_images=0"
+            f"the patches; {off}, or pruner.vision.space=features"
         )
 
 
@@ -180,8 +176,8 @@ def _check_stage(config: Config, name: str, stage: StageConfig) -> None:
     for count in ("batch_size", "global_batch_size", "token_budget", "epochs", "max_steps"):
         if getattr(stage, count) is not None:
             at_least(f"{key}.{count}", getattr(stage, count), 1)
-    if config.trainer.remember_images:
-        _check_memory(config, name, stage)
+    if config.trainer.feature_cache and config.task in CACHING_TASKS:
+        _check_feature_cache(config, name, stage)
     processes = config.trainer.devices * config.trainer.num_nodes
     strategy = stage.strategy or config.strategy.name
     where = f"{key}.strategy" if stage.strategy else "strategy.name"
@@ -247,7 +243,6 @@ def _check_run(config: Config) -> None:
     one_of("trainer.accelerator", trainer.accelerator, ("auto", "cpu", "cuda"))
     one_of("trainer.precision", trainer.precision, ("auto", "bf16", "fp32"))
     one_of("trainer.attention", trainer.attention, ATTENTION)
-    at_least("trainer.remember_images", config.trainer.remember_images, 0)
     counts = ("devices", "num_nodes", "log_every", "checkpoint_every_steps", "keep_checkpoints")
     for count in (*counts, "vision_chunk", "logits_chunk"):
         at_least(f"trainer.{count}", getattr(trainer, count), 1)

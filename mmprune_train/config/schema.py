@@ -379,9 +379,11 @@ class TrainerConfig:
     """Steps between two lines of progress where there is no terminal."""
     checkpoint_every_steps: int = 100
     keep_checkpoints: int = 1
-    remember_images: int = 0
-    """Keep what stage 1 leaves of up to this many images in main memory (about 30 kB each for the demo's encoder), so
-    that a frozen encoder reads them once; shared by the stages of a run."""
+    feature_cache: bool = False
+    """Keep on disk what stage 1 leaves of each image, so that a frozen encoder reads it once for all epochs, stages and
+    runs with the same encoder and stage 1. Filled before a stage trains; see docs/feature_cache.md."""
+    feature_cache_dir: str | None = None
+    """Where, a folder that all nodes share; null: `features` in this project's cache."""
     vision_chunk: int = 64
     """Images per forward pass of the vision tower."""
     compile: bool = False

@@ -11,17 +11,20 @@ import torch
 from torch import Tensor
 
 from mmprune_train.data.encode import Example
+from mmprune_train.model.patches import Patches
 from mmprune_train.pruning.packed import IGNORE, Kind, PackedSequence
 
 
 @dataclass(frozen=True)
 class Sample:
-    """An example with the pixels of its images, in order."""
+    """An example with its images, in order: their pixels, or what the feature cache holds of them."""
 
     example: Example
     images: list[Path]
     pixels: list[Tensor]
-    """One [3, H, W] float32 an image."""
+    """One [3, H, W] float32 an image; empty where `patches` are given."""
+    patches: Patches | None = None
+    """A row for each image, none for a text-only sample; None: the feature cache is off."""
 
 
 class Place(NamedTuple):
@@ -49,39 +52,49 @@ ALONE = Place()
 class Batch:
     sequence: PackedSequence
     pixel_values: Tensor | None
-    """[I, 3, H, W] float32; None: text only."""
+    """[I, 3, H, W] float32; None: text only, or `patches` take their place."""
     ids: list[str]
     """Names of the samples."""
     images: list[str]
-    """Paths of the images, row by row of `pixel_values`."""
+    """Paths of the images, row by row of `pixel_values` or `patches`."""
     supervised: int
     """Tokens that count in the loss."""
+    patches: Patches | None = None
+    """With the feature cache, what stage 1 left of the images; of none in a batch of text alone."""
     place: Place = ALONE
     """Set by who knows the optimizer step."""
 
     def to(self, device: torch.device | str) -> Batch:
         """The pixels on another device; the sequence stays on the host."""
         pixels = None if self.pixel_values is None else self.pixel_values.to(device, non_blocking=True)
-        return replace(self, pixel_values=pixels)
+        patches = self.patches and replace(self.patches, chosen=self.patches.chosen.to(device, non_blocking=True))
+        return replace(self, pixel_values=pixels, patches=patches)
 
     def pin_memory(self) -> Batch:
         pixels = None if self.pixel_values is None else self.pixel_values.pin_memory()
-        return replace(self, pixel_values=pixels)
+        patches = self.patches and replace(self.patches, chosen=self.patches.chosen.pin_memory())
+        return replace(self, pixel_values=pixels, patches=patches)
 
 
 def collate(samples: Sequence[Sample]) -> Batch:
     """Pack samples one after the other. Positions restart at 0 in each; targets are labels shifted inside each.
 
-    Samples that name the same image path share one row of `pixel_values`.
+    Samples that name the same image path share one row of `pixel_values`, or of `patches`.
     """
     examples = [sample.example for sample in samples]
     rows: dict[Path, int] = {}
     pixels: list[Tensor] = []
+    patches: list[Patches] = []
     for sample in samples:
-        for path, image in zip(sample.images, sample.pixels, strict=True):
+        new = []
+        for number, path in enumerate(sample.images):
             if path not in rows:
-                rows[path] = len(pixels)
-                pixels.append(image)
+                rows[path] = len(rows)
+                new.append(number)
+        if sample.patches is not None:
+            patches.append(sample.patches.take(new))
+        else:
+            pixels += [sample.pixels[number] for number in new]
     target = torch.cat([_shifted(example.labels) for example in examples])
     places = [_image_and_patch(sample, rows) for sample in samples]
     kind = torch.cat([example.kind for example in examples])
@@ -103,6 +116,7 @@ def collate(samples: Sequence[Sample]) -> Batch:
         ids=[example.id for example in examples],
         images=[str(path) for path in rows],
         supervised=int((target != IGNORE).sum()),
+        patches=Patches.cat(patches) if patches else None,
     )
 
 

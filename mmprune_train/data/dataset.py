@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Protocol
 
 from torch import Tensor
 from torch.utils.data import Dataset
@@ -14,10 +15,26 @@ from mmprune_train.data.encode import encode
 from mmprune_train.data.images import ImageReader
 from mmprune_train.data.records import Record
 from mmprune_train.data.templates import Template
+from mmprune_train.model.patches import Patches
+
+
+class Features(Protocol):
+    """What is known of images beforehand, so that they need not be read."""
+
+    def read(self, images: Sequence[Path]) -> Patches:
+        """A row for each image; of no image where there is none."""
+        ...
+
+    def kept(self, image: Path) -> int:
+        """Tokens that stage 1 leaves of an image."""
+        ...
 
 
 class ConversationDataset(Dataset[Sample]):
-    """Tokenises and reads images on demand; a bad sample raises UserError with its id and is never replaced."""
+    """Tokenises and reads images on demand; a bad sample raises UserError with its id and is never replaced.
+
+    With `features` no image is read: samples carry what those hold.
+    """
 
     def __init__(
         self,
@@ -27,6 +44,7 @@ class ConversationDataset(Dataset[Sample]):
         reader: ImageReader,
         image_tokens: int,
         max_length: int,
+        features: Features | None = None,
     ) -> None:
         self.records = records
         self.template = template
@@ -34,6 +52,7 @@ class ConversationDataset(Dataset[Sample]):
         self.reader = reader
         self.image_tokens = image_tokens
         self.max_length = max_length
+        self.features = features
 
     def __len__(self) -> int:
         return len(self.records)
@@ -49,6 +68,9 @@ class ConversationDataset(Dataset[Sample]):
             record = self.records[index]
             example = encode(record, self.template, self.tokenizer, self.image_tokens, self.max_length)
             paths = record.images[: example.n_images]
+            if self.features is not None:
+                samples.append(Sample(example, paths, [], self.features.read(paths)))
+                continue
             for path in paths:
                 if path not in read:
                     read[path] = self.reader(path, f"{record.where} (id {record.id})")

@@ -32,6 +32,13 @@ def image_processor(encoder: EncoderConfig, aspect_ratio: str) -> LlavaImageProc
     )
 
 
+def unreadable(path: Path, sample: str, error: Exception) -> UserError:
+    """What to tell of an image that `error` kept from being read; `sample` is who asks for it."""
+    if isinstance(error, FileNotFoundError):
+        return UserError(f"{sample}: image {path} is missing; correct the path or the split's `images`")
+    return UserError(f"{sample}: image {path} cannot be read ({error}); replace it or drop the sample")
+
+
 class ImageReader:
     """Path -> [3, H, W] float32, or a UserError that names the sample: never a neighbour's image in its place."""
 
@@ -43,9 +50,7 @@ class ImageReader:
         try:
             with Image.open(path) as file:
                 image = file.convert("RGB")
-        except FileNotFoundError:
-            raise UserError(f"{sample}: image {path} is missing; correct the path or the split's `images`") from None
         except (UnidentifiedImageError, OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
-            raise UserError(f"{sample}: image {path} cannot be read ({error}); replace it or drop the sample") from None
+            raise unreadable(path, sample, error) from None
         pixels: Tensor = self.processor(image, return_tensors="pt")["pixel_values"][0]
         return pixels.to(torch.float32)

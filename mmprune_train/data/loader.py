@@ -13,7 +13,7 @@ from torch.utils.data import DataLoader, Dataset
 from transformers import PreTrainedTokenizerBase
 
 from mmprune_train.data.batch import Batch, Sample, collate
-from mmprune_train.data.dataset import ConversationDataset
+from mmprune_train.data.dataset import ConversationDataset, Features
 from mmprune_train.data.images import ImageReader
 from mmprune_train.data.lengths import KeptTokens, SampleLengths, VisualTokens
 from mmprune_train.data.packing import EvenSplit, Split, TokenSplit
@@ -108,6 +108,7 @@ def train_loader(
     samples_per_image: int = 1,
     token_budget: int | None = None,
     visual_tokens: VisualTokens | None = None,
+    features: Features | None = None,
 ) -> TrainLoader:
     """Micro-batches of one rank; see GlobalBatches for the order and ConversationDataset for the rest.
 
@@ -118,8 +119,9 @@ def train_loader(
         samples_per_image: up to so many samples of one image are kept in one micro-batch.
         token_budget: tokens that a micro-batch lets into the LLM, see TokenSplit.
         visual_tokens: how many of them an image has; None: that is estimated while training.
+        features: of all images, where the feature cache is on.
     """
-    dataset = ConversationDataset(records, template, tokenizer, reader, image_tokens, max_length)
+    dataset = ConversationDataset(records, template, tokenizer, reader, image_tokens, max_length, features)
     batches = GlobalBatches(
         len(records),
         global_batch_size,

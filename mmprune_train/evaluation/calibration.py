@@ -17,13 +17,14 @@ from mmprune_train.data.encode import encode
 from mmprune_train.data.images import ImageReader
 from mmprune_train.data.records import Record
 from mmprune_train.data.templates import Template
-from mmprune_train.evaluation.generate import batches, progress
+from mmprune_train.evaluation.generate import batches
 from mmprune_train.model.llava import PackedLlava
-from mmprune_train.model.patches import Patches, PatchMemory
+from mmprune_train.model.patches import Patches
 from mmprune_train.pruning import Pruner
 from mmprune_train.pruning.budgets import spread_of_features
 from mmprune_train.pruning.calibration import Knob, ScoredImages, Solution, Value, knob_of, solve
 from mmprune_train.pruning.scores import VisionView
+from mmprune_train.reporting.progress import progress
 
 Encoder = Callable[[Tensor], tuple[Tensor, VisionView]]
 """Pixels [I, 3, H, W] -> features [I, N, D] and what stage 1 looks at."""
@@ -139,7 +140,7 @@ class SamplePasses:
         self, model: PackedLlava, packed: list[Batch], images: EncodedImages, dtype: torch.dtype, seed: int
     ) -> None:
         """Args:
-        model: taken over: its pruner, memory and layers are changed.
+        model: taken over: its pruner and layers are changed.
         packed: from `pack`.
         images: theirs.
         dtype: bfloat16 computes under autocast.
@@ -180,10 +181,10 @@ class SamplePasses:
         found: dict[str, list[Tensor]] = {name: [] for name in ("dense", "stage1", "stage2", "layer_mean")}
         torch.manual_seed(self.seed)
         with torch.autocast(device.type, dtype=self.dtype, enabled=self.dtype != torch.float32):
-            self._remember()
+            cut = {name: self._cut(row).to("cpu") for row, name in enumerate(self.images.names)}
             for batch in progress(self.packed, title, lines=1):
-                batch = batch.to(device)
-                trace = model.forward_packed(batch.sequence, batch.pixel_values, names=batch.images).trace
+                patches = Patches.cat([cut[name] for name in batch.images]).to(device) if batch.images else None
+                trace = model.forward_packed(batch.sequence, None, patches=patches).trace
                 last = trace.layers[-1]
                 total = torch.stack(trace.layers).double().sum(0) + (depth - len(trace.layers)) * last
                 counts = {"dense": trace.dense, "stage1": trace.stage1, "stage2": last, "layer_mean": total / depth}
@@ -196,17 +197,12 @@ class SamplePasses:
         """[K, Dv] what stage 1 leaves of the first images, before the projector."""
         return torch.cat([self._cut(row).chosen for row in range(min(images, len(self.images.names)))])
 
-    def _remember(self) -> None:
-        """Let the model find what stage 1 leaves of each image, so that it encodes none."""
-        self.model.memory = PatchMemory(len(self.images.names))
-        for row, name in enumerate(self.images.names):
-            self.model.memory.put(name, self._cut(row))
-
     def _cut(self, row: int) -> Patches:
         images, device = self.images, self.model.hf.lm_head.weight.device
         assert images.features is not None
         scores = None if images.scores is None else images.scores[row : row + 1].to(device)
-        return self.model.cut_images(images.features[row : row + 1].to(device), images.view(row, device), scores=scores)
+        features, view = images.features[row : row + 1].to(device), images.view(row, device)
+        return self.model.cut_images(features, view, scores=scores)
 
 
 def _in_numbers(settings: PrunerConfig, places: dict[int, int]) -> PrunerConfig:

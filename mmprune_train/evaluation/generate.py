@@ -2,18 +2,17 @@
 
 from __future__ import annotations
 
-import sys
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
 import torch
 from PIL import Image
-from tqdm import tqdm
 
 from mmprune_train.data.templates import Template
 from mmprune_train.errors import UserError
 from mmprune_train.evaluation.questions import Question
+from mmprune_train.reporting.progress import progress
 
 Item = TypeVar("Item")
 COUNTS = ("dense", "stage1", "stage2", "layer_mean", "visual_dense", "visual_stage1", "visual_stage2")
@@ -89,15 +88,3 @@ def answer(
 def batches(items: Sequence[Item], size: int) -> Iterator[Sequence[Item]]:
     for start in range(0, len(items), size):
         yield items[start : start + size]
-
-
-def progress(items: Sequence[Any], title: str, unit: str = "batches", lines: int = 10) -> Iterable[Any]:
-    """A bar on a terminal, about `lines` plain lines elsewhere."""
-    if sys.stderr.isatty():
-        yield from tqdm(items, desc=title)
-        return
-    every = max(1, -(-len(items) // lines))
-    for index, item in enumerate(items, 1):
-        yield item
-        if index % every == 0 or index == len(items):
-            print(f"{title} {index}/{len(items)} {unit}", flush=True)

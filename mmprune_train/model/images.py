@@ -12,7 +12,7 @@ from transformers import LlavaConfig, LlavaForConditionalGeneration
 from mmprune_train.errors import UserError
 from mmprune_train.model.clock import Clock, timed
 from mmprune_train.model.language import looking
-from mmprune_train.model.patches import Patches, PatchMemory
+from mmprune_train.model.patches import Patches
 from mmprune_train.model.question import Asked, Looks, QuestionEncoder
 from mmprune_train.model.vision import encode
 from mmprune_train.pruning import Pruner
@@ -29,8 +29,7 @@ class ImageSide:
     question: QuestionEncoder | None
     vision_chunk: int
     training: bool
-    memory: PatchMemory | None
-    """What stage 1 left of images seen before; set by training where the encoder is frozen."""
+    device: torch.device
     clock: Clock | None
     """Set by who times the parts of a pass."""
 
@@ -104,29 +103,9 @@ class ImageSide:
             projected = self.hf.model.multi_modal_projector(features)
         return projected if rows is None else projected[rows]
 
-    def remembered_patches(
-        self, pixel_values: Tensor, names: list[str] | None, asked: Asked | None
-    ) -> tuple[Patches, int]:
-        """As `select_patches`, and the number of images that were encoded for it.
-
-        With a memory images are encoded one by one, so that an image's features do not depend on the others of the
-        batch in which it was first seen. A stage 1 that reads the question has nothing to remember.
-        """
-        if self.memory is None or names is None or asked is not None:
-            return self.select_patches(pixel_values, asked), len(pixel_values)
-        rows, encoded = [], 0
-        for name, pixels in zip(names, pixel_values.split(1), strict=True):
-            seen = self.memory.get(name)
-            if seen is None:
-                seen = self.select_patches(pixels).detach()
-                self.memory.put(name, seen)
-                encoded += 1
-            rows.append(seen.to(pixel_values.device))
-        return Patches.cat(rows), encoded
-
     def kept_features(self, pixel_values: Tensor) -> Tensor:
         """[K, Dv] features that stage 1 leaves of images [I, 3, H, W], made tokens among them, before the projector."""
-        return self.select_patches(pixel_values.to(self.hf.lm_head.weight.device)).chosen
+        return self.select_patches(pixel_values.to(self.device)).chosen
 
     def absent_image(self) -> Tensor | None:
         """In training, a text-only batch runs the vision path on a blank image with zero weight, so that every rank
@@ -134,6 +113,6 @@ class ImageSide:
         if not (self.training and torch.is_grad_enabled()):
             return None
         size = self.config.vision_config.image_size
-        blank = torch.zeros((1, 3, size, size), device=self.hf.lm_head.weight.device)
+        blank = torch.zeros((1, 3, size, size), device=self.device)  # ZeRO-3 gathers a weight that is named
         asked = None if self.question is None else self.question.ask(Looks.unasked(1))  # first, as with images
         return self.hf.model.multi_modal_projector(self.select_patches(blank, asked).chosen)

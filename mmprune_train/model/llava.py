@@ -20,7 +20,7 @@ from mmprune_train.model.images import ImageSide
 from mmprune_train.model.inputs import Annotate, first_of_equal, pack
 from mmprune_train.model.language import ScoringKeys, check_language_model, rotary
 from mmprune_train.model.loss import CHUNK, cross_entropy_sum
-from mmprune_train.model.patches import PatchMemory
+from mmprune_train.model.patches import Patches
 from mmprune_train.model.question import FOLDER, QuestionEncoder, Words, looks_of
 from mmprune_train.model.vision import deepest_feature, family_of, scored_block
 from mmprune_train.pruning import IGNORE, PackedSequence, Pruner, PruningTrace
@@ -106,7 +106,6 @@ class PackedLlava(ImageSide, PreTrainedModel, GenerationMixin):
         self.words = words
         self.attention = "auto"  # trainer.attention
         self.logits_chunk = CHUNK
-        self.memory: PatchMemory | None = None
         self.clock: Clock | None = None
         self.last_pruning: PruningTrace | None = None
         self.generation_config = hf.generation_config
@@ -143,7 +142,7 @@ class PackedLlava(ImageSide, PreTrainedModel, GenerationMixin):
         sequence: PackedSequence,
         pixel_values: Tensor | None,
         cache: PrunedCache | None = None,
-        names: list[str] | None = None,
+        patches: Patches | None = None,
     ) -> PackedOutput:
         """Embed, prune, run the layers, and take the loss where there is a target.
 
@@ -154,17 +153,18 @@ class PackedLlava(ImageSide, PreTrainedModel, GenerationMixin):
             sequence: the dense batch on the host, without embeddings.
             pixel_values: [I, 3, H, W], or None or empty for text alone.
             cache: filled with every layer's keys and values, for generation.
-            names: one for each image; with a `memory`, an image is encoded once.
+            patches: what stage 1 left of the images that `sequence.image` names, in place of `pixel_values`: the
+                encoder does not run, not even for a batch without images.
         """
         dense, dense_visual = self._count(sequence)
-        patches, asked, encoded = None, None, 0
-        if pixel_values is not None and len(pixel_values):
+        asked, encoded = None, 0
+        if patches is None and pixel_values is not None and len(pixel_values):
             if self.question is not None:
                 assert self.words is not None, "question without words"
                 looks = looks_of(sequence, self.words)
                 sequence = replace(sequence, image=looks.row)
                 asked = self.question.ask(looks)
-            patches, encoded = self.remembered_patches(pixel_values, names, asked)
+            patches, encoded = self.select_patches(pixel_values, asked), len(pixel_values)
         row = sequence.image
         if patches is not None:
             kept = patches.kept
@@ -233,6 +233,7 @@ class PackedLlava(ImageSide, PreTrainedModel, GenerationMixin):
                     sequence, hidden = sequence.keep_with(mask, hidden)
                     if self.pruner.settings.language.positions == "contiguous":
                         sequence = replace(sequence, position=sequence.within())
+                if pruned is not None or self.training:  # as above: other ranks run the rotary module
                     position, rotation, borders, counts = self._enter(sequence, hidden, cache)
                 trace.language_entered[index] = sequence.entries(borders.lengths)
             trace.layers.append(counts[0])

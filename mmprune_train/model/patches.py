@@ -1,4 +1,4 @@
-"""What stage 1 leaves of images, and a memory of it, so that a frozen encoder reads each image once."""
+"""What stage 1 leaves of images."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ class Patches:
     order: Int64[Tensor, "I N"]
     """[I, N] patches in the order in which they enter the LLM, and -1 behind the last; on the host."""
     scores: Float[Tensor, "I N"] | None
-    """[I, N], None where stage 1 is off."""
+    """[I, N], None where stage 1 is off, and where the features come from the feature cache."""
 
     @classmethod
     def whole(cls, features: Float[Tensor, "I N D"]) -> Patches:
@@ -53,6 +53,18 @@ class Patches:
             torch.cat(scores) if scores else None,
         )
 
+    def take(self, images: list[int]) -> Patches:
+        """Some of the images, in this order; of no image where there is none."""
+        if images == list(range(len(self.kept))):
+            return self
+        chosen = self.chosen.split(self.kept.sum(1).tolist())
+        return Patches(
+            torch.cat([self.chosen[:0], *(chosen[image] for image in images)]),
+            self.kept[images],
+            self.order[images],
+            None if self.scores is None else self.scores[images],
+        )
+
     @property
     def indices(self) -> list[Tensor]:
         """Per image, the places that stay, ascending."""
@@ -63,33 +75,6 @@ class Patches:
         """Per image, the same in the order in which they enter the LLM."""
         return [row[:count] for row, count in zip(self.order, self.kept.sum(1).tolist(), strict=True)]
 
-    def detach(self) -> Patches:
-        """The same without gradient."""
-        return replace(self, chosen=self.chosen.detach())
-
     def to(self, device: torch.device | str) -> Patches:
-        """The same with features and scores on another device."""
-        scores = None if self.scores is None else self.scores.to(device)
-        return replace(self, chosen=self.chosen.to(device), scores=scores)
-
-
-class PatchMemory:
-    """Keeps what stage 1 left of up to `capacity` images, by name, in main memory; what comes later is not kept.
-
-    Only for an encoder that is frozen and a stage 1 without chance, with the same settings for all who share it.
-    """
-
-    def __init__(self, capacity: int) -> None:
-        self.capacity = capacity
-        self._seen: dict[str, Patches] = {}
-
-    def __len__(self) -> int:
-        return len(self._seen)
-
-    def get(self, name: str) -> Patches | None:
-        return self._seen.get(name)
-
-    def put(self, name: str, seen: Patches) -> None:
-        """Remember one image."""
-        if len(self._seen) < self.capacity:
-            self._seen[name] = seen.to("cpu")
+        """The features on another device; what counts and orders them stays where it is."""
+        return replace(self, chosen=self.chosen.to(device))

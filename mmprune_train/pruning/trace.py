@@ -34,7 +34,7 @@ class PruningTrace:
     """For each LLM layer that something was dropped before, per sample: the positions, as above, of the tokens that
     entered it. A token that a merge made has the position of the dropped token whose place it took."""
     encoded: int = 0
-    """Images that went through the vision tower; those remembered did not."""
+    """Images that went through the vision tower; those in the feature cache did not."""
     asked: tuple[int, int] = (0, 0)
     """Questions that went through the text tower, and the tokens that each took, padding included."""
     vision_scores: Tensor | None = None

@@ -3,22 +3,32 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from mmprune_train.assets import say
 from mmprune_train.config.identity import run_dir
+from mmprune_train.config.pruner import projects
 from mmprune_train.config.schema import Config
 from mmprune_train.data import sources
 from mmprune_train.reporting.tables import table
 from mmprune_train.training.files import write_json
+
+if TYPE_CHECKING:
+    from mmprune_train.features.fill import Report
 
 
 def run(config: Config) -> dict[str, Any]:
     """Everything the run needs, with the places where it lies."""
     splits = [*config.stages, *(["evaluate"] if config.data.evaluate.annotations else [])]
     found = {**prepare_data(config, splits), **prepare_weights(config)}
-    result = {what: str(place) if place else None for what, place in found.items()}
-    print(table([[what, place or "random initialisation"] for what, place in result.items()], ["ready", "where"]))
+    result: dict[str, Any] = {what: str(place) if place else None for what, place in found.items()}
+    rows = [[what, place or "random initialisation"] for what, place in result.items()]
+    if config.trainer.feature_cache:
+        reports = prepare_features(config)
+        for name, report in reports.items():
+            rows += [[f"features of {name}", report.folder], ["", report.line()]]
+        result["features"] = {name: report.numbers() for name, report in reports.items()}
+    print(table(rows, ["ready", "where"]))
     write_json(run_dir(config) / "prepare" / "result.json", result)
     return result
 
@@ -45,3 +55,43 @@ def prepare_weights(config: Config) -> dict[str, Path | None]:
     if config.encoder.text is not None and reads_text(config.pruner.vision):
         found["encoder.text"] = text_folder(config.encoder.text)
     return found
+
+
+def prepare_features(config: Config) -> dict[str, Report]:
+    """Fill the feature cache for all stages from the base weights; one report for the stages that prepare images alike,
+    by their names.
+
+    The LLM is not loaded. Where stage 1 selects by a projector, it stays on the meta device, too, and the cache is left
+    to the training run.
+    """
+    import torch
+
+    from mmprune_train.model.build import build_on_meta, vision_tower
+    from mmprune_train.model.weights import encoder_folder
+    from mmprune_train.quiet import quiet
+    from mmprune_train.training.features import askers, fill_for
+    from mmprune_train.training.freezing import store_frozen
+    from mmprune_train.training.inputs import stage_records
+    from mmprune_train.training.precision import choose_accelerator, choose_precision
+
+    if projects(config.pruner.vision):
+        say("features: stage 1 looks at them through the projector; the cache is filled when training starts")
+        return {}
+    accelerator = choose_accelerator(config.trainer.accelerator)
+    precision = choose_precision(config.trainer.precision, accelerator)
+    with quiet():
+        model = build_on_meta(config)
+        torch.manual_seed(config.seed)  # random weights are to be those of a run
+        tower = vision_tower(config.encoder, encoder_folder(config.encoder), torch.float32).eval().requires_grad_(False)
+    store_frozen(tower, precision.dtype)
+    model.hf.model.vision_tower = tower
+    model.vision_chunk = config.trainer.vision_chunk
+    alike: dict[str, list[str]] = {}
+    for name in config.stages:
+        alike.setdefault(config.stage[name].image_aspect_ratio, []).append(name)
+    reports = {}
+    for names in alike.values():
+        images = askers([record for name in names for record in stage_records(config, name)])
+        _, report = fill_for(config, names[0], model, images, precision.dtype, torch.device(accelerator))
+        reports[" and ".join(names)] = report
+    return reports

@@ -61,12 +61,11 @@ def _train(config: Config, directory: RunDirectory, todo: list[str], main: bool)
 
     if main:
         directory.update(base_weights=describe(config))
-    memories: dict[str, Any] = {}
     for name in todo:
         start = start_of(config, directory, name)
         if main:
             print(f"\n{name} starts from {start or 'the base weights and a new projector'}", flush=True)
-        run_stage(config, name, directory, start, memories)
+        run_stage(config, name, directory, start)
 
 
 def start_of(config: Config, directory: RunDirectory, stage: str) -> Path | None:

@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from pathlib import Path
 from typing import Any
 
 from torch import Tensor
 
 from mmprune_train.config.schema import Config, PrunerConfig
+from mmprune_train.data.dataset import Features
 from mmprune_train.data.images import ImageReader, image_processor
 from mmprune_train.data.lengths import VisualTokens
 from mmprune_train.data.loader import TrainLoader, train_loader
-from mmprune_train.data.records import read_records
+from mmprune_train.data.records import Record, read_records
 from mmprune_train.data.sources import split_files
 from mmprune_train.data.templates import get_template
 
@@ -22,6 +24,16 @@ def template_of(config: Config, name: str) -> str:
     return config.llm.template if template == "auto" else template
 
 
+def stage_records(config: Config, name: str) -> list[Record]:
+    """The records of stage `name`."""
+    return read_records(*split_files(config.data, name), getattr(config.data, name).limit)
+
+
+def stage_reader(config: Config, name: str) -> ImageReader:
+    """Reads images as stage `name` prepares them."""
+    return ImageReader(image_processor(config.encoder, config.stage[name].image_aspect_ratio))
+
+
 def stage_loader(
     config: Config,
     name: str,
@@ -29,22 +41,23 @@ def stage_loader(
     image_tokens: int,
     rank: int,
     world: int,
-    visual_tokens: VisualTokens | None = None,
+    records: Sequence[Record] | None = None,
+    features: Features | None = None,
 ) -> TrainLoader:
     """Batches of stage `name` for one rank.
 
     Args:
         tokenizer: with the image token in its vocabulary.
         image_tokens: visual tokens of one image.
-        visual_tokens: those that stage 1 leaves of an image, where they are known before training.
+        records: of the stage, where they have been read.
+        features: of all its images, where the feature cache is on; then it is known what stage 1 leaves of them.
     """
     stage = config.stage[name]
-    annotations, images = split_files(config.data, name)
     return train_loader(
-        read_records(annotations, images, getattr(config.data, name).limit),
+        stage_records(config, name) if records is None else records,
         get_template(template_of(config, name), tokenizer),
         tokenizer,
-        ImageReader(image_processor(config.encoder, stage.image_aspect_ratio)),
+        stage_reader(config, name),
         image_tokens,
         stage.max_length,
         stage.batch_size,
@@ -56,7 +69,8 @@ def stage_loader(
         stage.group_by_modality,
         stage.samples_per_image,
         stage.token_budget,
-        visual_tokens or whole_images(config.pruner, image_tokens),
+        whole_images(config.pruner, image_tokens) if features is None else features.kept,
+        features,
     )
 
 
@@ -66,8 +80,13 @@ def whole_images(pruner: PrunerConfig, image_tokens: int) -> VisualTokens | None
     return None if pruner.vision.enabled and not moves else lambda image: image_tokens
 
 
+def spread_paths(records: Sequence[Record], count: int) -> list[tuple[Path, str]]:
+    """Up to `count` images spread evenly over a stage's samples, each with the sample; the same on every rank."""
+    seen = [(path, f"{record.where} (id {record.id})") for record in records for path in record.images[:1]]
+    return seen[:: max(1, len(seen) // count)][:count]
+
+
 def spread_images(loader: TrainLoader, count: int) -> Iterator[Tensor]:
-    """Up to `count` images [3, H, W] spread evenly over a stage's samples; the same on every rank."""
-    seen = [(record, path) for record in loader.dataset.records for path in record.images[:1]]
-    for record, path in seen[:: max(1, len(seen) // count)][:count]:
-        yield loader.dataset.reader(path, f"{record.where} (id {record.id})")
+    """Those images [3, H, W]."""
+    for path, where in spread_paths(loader.dataset.records, count):
+        yield loader.dataset.reader(path, where)

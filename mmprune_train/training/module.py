@@ -130,7 +130,7 @@ class MultimodalModule(pl.LightningModule):
         pruner = self.model.pruner
         now = pace(pruner.settings.schedule, batch.place.step, self.total_steps, f"{self.seed}/{self.stage_name}")
         with pruner.paced(now):
-            output = self.model.forward_packed(batch.sequence, batch.pixel_values, names=batch.images)
+            output = self.model.forward_packed(batch.sequence, batch.pixel_values, patches=batch.patches)
         counts = output.trace.counts()
         for name in TOTALS:
             if name in counts:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import shutil
 import time
+from contextlib import nullcontext
 from pathlib import Path
 from statistics import fmean, median
 from typing import Any
@@ -21,20 +22,20 @@ from mmprune_train.model.build import build, load_model
 from mmprune_train.model.language import checkpoint_layers, compile_layers
 from mmprune_train.model.llava import PackedLlava
 from mmprune_train.model.loss import loss_kernel
-from mmprune_train.model.patches import PatchMemory
 from mmprune_train.model.peft import add_adapters, merge_adapters
 from mmprune_train.model.projector import match_features
 from mmprune_train.quiet import quiet
 from mmprune_train.training.callbacks import MetricsWriter, progress
 from mmprune_train.training.checkpoints import Checkpoints, last_checkpoint
+from mmprune_train.training.features import stage_features, without_tower
 from mmprune_train.training.files import read_jsonl
 from mmprune_train.training.freezing import Part, freeze, freezing_table, store_frozen
-from mmprune_train.training.inputs import spread_images, stage_loader, template_of
+from mmprune_train.training.inputs import spread_images, spread_paths, stage_loader, stage_records, template_of
 from mmprune_train.training.loggers import build_loggers, close_loggers
 from mmprune_train.training.module import MODULES
 from mmprune_train.training.precision import Precision, choose_accelerator, choose_precision
 from mmprune_train.training.rundir import RunDirectory
-from mmprune_train.training.strategies import build_strategy, whole_weights
+from mmprune_train.training.strategies import build_strategy, start_processes, whole_weights
 from mmprune_train.training.stream import BatchStream, steps_of
 from mmprune_train.training.throughput import STARVED, peak
 
@@ -42,13 +43,7 @@ MATCHED_IMAGES = 64
 """Images that `projector.init=matched` measures features on."""
 
 
-def run_stage(
-    config: Config,
-    name: str,
-    run: RunDirectory,
-    start_from: Path | None,
-    memories: dict[str, PatchMemory] | None = None,
-) -> dict[str, Any]:
+def run_stage(config: Config, name: str, run: RunDirectory, start_from: Path | None) -> dict[str, Any]:
     """Train one stage, or go on with it, and write its `model/`.
 
     Args:
@@ -56,7 +51,6 @@ def run_stage(
         name: `pretrain` or `instruct`.
         run: the run directory; the newest checkpoint in it is continued.
         start_from: Hugging Face folder of the stage before; None: the base weights.
-        memories: by `image_aspect_ratio`, what stage 1 left of images; shared by the stages of a run.
     Returns:
         Summary of the stage, as `summary` gives it.
     """
@@ -75,10 +69,6 @@ def run_stage(
     model.vision_chunk = config.trainer.vision_chunk
     model.attention, model.logits_chunk = config.trainer.attention, config.trainer.logits_chunk
     kernels = kernel_lines(model, torch.device(accelerator), precision.dtype)
-    if config.trainer.remember_images:
-        memories = {} if memories is None else memories
-        ratio = stage.image_aspect_ratio
-        model.memory = memories.setdefault(ratio, PatchMemory(config.trainer.remember_images))
     model.template = template_of(config, name)
 
     trainer_options, world = trainer_settings(config, stage, accelerator, precision)
@@ -89,12 +79,18 @@ def run_stage(
     )
     with quiet():
         trainer = pl.Trainer(**trainer_options, default_root_dir=folder, logger=loggers or False)
-    loader = stage_loader(
-        config, name, processor.tokenizer, model.config.image_seq_length, rank=trainer.global_rank, world=world
-    )
+    records, features = stage_records(config, name), None
+    if config.trainer.feature_cache:
+        start_processes(trainer)
+        features = stage_features(config, name, model, records, precision.dtype, trainer)
+    tokenizer, image_tokens = processor.tokenizer, model.config.image_seq_length
+    loader = stage_loader(config, name, tokenizer, image_tokens, trainer.global_rank, world, records, features)
     if start_from is None and config.projector.init == "matched":
-        match_projector(model, list(spread_images(loader, MATCHED_IMAGES)))
-    steps = steps_of(len(loader.dataset), stage.epochs, stage.global_batch_size, stage.max_steps)
+        if features is None:
+            match_projector(model, list(spread_images(loader, MATCHED_IMAGES)))
+        else:
+            fit_projector(model, features.read([path for path, _ in spread_paths(records, MATCHED_IMAGES)]).chosen)
+    steps = steps_of(len(records), stage.epochs, stage.global_batch_size, stage.max_steps)
     stream = BatchStream(loader, steps)
     module = MODULES[name](model, parts, config.optim, steps, config.seed, stage.token_budget)
     limit = peak(accelerator, precision.dtype)
@@ -114,7 +110,7 @@ def run_stage(
             print(f"continues after step {resumed_step}", flush=True)
     run.update_stage(name, state="running", steps=steps)
     began = time.perf_counter()
-    with quiet():
+    with quiet(), nullcontext() if features is None else without_tower(model):
         trainer.fit(module, train_dataloaders=stream, ckpt_path=resume, weights_only=True if resume else None)
         close_loggers(loggers)
     if trainer.global_step < steps:

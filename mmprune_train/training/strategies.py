@@ -84,6 +84,16 @@ def _cpu_deepspeed(**settings: Any) -> Any:
     return CpuDeepSpeedStrategy(**settings)
 
 
+def start_processes(trainer: Any) -> None:
+    """Start and connect the other processes of a Trainer now, as its `fit` would, for work that they share before it.
+    `fit` then finds them running."""
+    launcher = trainer.strategy.launcher
+    if launcher is None:
+        trainer.strategy.setup_environment()
+    else:
+        launcher.launch(trainer.strategy.setup_environment)
+
+
 def whole_weights(strategy: Any, model: Module) -> Any:
     """Context in which every parameter of `model` holds all its values (ZeRO-3 spreads them over the ranks)."""
     import contextlib

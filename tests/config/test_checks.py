@@ -59,10 +59,13 @@ def test_typos_are_answered_with_the_nearest_valid_word(override, words):
         (["trainer.devices=2"], "strategy=ddp"),
         (["stage.instruct.use_peft=false"], "use_peft=true"),
         (["stage.instruct.train_llm=false"], "train_llm=true"),
-        (["trainer.remember_images=9", "stage.pretrain.train_vision=true"], "stage.pretrain.train_vision=true changes"),
-        (["trainer.remember_images=9", "pruner=random"], "draw anew"),
-        (["trainer.remember_images=9", "pruner=cdpruner"], "anew for each question.*remember_images=0"),
-        (["trainer.remember_images=9", "pruner=recoverable"], "pruner.vision.recover.score=text_similarity_bare cuts"),
+        (
+            ["trainer.feature_cache=true", "stage.pretrain.train_vision=true"],
+            "stage.pretrain.train_vision=true changes",
+        ),
+        (["trainer.feature_cache=true", "pruner=random"], "draw anew"),
+        (["trainer.feature_cache=true", "pruner=cdpruner"], "anew for each question.*feature_cache=false"),
+        (["trainer.feature_cache=true", "pruner=recoverable"], "pruner.vision.recover.score=text_similarity_bare cuts"),
         (["encoder=dinov2_small", "pruner=cdpruner"], "needs a CLIP text tower.*choose encoder=clip_vit_l14_336"),
         (["encoder.text=null", "pruner=recoverable"], "recover.score=text_similarity_bare needs a CLIP text tower"),
         (["encoder.arch.model_type=vit"], "encoder.text: a CLIP text tower does not fit a vit"),
@@ -70,13 +73,11 @@ def test_typos_are_answered_with_the_nearest_valid_word(override, words):
         (["pruner.vision.recover.score=text_similarty"], "did you mean text_similarity"),
         (["pruner.vision.recover.knee.min_tokens=-1"], "recover.knee.min_tokens=-1 must be at least 0"),
         (["pruner=recoverable", "pruner.vision.recover.knee.method=cumulative_mass"], "vision.recover.score=cls_atten"),
-        (["trainer.remember_images=9", "pruner=divprune"], "space=projected.*space=features"),
-        (["trainer.remember_images=9", "strategy=deepspeed_zero3"], "every rank"),
-        (["trainer.remember_images=-1"], "at least 0"),
         (["trainer.attention=flash_5"], "trainer.attention=flash_5.*flash_4"),
         (["trainer.logits_chunk=0"], "trainer.logits_chunk=0.*at least 1"),
+        (["trainer.feature_cache=true", "pruner=divprune"], "space=projected.*space=features"),
         (["task=calibrate", "pruner=cdpruner"], "cdpruner reads questions"),
-        (["trainer.remember_images=9", "pruner.schedule.name=anneal"], "from step to step.*applies_to=.language"),
+        (["trainer.feature_cache=true", "pruner.schedule.name=anneal"], "from step to step.*applies_to=.language"),
         (["pruner.schedule.name=aneal"], "did you mean anneal"),
         (["pruner.schedule.shape=sine"], "pruner.schedule.shape=sine"),
         (["pruner.schedule.applies_to=[visual]"], "pruner.schedule.applies_to=visual.*did you mean vision"),
@@ -153,6 +154,11 @@ def test_a_knee_that_moves_nothing_is_told(smoke, overrides, words):
     config = smoke(*overrides)
     note = idle_knee(config.pruner, config.knee)
     assert (note is None) if words is None else (note is not None and words in note)
+
+
+def test_the_feature_cache_concerns_training_alone(smoke):
+    assert smoke("task=evaluate", "trainer.feature_cache=true", "pruner=random").trainer.feature_cache
+    assert smoke("trainer.feature_cache=true", "strategy=deepspeed_zero3").trainer.feature_cache
 
 
 def test_a_stage_that_is_off_may_have_any_score(smoke):

@@ -17,6 +17,7 @@ from mmprune_train.config.identity import NOT_DECISIVE, differences, run_dir, ru
         "task=evaluate", "stages=[pretrain]", "logger=wandb", "debug=true", "restart=true", "runs_dir=elsewhere",
         "trainer.num_workers=2", "evaluate.limit=3", "generate.question=why", "ckpt=x", "data.root=/elsewhere",
         "trainer.attention=sdpa_per_sample", "trainer.logits_chunk=9",
+        "trainer.feature_cache=true", "trainer.feature_cache_dir=/elsewhere",
     ],
 )  # fmt: skip
 def test_settings_that_do_not_change_the_training_keep_the_run(smoke, override):

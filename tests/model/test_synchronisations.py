@@ -14,7 +14,7 @@ from torch import Tensor
 
 from mmprune_train.config.paths import options
 from mmprune_train.config.schema import OptimConfig, StageConfig
-from mmprune_train.data.batch import Batch, collate
+from mmprune_train.data.batch import Batch, Place, collate
 from mmprune_train.errors import UserError
 from mmprune_train.model.llava import PackedLlava
 from mmprune_train.pruning import available_budgets
@@ -126,17 +126,17 @@ def test_the_loss_is_read_once_an_optimizer_step() -> None:
     parts = freeze(model, StageConfig(train_projector=True, train_llm=True, lr=1e-3), adapters=False)
     module = InstructModule(model, parts, OptimConfig(), total_steps=1, seed=0)
     strategy = SimpleNamespace(handles_gradient_accumulation=False)
-    group = SimpleNamespace(param_groups=[{"lr": 1e-3}])
+    group = SimpleNamespace(param_groups=[{"lr": 1e-3}], zero_grad=lambda: None)
     module.trainer = SimpleNamespace(  # type: ignore[assignment]
         accumulate_grad_batches=3, world_size=1, global_rank=0, strategy=strategy, optimizers=[group]
     )
     given = batch()
-    given.window_supervised = 3 * given.supervised
     expected = float(model.train().forward_packed(given.sequence, given.pixel_values).loss_sum.detach())
     move(model)
     with PretendedDevice() as device:
         given.pixel_values = on_device(given.pixel_values)
         for index in range(3):
+            given.place = Place(0, index, 3, 3 * given.supervised)
             module.on_train_batch_start(given, index)
             module.training_step(given, index).backward()
         assert not device.waits and len(device.fetches) == 3 * stages(model)

@@ -12,7 +12,6 @@ from training.short import Loader, fit
 from mmprune_train.config.compose import load_pruner
 from mmprune_train.data.batch import Place
 from mmprune_train.model.llava import PackedLlava
-from mmprune_train.model.patches import PatchMemory
 from mmprune_train.pruning import Pruner
 from mmprune_train.training.stream import BatchStream, steps_of
 
@@ -41,37 +40,6 @@ def test_the_loss_is_the_mean_over_supervised_tokens(tmp_path: Path) -> None:
     output = model.forward_packed(batch.sequence, batch.pixel_values)
     assert rows[0]["supervised_tokens"] == int(output.supervised) == batch.supervised
     assert rows[0]["loss"] == pytest.approx(float(output.loss_sum) / batch.supervised, rel=1e-5)
-
-
-@pytest.mark.parametrize("pruner", ["none", "twostage"])
-def test_a_remembered_image_is_encoded_once_and_changes_nothing(pruner: str) -> None:
-    model = PackedLlava(tiny_llava(), Pruner(load_pruner(pruner)))
-    batches = list(Loader(4).epoch(0, 0))
-    seen = [name for batch in batches for name in batch.images]
-    plain = [model.forward_packed(batch.sequence, batch.pixel_values, names=batch.images) for batch in batches]
-    model.memory = PatchMemory(capacity=1000)
-    for again in (False, True):
-        for batch, expected in zip(batches, plain, strict=True):
-            output = model.forward_packed(batch.sequence, batch.pixel_values, names=batch.images)
-            torch.testing.assert_close(output.loss_sum, expected.loss_sum)
-            assert output.trace.counts() == expected.trace.counts()
-            assert [row.tolist() for row in output.trace.vision_kept] == [
-                r.tolist() for r in expected.trace.vision_kept
-            ]
-            assert output.trace.encoded == (0 if again else len(batch.images))
-            output.loss_sum.backward()
-    assert len(model.memory) == len(set(seen)) > 4
-    assert model.hf.model.multi_modal_projector.linear_1.weight.grad.abs().sum() > 0
-
-
-def test_a_full_memory_encodes_what_it_cannot_hold() -> None:
-    model = PackedLlava(tiny_llava(), Pruner(load_pruner("none")))
-    model.memory = PatchMemory(capacity=1)
-    batch = next(Loader(4).epoch(0, 0))
-    first = model.forward_packed(batch.sequence, batch.pixel_values, names=batch.images)
-    again = model.forward_packed(batch.sequence, batch.pixel_values, names=batch.images)
-    assert len(model.memory) == 1 and again.trace.encoded == first.trace.encoded - 1
-    assert torch.equal(first.loss_sum, again.loss_sum)
 
 
 def test_metrics_have_the_contracts_keys(tmp_path: Path) -> None:

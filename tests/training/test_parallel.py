@@ -56,3 +56,27 @@ def test_two_processes_equal_one(
     assert weights.keys() == alone[1].keys()
     for name, weight in weights.items():
         torch.testing.assert_close(weight, alone[1][name], atol=1e-5, rtol=0)
+
+
+@pytest.fixture(scope="module")
+def in_pairs(root: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[list[float], dict[str, torch.Tensor]]:
+    return losses_and_weights(root, tmp_path_factory.mktemp("in_pairs"), "stage.instruct.batch_size=2")
+
+
+@pytest.mark.parametrize(
+    ("strategy", "cached"),
+    [("ddp", True), ("deepspeed_zero2", True), ("deepspeed_zero3", True), ("deepspeed_zero3", False)],
+)
+def test_one_process_may_have_text_alone_with_and_without_the_feature_cache(
+    strategy: str, cached: bool, root: Path, tmp_path: Path, in_pairs: tuple[list[float], dict[str, torch.Tensor]]
+) -> None:
+    """One by one: what is left over of text and of images is text alone for one rank, an image for the other."""
+    cache = ["trainer.feature_cache=true", f"trainer.feature_cache_dir={tmp_path / 'features'}"]
+    both = [f"strategy={strategy}", "trainer.devices=2", "stage.instruct.batch_size=1"]
+    losses, weights = losses_and_weights(root, tmp_path, *(cache if cached else []), *both)
+    assert losses == pytest.approx(in_pairs[0], rel=1e-5)
+    for name, weight in weights.items():
+        torch.testing.assert_close(weight, in_pairs[1][name], atol=1e-5, rtol=0)
+    if cached:
+        (folder,) = (tmp_path / "features").glob("tiny_clip-*")
+        assert len(list(folder.glob("*.safetensors"))) == 2, "one of each process"

@@ -1,0 +1,63 @@
+"""Which image a file holds: the SHA-256 of its bytes, taken once for a file that does not change."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+from mmprune_train.assets import sha256_of
+from mmprune_train.data.images import unreadable
+from mmprune_train.features.ranks import Ranks
+from mmprune_train.features.shards import write_whole
+
+INDEX = "images.json"
+"""In the cache's folder: absolute path -> what was known of the file."""
+
+
+class Known(NamedTuple):
+    """A file as it was when its checksum was taken."""
+
+    size: int
+    mtime_ns: int
+    sha256: str
+
+
+def image_digests(images: Mapping[Path, str], root: Path, ranks: Ranks) -> dict[Path, str]:
+    """The SHA-256 of each image file, the ranks sharing the work.
+
+    Args:
+        images: path -> who asks for it, for errors.
+        root: folder of the index, which spares reading files whose size and time of change are as they were.
+    Raises:
+        UserError: a file is missing or cannot be read.
+    """
+    index = _load(root / INDEX)
+    names = {path: str(path.absolute()) for path in images}
+
+    def known(paths: Sequence[Path]) -> list[Known]:
+        return [_look(path, index.get(names[path]), images[path]) for path in paths]
+
+    found = dict(zip(images, ranks.all(known, list(images)), strict=True))
+    if ranks.rank == 0 and any(index.get(names[path]) != now for path, now in found.items()):
+        index.update({names[path]: now for path, now in found.items()})
+        write_whole(root / INDEX, json.dumps(index).encode())
+    return {path: now.sha256 for path, now in found.items()}
+
+
+def _look(path: Path, before: Known | None, asker: str) -> Known:
+    try:
+        now = path.stat()
+        if before is not None and before[:2] == (now.st_size, now.st_mtime_ns):
+            return before
+        return Known(now.st_size, now.st_mtime_ns, sha256_of(path))
+    except OSError as error:
+        raise unreadable(path, asker, error) from None
+
+
+def _load(file: Path) -> dict[str, Known]:
+    try:
+        return {path: Known(*known) for path, known in json.loads(file.read_text(encoding="utf-8")).items()}
+    except (OSError, ValueError, TypeError, AttributeError):
+        return {}  # it only saves time

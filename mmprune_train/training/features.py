@@ -1,0 +1,98 @@
+"""The feature cache in training: filled before a stage starts, and then read in place of the encoder."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from mmprune_train.assets import cache_dir
+from mmprune_train.config.schema import Config
+from mmprune_train.data.records import Record
+from mmprune_train.features.fill import Report, fill
+from mmprune_train.features.ranks import Ranks
+from mmprune_train.features.settings import feature_settings
+from mmprune_train.features.store import ImageFeatures
+from mmprune_train.model.images import ImageSide
+from mmprune_train.training.inputs import stage_reader
+
+
+def features_root(config: Config) -> Path:
+    """The folder of all feature caches; `features` in this project's cache unless the config names another."""
+    chosen = config.trainer.feature_cache_dir
+    return Path(chosen).expanduser() if chosen else cache_dir() / "features"
+
+
+def askers(records: Sequence[Record]) -> dict[Path, str]:
+    """Every image of the records, with the first sample that shows it."""
+    found: dict[Path, str] = {}
+    for record in records:
+        for path in record.images:
+            found.setdefault(path, f"{record.where} (id {record.id})")
+    return found
+
+
+def fill_for(
+    config: Config,
+    stage: str,
+    model: ImageSide,
+    images: Mapping[Path, str],
+    dtype: torch.dtype,
+    device: torch.device,
+    ranks: Ranks | None = None,
+) -> tuple[ImageFeatures, Report]:
+    """Fill the cache with images (path -> who asks) as stage `stage` prepares them.
+
+    Args:
+        model: its encoder frozen, the weights in `dtype`.
+    """
+    aspect_ratio = config.stage[stage].image_aspect_ratio
+    return fill(
+        model,
+        feature_settings(model, config.encoder, aspect_ratio, dtype),
+        config.encoder.name,
+        features_root(config),
+        images,
+        stage_reader(config, stage),
+        dtype,
+        device,
+        config.trainer.num_workers,
+        ranks,
+    )
+
+
+def stage_features(
+    config: Config, stage: str, model: ImageSide, records: Sequence[Record], dtype: torch.dtype, trainer: Any
+) -> ImageFeatures:
+    """Features of all images of a stage's records, the processes of `trainer` sharing the work."""
+    ranks = Ranks(trainer.global_rank, trainer.world_size, gather)
+    device = trainer.strategy.root_device
+    features, report = fill_for(config, stage, model, askers(records), dtype, device, ranks)
+    if trainer.is_global_zero:
+        print(f"feature cache: {report.line()}; {report.folder}", flush=True)
+    return features
+
+
+def gather(value: Any) -> list[Any]:
+    """The values of all processes, by rank."""
+    if not torch.distributed.is_initialized():
+        return [value]
+    found = [None] * torch.distributed.get_world_size()
+    torch.distributed.all_gather_object(found, value)
+    return found
+
+
+@contextmanager
+def without_tower(model: ImageSide) -> Iterator[None]:
+    """Take the vision tower out of the network: it stays where it is while the rest goes to the device, and nothing
+    can run it."""
+    tower = model.hf.model.vision_tower
+    model.hf.model.vision_tower = nn.Module()
+    try:
+        yield
+    finally:
+        model.hf.model.vision_tower = tower
