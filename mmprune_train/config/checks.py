@@ -139,8 +139,9 @@ def _check_stages(config: Config) -> None:
             raise UserError(f"data.{name}.annotations is not set, and stage {name} needs it: {config.data.how_to_get}")
 
 
-def _check_feature_cache(config: Config, name: str, stage: StageConfig) -> None:
-    vision = config.pruner.vision
+def check_feature_cache(config: Config, name: str) -> None:
+    """Raise UserError where what stage 1 leaves of an image changes while stage `name` trains."""
+    stage, vision = config.stage[name], config.pruner.vision
     key, off = "trainer.feature_cache=true", "set trainer.feature_cache=false"
     if stage.train_vision:
         raise UserError(f"{key}: stage.{name}.train_vision=true changes the features that would be kept; {off}")
@@ -177,7 +178,7 @@ def _check_stage(config: Config, name: str, stage: StageConfig) -> None:
         if getattr(stage, count) is not None:
             at_least(f"{key}.{count}", getattr(stage, count), 1)
     if config.trainer.feature_cache and config.task in CACHING_TASKS:
-        _check_feature_cache(config, name, stage)
+        check_feature_cache(config, name)
     processes = config.trainer.devices * config.trainer.num_nodes
     strategy = stage.strategy or config.strategy.name
     where = f"{key}.strategy" if stage.strategy else "strategy.name"

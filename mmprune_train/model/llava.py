@@ -15,7 +15,7 @@ from transformers.models.llava.modeling_llava import LlavaCausalLMOutputWithPast
 from mmprune_train.errors import UserError
 from mmprune_train.model import attention
 from mmprune_train.model.cache import PrunedCache
-from mmprune_train.model.clock import Clock
+from mmprune_train.model.clock import Clock, timed
 from mmprune_train.model.images import ImageSide
 from mmprune_train.model.inputs import Annotate, first_of_equal, pack
 from mmprune_train.model.language import ScoringKeys, check_language_model, rotary
@@ -224,7 +224,8 @@ class PackedLlava(ImageSide, PreTrainedModel, GenerationMixin):
             if index in prune_before:
                 scoring, seen = (language.layers[index - 1], entered) if self.pruner.looks_back else (layer, hidden)
                 keys = ScoringKeys(scoring, seen.detach(), rotation[0][0], rotation[1][0])
-                pruned = self.pruner.prune_tokens(sequence, hidden, keys, prune_before[index])
+                with timed(self.clock, "selection"):
+                    pruned = self.pruner.prune_tokens(sequence, hidden, keys, prune_before[index])
                 if self.training and not keys.ran:  # other ranks score: under ZeRO-3 all must run the same modules
                     keys(torch.zeros(1, dtype=torch.long))
                 if pruned is not None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import shutil
+from collections.abc import Callable
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
@@ -11,7 +13,7 @@ import torch
 from mmprune_train.benchmark.generation import GenerationCost, generation_costs
 from mmprune_train.benchmark.selection import SelectionCost, selection_costs
 from mmprune_train.benchmark.steps import BASELINE, PARTS, StepCost, Way, padded, pruned, step_costs
-from mmprune_train.config.checks import check_pruner_fits
+from mmprune_train.config.checks import check_feature_cache, check_pruner_fits
 from mmprune_train.config.compose import load_pruner
 from mmprune_train.config.identity import run_dir
 from mmprune_train.config.pruner import reads_text
@@ -24,10 +26,13 @@ from mmprune_train.evaluation.generate import load_images, progress
 from mmprune_train.evaluation.questions import question_of
 from mmprune_train.model.build import build
 from mmprune_train.model.llava import PackedLlava
+from mmprune_train.model.patches import Patches
+from mmprune_train.pruning import Pruner
 from mmprune_train.quiet import quiet
 from mmprune_train.reporting.bench_figure import draw_steps
 from mmprune_train.reporting.tables import table
 from mmprune_train.tasks.prepare import prepare_data
+from mmprune_train.training.features import fill_for
 from mmprune_train.training.files import write_json
 from mmprune_train.training.inputs import spread_images, stage_loader, template_of
 from mmprune_train.training.precision import Precision, choose_accelerator, choose_precision
@@ -114,6 +119,10 @@ def _train(
     ways: dict[str, Way] = {BASELINE: padded(model, batch)} if config.bench.baseline else {}
     for name, settings in pruners.items():
         ways[name] = pruned(model, batch, settings)
+    if config.bench.cached and batch.pixel_values is not None:
+        for name, settings in pruners.items():
+            if read := _cached(config, model, batch, settings, precision, folder / "features"):
+                ways[f"{name} + cache"] = pruned(model, batch, settings, read)
     rounds = config.bench.repeats
 
     def told(numbers: Any) -> Any:
@@ -133,7 +142,31 @@ def _train(
         figure,
     )
     print(f"\n{figure}", flush=True)
+    shutil.rmtree(folder / "features", ignore_errors=True)
     return {name: asdict(cost) | {"keep_ratio": cost.keep_ratio} for name, cost in costs.items()}
+
+
+def _cached(
+    config: Config, model: PackedLlava, batch: Batch, settings: PrunerConfig, precision: Precision, root: Path
+) -> Callable[[], Patches] | None:
+    """Reads what stage 1 of a pruner leaves of the batch's images from a feature cache of their own, filled here; None
+    where it cannot be cached."""
+    stage = config.bench.stage or config.stages[-1]
+    own = replace(config, pruner=settings, trainer=replace(config.trainer, feature_cache_dir=str(root)))
+    try:
+        check_feature_cache(own, stage)
+    except UserError as error:
+        print(f"{settings.name} is not measured with a feature cache: {error}", flush=True)
+        return None
+    paths = [Path(path) for path in batch.images]
+    before, model.pruner = model.pruner, Pruner(settings)
+    features, _ = fill_for(own, stage, model, dict.fromkeys(paths, "bench"), precision.dtype, model.device)
+    model.pruner = before
+
+    def read() -> Patches:
+        return features.read(paths).to(model.device)
+
+    return read
 
 
 def shares(cost: StepCost, dense: StepCost | None) -> tuple[float | None, float | None, float | None]:

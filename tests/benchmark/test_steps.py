@@ -104,7 +104,13 @@ def test_the_task_writes_tables_json_and_figure(tmp_path: Path, capsys: pytest.C
     assert result == json.loads((folder / "result.json").read_text())
     assert (folder / "bench.png").stat().st_size > 10_000
     assert result["samples"] == 3
-    assert [name for name in result["train"] if "cache" not in name] == [BASELINE, "none", "fastervlm"]
+    ways = ["none", "fastervlm", "none + cache", "fastervlm + cache"]
+    assert list(result["train"]) == [BASELINE, *ways]
+    for name in ways[2:]:
+        cached, own = result["train"][name], result["train"][name.removesuffix(" + cache")]
+        assert cached["tokens"] == own["tokens"] and cached["flops"] < own["flops"]
+        assert cached["language_flops"] == cached["flops"]
+    assert not (folder / "features").exists()
     assert list(result["generate"]) == [BASELINE, "none", "fastervlm"]
     assert result["generate"][BASELINE]["cache_bytes"] >= result["generate"]["none"]["cache_bytes"] > 0
     assert result["selection"]["images"] == 5 and list(result["selection"]["pruners"]) == ["none", "fastervlm"]
