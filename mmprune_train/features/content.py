@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import NamedTuple
 
@@ -42,7 +43,8 @@ def image_digests(images: Mapping[Path, str], root: Path, ranks: Ranks) -> dict[
     found = dict(zip(images, ranks.all(known, list(images)), strict=True))
     if ranks.rank == 0 and any(index.get(names[path]) != now for path, now in found.items()):
         index.update({names[path]: now for path, now in found.items()})
-        write_whole(root / INDEX, json.dumps(index).encode())
+        with suppress(OSError):  # it only saves time
+            write_whole(root / INDEX, json.dumps(index).encode())
     return {path: now.sha256 for path, now in found.items()}
 
 
@@ -60,4 +62,4 @@ def _load(file: Path) -> dict[str, Known]:
     try:
         return {path: Known(*known) for path, known in json.loads(file.read_text(encoding="utf-8")).items()}
     except (OSError, ValueError, TypeError, AttributeError):
-        return {}  # it only saves time
+        return {}

@@ -111,7 +111,7 @@ def fill(
     folder = root / folder_name(name, settings)
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        if ranks.rank == 0:
+        if ranks.rank == 0 and not (folder / SETTINGS).is_file():
             write_whole(folder / SETTINGS, json.dumps(settings, indent=2).encode())
     except OSError as error:
         raise UserError(f"trainer.feature_cache_dir: cannot write to {root} ({error}); name another folder") from error
