@@ -1,0 +1,30 @@
+"""FLOPs of a block of code as torch counts them, attention on a CPU included."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch.utils.flop_counter import FlopCounterMode, sdpa_backward_flop_count, sdpa_flop_count
+
+
+def flop_counter() -> FlopCounterMode:
+    """Context that counts; `get_total_flops()` afterwards.
+
+    torch's own counter knows the attention kernels of GPUs alone and takes the CPU's for nothing. As it does, causal
+    attention is counted whole.
+    """
+    aten: Any = torch.ops.aten
+    mapping = {
+        aten._scaled_dot_product_flash_attention_for_cpu: _attention,
+        aten._scaled_dot_product_flash_attention_for_cpu_backward: _attention_backward,
+    }
+    return FlopCounterMode(display=False, custom_mapping=mapping)
+
+
+def _attention(query: Any, key: Any, value: Any, *_: Any, **__: Any) -> int:
+    return sdpa_flop_count(query, key, value)
+
+
+def _attention_backward(grad: Any, query: Any, key: Any, value: Any, *_: Any, **__: Any) -> int:
+    return sdpa_backward_flop_count(grad, query, key, value)
