@@ -28,6 +28,7 @@ from mmprune_train.config.schema import (
     LlmConfig,
     OptimConfig,
     PeftConfig,
+    PlanConfig,
     StageConfig,
     WheelConfig,
 )
@@ -35,6 +36,11 @@ from mmprune_train.config.values import at_least, one_of
 from mmprune_train.errors import UserError
 
 STRATEGIES = ("single", "ddp", "deepspeed_zero1", "deepspeed_zero2", "deepspeed_zero3")
+DEVICES = (
+    "b200_180gb", "h200_141gb", "h100_80gb", "h100_pcie_80gb", "h100_nvl_94gb", "a100_80gb", "a100_40gb", "l40s_48gb",
+    "rtx_a6000_48gb", "rtx4090_24gb", "rtx3090_24gb", "l4_24gb", "a10_24gb", "cpu",
+)  # fmt: skip
+"""Names of `plan.device`."""
 
 
 def check(config: Config) -> None:
@@ -258,6 +264,7 @@ def _check_run(config: Config) -> None:
     if not config.bench.pruners:
         raise UserError("bench.pruners is empty: name what to measure, e.g. bench.pruners=[none,twostage]")
     _check_calibrate(config)
+    _check_plan(config.plan)
     if config.logger.wandb is not None:
         one_of("logger.wandb.mode", config.logger.wandb.mode, ("auto", "online", "offline"))
     for key in ("experiment_name", "run_id"):
@@ -294,6 +301,16 @@ def _check_calibrate(config: Config) -> None:
             f"calibrate.split={settings.split}, but stage.{settings.split} is not set: it says how images and samples "
             "are prepared; choose the other split, or a stage group that has it"
         )
+
+
+def _check_plan(plan: PlanConfig) -> None:
+    if plan.device is not None:
+        one_of("plan.device", plan.device, DEVICES)
+    if not 0 < plan.mfu <= 1:
+        raise UserError(f"plan.mfu={plan.mfu} is a share of the device's peak: more than 0, at most 1")
+    if plan.keep is not None and not 0 < plan.keep <= 1:
+        raise UserError(f"plan.keep={plan.keep} is a share of the visual tokens: more than 0, at most 1")
+    at_least("plan.samples", plan.samples, 1)
 
 
 def _model_type(key: str, arch: dict[str, Any]) -> None:

@@ -1,0 +1,233 @@
+"""The plan of a training stage: one network on the meta device, a sample of lengths, and what follows from both."""
+
+from __future__ import annotations
+
+import math
+import random
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import torch
+
+from mmprune_train.config.compose import load_pruner
+from mmprune_train.config.schema import Config, StageConfig
+from mmprune_train.model.build import build_on_meta
+from mmprune_train.model.flops import Flops, PassShape, StepFlops
+from mmprune_train.model.llava import PackedLlava
+from mmprune_train.model.peft import add_adapters
+from mmprune_train.planning.activations import Activations
+from mmprune_train.planning.devices import CPU, Device
+from mmprune_train.planning.layout import CUDA_OVERHEAD, FRAGMENTED, LAYOUTS, numerics, states
+from mmprune_train.planning.lengths import Tokens, count_tokens
+from mmprune_train.planning.samples import StageSamples
+from mmprune_train.pruning import Pruner
+from mmprune_train.training.freezing import Part, freeze
+from mmprune_train.training.run import accumulation
+from mmprune_train.training.stream import steps_of
+
+LOGITS_CHUNK = 1024
+"""Supervised positions whose logits exist at once."""
+DRAWN_BATCHES = 200
+"""Micro-batches that are drawn from the sample; memory is that of the longest."""
+
+
+@dataclass(frozen=True)
+class Memory:
+    """Bytes on one device at the worst moment of a step."""
+
+    weights: float
+    gradients: float
+    optimizer: float
+    activations: float
+    """Of the LLM, logits, vision tower and inputs, or the optimizer's own working set where that is more."""
+    logits: float
+    """The part of `activations` that the loss may take."""
+    strategy: float
+    """Buckets and gathered weights."""
+    overhead: float
+    """Context, libraries, fragmentation: assumed."""
+
+    @property
+    def total(self) -> float:
+        return self.weights + self.gradients + self.optimizer + self.activations + self.strategy + self.overhead
+
+
+@dataclass(frozen=True)
+class Cost:
+    """Of one way to run a stage: dense, or as it is pruned."""
+
+    tokens: Tokens
+    flops: Flops
+    """Of one optimizer step over all devices, the mean."""
+    memory: Memory
+    longest: float
+    """Tokens of the micro-batch that decides the memory, dense."""
+
+    def seconds(self, device: Device, mfu: float, world: int) -> float | None:
+        """Of one optimizer step; None where the device's throughput is not known."""
+        return None if device.bf16_tflops is None else self.flops.hardware / (device.bf16_tflops * 1e12 * mfu * world)
+
+
+@dataclass(frozen=True)
+class Disk:
+    """Bytes."""
+
+    checkpoints: float
+    model: float
+    cache: float | None
+    """Kept features of all images of the stage; None: the encoder is trained, or the images are not known."""
+
+
+@dataclass(frozen=True)
+class StagePlan:
+    name: str
+    parts: list[Part]
+    strategy: str
+    world: int
+    window: int
+    """Micro-batches of a step on each device."""
+    steps: int | None
+    """None: the number of samples is not known."""
+    dense: Cost
+    pruned: Cost | None
+    """None: nothing is pruned."""
+    disk: Disk
+
+    @property
+    def own(self) -> Cost:
+        """As the stage will run."""
+        return self.pruned or self.dense
+
+
+def plan_stage(
+    config: Config, name: str, data: StageSamples, share: float, device: Device, compute: torch.dtype
+) -> StagePlan:
+    """What stage `name` needs.
+
+    Args:
+        data: its samples.
+        share: of its row, what a budget keeps that depends on the images.
+        device: to run on.
+        compute: dtype of matrix products.
+    """
+    stage = config.stage[name]
+    adapters = stage.use_peft and config.peft.name != "none" and stage.train_llm
+    model = build_on_meta(config)
+    if adapters:
+        add_adapters(model, config.peft)
+    parts = freeze(model, stage, adapters)
+    world = config.trainer.devices * config.trainer.num_nodes
+    strategy = stage.strategy or config.strategy.name
+    window = accumulation(stage, world, name)
+    patches, depth = model.config.image_seq_length, len(model.hf.model.language_model.layers)
+    batch = longest_batch(data, stage)
+    with dense(model):
+        whole = count_tokens(load_pruner("none"), data.samples, patches, depth, 1.0)
+        without = _cost(config, stage, model, whole, batch, strategy, window, device, compute)
+    pruned = None
+    if config.pruner.vision.enabled or config.pruner.language.enabled:
+        kept = count_tokens(config.pruner, data.samples, patches, depth, share)
+        pruned = _cost(config, stage, model, kept, batch, strategy, window, device, compute)
+    own = pruned or without
+    steps = stage.max_steps
+    if steps is None and data.total is not None:
+        steps = steps_of(data.total // (stage.batch_size * world), stage.epochs, window, None)
+    disk = _disk(config, stage, model, own.tokens, data, strategy, compute)
+    return StagePlan(name, parts, strategy, world, window, steps, without, pruned, disk)
+
+
+def longest_batch(data: StageSamples, stage: StageConfig) -> list[int]:
+    """Rows of the samples of the longest of some micro-batches drawn by chance, of one modality where the stage groups
+    by it."""
+    groups = [list(range(len(data.samples)))]
+    if stage.group_by_modality:
+        seeing = [bool(sample.images) for sample in data.samples]
+        groups = [[row for row, sees in enumerate(seeing) if sees == wanted] for wanted in (True, False)]
+        groups = [group for group in groups if len(group) >= stage.batch_size] or [list(range(len(seeing)))]
+    chance = random.Random(0)
+    drawn = [chance.choices(group, k=stage.batch_size) for group in groups for _ in range(DRAWN_BATCHES)]
+    lengths = [len(sample.example.ids) for sample in data.samples]
+    return max(drawn, key=lambda rows: sum(lengths[row] for row in rows))
+
+
+@contextmanager
+def dense(model: PackedLlava) -> Iterator[None]:
+    """The same network without a pruner, as long as the context lasts."""
+    pruner, question = model.pruner, model.question
+    model.pruner, model.question = Pruner(load_pruner("none")), None
+    try:
+        yield
+    finally:
+        model.pruner, model.question = pruner, question
+
+
+def _cost(
+    config: Config,
+    stage: StageConfig,
+    model: PackedLlava,
+    tokens: Tokens,
+    batch: list[int],
+    strategy: str,
+    window: int,
+    device: Device,
+    compute: torch.dtype,
+) -> Cost:
+    samples = len(tokens.dense)
+    flops = StepFlops(model).count(_shared(tokens.shape(), stage), stage.gradient_checkpointing)
+    shape = _shared(tokens.shape(batch), stage)
+    memory = memory_of(config, stage, model, shape, strategy, window, device, compute)
+    longest = float(tokens.dense[batch].sum())
+    return Cost(tokens, flops * (stage.global_batch_size / samples), memory, longest)
+
+
+def _shared(shape: PassShape, stage: StageConfig) -> PassShape:
+    """Samples of one image that a batch holds together need it encoded once."""
+    images = math.ceil(shape.images / stage.samples_per_image)
+    kept = shape.kept_patches / max(shape.images, 1) * images
+    return PassShape(shape.lengths, shape.stage1, images, kept, shape.supervised)
+
+
+def memory_of(
+    config: Config,
+    stage: StageConfig,
+    model: PackedLlava,
+    shape: PassShape,
+    strategy: str,
+    window: int,
+    device: Device,
+    compute: torch.dtype,
+) -> Memory:
+    """Memory of one device for a micro-batch of this shape."""
+    layout = LAYOUTS[strategy]
+    how = numerics(layout, compute)
+    world, cuda = config.trainer.devices * config.trainer.num_nodes, device.name != CPU
+    kept = states(layout, model.parameters(), how, world, cuda)
+    chunk: int | None = getattr(config.trainer, "logits_chunk", LOGITS_CHUNK)
+    phases = Activations(model, how).phases(
+        shape, stage.gradient_checkpointing, chunk, config.trainer.vision_chunk, growing=False
+    )
+    activations = max(phases.peak, kept.stepping)
+    overhead = CUDA_OVERHEAD + FRAGMENTED * activations if cuda else 0.0
+    return Memory(kept.weights, kept.gradients, kept.optimizer, activations, phases.logits, kept.working, overhead)
+
+
+def _disk(
+    config: Config,
+    stage: StageConfig,
+    model: PackedLlava,
+    tokens: Tokens,
+    data: StageSamples,
+    strategy: str,
+    compute: torch.dtype,
+) -> Disk:
+    layout = LAYOUTS[strategy]
+    how = numerics(layout, compute)
+    whole = states(layout, model.parameters(), how, 1, False)
+    trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    checkpoint = whole.optimizer + trained * how.trained.itemsize
+    cache = None
+    if data.images is not None and not stage.train_vision:
+        per_image = float(tokens.kept_patches.sum() / tokens.images.sum().clamp(min=1))
+        cache = data.images * per_image * model.hf.model.multi_modal_projector.linear_1.in_features * compute.itemsize
+    return Disk(checkpoint * (config.trainer.keep_checkpoints + 1), whole.weights, cache)
