@@ -23,7 +23,7 @@ def first_that_fits(config: Config, name: str, memory: Callable[[Config], float]
 
 
 def _candidates(config: Config, name: str) -> Iterator[tuple[Config, list[str]]]:
-    """Gradient checkpointing; with it smaller batches; with it each next ZeRO stage, then with smaller batches; LoRA."""
+    """Gradient checkpointing; then also smaller batches; the next ZeRO stages, alone and with these; LoRA."""
     stage = config.stage[name]
     said: list[str] = []
     if not stage.gradient_checkpointing:
