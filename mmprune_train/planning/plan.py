@@ -62,7 +62,9 @@ class Cost:
     """Of one optimizer step over all devices, the mean."""
     memory: Memory
     longest: float
-    """Tokens of the micro-batch that decides the memory, dense."""
+    """Tokens that enter a layer, of the micro-batch that decides the memory."""
+    longest_images: int
+    """Images of that micro-batch."""
 
     def seconds(self, device: Device, mfu: float, world: int) -> float | None:
         """Of one optimizer step; None where the device's throughput is not known."""
@@ -121,14 +123,13 @@ def plan_stage(
     strategy = stage.strategy or config.strategy.name
     window = accumulation(stage, world, name)
     patches, depth = model.config.image_seq_length, len(model.hf.model.language_model.layers)
-    batch = longest_batch(data, stage)
     with dense(model):
         whole = count_tokens(load_pruner("none"), data.samples, patches, depth, 1.0)
-        without = _cost(config, stage, model, whole, batch, strategy, window, device, compute)
+        without = _cost(config, stage, model, whole, strategy, window, device, compute)
     pruned = None
     if config.pruner.vision.enabled or config.pruner.language.enabled:
         kept = count_tokens(config.pruner, data.samples, patches, depth, share)
-        pruned = _cost(config, stage, model, kept, batch, strategy, window, device, compute)
+        pruned = _cost(config, stage, model, kept, strategy, window, device, compute)
     own = pruned or without
     steps = stage.max_steps
     if steps is None and data.total is not None:
@@ -137,18 +138,17 @@ def plan_stage(
     return StagePlan(name, parts, strategy, world, window, steps, without, pruned, disk)
 
 
-def longest_batch(data: StageSamples, stage: StageConfig) -> list[int]:
+def longest_batch(tokens: Tokens, stage: StageConfig) -> list[int]:
     """Rows of the samples of the longest of some micro-batches drawn by chance, of one modality where the stage groups
     by it."""
-    groups = [list(range(len(data.samples)))]
+    rows = range(len(tokens.dense))
+    groups = [list(rows)]
     if stage.group_by_modality:
-        seeing = [bool(sample.images) for sample in data.samples]
-        groups = [[row for row, sees in enumerate(seeing) if sees == wanted] for wanted in (True, False)]
-        groups = [group for group in groups if len(group) >= stage.batch_size] or [list(range(len(seeing)))]
+        groups = [[row for row in rows if bool(tokens.images[row]) == wanted] for wanted in (True, False)]
+        groups = [group for group in groups if len(group) >= stage.batch_size] or [list(rows)]
     chance = random.Random(0)
     drawn = [chance.choices(group, k=stage.batch_size) for group in groups for _ in range(DRAWN_BATCHES)]
-    lengths = [len(sample.example.ids) for sample in data.samples]
-    return max(drawn, key=lambda rows: sum(lengths[row] for row in rows))
+    return max(drawn, key=lambda batch: float(tokens.layer_mean[batch].sum()))
 
 
 @contextmanager
@@ -167,18 +167,17 @@ def _cost(
     stage: StageConfig,
     model: PackedLlava,
     tokens: Tokens,
-    batch: list[int],
     strategy: str,
     window: int,
     device: Device,
     compute: torch.dtype,
 ) -> Cost:
-    samples = len(tokens.dense)
+    samples, batch = len(tokens.dense), longest_batch(tokens, stage)
     flops = StepFlops(model).count(_shared(tokens.shape(), stage), stage.gradient_checkpointing)
     shape = _shared(tokens.shape(batch), stage)
     memory = memory_of(config, stage, model, shape, strategy, window, device, compute)
-    longest = float(tokens.dense[batch].sum())
-    return Cost(tokens, flops * (stage.global_batch_size / samples), memory, longest)
+    longest, images = float(tokens.layer_mean[batch].sum()), int(tokens.images[batch].sum())
+    return Cost(tokens, flops * (stage.global_batch_size / samples), memory, longest, images)
 
 
 def _shared(shape: PassShape, stage: StageConfig) -> PassShape:

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import replace
+from typing import Any
 
-from mmprune_train.config.schema import Config, PeftConfig, StageConfig
+from mmprune_train.config.schema import Config, PeftConfig
 
 ZERO = ("deepspeed_zero1", "deepspeed_zero2", "deepspeed_zero3")
 
@@ -56,6 +57,6 @@ def _smaller(config: Config, name: str, said: list[str]) -> Iterator[tuple[Confi
         yield _with_stage(config, name, batch_size=size), [*said, f"stage.{name}.batch_size={size}"]
 
 
-def _with_stage(config: Config, name: str, **changes: object) -> Config:
-    stage: StageConfig = replace(config.stage[name], **changes)  # type: ignore[arg-type]
+def _with_stage(config: Config, name: str, **changes: Any) -> Config:
+    stage = replace(config.stage[name], **changes)
     return replace(config, stage={**config.stage, name: stage})

@@ -21,6 +21,8 @@ def gib(value: float | None) -> str:
 
 
 def flops(value: float) -> str:
+    if not value:
+        return "-"
     for unit, size in (("PFLOP", 1e15), ("TFLOP", 1e12), ("GFLOP", 1e9)):
         if value >= size:
             return f"{value / size:,.2f} {unit}"
@@ -32,7 +34,7 @@ def duration(seconds: float | None) -> str:
         return "-"
     if seconds >= 3600:
         return f"{seconds / 3600:,.1f} h"
-    return f"{seconds / 60:,.1f} min" if seconds >= 60 else f"{seconds:,.2f} s"
+    return f"{seconds / 60:,.1f} min" if seconds >= 60 else f"{seconds:,.3g} s"
 
 
 def fits(cost: Cost, device: Device) -> bool:
@@ -47,6 +49,12 @@ def verdict(cost: Cost, device: Device, remedy: Sequence[str] | None) -> str:
     return f"does not fit: {said}; " + (
         f"fits with {' '.join(remedy)}" if remedy else "nor with checkpointing, smaller batches, ZeRO-3 or LoRA"
     )
+
+
+def longest(cost: Cost) -> str:
+    """The micro-batch that decides the memory."""
+    images = f"{cost.longest_images} images" if cost.longest_images else "text alone, of which nothing is pruned"
+    return f"longest batch: {cost.longest:,.0f} tokens a layer, {images}"
 
 
 def distribution(values: Tensor) -> dict[str, float]:
@@ -73,7 +81,7 @@ def of_stage(plan: StagePlan, device: Device, mfu: float) -> dict[str, Any]:
                 "recomputed": cost.flops.recomputed,
             },
             "memory_per_device": {**cost.memory.__dict__, "total": cost.memory.total},
-            "longest_batch_tokens": cost.longest,
+            "longest_batch": {"tokens": cost.longest, "images": cost.longest_images},
             "fits": fits(cost, device),
             "step_seconds": seconds,
             "hours": None if seconds is None or plan.steps is None else seconds * plan.steps / 3600,

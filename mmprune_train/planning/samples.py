@@ -47,7 +47,7 @@ class StageSamples:
 class Sketch(NamedTuple):
     """Samples of one kind, made up."""
 
-    count: int
+    size: int
     """Published number of samples."""
     images: int
     turns: int
@@ -94,7 +94,7 @@ def stage_samples(config: Config, name: str, image_tokens: int, count: int) -> S
         return _from_file(config, name, image_tokens, count, file)
     known = config.data.name == "llava_v1_5"
     kinds = (LLAVA_PRETRAIN if name == "pretrain" else LLAVA_INSTRUCT) if known else UNKNOWN
-    total = sum(kind.count for kind in kinds) if known else None
+    total = sum(kind.size for kind in kinds) if known else None
     what = "LLaVA-1.5's published mix with guessed text lengths" if known else "one image, 20 + 40 tokens of text"
     total = split.limit if total is None else min(total, split.limit or total)
     source = f"ASSUMED, the data are not here: {what}"
@@ -153,7 +153,7 @@ def _made_up(
     chance = random.Random(seed)
     samples = []
     for number in range(count):
-        kind = chance.choices(kinds, [kind.count for kind in kinds])[0]
+        kind = chance.choices(kinds, [kind.size for kind in kinds])[0]
 
         def spread(mean: int) -> int:
             return round(mean * chance.lognormvariate(-0.125, 0.5))

@@ -13,7 +13,7 @@ from mmprune_train.planning.devices import CPU, Device, device_peak, present_dev
 from mmprune_train.planning.lengths import data_dependent, solve_share
 from mmprune_train.planning.plan import StagePlan, plan_stage
 from mmprune_train.planning.remedies import first_that_fits
-from mmprune_train.planning.report import fits, of_stage, stage_text, verdict
+from mmprune_train.planning.report import fits, longest, of_stage, stage_text, verdict
 from mmprune_train.planning.samples import StageSamples, patches_of, stage_samples
 from mmprune_train.quiet import quiet
 from mmprune_train.training.files import read_jsonl, write_json
@@ -77,7 +77,7 @@ def told_stage(config: Config, name: str, device: Device, compute: torch.dtype) 
             remedy = first_that_fits(config, name, total, device.memory_bytes)
         said = f"{name}, {label}: {verdict(cost, device, remedy)}"
         entry[label] |= {"verdict": said, "fits_with": remedy}
-        lines.append(f"{said} (its longest batch: {cost.longest:,.0f} tokens, dense)")
+        lines.append(f"{said} ({longest(cost)})")
     entry |= {"lengths": data.source, "kept": kept, "hours": entry["pruned" if plan.pruned else "dense"]["hours"]}
     return "\n".join(lines), entry
 
