@@ -130,14 +130,18 @@ class Activations:
         live += states[-1] + norm.backward  # the gradient of what enters the norm
         backward = max(backward, live)
         live -= norm.saved + states[-1] + norm.backward
-        gradients = self._weight_gradients(self.model.hf.lm_head) if growing else 0.0
+        tied = self.model.hf.lm_head.weight is self.model.hf.model.language_model.embed_tokens.weight
+        # a gradient that has two sources waits for the second, and is summed into a third tensor
+        gradients = self._weight_gradients(self.model.hf.lm_head) if growing or tied else 0.0
         for index in reversed(range(len(parts))):
             part, again = parts[index], kept[index]
             worst = max(part.forward, part.saved + part.backward) - part.saved * (not checkpointing)
             backward = max(backward, live + gradients + states[index] + worst)
             live -= again
             gradients += self._layer_gradients() if growing else 0.0
-        backward = max(backward, live + gradients + projector.backward + states[0] + tower.backward)
+        embedding = self._weight_gradients(self.model.hf.model.language_model.embed_tokens)  # dense, whatever was read
+        last = max(embedding * (1 + tied), projector.backward + tower.backward)
+        backward = max(backward, live + gradients + states[0] + last)
         return Phases(inputs + tower.forward, forward, backward, max(head.forward, head.saved + head.backward))
 
     def _tower(self, images: float, chunk: int, checkpointing: bool) -> Footprint:
