@@ -1,4 +1,4 @@
-"""PyTorch's own count of floating-point operations, also where attention runs in the CPU's fused kernel."""
+"""FLOPs of a block of code as torch counts them, attention on a CPU included."""
 
 from __future__ import annotations
 
@@ -9,24 +9,22 @@ from torch.utils.flop_counter import FlopCounterMode, sdpa_backward_flop_count, 
 
 
 def flop_counter() -> FlopCounterMode:
-    """A context whose `get_total_flops()` is what ran inside it, multiply and add counted apart.
+    """Context that counts; `get_total_flops()` afterwards.
 
-    As everywhere in PyTorch's counter, attention counts for its whole L x L square, also where it is causal. Kernels
-    from outside of PyTorch (FlashAttention) are not seen.
+    torch's own counter knows the attention kernels of GPUs alone and takes the CPU's for nothing. As it does, causal
+    attention is counted whole.
     """
-    aten = torch.ops.aten
-    return FlopCounterMode(
-        display=False,
-        custom_mapping={
-            aten._scaled_dot_product_flash_attention_for_cpu: _forward,
-            aten._scaled_dot_product_flash_attention_for_cpu_backward: _backward,
-        },
-    )
+    aten: Any = torch.ops.aten
+    mapping = {
+        aten._scaled_dot_product_flash_attention_for_cpu: _attention,
+        aten._scaled_dot_product_flash_attention_for_cpu_backward: _attention_backward,
+    }
+    return FlopCounterMode(display=False, custom_mapping=mapping)
 
 
-def _forward(query: Any, key: Any, value: Any, *_: Any, **__: Any) -> int:
+def _attention(query: Any, key: Any, value: Any, *_: Any, **__: Any) -> int:
     return sdpa_flop_count(query, key, value)
 
 
-def _backward(grad: Any, query: Any, key: Any, value: Any, *_: Any, **__: Any) -> int:
+def _attention_backward(grad: Any, query: Any, key: Any, value: Any, *_: Any, **__: Any) -> int:
     return sdpa_backward_flop_count(grad, query, key, value)

@@ -25,7 +25,7 @@ class PeakMemory:
 
     def __init__(self, device: torch.device | str) -> None:
         self.device = torch.device(device)
-        self._storages: _LiveStorages | None = None
+        self._storages: LiveStorages | None = None
         self._before = 0
 
     def __enter__(self) -> PeakMemory:
@@ -34,7 +34,7 @@ class PeakMemory:
             torch.cuda.reset_peak_memory_stats(self.device)
             self._before = torch.cuda.memory_allocated(self.device)
         else:
-            self._storages = _LiveStorages(self.device.type)
+            self._storages = LiveStorages(self.device.type)
             self._storages.__enter__()
         return self
 
@@ -47,15 +47,22 @@ class PeakMemory:
             self.bytes = self._storages.peak
 
 
-class _LiveStorages(TorchDispatchMode):
-    """Adds up the storages that operations make, until they are freed. An operation that returns a view, or writes in
-    place, returns the storage of one of its inputs: nothing new."""
+class LiveStorages(TorchDispatchMode):
+    """Adds up the storages that operations make, until they are freed; also of fake tensors, which have none. An
+    operation that returns a view, or writes in place, returns the storage of one of its inputs: nothing new.
+
+    Args:
+        kind: type of the device whose tensors count.
+    """
+
+    live: int = 0
+    """Bytes there are now, of those made inside."""
+    peak: int = 0
+    """Most there have been; may be set back to `live`."""
 
     def __init__(self, kind: str) -> None:
         super().__init__()
         self.kind = kind
-        self.live = 0
-        self.peak = 0
         self._sizes: dict[int, int] = {}
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:

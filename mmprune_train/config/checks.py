@@ -28,6 +28,7 @@ from mmprune_train.config.schema import (
     LlmConfig,
     OptimConfig,
     PeftConfig,
+    PlanConfig,
     StageConfig,
     WheelConfig,
 )
@@ -39,6 +40,11 @@ BENCHED = ("train", "generate", "selection")
 ATTENTION = ("auto", "flash_4", "flash_3", "flash_2", "torch_varlen", "flex", "sdpa_per_sample")
 CACHING_TASKS = ("train", "prepare", "plan")
 """Tasks that `trainer.feature_cache` concerns."""
+DEVICES = (
+    "b200_180gb", "h200_141gb", "h100_80gb", "h100_pcie_80gb", "h100_nvl_94gb", "a100_80gb", "a100_40gb", "l40s_48gb",
+    "rtx_a6000_48gb", "rtx4090_24gb", "rtx3090_24gb", "l4_24gb", "a10_24gb", "cpu",
+)  # fmt: skip
+"""Names of `plan.device`."""
 
 
 def check(config: Config) -> None:
@@ -259,6 +265,7 @@ def _check_run(config: Config) -> None:
     at_least("generate.max_new_tokens", config.generate.max_new_tokens, 1)
     _check_bench(config)
     _check_calibrate(config)
+    _check_plan(config.plan)
     if config.logger.wandb is not None:
         one_of("logger.wandb.mode", config.logger.wandb.mode, ("auto", "online", "offline"))
     for key in ("experiment_name", "run_id"):
@@ -312,6 +319,16 @@ def _check_calibrate(config: Config) -> None:
             f"calibrate.split={settings.split}, but stage.{settings.split} is not set: it says how images and samples "
             "are prepared; choose the other split, or a stage group that has it"
         )
+
+
+def _check_plan(plan: PlanConfig) -> None:
+    if plan.device is not None:
+        one_of("plan.device", plan.device, DEVICES)
+    if not 0 < plan.mfu <= 1:
+        raise UserError(f"plan.mfu={plan.mfu} is a share of the device's peak: more than 0, at most 1")
+    if plan.keep is not None and not 0 < plan.keep <= 1:
+        raise UserError(f"plan.keep={plan.keep} is a share of the visual tokens: more than 0, at most 1")
+    at_least("plan.samples", plan.samples, 1)
 
 
 def _model_type(key: str, arch: dict[str, Any]) -> None:

@@ -14,7 +14,7 @@ from mmprune_train.config.schema import Config
 NOT_DECISIVE = frozenset(
     {
         "task", "experiment_name", "run_id", "runs_dir", "stages", "ckpt", "restart", "debug",
-        "logger", "evaluate", "generate", "bench", "calibrate",
+        "logger", "evaluate", "generate", "bench", "calibrate", "plan",
         # where things lie and how mistakes are explained
         "data.root", "data.how_to_get",
         # `knee` only feeds the pruner's own budgets, which count

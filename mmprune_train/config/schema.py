@@ -455,6 +455,23 @@ class CalibrateConfig:
 
 
 @dataclass
+class PlanConfig:
+    """What `task=plan` assumes."""
+
+    device: str | None = None
+    """Accelerator to plan for: `b200_180gb`, `h200_141gb`, `h100_80gb`, `h100_pcie_80gb`, `h100_nvl_94gb`, `a100_80gb`,
+    `a100_40gb`, `l40s_48gb`, `rtx_a6000_48gb`, `rtx4090_24gb`, `rtx3090_24gb`, `l4_24gb`, `a10_24gb` or `cpu`; null:
+    the GPU that is here, else `a100_80gb`."""
+    mfu: float = 0.4
+    """Share of the device's peak throughput that a step reaches, recomputation counted as work: an assumption."""
+    keep: float | None = None
+    """Share of visual tokens that enter an LLM layer, averaged over layers, for budgets that depend on the images (the
+    `visual_keep_ratio` of metrics.jsonl); null: what a run of these settings kept, else 0.22."""
+    samples: int = 512
+    """Samples of a stage whose lengths are counted, drawn by `seed`."""
+
+
+@dataclass
 class Config:
     task: str = "train"
     """What to do; `--help` lists the tasks."""
@@ -488,3 +505,4 @@ class Config:
     generate: GenerateConfig = field(default_factory=GenerateConfig)
     bench: BenchConfig = field(default_factory=BenchConfig)
     calibrate: CalibrateConfig = field(default_factory=CalibrateConfig)
+    plan: PlanConfig = field(default_factory=PlanConfig)

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from mmprune_train.errors import UserError
+from mmprune_train.pruning import Pruner
 from mmprune_train.pruning.host import upload
 
 SUPPORTED = ("gemma", "llama", "mistral", "phi3", "qwen2", "qwen3")
@@ -57,9 +58,15 @@ def checkpoint_layers(model: Any, which: str) -> None:
     """
     model.activation_checkpointing_enable(activation_checkpointing_kwargs={"use_reentrant": False})
     layers = model.hf.model.language_model.layers
-    first = min(model.pruner.layers(len(layers)), default=len(layers))
-    for index, layer in enumerate(layers):
-        layer.gradient_checkpointing = which == "all" or (which == "before") == (index < first)
+    for layer, again in zip(layers, computed_again(model.pruner, len(layers), which), strict=True):
+        layer.gradient_checkpointing = again
+
+
+def computed_again(pruner: Pruner, depth: int, which: str | None) -> list[bool]:
+    """For each of an LLM's `depth` layers whether the backward pass runs it again; `which` as in `checkpoint_layers`,
+    None: no checkpointing."""
+    first = min(pruner.layers(depth), default=depth)
+    return [which == "all" or which == ("before" if index < first else "after") for index in range(depth)]
 
 
 def compile_layers(model: Any) -> None:

@@ -27,6 +27,9 @@ TASKS = {
         "mmprune_train.tasks.train:run", "run the experiment's stages in order; continues an interrupted run"
     ),
     "prepare": Task("mmprune_train.tasks.prepare:run", "get and convert the data and weights an experiment needs"),
+    "plan": Task(
+        "mmprune_train.tasks.plan:run", "tokens, FLOPs, memory, hours and disk of a run, before it is started"
+    ),
     "calibrate": Task(
         "mmprune_train.tasks.calibrate:run", "tokens each budget would keep of a sample, and the parameter for a target"
     ),

@@ -1,0 +1,106 @@
+"""What a strategy keeps of weights, gradients and optimizer state on each device."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+
+from mmprune_train.planning.devices import GIB
+from mmprune_train.planning.probe import Numerics
+
+ADAM = 8
+"""Bytes a trained parameter of AdamW's two moments, fp32."""
+MASTER = 4
+"""Bytes of DeepSpeed's fp32 copy of a trained parameter."""
+BUCKET = 200_000_000
+"""Gradients that Lightning lets ZeRO-2 and ZeRO-3 collect before they are reduced, entries."""
+GATHERED = 1_000_000_000
+"""Parameters that ZeRO-3 holds whole at once, DeepSpeed's default."""
+CUDA_OVERHEAD = 1.5 * GIB
+"""Of the driver's context, libraries and communication buffers on each GPU: a rule of thumb."""
+FRAGMENTED = 0.05
+"""Share of the activations that an allocator wastes: a rule of thumb."""
+
+
+@dataclass(frozen=True)
+class Layout:
+    """How a strategy spreads a model."""
+
+    engine: bool = False
+    """DeepSpeed's: weights in the compute dtype, a master copy in the optimizer."""
+    optimizer: bool = False
+    """Whether each device keeps its part alone."""
+    gradients: bool = False
+    weights: bool = False
+    buckets: bool = False
+    """DDP's copies of the gradients, in which they are reduced."""
+
+
+LAYOUTS = {
+    "single": Layout(),
+    "ddp": Layout(buckets=True),
+    "deepspeed_zero1": Layout(engine=True, optimizer=True),
+    "deepspeed_zero2": Layout(engine=True, optimizer=True, gradients=True),
+    "deepspeed_zero3": Layout(engine=True, optimizer=True, gradients=True, weights=True),
+}
+"""By strategy name; a new strategy is one line here."""
+
+
+@dataclass(frozen=True)
+class States:
+    """Bytes on one device, whatever the batch."""
+
+    weights: float
+    gradients: float
+    optimizer: float
+    working: float
+    """Copies that the strategy makes while a pass runs: buckets, gathered weights."""
+    stepping: float
+    """What the optimizer's step needs besides, when no activations are there."""
+
+    @property
+    def total(self) -> float:
+        return self.weights + self.gradients + self.optimizer + self.working
+
+
+def numerics(layout: Layout, compute: torch.dtype) -> Numerics:
+    """The dtypes of a run: DeepSpeed's engine trains in the compute dtype, the others under autocast."""
+    return Numerics(compute, compute if layout.engine else torch.float32)
+
+
+def states(layout: Layout, parameters: Iterable[nn.Parameter], how: Numerics, world: int, cuda: bool) -> States:
+    """What a strategy keeps of a model.
+
+    Args:
+        parameters: each once, frozen as they will be trained.
+        how: as `numerics` says.
+        world: devices.
+        cuda: whether AdamW updates all parameters at once, as it does on a GPU.
+    """
+    trained = frozen = largest = 0
+    for parameter in parameters:
+        if parameter.requires_grad:
+            trained += parameter.numel()
+            largest = max(largest, parameter.numel())
+        else:
+            frozen += parameter.numel()
+
+    def share(spread: bool) -> float:
+        return 1 / world if spread else 1.0
+
+    part = trained * share(layout.optimizer)
+    weights = (frozen * how.compute.itemsize + trained * how.trained.itemsize) * share(layout.weights)
+    gradients = trained * how.trained.itemsize * share(layout.gradients)
+    working = 0.0
+    if layout.buckets:
+        working += trained * how.trained.itemsize
+    if layout.gradients:
+        working += 2 * min(BUCKET, trained) * how.trained.itemsize
+    if layout.weights:
+        working += min(GATHERED, trained + frozen) * how.compute.itemsize
+    optimizer = part * (ADAM + MASTER * layout.engine)
+    stepping = part * 4 if cuda or layout.engine else 2 * largest * 4
+    return States(weights, gradients, optimizer, working, stepping)

@@ -1,0 +1,256 @@
+"""The plan of a training stage: one network on the meta device, a sample of lengths, and what follows from both."""
+
+from __future__ import annotations
+
+import math
+import random
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+
+from mmprune_train.config.compose import load_pruner
+from mmprune_train.config.schema import Config, StageConfig
+from mmprune_train.model.build import build_on_meta
+from mmprune_train.model.flops import Flops, PassShape, StepFlops
+from mmprune_train.model.llava import PackedLlava
+from mmprune_train.model.peft import add_adapters
+from mmprune_train.planning.activations import Activations
+from mmprune_train.planning.devices import CPU, Device
+from mmprune_train.planning.layout import CUDA_OVERHEAD, FRAGMENTED, LAYOUTS, numerics, states
+from mmprune_train.planning.lengths import Tokens, count_tokens
+from mmprune_train.planning.samples import StageSamples
+from mmprune_train.pruning import Pruner
+from mmprune_train.training.freezing import Part, freeze
+from mmprune_train.training.stream import steps_of
+
+DRAWN_BATCHES = 200
+"""Micro-batches that are drawn from the sample; memory is that of the longest."""
+
+
+@dataclass(frozen=True)
+class Memory:
+    """Bytes on one device at the worst moment of a step."""
+
+    weights: float
+    gradients: float
+    optimizer: float
+    activations: float
+    """Of the LLM, logits, vision tower and inputs, or the optimizer's own working set where that is more."""
+    logits: float
+    """The part of `activations` that the loss may take."""
+    strategy: float
+    """Buckets and gathered weights."""
+    overhead: float
+    """Context, libraries, fragmentation: assumed."""
+
+    @property
+    def total(self) -> float:
+        return self.weights + self.gradients + self.optimizer + self.activations + self.strategy + self.overhead
+
+
+@dataclass(frozen=True)
+class Cost:
+    """Of one way to run a stage: dense, or as it is pruned."""
+
+    tokens: Tokens
+    flops: Flops
+    """Of one optimizer step over all devices, the mean."""
+    memory: Memory
+    longest: float
+    """Tokens that enter a layer, of the micro-batch that decides the memory."""
+    longest_images: int
+    """Images of that micro-batch."""
+
+    def seconds(self, device: Device, mfu: float, world: int) -> float | None:
+        """Of one optimizer step; None where the device's throughput is not known."""
+        return None if device.bf16_tflops is None else self.flops.hardware / (device.bf16_tflops * 1e12 * mfu * world)
+
+
+@dataclass(frozen=True)
+class Disk:
+    """Bytes."""
+
+    checkpoints: float
+    model: float
+    cache: float | None
+    """Kept features of all images of the stage; None: the encoder is trained, or the images are not known."""
+
+
+@dataclass(frozen=True)
+class StagePlan:
+    name: str
+    parts: list[Part]
+    strategy: str
+    world: int
+    window: int
+    """Micro-batches of a step on each device."""
+    steps: int | None
+    """None: the number of samples is not known."""
+    dense: Cost
+    pruned: Cost | None
+    """None: nothing is pruned."""
+    disk: Disk
+
+    @property
+    def own(self) -> Cost:
+        """As the stage will run."""
+        return self.pruned or self.dense
+
+
+def plan_stage(
+    config: Config, name: str, data: StageSamples, share: float, device: Device, compute: torch.dtype
+) -> StagePlan:
+    """What stage `name` needs.
+
+    Args:
+        data: its samples.
+        share: of its row, what a budget keeps that depends on the images.
+        device: to run on.
+        compute: dtype of matrix products.
+    """
+    stage = config.stage[name]
+    adapters = stage.use_peft and config.peft.name != "none" and stage.train_llm
+    model = build_on_meta(config)
+    if adapters:
+        add_adapters(model, config.peft)
+    parts = freeze(model, stage, adapters)
+    world = config.trainer.devices * config.trainer.num_nodes
+    strategy = stage.strategy or config.strategy.name
+    patches, depth = model.config.image_seq_length, len(model.hf.model.language_model.layers)
+    with dense(model):
+        whole = count_tokens(load_pruner("none"), data.samples, patches, depth, 1.0)
+        without = _cost(config, stage, model, whole, strategy, device, compute)
+    pruned = None
+    if config.pruner.vision.enabled or config.pruner.language.enabled:
+        kept = count_tokens(config.pruner, data.samples, patches, depth, share)
+        pruned = _cost(config, stage, model, kept, strategy, device, compute)
+    own = pruned or without
+    steps = stage.max_steps
+    if steps is None and data.total is not None:
+        steps = steps_of(data.total, stage.epochs, stage.global_batch_size, None)
+    disk = _disk(config, stage, model, own.tokens, data, strategy, compute)
+    window = micro_batches(own.tokens, stage, world)
+    return StagePlan(name, parts, strategy, world, window, steps, without, pruned, disk)
+
+
+def micro_batches(tokens: Tokens, stage: StageConfig, world: int) -> int:
+    """Forward passes of a step on each device; with a token budget about so many."""
+    if stage.token_budget is None:
+        return stage.global_batch_size // (stage.batch_size * world)
+    return math.ceil(stage.global_batch_size * float(tokens.stage1.mean()) / (stage.token_budget * world))
+
+
+def longest_batch(tokens: Tokens, stage: StageConfig) -> list[int]:
+    """Rows of the samples of the longest of some micro-batches drawn by chance, of one modality where the stage groups
+    by it."""
+    rows = range(len(tokens.dense))
+    groups = [list(rows)]
+    if stage.group_by_modality:
+        groups = [[row for row in rows if bool(tokens.images[row]) == wanted] for wanted in (True, False)]
+        groups = [group for group in groups if len(group) >= stage.batch_size] or [list(rows)]
+    chance = random.Random(0)
+    size = stage.batch_size if stage.token_budget is None else stage.global_batch_size
+    drawn = [chance.choices(group, k=size) for group in groups for _ in range(DRAWN_BATCHES)]
+    if stage.token_budget is not None:
+        drawn = [_within(batch, tokens, stage.token_budget) for batch in drawn]
+    return max(drawn, key=lambda batch: float(tokens.layer_mean[batch].sum()))
+
+
+def _within(batch: list[int], tokens: Tokens, budget: int) -> list[int]:
+    """The first samples of a batch that enter the LLM together, at least one."""
+    fitting = tokens.stage1[batch].cumsum(0) <= budget
+    return batch[: max(1, int(fitting.sum()))]
+
+
+@contextmanager
+def dense(model: PackedLlava) -> Iterator[None]:
+    """The same network without a pruner, as long as the context lasts."""
+    pruner, question = model.pruner, model.question
+    model.pruner, model.question = Pruner(load_pruner("none")), None
+    try:
+        yield
+    finally:
+        model.pruner, model.question = pruner, question
+
+
+def _cost(
+    config: Config,
+    stage: StageConfig,
+    model: PackedLlava,
+    tokens: Tokens,
+    strategy: str,
+    device: Device,
+    compute: torch.dtype,
+) -> Cost:
+    samples, batch = len(tokens.dense), longest_batch(tokens, stage)
+    flops = StepFlops(model).count(_run(tokens.shape(), config, stage), checkpointed(stage))
+    shape = _run(tokens.shape(batch), config, stage)
+    memory = memory_of(config, stage, model, shape, strategy, device, compute)
+    longest, images = float(tokens.layer_mean[batch].sum()), int(tokens.images[batch].sum())
+    return Cost(tokens, flops * (stage.global_batch_size / samples), memory, longest, images)
+
+
+def _run(shape: PassShape, config: Config, stage: StageConfig) -> PassShape:
+    """Samples of one image that a batch holds together need it encoded once; with the feature cache none is encoded."""
+    images = math.ceil(shape.images / stage.samples_per_image)
+    kept = shape.kept_patches / max(shape.images, 1) * images
+    encoded = 0 if config.trainer.feature_cache else images
+    return PassShape(shape.lengths, shape.stage1, encoded, kept, shape.supervised)
+
+
+def checkpointed(stage: StageConfig) -> str | None:
+    """Which layers the backward pass runs again; None: none."""
+    return stage.checkpointed_layers if stage.gradient_checkpointing else None
+
+
+def memory_of(
+    config: Config,
+    stage: StageConfig,
+    model: PackedLlava,
+    shape: PassShape,
+    strategy: str,
+    device: Device,
+    compute: torch.dtype,
+) -> Memory:
+    """Memory of one device for a micro-batch of this shape."""
+    layout = LAYOUTS[strategy]
+    how = numerics(layout, compute)
+    world, cuda = config.trainer.devices * config.trainer.num_nodes, device.name != CPU
+    kept = states(layout, _on_device(model, config), how, world, cuda)
+    phases = Activations(model, how).phases(
+        shape, checkpointed(stage), config.trainer.logits_chunk, config.trainer.vision_chunk, growing=False
+    )
+    activations = max(phases.peak, kept.stepping)
+    overhead = CUDA_OVERHEAD + FRAGMENTED * activations if cuda else 0.0
+    return Memory(kept.weights, kept.gradients, kept.optimizer, activations, phases.logits, kept.working, overhead)
+
+
+def _on_device(model: PackedLlava, config: Config) -> Iterator[nn.Parameter]:
+    """With the feature cache the vision tower stays on the host."""
+    tower = model.hf.model.vision_tower if config.trainer.feature_cache else nn.Module()
+    left = {id(parameter) for parameter in tower.parameters()}
+    return (parameter for parameter in model.parameters() if id(parameter) not in left)
+
+
+def _disk(
+    config: Config,
+    stage: StageConfig,
+    model: PackedLlava,
+    tokens: Tokens,
+    data: StageSamples,
+    strategy: str,
+    compute: torch.dtype,
+) -> Disk:
+    layout = LAYOUTS[strategy]
+    how = numerics(layout, compute)
+    whole = states(layout, model.parameters(), how, 1, False)
+    trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    checkpoint = whole.optimizer + trained * how.trained.itemsize
+    cache = None
+    if data.images is not None and not stage.train_vision:
+        per_image = float(tokens.kept_patches.sum() / tokens.images.sum().clamp(min=1))
+        cache = data.images * per_image * model.hf.model.multi_modal_projector.linear_1.in_features * compute.itemsize
+    return Disk(checkpoint * (config.trainer.keep_checkpoints + 1), whole.weights, cache)

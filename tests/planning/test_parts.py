@@ -1,0 +1,192 @@
+"""The parts of a plan: token counts, samples, devices, layouts, remedies."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from tiny import PATCHES, packed, tiny_inputs, tiny_llava
+from training.short import sample
+from training.synthetic import overrides, write_dataset
+
+from mmprune_train.benchmark.memory import PeakMemory
+from mmprune_train.config.checks import DEVICES as NAMES
+from mmprune_train.config.compose import compose_config, load_pruner
+from mmprune_train.data.batch import collate
+from mmprune_train.errors import UserError
+from mmprune_train.planning import devices
+from mmprune_train.planning.layout import LAYOUTS, numerics, states
+from mmprune_train.planning.lengths import count_tokens, data_dependent, solve_share
+from mmprune_train.planning.remedies import first_that_fits
+from mmprune_train.planning.samples import stage_samples
+from mmprune_train.pruning import Kind
+from mmprune_train.training.strategies import NAMES as STRATEGIES
+
+FIXED = {"method": "fixed_ratio", "ratio": 0.5}
+
+
+@pytest.mark.parametrize(
+    "pruner",
+    [
+        "none",
+        "fastv",
+        "pyramiddrop",
+        {"name": "visionzip", "vision": {"knee": {"count": 3}, "merge_count": 2}},
+        {"name": "twostage", "vision": {"knee": FIXED}, "language": {"knee": FIXED}},
+        {"name": "sparsevlm", "language": {"amounts": [6, 3, 2]}},
+    ],
+    ids=str,
+)
+def test_counts_of_fixed_budgets_are_those_of_a_pass(pruner: object) -> None:
+    model = packed(tiny_llava(), pruner)
+    samples = [sample(number) for number in range(5)]
+    batch = collate(samples)
+    with torch.no_grad():
+        trace = model.forward_packed(batch.sequence, batch.pixel_values).trace
+    found = count_tokens(load_pruner(pruner), samples, PATCHES, 4, share=0.1)
+    assert not data_dependent(load_pruner(pruner))
+    assert torch.equal(found.lengths, torch.stack(trace.layers).double())
+    assert torch.equal(found.dense, trace.dense.double()) and torch.equal(found.stage1, trace.stage1.double())
+    assert found.kept_patches.sum() == sum(map(len, trace.vision_kept))
+    assert found.keep_ratio == pytest.approx(trace.counts()["layer_mean"] / trace.counts()["dense"])
+
+
+def test_a_budget_that_looks_at_images_gets_the_share_that_meets_the_ratio() -> None:
+    pruner = load_pruner("twostage")
+    samples = stage_samples(compose_config(["+experiment=llava7b_twostage"]), "instruct", 576, 64).samples
+    share = solve_share(pruner, samples, 576, 32, keep=0.3)
+    found = count_tokens(pruner, samples, 576, 32, share)
+    assert found.visual_keep_ratio == pytest.approx(0.3, abs=0.01) and 0.22 < share < 1
+    assert data_dependent(pruner) == ["pruner.vision.knee", "pruner.language.knee"]
+
+
+def test_lengths_are_exact_where_files_and_tokenizer_are_and_say_so_where_not(tmp_path: Path) -> None:
+    from mmprune_train.data.encode import encode
+    from mmprune_train.data.records import read_records
+    from mmprune_train.data.templates import get_template
+    from mmprune_train.model.tokenizer import load_tokenizer
+
+    root = write_dataset(tmp_path / "data")
+    config = compose_config(overrides(root, tmp_path / "runs"))
+    found = stage_samples(config, "instruct", 36, 100)
+    tokenizer = load_tokenizer(None)
+    template = get_template("v1", tokenizer)
+    records = read_records(root / "instruct.json", root / "images")
+    wanted = {r.id: len(encode(r, template, tokenizer, 36, 1024).ids) for r in records}
+    assert {s.example.id: len(s.example.ids) for s in found.samples} == wanted
+    assert found.total == len(records) == 18 and found.images == 16 and "tokenised" in found.source
+    assert len(stage_samples(config, "instruct", 36, 5).samples) == 5
+
+    elsewhere = replace(config, llm=replace(config.llm, path="nobody/nothing"))
+    guessed = stage_samples(elsewhere, "instruct", 36, 100)
+    assert "ESTIMATED" in guessed.source
+    for one in guessed.samples:  # text of the small tokenizer is finer cut than English; images are exact
+        assert (one.example.kind == Kind.VISUAL).sum() == 36 * len(one.images)
+
+    absent = replace(config, data=replace(config.data, root=str(tmp_path / "nowhere")))
+    made = stage_samples(absent, "instruct", 36, 100)
+    assert "ASSUMED" in made.source and made.total == config.data.instruct.limit
+
+
+def test_devices_are_those_of_the_config_and_known_by_torchs_names() -> None:
+    assert set(NAMES) == {*devices.DEVICES, "cpu"}
+    named = {
+        "NVIDIA A100-SXM4-80GB": "a100_80gb",
+        "NVIDIA A100 80GB PCIe": "a100_80gb",
+        "NVIDIA A100-PCIE-40GB": "a100_40gb",
+        "NVIDIA H100 80GB HBM3": "h100_80gb",
+        "NVIDIA H100 PCIe": "h100_pcie_80gb",
+        "NVIDIA H100 NVL": "h100_nvl_94gb",
+        "NVIDIA H200": "h200_141gb",
+        "NVIDIA B200": "b200_180gb",
+        "NVIDIA L40S": "l40s_48gb",
+        "NVIDIA L4": "l4_24gb",
+        "NVIDIA A10": "a10_24gb",
+        "NVIDIA GeForce RTX 4090": "rtx4090_24gb",
+        "NVIDIA RTX A6000": "rtx_a6000_48gb",
+        "NVIDIA GeForce RTX 3090": "rtx3090_24gb",
+    }
+    for torchs, ours in named.items():
+        assert devices.device_peak(torchs).name == ours == devices.device_peak(ours).name
+    for other in ("NVIDIA GeForce RTX 4090 Laptop GPU", "NVIDIA A10G", "NVIDIA L40", "Tesla T4"):
+        assert devices.known_device(other) is None
+    assert devices.device_peak("cpu").memory_bytes > 1e9
+    with pytest.raises(UserError, match=r"plan\.device=a100.*a100_"):
+        devices.device_peak("a100")
+
+
+def test_zero_spreads_what_its_stage_says() -> None:
+    assert set(LAYOUTS) == set(STRATEGIES)
+    model = torch.nn.Linear(1000, 1000, bias=False)  # a million parameters
+    frozen = torch.nn.Linear(1000, 1000, bias=False).requires_grad_(False)
+    both = [model.weight, frozen.weight]
+    found = {}
+    for name, layout in LAYOUTS.items():
+        kept = states(layout, both, numerics(layout, torch.bfloat16), 4, cuda=True)
+        found[name] = [round(value / 1e6, 6) for value in (kept.weights, kept.gradients, kept.optimizer)]
+    assert found == {
+        "single": [2 + 4, 4, 8],
+        "ddp": [2 + 4, 4, 8],
+        "deepspeed_zero1": [4, 2, 12 / 4],
+        "deepspeed_zero2": [4, 2 / 4, 12 / 4],
+        "deepspeed_zero3": [4 / 4, 2 / 4, 12 / 4],
+    }
+
+
+def test_the_first_change_that_fits_is_named() -> None:
+    config = compose_config(["+experiment=llava7b_dense", "stage.instruct.gradient_checkpointing=false"])
+    config = replace(config, strategy=replace(config.strategy, name="ddp"))
+    tried: list[tuple] = []
+
+    def memory(changed: object) -> float:
+        stage = changed.stage["instruct"]
+        seen = (stage.gradient_checkpointing, stage.batch_size, stage.strategy, changed.peft.name)
+        tried.append(seen)
+        return 0 if seen[2] == "deepspeed_zero3" and seen[1] == 8 else 2
+
+    assert first_that_fits(config, "instruct", memory, 1) == [
+        "stage.instruct.gradient_checkpointing=true",
+        "stage.instruct.strategy=deepspeed_zero3",
+        "stage.instruct.batch_size=8",
+    ]
+    assert tried[0] == (True, 16, None, "none") and tried[1] == (True, 8, None, "none")
+    assert first_that_fits(config, "instruct", lambda changed: 0 if changed.peft.name == "lora" else 2, 1)[-1:] == [
+        "peft=lora"
+    ]
+    assert first_that_fits(config, "instruct", lambda _: 2, 1) is None
+    for one in first_that_fits(config, "instruct", memory, 1):  # what is printed is understood
+        compose_config(["+experiment=llava7b_dense", one])
+
+
+def test_peak_memory_is_what_torchs_profiler_sees() -> None:
+    layers = torch.nn.Sequential(torch.nn.Linear(64, 256), torch.nn.GELU(), torch.nn.Linear(256, 64))
+    states = torch.randn(100, 64)
+
+    def step() -> None:
+        layers(states).square().sum().backward()
+        layers.zero_grad()
+
+    with PeakMemory("cpu") as peak:
+        step()
+    with torch.profiler.profile(profile_memory=True) as profiler:
+        step()
+    events = [e for e in profiler.profiler.kineto_results.events() if e.name() == "[memory]"]
+    live = highest = 0
+    for event in sorted(events, key=lambda e: e.start_ns()):
+        live += event.nbytes()
+        highest = max(highest, live)
+    assert peak.bytes == highest > 100 * 256 * 4
+
+
+def test_views_and_writes_in_place_are_no_memory() -> None:
+    inputs = tiny_inputs([1], [5])["input_ids"].float()
+    with PeakMemory("cpu") as peak:
+        inputs.view(-1)[1:].add_(1)
+        inputs.t()
+    assert peak.bytes == 0
+    with PeakMemory("cpu") as peak:
+        for _ in range(3):
+            torch.empty(1000)
+    assert peak.bytes == 4000
