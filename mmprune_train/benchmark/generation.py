@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import time
 from collections.abc import Mapping
-from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from statistics import median
 from typing import Any
@@ -14,10 +13,9 @@ from torch import Tensor
 from transformers import StoppingCriteria, StoppingCriteriaList
 
 from mmprune_train.benchmark.baseline import plain_attention
-from mmprune_train.benchmark.steps import BASELINE
+from mmprune_train.benchmark.steps import BASELINE, with_pruner
 from mmprune_train.config.schema import PrunerConfig
 from mmprune_train.model.llava import PackedLlava
-from mmprune_train.pruning import Pruner
 
 
 @dataclass
@@ -62,24 +60,14 @@ def generation_costs(
         inputs: the llava-hf processor's, padded on the left.
         new_tokens: tokens that every sample generates, at least 2.
     """
-    own = model.pruner, model.question
     names = [*([BASELINE] if baseline else []), *pruners]
     found: dict[str, list[tuple[float, float, int]]] = {name: [] for name in names}
-    try:
-        for number in range(repeats + 1):
-            for name in names:
-                context: AbstractContextManager[Any] = nullcontext()
-                if name == BASELINE:
-                    context = plain_attention(model)
-                else:
-                    model.pruner = Pruner(pruners[name])
-                    model.question = own[1] if model.pruner.reads_text else None
-                with context:
-                    measured = _generate(model.hf if name == BASELINE else model, inputs, new_tokens, dtype)
-                if number:
-                    found[name].append(measured)
-    finally:
-        model.pruner, model.question = own
+    for number in range(repeats + 1):
+        for name in names:
+            with plain_attention(model) if name == BASELINE else with_pruner(model, pruners[name]):
+                measured = _generate(model.hf if name == BASELINE else model, inputs, new_tokens, dtype)
+            if number:
+                found[name].append(measured)
     return {
         name: GenerationCost(median(r[0] for r in rows), median(r[1] for r in rows), rows[-1][2])
         for name, rows in found.items()

@@ -9,10 +9,10 @@ from statistics import fmean, median
 import torch
 from torch import Tensor
 
+from mmprune_train.benchmark.steps import with_pruner
 from mmprune_train.config.schema import PrunerConfig
 from mmprune_train.model.clock import Clock
 from mmprune_train.model.llava import PackedLlava
-from mmprune_train.pruning import Pruner
 
 
 @dataclass
@@ -41,22 +41,19 @@ def selection_costs(
         pixel_values: [I, 3, H, W], encoded in chunks of `model.vision_chunk`.
         repeats: passes that are counted, of every pruner.
     """
-    own, own_clock, question = model.pruner, model.clock, model.question
-    model.clock = Clock()
+    own_clock, model.clock = model.clock, Clock()
     laps: dict[str, list[dict[str, float]]] = {name: [] for name in pruners}
     kept: dict[str, Tensor] = {}
     try:
         for repeat in range(repeats + 1):
             for name, settings in pruners.items():
-                model.pruner = Pruner(settings)
-                model.question = question if model.pruner.reads_text else None
-                with torch.no_grad():
+                with torch.no_grad(), with_pruner(model, settings):
                     kept[name] = model.select_patches(pixel_values).kept
                 lap = model.clock.lap()
                 if repeat:
                     laps[name].append(lap)
     finally:
-        model.pruner, model.clock, model.question = own, own_clock, question
+        model.clock = own_clock
     for name, all_laps in laps.items():
         selection = [lap.get("selection", 0.0) for lap in all_laps]
         vision = [lap["vision"] for lap in all_laps]

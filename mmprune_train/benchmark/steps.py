@@ -19,8 +19,8 @@ from mmprune_train.config.schema import PrunerConfig
 from mmprune_train.data.batch import Batch
 from mmprune_train.model.clock import Clock
 from mmprune_train.model.llava import PackedLlava
-from mmprune_train.model.patches import Patches
 from mmprune_train.pruning import Pruner, PruningTrace
+from mmprune_train.pruning.patches import Patches
 
 BASELINE = "hf_padded"
 """Name of the plain Hugging Face model among the ways."""
@@ -38,10 +38,8 @@ class StepCost:
     """The same of every repeat, in order."""
     peak_bytes: int
     """Highest memory of a step above what is there between steps: weights, optimizer states."""
-    flops: float
-    """Of a step, counted by PyTorch."""
-    language_flops: float
-    """Without the vision tower."""
+    flops: dict[str, float]
+    """By part, counted by PyTorch, and their sum as `step`. A trained tower's backward pass is in `backward`."""
     tokens: dict[str, float] = field(default_factory=dict)
     """Totals of the batch: dense, stage1, stage2, layer_mean, padding."""
 
@@ -49,6 +47,11 @@ class StepCost:
     def language_seconds(self) -> float:
         """Forward and backward, without the vision tower and the choosing of tokens."""
         return self.seconds["forward"] + self.seconds["backward"]
+
+    @property
+    def language_flops(self) -> float:
+        """Of the same parts as `language_seconds`."""
+        return self.flops["forward"] + self.flops["backward"]
 
     @property
     def keep_ratio(self) -> float:
@@ -63,10 +66,20 @@ class Way:
     """One forward pass, timed by the model's clock."""
     context: Callable[[], AbstractContextManager[Any]] = nullcontext
     """Entered around a step."""
-    vision: Callable[[], Any] | None = None
-    """The vision tower alone, to tell its operations apart; None: it does not run."""
     tokens: dict[str, float] = field(default_factory=dict)
     """Filled by `loss`."""
+
+
+@contextmanager
+def with_pruner(model: PackedLlava, settings: PrunerConfig) -> Iterator[None]:
+    """The same network with another pruner, as long as the context lasts; the text tower where that one reads."""
+    before = model.pruner, model.question
+    model.pruner = Pruner(settings)
+    model.question = before[1] if model.pruner.reads_text else None
+    try:
+        yield
+    finally:
+        model.pruner, model.question = before
 
 
 def pruned(
@@ -80,16 +93,6 @@ def pruned(
     Args:
         read_cache: gives what stage 1 leaves of the batch's images; None: the tower runs.
     """
-    pruner, question = Pruner(settings), model.question
-
-    @contextmanager
-    def context() -> Iterator[None]:
-        before = model.pruner, model.question
-        model.pruner, model.question = pruner, question if pruner.reads_text else None
-        try:
-            yield
-        finally:
-            model.pruner, model.question = before
 
     def loss() -> Tensor:
         assert model.clock is not None, "a way runs under the clock"
@@ -103,12 +106,7 @@ def pruned(
         way.tokens = tokens_of(output.trace)
         return output.loss_sum / output.supervised
 
-    def vision() -> None:
-        if batch.pixel_values is not None:
-            with torch.no_grad():
-                model.encode_images(batch.pixel_values)
-
-    way = Way(loss, context, vision if read_cache is None else None)
+    way = Way(loss, lambda: with_pruner(model, settings))
     return way
 
 
@@ -126,18 +124,7 @@ def padded(model: PackedLlava, batch: Batch) -> Way:
     dense = float(inputs["attention_mask"].sum())
     every = float(inputs["input_ids"].numel())
     tokens = dict.fromkeys(("dense", "stage1", "stage2", "layer_mean"), every) | {"dense": dense}
-    pixels = inputs.get("pixel_values")
-
-    def vision() -> None:
-        with torch.no_grad():
-            tower(pixels)
-
-    return Way(
-        loss,
-        lambda: plain_attention(model),
-        vision if pixels is not None else None,
-        tokens | {"padding": every - dense},
-    )
+    return Way(loss, lambda: plain_attention(model), tokens | {"padding": every - dense})
 
 
 def tokens_of(trace: PruningTrace) -> dict[str, float]:
@@ -199,26 +186,30 @@ def step_costs(
             with way.context(), _computed_in(device, dtype):
                 with PeakMemory(device) as memory:
                     _step(model.clock, way, optimizer)
-                with flop_counter() as whole:
-                    way.loss().backward()
-                optimizer.zero_grad()
-                with flop_counter() as seen:
-                    if way.vision is not None:
-                        way.vision()
-            flops = whole.get_total_flops()
+                flops = _counted(model, way, optimizer)
             seconds = {part: [lap.get(part, 0.0) for lap in laps[name]] for part in PARTS}
             seconds["step"] = [sum(lap.values()) for lap in laps[name]]
             costs[name] = StepCost(
                 seconds={part: median(times) for part, times in seconds.items()},
                 seconds_all=seconds,
                 peak_bytes=memory.bytes,
-                flops=flops,
-                language_flops=flops - seen.get_total_flops(),
+                flops={part: flops.get(part, 0.0) for part in PARTS} | {"step": sum(flops.values())},
                 tokens=way.tokens,
             )
     finally:
         model.clock = own_clock
     return costs
+
+
+def _counted(model: PackedLlava, way: Way, optimizer: torch.optim.Optimizer) -> dict[str, float]:
+    """Operations of a step by part, with an attention that the counter sees."""
+    seconds, attention = model.clock, model.attention
+    try:
+        with flop_counter() as counter:
+            model.clock, model.attention = Clock(counter.get_total_flops), "sdpa_per_sample"
+            return _step(model.clock, way, optimizer)
+    finally:
+        model.clock, model.attention = seconds, attention
 
 
 def _step(clock: Clock, way: Way, optimizer: torch.optim.Optimizer) -> dict[str, float]:

@@ -15,7 +15,7 @@ from mmprune_train.data.encode import encode
 from mmprune_train.data.images import ImageReader
 from mmprune_train.data.records import Record
 from mmprune_train.data.templates import Template
-from mmprune_train.model.patches import Patches
+from mmprune_train.pruning.patches import Patches
 
 
 class Features(Protocol):

@@ -126,6 +126,11 @@ class KeptTokens:
         # of a sample with M images E[x^2 / M] = variance + M mean^2
         return Estimate(mean, math.sqrt(max(0.0, (squares - images * mean**2) / samples)), self.patches)
 
+    def skip(self, steps: int) -> None:
+        """So many optimizer steps were planned without an estimate: it begins behind them."""
+        self.steps = steps
+        self._history = deque([[0.0] * 4] * (self.lag + 1), maxlen=self.lag + 1)
+
     def state_dict(self) -> dict[str, Any]:
         return {"steps": self.steps, "history": [list(totals) for totals in self._history]}
 

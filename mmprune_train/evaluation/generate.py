@@ -12,7 +12,7 @@ from PIL import Image
 from mmprune_train.data.templates import Template
 from mmprune_train.errors import UserError
 from mmprune_train.evaluation.questions import Question
-from mmprune_train.reporting.progress import progress
+from mmprune_train.progress import progress
 
 Item = TypeVar("Item")
 COUNTS = ("dense", "stage1", "stage2", "layer_mean", "visual_dense", "visual_stage1", "visual_stage2")

@@ -34,8 +34,8 @@ from mmprune_train.features.shards import (
 )
 from mmprune_train.features.store import ImageFeatures
 from mmprune_train.model.images import ImageSide
-from mmprune_train.model.patches import Patches
-from mmprune_train.reporting.progress import progress
+from mmprune_train.progress import progress
+from mmprune_train.pruning.patches import Patches
 
 
 @dataclass(frozen=True)

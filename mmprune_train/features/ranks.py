@@ -16,6 +16,12 @@ def _alone(value: Any) -> list[Any]:
 
 
 @dataclass(frozen=True)
+class _Failed:
+    rank: int
+    why: str
+
+
+@dataclass(frozen=True)
 class Ranks:
     """This process among those that share the work."""
 
@@ -31,17 +37,25 @@ class Ranks:
     def each(self, work: Callable[[], Item]) -> list[Item]:
         """What the ranks' work gave, by rank; a barrier, too.
 
-        Raises the first rank's UserError on every rank, so that none waits for another that has stopped.
+        Where one fails all do, so that none waits for another that has stopped: by the first rank's UserError, else by
+        a RuntimeError that names the rank, whose own error says more.
         """
-        mine: Item | UserError
+        mine: Item | UserError | _Failed
+        own: Exception | None = None
         try:
             mine = work()
         except UserError as error:
             mine = error
+        except Exception as error:
+            mine, own = _Failed(self.rank, f"{type(error).__name__}: {error}"), error
         found: list[Any] = self.exchange(mine)
+        if own is not None:
+            raise own
         for value in found:
             if isinstance(value, UserError):
                 raise value
+            if isinstance(value, _Failed):
+                raise RuntimeError(f"rank {value.rank} failed: {value.why}")
         return found
 
     def all(self, part: Callable[[Sequence[Any]], Sequence[Item]], items: Sequence[Any]) -> list[Item]:

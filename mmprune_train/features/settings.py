@@ -22,14 +22,21 @@ from mmprune_train.errors import UserError
 from mmprune_train.model.images import ImageSide
 
 FORMAT = 1
-"""To be raised whenever the shards are laid out differently, or this package makes other features from the same
-settings (the walk through the encoder, scores, budgets, selections, merges)."""
+"""To be raised whenever the shards are laid out differently."""
 
 NEVER_RUN = "pooler."
 """Weights of a tower that no feature depends on; random where a checkpoint has none."""
 
-LIBRARIES = ("pillow", "transformers")
-"""Who resizes images and holds the encoder's code."""
+LIBRARIES = ("pillow", "scikit-learn", "transformers")
+"""Who resizes images, has the budget `lof`, and holds the encoder's code."""
+CODE = tuple(
+    f"mmprune_train.{name}"
+    for name in (
+        "data.images", "model.images", "model.vision", "pruning.budgets", "pruning.knees", "pruning.merging",
+        "pruning.patches", "pruning.pruner", "pruning.scores", "pruning.selection",
+    )
+)  # fmt: skip
+"""Modules that make the features; a change in any of them may change those."""
 
 
 def feature_settings(
@@ -55,6 +62,7 @@ def feature_settings(
         "stage_1": stage_settings(stage),
         "stage_1_code_sha256": {name: _source_hash(name) for name in _functions(asdict(stage))},
         "projector_weights_sha256": weights_hash(model.hf.model.multi_modal_projector) if projects(stage) else None,
+        "code_sha256": {name: _source_hash(name) for name in CODE},
         "dtype": str(dtype).removeprefix("torch."),
         "libraries": {name: version(name) for name in LIBRARIES},
     }

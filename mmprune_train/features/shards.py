@@ -23,7 +23,7 @@ from torch import Tensor
 
 from mmprune_train.assets import sha256_of
 from mmprune_train.errors import UserError
-from mmprune_train.model.patches import Patches
+from mmprune_train.pruning.patches import Patches
 
 SETTINGS = "settings.json"
 """Beside the shards: what their features depend on."""

@@ -12,11 +12,11 @@ from transformers import LlavaConfig, LlavaForConditionalGeneration
 from mmprune_train.errors import UserError
 from mmprune_train.model.clock import Clock, timed
 from mmprune_train.model.language import looking
-from mmprune_train.model.patches import Patches
 from mmprune_train.model.question import Asked, Looks, QuestionEncoder
 from mmprune_train.model.vision import encode
 from mmprune_train.pruning import Pruner
 from mmprune_train.pruning.host import fetch
+from mmprune_train.pruning.patches import Patches
 from mmprune_train.pruning.scores import VisionView
 
 

@@ -128,7 +128,7 @@ def installed(module: str, name: str) -> tuple[Any, str | None]:
     2 holds version 4's files without what they need, and a build for another torch fails only when it is imported."""
     try:
         return getattr(import_module(module), name), None
-    except (ImportError, OSError, AttributeError) as error:
+    except Exception as error:  # a build for another torch or CUDA fails in many ways
         lines = str(error).splitlines()
         return None, f"{module} cannot be imported ({lines[0] if lines else type(error).__name__})"
 

@@ -20,11 +20,11 @@ from mmprune_train.model.images import ImageSide
 from mmprune_train.model.inputs import Annotate, first_of_equal, pack
 from mmprune_train.model.language import ScoringKeys, check_language_model, rotary
 from mmprune_train.model.loss import CHUNK, cross_entropy_sum
-from mmprune_train.model.patches import Patches
 from mmprune_train.model.question import FOLDER, QuestionEncoder, Words, looks_of
 from mmprune_train.model.vision import deepest_feature, family_of, scored_block
 from mmprune_train.pruning import IGNORE, PackedSequence, Pruner, PruningTrace
 from mmprune_train.pruning.host import fetch, take, upload
+from mmprune_train.pruning.patches import Patches
 
 
 @dataclass
@@ -226,8 +226,8 @@ class PackedLlava(ImageSide, PreTrainedModel, GenerationMixin):
                 keys = ScoringKeys(scoring, seen.detach(), rotation[0][0], rotation[1][0])
                 with timed(self.clock, "selection"):
                     pruned = self.pruner.prune_tokens(sequence, hidden, keys, prune_before[index])
-                if self.training and not keys.ran:  # other ranks score: under ZeRO-3 all must run the same modules
-                    keys(torch.zeros(1, dtype=torch.long))
+                    if self.training and not keys.ran:  # other ranks score: under ZeRO-3 all must run the same modules
+                        keys(torch.zeros(1, dtype=torch.long))
                 if pruned is not None:
                     hidden, mask, scores = pruned
                     trace.language_scores = scores if trace.language_scores is None else trace.language_scores

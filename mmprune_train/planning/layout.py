@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
-from mmprune_train.planning.devices import GIB
+from mmprune_train.devices import GIB
 from mmprune_train.planning.probe import Numerics
 
 ADAM = 8

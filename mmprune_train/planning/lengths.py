@@ -16,9 +16,9 @@ from mmprune_train.config.schema import KneeConfig, PrunerConfig
 from mmprune_train.data.batch import Sample, collate
 from mmprune_train.model.flops import PassShape
 from mmprune_train.pruning import IGNORE, Kind, PackedSequence, Pruner
+from mmprune_train.pruning.budgets import FIXED
 from mmprune_train.pruning.scores import VisionView
 
-FIXED = ("fixed_ratio", "fixed_count")
 TOGETHER = 32
 """Samples that are cut at once."""
 WIDTH = 8

@@ -13,17 +13,18 @@ from torch import nn
 
 from mmprune_train.config.compose import load_pruner
 from mmprune_train.config.schema import Config, StageConfig
+from mmprune_train.devices import CPU, Device
 from mmprune_train.model.build import build_on_meta
 from mmprune_train.model.flops import Flops, PassShape, StepFlops
 from mmprune_train.model.llava import PackedLlava
 from mmprune_train.model.peft import add_adapters
 from mmprune_train.planning.activations import Activations
-from mmprune_train.planning.devices import CPU, Device
 from mmprune_train.planning.layout import CUDA_OVERHEAD, FRAGMENTED, LAYOUTS, numerics, states
 from mmprune_train.planning.lengths import Tokens, count_tokens
 from mmprune_train.planning.samples import StageSamples
 from mmprune_train.pruning import Pruner
 from mmprune_train.training.freezing import Part, freeze
+from mmprune_train.training.run import uses_adapters
 from mmprune_train.training.stream import steps_of
 
 DRAWN_BATCHES = 200
@@ -85,7 +86,7 @@ class StagePlan:
     parts: list[Part]
     strategy: str
     world: int
-    window: int
+    micro_batches: int
     """Micro-batches of a step on each device."""
     steps: int | None
     """None: the number of samples is not known."""
@@ -112,7 +113,7 @@ def plan_stage(
         compute: dtype of matrix products.
     """
     stage = config.stage[name]
-    adapters = stage.use_peft and config.peft.name != "none" and stage.train_llm
+    adapters = uses_adapters(config, name)
     model = build_on_meta(config)
     if adapters:
         add_adapters(model, config.peft)
@@ -132,8 +133,8 @@ def plan_stage(
     if steps is None and data.total is not None:
         steps = steps_of(data.total, stage.epochs, stage.global_batch_size, None)
     disk = _disk(config, stage, model, own.tokens, data, strategy, compute)
-    window = micro_batches(own.tokens, stage, world)
-    return StagePlan(name, parts, strategy, world, window, steps, without, pruned, disk)
+    passes = micro_batches(own.tokens, stage, world)
+    return StagePlan(name, parts, strategy, world, passes, steps, without, pruned, disk)
 
 
 def micro_batches(tokens: Tokens, stage: StageConfig, world: int) -> int:

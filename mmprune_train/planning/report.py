@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from mmprune_train.planning.devices import GIB, Device
+from mmprune_train.devices import GIB, Device
 from mmprune_train.planning.plan import Cost, StagePlan
 from mmprune_train.reporting.tables import table
 from mmprune_train.training.freezing import freezing_table
@@ -91,7 +91,7 @@ def of_stage(plan: StagePlan, device: Device, mfu: float) -> dict[str, Any]:
         "parts": [part.__dict__ for part in plan.parts],
         "strategy": plan.strategy,
         "devices": plan.world,
-        "accumulation": plan.window,
+        "accumulation": plan.micro_batches,
         "steps": plan.steps,
         "dense": of(plan.dense),
         "pruned": None if plan.pruned is None else of(plan.pruned),

@@ -12,7 +12,7 @@ import torch
 
 from mmprune_train.benchmark.generation import GenerationCost, generation_costs
 from mmprune_train.benchmark.selection import SelectionCost, selection_costs
-from mmprune_train.benchmark.steps import BASELINE, PARTS, StepCost, Way, padded, pruned, step_costs
+from mmprune_train.benchmark.steps import BASELINE, PARTS, StepCost, Way, padded, pruned, step_costs, with_pruner
 from mmprune_train.config.checks import check_feature_cache, check_pruner_fits
 from mmprune_train.config.compose import load_pruner
 from mmprune_train.config.identity import run_dir
@@ -22,12 +22,12 @@ from mmprune_train.data.batch import Batch
 from mmprune_train.data.loader import TrainLoader
 from mmprune_train.data.templates import get_template
 from mmprune_train.errors import UserError
-from mmprune_train.evaluation.generate import load_images, progress
+from mmprune_train.evaluation.generate import load_images
 from mmprune_train.evaluation.questions import question_of
 from mmprune_train.model.build import build
 from mmprune_train.model.llava import PackedLlava
-from mmprune_train.model.patches import Patches
-from mmprune_train.pruning import Pruner
+from mmprune_train.progress import progress
+from mmprune_train.pruning.patches import Patches
 from mmprune_train.quiet import quiet
 from mmprune_train.reporting.bench_figure import draw_steps
 from mmprune_train.reporting.tables import table
@@ -156,12 +156,12 @@ def _cached(
     try:
         check_feature_cache(own, stage)
     except UserError as error:
-        print(f"{settings.name} is not measured with a feature cache: {error}", flush=True)
+        why = str(error).removeprefix("trainer.feature_cache=true: ").split(";")[0]
+        print(f"{settings.name} is not measured with a feature cache: {why}", flush=True)
         return None
     paths = [Path(path) for path in batch.images]
-    before, model.pruner = model.pruner, Pruner(settings)
-    features, _ = fill_for(own, stage, model, dict.fromkeys(paths, "bench"), precision.dtype, model.device)
-    model.pruner = before
+    with with_pruner(model, settings):
+        features, _ = fill_for(own, stage, model, dict.fromkeys(paths, "bench"), precision.dtype, model.device)
 
     def read() -> Patches:
         return features.read(paths).to(model.device)
@@ -198,7 +198,7 @@ def steps_text(costs: dict[str, StepCost], what: str) -> str:
     for name, cost in costs.items():
         ideal, achieved, memory = shares(cost, dense)
         over = achieved / ideal if achieved is not None and ideal else None
-        rows.append([name, cost.flops / 1e12, ideal, achieved, over, cost.peak_bytes / 2**30, memory])
+        rows.append([name, cost.flops["step"] / 1e12, ideal, achieved, over, cost.peak_bytes / 2**30, memory])
     return "\n\n".join(
         (
             table(tokens, ["way", *names, "keep_ratio"], f"Tokens of the batch: {what}"),
@@ -237,12 +237,13 @@ def _generate(
         return_tensors="pt",
         padding=True,
     ).to(model.device)
-    training = model.training
+    modes = [(module, module.training) for module in model.modules()]
     model.eval()
     costs = generation_costs(
         model, inputs, pruners, config.bench.new_tokens, config.bench.repeats, precision.dtype, config.bench.baseline
     )
-    model.train(training)
+    for module, training in modes:  # the frozen tower stays in eval mode while the rest trains
+        module.training = training
     title = (
         f"Answers of {config.bench.new_tokens} tokens to {len(questions)} prompts, medians of {config.bench.repeats}"
     )
@@ -263,7 +264,9 @@ def _selection(
 ) -> dict[str, Any]:
     images = list(spread_images(loader, config.bench.images))
     if not images:
-        raise UserError(f"data.{config.stages[-1]} has no sample with an image; choose other data= or bench.stage=")
+        raise UserError(
+            "bench.measure=selection: this stage has no sample with an image; choose other data= or bench.stage="
+        )
     pixels = torch.stack(images).to(model.device)
     with torch.autocast(model.device.type, dtype=precision.dtype, enabled=precision.dtype != torch.float32):
         costs: dict[str, SelectionCost] = dict(selection_costs(model, pixels, pruners, config.bench.repeats))

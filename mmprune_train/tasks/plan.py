@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from statistics import fmean
 from typing import Any
 
 import torch
+from transformers import AutoConfig
 
 from mmprune_train.config.identity import run_dir
 from mmprune_train.config.schema import Config
-from mmprune_train.planning.devices import CPU, Device, device_peak, present_device
+from mmprune_train.devices import CPU, Device, device_peak, present_device
 from mmprune_train.planning.lengths import data_dependent, solve_share
 from mmprune_train.planning.plan import StagePlan, plan_stage
 from mmprune_train.planning.remedies import first_that_fits
@@ -31,6 +33,8 @@ def run(config: Config) -> dict[str, Any]:
     """Write `plan/result.json` to the run directory. Nothing is downloaded, no weights are read."""
     device = chosen_device(config)
     compute = planned_dtype(config, device)
+    if device.name != CPU and compute != torch.bfloat16:
+        device = replace(device, bf16_tflops=None)  # the table knows bf16 alone
     told = {name: told_stage(config, name, device, compute) for name in config.stages}
     hours = [entry["hours"] for _, entry in told.values()]
     result = {
@@ -42,7 +46,7 @@ def run(config: Config) -> dict[str, Any]:
     }
     folder = run_dir(config) / "plan"
     write_json(folder / "result.json", result)
-    peak = "unknown" if device.bf16_tflops is None else f"{device.bf16_tflops:g} TFLOP/s bf16"
+    peak = "throughput not known" if device.bf16_tflops is None else f"{device.bf16_tflops:g} TFLOP/s bf16"
     print(f"{device.name} ({peak} at most, {config.plan.mfu:g} of it assumed), {result['precision']}")
     for text, _ in told.values():
         print(f"\n{text}")
@@ -108,7 +112,7 @@ def budget_share(config: Config, name: str, data: StageSamples) -> tuple[float, 
         rows = read_jsonl(run_dir(config) / name / "metrics.jsonl")
         keep = fmean(row["visual_keep_ratio"] for row in rows) if rows else HEADLINE
         source = f"measured by {run_dir(config) / name}" if rows else "ASSUMED, the method's headline; set plan.keep"
-    depth = int(config.llm.arch["num_hidden_layers"])
+    depth = int(AutoConfig.for_model(**config.llm.arch).num_hidden_layers)
     share = solve_share(config.pruner, data.samples[:SOLVED_ON], patches_of(config.encoder), depth, keep)
     note = "" if config.pruner.schedule.name == "constant" else "; pruner.schedule moves it, early steps may run dense"
     return share, f"{keep:.2f} of the visual tokens, averaged over layers ({source}){note}"

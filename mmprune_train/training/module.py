@@ -80,11 +80,12 @@ class MultimodalModule(pl.LightningModule):
         self.seed = seed
         self.token_budget = token_budget
         self.flops = StepFlops(model)
-        self.window_supervised = 0
+        self.supervised: Tensor | int = 0
+        """Of the step, over its micro-batches and all ranks; on the device where there are several."""
         self.totals = dict.fromkeys(TOTALS, 0.0)
         self.spread = torch.zeros(2, dtype=torch.float64)  # samples with images; sum of their tokens^2 / images
         self.loss_sum: Tensor | float = 0.0
-        """Of the window, float64 on the device: read once, at its end, so that no micro-batch waits for its loss."""
+        """Of the step, float64 on the device: read once, at its end, so that no micro-batch waits for its loss."""
         self.rate = 0.0
 
     @property
@@ -104,10 +105,10 @@ class MultimodalModule(pl.LightningModule):
         torch.manual_seed(int.from_bytes(hashlib.sha256(key.encode()).digest()[:8], "big"))
         self._accumulate(place)
         if place.first:
-            self.window_supervised = place.supervised
+            self.supervised = max(1, place.supervised)
             if self.trainer.world_size > 1:
-                total = torch.tensor(place.supervised, device=self.device, dtype=torch.int64)
-                self.window_supervised = int(self.trainer.strategy.reduce(total, reduce_op="sum"))
+                total = torch.full((), place.supervised, device=self.device, dtype=torch.int64)
+                self.supervised = self.trainer.strategy.reduce(total, reduce_op="sum").clamp(min=1)
             self.totals = dict.fromkeys(TOTALS, 0.0)
             self.spread = torch.zeros(2, dtype=torch.float64)
             self.loss_sum = 0.0
@@ -144,7 +145,7 @@ class MultimodalModule(pl.LightningModule):
             self.totals["overruns"] += counts["stage1"] > self.token_budget
             self.totals["held"] += batch.sequence.ids.numel()
             self.spread += _spread(output.trace, self._patches)
-        return output.loss_sum * (self._split() / max(1, self.window_supervised))
+        return output.loss_sum * (self._split() / self.supervised)
 
     def _split(self) -> int:
         """What will divide the loss on its way to the gradients, to be undone beforehand: Lightning divides by the

@@ -93,7 +93,7 @@ def run_stage(config: Config, name: str, run: RunDirectory, start_from: Path | N
     steps = steps_of(len(records), stage.epochs, stage.global_batch_size, stage.max_steps)
     stream = BatchStream(loader, steps)
     module = MODULES[name](model, parts, config.optim, steps, config.seed, stage.token_budget)
-    limit = peak(accelerator, precision.dtype)
+    limit = peak(trainer.strategy.root_device, precision.dtype)
     metrics = MetricsWriter(folder / "metrics.jsonl", stream, limit.tflops)
     every, kept = config.trainer.checkpoint_every_steps, config.trainer.keep_checkpoints
     saves = Checkpoints(folder / "checkpoints", every, kept, last=steps)

@@ -87,5 +87,9 @@ class BatchStream:
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         self.handed_out = state["handed_out"]
-        if self.loader.kept is not None:
+        if self.loader.kept is None:
+            return
+        if state["kept"] is None:  # until now the feature cache knew
+            self.loader.kept.skip(self.handed_out)
+        else:
             self.loader.kept.load_state_dict(state["kept"])

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 import torch
 
-from mmprune_train.planning.devices import present_device
+from mmprune_train.devices import present_device
 
 STARVED = 0.2
 """Share of the time spent waiting for data from which a run is told so."""
@@ -20,28 +20,28 @@ class Peak:
     """Where the figure comes from, for the line that is printed."""
 
 
-def peak(accelerator: str, dtype: torch.dtype) -> Peak:
+def peak(device: torch.device, dtype: torch.dtype) -> Peak:
     """The device's dense matrix throughput in `dtype`: the data sheet's where it is known, else measured."""
-    if accelerator == "cuda" and dtype == torch.bfloat16:
-        device = present_device()
-        if device is not None and device.bf16_tflops is not None:
-            return Peak(device.bf16_tflops, f"{device.name}'s data sheet")
-    return Peak(_measured(accelerator, dtype), "a matrix product measured now")
+    if device.type == "cuda" and dtype == torch.bfloat16:
+        known = present_device()
+        if known is not None and known.bf16_tflops is not None:
+            return Peak(known.bf16_tflops, f"{known.name}'s data sheet")
+    return Peak(_measured(device, dtype), "a matrix product measured now")
 
 
-def _measured(accelerator: str, dtype: torch.dtype, size: int = 1536, repeats: int = 4) -> float:
+def _measured(device: torch.device, dtype: torch.dtype, size: int = 1536, repeats: int = 4) -> float:
     """Best of some products of two square matrices."""
-    left, right = (torch.randn(size, size, device=accelerator, dtype=dtype) for _ in range(2))
+    left, right = (torch.randn(size, size, device=device, dtype=dtype) for _ in range(2))
     best = float("inf")
     for _ in range(repeats + 1):
-        _wait(accelerator)
+        _wait(device)
         began = time.perf_counter()
         left @ right
-        _wait(accelerator)
+        _wait(device)
         best = min(best, time.perf_counter() - began)
     return 2 * size**3 / best / 1e12
 
 
-def _wait(accelerator: str) -> None:
-    if accelerator == "cuda":
-        torch.cuda.synchronize()
+def _wait(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)

@@ -27,8 +27,8 @@ from mmprune_train.features.ranks import Ranks
 from mmprune_train.features.settings import feature_settings, folder_name
 from mmprune_train.features.store import ImageFeatures
 from mmprune_train.model.llava import PackedLlava
-from mmprune_train.model.patches import Patches
 from mmprune_train.pruning import Pruner
+from mmprune_train.pruning.patches import Patches
 
 ENCODER = EncoderConfig(name="tiny", image_size=SIDE, patch_size=8)
 READER = ImageReader(image_processor(ENCODER, "square"))

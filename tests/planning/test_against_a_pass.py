@@ -85,13 +85,21 @@ def test_memory_agrees_with_a_pass(trained: str, pruner: object, checkpointing: 
 
 
 def test_pruning_saves_memory_in_the_ratio_of_tokens() -> None:
-    """Of the layers' activations; what does not depend on tokens is small here."""
-    peaks, tokens = [], []
+    """At least, within 15 %: the measured peak of a pass above the weights, and the planned one."""
+    measured, planned, tokens = [], [], []
     for pruner in ("none", {"name": "encoder_only", "vision": {"knee": {"method": "fixed_count", "count": 2}}}):
         model = network("frozen", pruner)
-        output = model.forward_packed(*batch())
-        shape = PassShape.of(output.trace, output.trace.encoded, int(output.supervised))
+        sequence, pixels = batch()
+        with PeakMemory("cpu") as peak:
+            output = model.forward_packed(sequence, pixels)
+            shape = PassShape.of(output.trace, output.trace.encoded, int(output.supervised))
+            loss = output.loss_sum
+            del output
+            loss.backward()
         bare = copy.deepcopy(network("frozen", pruner)).to("meta")
-        peaks.append(Activations(bare, numerics(LAYOUTS["single"], torch.float32)).phases(shape).peak)
+        measured.append(peak.bytes)
+        planned.append(Activations(bare, numerics(LAYOUTS["single"], torch.float32)).phases(shape).peak)
         tokens.append(float(shape.lengths.mean(0).sum()))
-    assert peaks[1] / peaks[0] == pytest.approx(tokens[1] / tokens[0], rel=0.15)
+    ratio = tokens[1] / tokens[0]
+    assert measured[1] / measured[0] <= 1.15 * ratio
+    assert planned[1] / planned[0] == pytest.approx(ratio, rel=0.15)

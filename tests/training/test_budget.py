@@ -10,12 +10,14 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file
+from training.short import Loader
 from training.synthetic import overrides, write_dataset
 
 from mmprune_train.config.compose import compose_config
 from mmprune_train.data import loader
 from mmprune_train.data.lengths import KeptTokens
 from mmprune_train.tasks.train import run
+from mmprune_train.training.stream import BatchStream
 
 STEPS = 6
 
@@ -54,3 +56,14 @@ def test_losses_and_weights_are_those_of_a_fixed_batch_size(
         assert row["budget_use"] == pytest.approx(row["tokens_stage1"] / row["micro_batches"] / 500)
     assert summary["micro_batches"] == pytest.approx(sum(row["micro_batches"] for row in rows) / STEPS)
     assert summary["budget_overruns"] == summary["padding_tokens"] == 0
+
+
+def test_a_run_goes_on_with_an_estimate_where_the_feature_cache_knew_until_now() -> None:
+    steps = Loader(4)
+    steps.kept = KeptTokens(patches=9, lag=2, enough=1)
+    stream = BatchStream(steps, steps=20)
+    stream.load_state_dict({"handed_out": 7, "kept": None})
+    for step in range(7, 10):  # planned before anything was seen
+        assert steps.kept.at(step).mean == 9
+        stream.learn([1.0, 1.0, 4.0, 16.0])
+    assert steps.kept.at(10).mean == pytest.approx(4)
