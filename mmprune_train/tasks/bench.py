@@ -37,6 +37,7 @@ from mmprune_train.training.files import write_json
 from mmprune_train.training.inputs import spread_images, stage_loader, template_of
 from mmprune_train.training.precision import Precision, choose_accelerator, choose_precision
 from mmprune_train.training.run import kernel_lines, make_trainable
+from mmprune_train.training.rundir import git_commit, versions
 
 DENSE = "none"
 """The packed model without pruning: what the others are shares of."""
@@ -60,7 +61,8 @@ def run(config: Config) -> dict[str, Any]:
     )
     model.attention, model.logits_chunk = config.trainer.attention, config.trainer.logits_chunk
     print(f"{accelerator}, {precision.name} ({precision.reason}), {torch.get_num_threads()} threads", flush=True)
-    print(kernel_lines(model, torch.device(accelerator), precision.dtype), flush=True)
+    kernels = kernel_lines(model, torch.device(accelerator), precision.dtype)
+    print(kernels, flush=True)
     result: dict[str, Any] = {
         "encoder": config.encoder.name,
         "image_size": config.encoder.image_size,
@@ -72,6 +74,9 @@ def run(config: Config) -> dict[str, Any]:
         "device": torch.cuda.get_device_name() if accelerator == "cuda" else "cpu",
         "repeats": config.bench.repeats,
         "seed": config.seed,
+        "kernels": kernels.splitlines(),
+        "versions": versions(),
+        "git_commit": git_commit(),
     }
     folder = run_dir(config) / "bench"
     if "train" in config.bench.measure:

@@ -32,6 +32,7 @@ def run(config: Config) -> dict[str, Any]:
     question = Question("inspect", images, config.generate.question, "", "open")
     with quiet():
         model, processor = load_model(config.ckpt, pruner=pruner, text=chosen.encoder.text)
+        model.attention = config.trainer.attention
     prompt = prompt_template(model, processor, chosen).prompt(question.text, n_images=len(images))
     inputs = processor(images=load_images(question), text=[prompt], return_tensors="pt")
     drawn, text, result = trace_prompt(model, processor, inputs)

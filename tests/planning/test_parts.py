@@ -11,12 +11,12 @@ from tiny import PATCHES, packed, tiny_inputs, tiny_llava
 from training.short import sample
 from training.synthetic import overrides, write_dataset
 
+from mmprune_train import devices
 from mmprune_train.benchmark.memory import PeakMemory
 from mmprune_train.config.checks import DEVICES as NAMES
 from mmprune_train.config.compose import compose_config, load_pruner
 from mmprune_train.data.batch import collate
 from mmprune_train.errors import UserError
-from mmprune_train.planning import devices
 from mmprune_train.planning.layout import LAYOUTS, numerics, states
 from mmprune_train.planning.lengths import count_tokens, data_dependent, solve_share
 from mmprune_train.planning.remedies import first_that_fits
