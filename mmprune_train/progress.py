@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Iterable, Iterator
+from operator import length_hint
 from typing import TypeVar
 
 from tqdm import tqdm
@@ -18,7 +19,7 @@ def progress(
     if sys.stderr.isatty():
         yield from tqdm(items, desc=title, total=total)
         return
-    count = len(items) if total is None else total  # type: ignore[arg-type]
+    count = length_hint(items) if total is None else total
     every = max(1, -(-count // lines))
     for index, item in enumerate(items, 1):
         yield item

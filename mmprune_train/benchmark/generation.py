@@ -10,10 +10,10 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import StoppingCriteria, StoppingCriteriaList
+from transformers import Cache, StoppingCriteria, StoppingCriteriaList
 
 from mmprune_train.benchmark.baseline import plain_attention
-from mmprune_train.benchmark.steps import BASELINE, with_pruner
+from mmprune_train.benchmark.steps import BASELINE
 from mmprune_train.config.schema import PrunerConfig
 from mmprune_train.model.llava import PackedLlava
 
@@ -64,7 +64,7 @@ def generation_costs(
     found: dict[str, list[tuple[float, float, int]]] = {name: [] for name in names}
     for number in range(repeats + 1):
         for name in names:
-            with plain_attention(model) if name == BASELINE else with_pruner(model, pruners[name]):
+            with plain_attention(model) if name == BASELINE else model.pruned_by(pruners[name]):
                 measured = _generate(model.hf if name == BASELINE else model, inputs, new_tokens, dtype)
             if number:
                 found[name].append(measured)
@@ -94,6 +94,9 @@ def _generate(
         )
     first, last = stamps.times[0], stamps.times[-1]
     rate = len(inputs["input_ids"]) * (len(stamps.times) - 1) / (last - first)
-    layers = out.past_key_values.layers
-    memory = sum(t.numel() * t.element_size() for layer in layers for t in (layer.keys, layer.values))
-    return first - began, rate, memory
+    return first - began, rate, cache_bytes(out.past_key_values)
+
+
+def cache_bytes(cache: Cache) -> int:
+    """Memory of a generation cache's keys and values."""
+    return sum(tensor.nbytes for layer in cache.layers for tensor in (layer.keys, layer.values))

@@ -9,7 +9,6 @@ from statistics import fmean, median
 import torch
 from torch import Tensor
 
-from mmprune_train.benchmark.steps import with_pruner
 from mmprune_train.config.schema import PrunerConfig
 from mmprune_train.model.clock import Clock
 from mmprune_train.model.llava import PackedLlava
@@ -47,7 +46,7 @@ def selection_costs(
     try:
         for repeat in range(repeats + 1):
             for name, settings in pruners.items():
-                with torch.no_grad(), with_pruner(model, settings):
+                with torch.no_grad(), model.pruned_by(settings):
                     kept[name] = model.select_patches(pixel_values).kept
                 lap = model.clock.lap()
                 if repeat:

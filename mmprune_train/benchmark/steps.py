@@ -19,7 +19,7 @@ from mmprune_train.config.schema import PrunerConfig
 from mmprune_train.data.batch import Batch
 from mmprune_train.model.clock import Clock
 from mmprune_train.model.llava import PackedLlava
-from mmprune_train.pruning import Pruner, PruningTrace
+from mmprune_train.pruning import PruningTrace
 from mmprune_train.pruning.patches import Patches
 
 BASELINE = "hf_padded"
@@ -70,18 +70,6 @@ class Way:
     """Filled by `loss`."""
 
 
-@contextmanager
-def with_pruner(model: PackedLlava, settings: PrunerConfig) -> Iterator[None]:
-    """The same network with another pruner, as long as the context lasts; the text tower where that one reads."""
-    before = model.pruner, model.question
-    model.pruner = Pruner(settings)
-    model.question = before[1] if model.pruner.reads_text else None
-    try:
-        yield
-    finally:
-        model.pruner, model.question = before
-
-
 def pruned(
     model: PackedLlava,
     batch: Batch,
@@ -106,7 +94,7 @@ def pruned(
         way.tokens = tokens_of(output.trace)
         return output.loss_sum / output.supervised
 
-    way = Way(loss, lambda: with_pruner(model, settings))
+    way = Way(loss, lambda: model.pruned_by(settings))
     return way
 
 

@@ -201,7 +201,7 @@ def _check_stage(config: Config, name: str, stage: StageConfig) -> None:
             f"{key}.global_batch_size={stage.global_batch_size} is no multiple of {what}: set "
             f"{key}.global_batch_size={fits}, or another {other}"
         )
-    tokens = (config.encoder.image_size // config.encoder.patch_size) ** 2
+    tokens = config.encoder.patches
     if stage.max_length <= tokens:
         raise UserError(
             f"{key}.max_length={stage.max_length} has no room for text beside an image of {tokens} tokens: "

@@ -62,6 +62,11 @@ class EncoderConfig:
     """The text tower that the encoder was trained with, for stage-1 scores that read the question; loaded for those
     alone. null: it has none."""
 
+    @property
+    def patches(self) -> int:
+        """Visual tokens of one image."""
+        return (self.image_size // self.patch_size) ** 2
+
 
 @dataclass
 class LlmConfig:

@@ -103,7 +103,7 @@ def llava_config(
         vision_config=vision.to_dict(),
         text_config=text.to_dict(),
         image_token_index=image_token,
-        image_seq_length=(encoder.image_size // encoder.patch_size) ** 2,
+        image_seq_length=encoder.patches,
         projector_hidden_act="linear" if projector == "linear" else "gelu",
         vision_feature_select_strategy="default" if encoder.has_cls else "full",
         vision_feature_layer=encoder.feature_layer,

@@ -79,10 +79,6 @@ class PrunedCache(DynamicCache):
         causal = torch.ones((new, seen.shape[-1]), dtype=torch.bool, device=prompt.device)
         return seen & causal.tril(seen.shape[-1] - new)
 
-    def bytes(self) -> int:
-        """Memory of the keys and values."""
-        return sum(t.numel() * t.element_size() for layer in self.layers for t in (layer.keys, layer.values))
-
     def reorder_cache(self, beam_idx: Tensor) -> None:
         super().reorder_cache(beam_idx)
         self._masks = [mask[beam_idx] for mask in self._masks]

@@ -98,7 +98,7 @@ class StepFlops:
         self._count_vision(model)
         language: Any = model.hf.model.language_model
         projector, tower = model.hf.model.multi_modal_projector, model.hf.model.vision_tower
-        flows = _any_trained(tower) or _any_trained(projector) or _any_trained(language.embed_tokens)
+        flows = any_trained(tower) or any_trained(projector) or any_trained(language.embed_tokens)
         width = language.config.num_attention_heads * language.layers[0].self_attn.head_dim
         per_token, per_pair = [], []
         for layer in language.layers:
@@ -114,7 +114,7 @@ class StepFlops:
         keyed = model.pruner.layers(len(language.layers)) if looks else {}
         self.per_scored_token = {index: 2 * _key_weights(language.layers[index - back].self_attn) for index in keyed}
         """Per token that reaches a pruning layer."""
-        self.per_target = _linear(model.hf.lm_head, flows or _any_trained(language.norm))
+        self.per_target = _linear(model.hf.lm_head, flows or any_trained(language.norm))
 
     def __call__(self, trace: PruningTrace, images: int, supervised: int) -> float:
         """FLOPs of the pass that left this trace, without recomputation.
@@ -156,7 +156,7 @@ class StepFlops:
         depth = deepest_feature(model.config.vision_feature_layer, len(blocks))
         patches = model.config.image_seq_length
         length = patches + family.has_cls
-        trained = _any_trained(tower)
+        trained = any_trained(tower)
         attention = 4 * length**2 * tower.config.hidden_size  # of one block
         self.vision = _linears(_matrices(tower.embeddings), False) * patches
         for block in blocks[:depth]:
@@ -176,7 +176,7 @@ class StepFlops:
             text = clip.config.text_config
             self.per_question_pair = 2 * text.hidden_size * text.num_hidden_layers
         first, second = projector.linear_1, projector.linear_2
-        self.per_kept_patch = _linear(first, trained) + _linear(second, trained or _any_trained(first))
+        self.per_kept_patch = _linear(first, trained) + _linear(second, trained or any_trained(first))
 
     def _attended(self, forward: float, flows: bool) -> Flops:
         return Flops(forward, forward * self.attention_backward * flows)
@@ -192,10 +192,10 @@ class StepFlops:
         for stage in (first, [inner.o_proj], wide, [mlp.down_proj]):  # each reads what the one before put out
             for part in stage:
                 cost += _linear(part, flows)
-            flows = flows or any(map(_any_trained, stage))
+            flows = flows or any(map(any_trained, stage))
             if stage is first:
                 attention = self._attended(self.per_pair * width, flows)
-        flows = flows or _any_trained(layer)
+        flows = flows or any_trained(layer)
         if not flows:
             return cost, attention, flows
         last = _size(_matrices(mlp.down_proj)[-1].weight)
@@ -220,7 +220,8 @@ def _weights(module: nn.Module) -> int:
     return sum(_size(part.weight) for part in _matrices(module))
 
 
-def _any_trained(module: nn.Module) -> bool:
+def any_trained(module: nn.Module) -> bool:
+    """Whether a gradient is taken of any weight inside."""
     return any(parameter.requires_grad for parameter in module.parameters())
 
 
@@ -237,7 +238,7 @@ def _linear(module: Any, flows: bool) -> Flops:
     """Per token, of a Linear and of the low-rank adapters on it, the second of which reads the first."""
     seconds = [part for name, part in module.named_modules() if ".lora_B" in f".{name}" and isinstance(part, nn.Linear)]
     others = [part for part in _matrices(module) if not any(part is second for second in seconds)]
-    return _linears(others, flows) + _linears(seconds, flows or _any_trained(module))
+    return _linears(others, flows) + _linears(seconds, flows or any_trained(module))
 
 
 def _key_weights(attention: Any) -> int:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -12,6 +14,7 @@ from torch import Tensor
 from transformers import GenerationMixin, LlavaConfig, LlavaForConditionalGeneration, PreTrainedModel, ProcessorMixin
 from transformers.models.llava.modeling_llava import LlavaCausalLMOutputWithPast
 
+from mmprune_train.config.schema import PrunerConfig
 from mmprune_train.errors import UserError
 from mmprune_train.model import attention
 from mmprune_train.model.cache import PrunedCache
@@ -124,6 +127,17 @@ class PackedLlava(ImageSide, PreTrainedModel, GenerationMixin):
             if getattr(module, "config", None) is shared:
                 module.config = own
         own._attn_implementation = attention.NAME
+
+    @contextmanager
+    def pruned_by(self, settings: PrunerConfig) -> Iterator[None]:
+        """The same network with another pruner, as long as the context lasts; with the text tower where that reads."""
+        before = self.pruner, self.question
+        self.pruner = Pruner(settings)
+        self.question = before[1] if self.pruner.reads_text else None
+        try:
+            yield
+        finally:
+            self.pruner, self.question = before
 
     def _check_question(self) -> None:
         if self.question is None:

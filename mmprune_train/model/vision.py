@@ -72,10 +72,15 @@ def family_of(model_type: str) -> Family:
     return FAMILIES[model_type]
 
 
-def deepest_feature(feature_layer: int | list[int], blocks: int) -> int:
-    """The last hidden state, 0 = embeddings, that the features of an encoder with this many blocks need."""
+def feature_indices(feature_layer: int | list[int], blocks: int) -> list[int]:
+    """The hidden states, 0 = embeddings, that are the features of an encoder with this many blocks."""
     wanted = feature_layer if isinstance(feature_layer, list) else [feature_layer]
-    return max(index if index >= 0 else blocks + 1 + index for index in wanted)
+    return [index if index >= 0 else blocks + 1 + index for index in wanted]
+
+
+def deepest_feature(feature_layer: int | list[int], blocks: int) -> int:
+    """The last of these."""
+    return max(feature_indices(feature_layer, blocks))
 
 
 def scored_block(layer: int | None, deepest: int, blocks: int) -> int:
@@ -85,6 +90,14 @@ def scored_block(layer: int | None, deepest: int, blocks: int) -> int:
     if not -blocks <= layer < blocks:
         raise UserError(f"pruner.vision.layer={layer}: this encoder has blocks {-blocks}..{blocks - 1}")
     return layer % blocks
+
+
+def states_read(feature_layer: int | list[int], layer: int | None, blocks: int) -> set[int]:
+    """Hidden states, 0 = embeddings, that the features and the view of `encode` are made of."""
+    deepest = deepest_feature(feature_layer, blocks)
+    block = scored_block(layer, deepest, blocks)
+    made = deepest if layer is None else min(block + 1, deepest)
+    return {*feature_indices(feature_layer, blocks), min(block, deepest), made}
 
 
 def encode(
@@ -103,15 +116,15 @@ def encode(
     """
     family = family_of(tower.config.model_type)
     layers = family.layers(tower)
-    wanted = [feature_layer] if isinstance(feature_layer, int) else list(feature_layer)
-    indices = [index if index >= 0 else len(layers) + 1 + index for index in wanted]
+    indices = feature_indices(feature_layer, len(layers))
     deepest = deepest_feature(feature_layer, len(layers))
     block = scored_block(layer, deepest, len(layers))
     states = family.embed(tower, pixels)
+    wanted = states_read(feature_layer, layer, len(layers))
     kept = {0: states}
     for index in range(deepest):
         states = layers[index](states, None)
-        kept[index + 1] = states
+        kept = {number: held for number, held in kept.items() if number in wanted} | {index + 1: states}
     first = 1 if family.has_cls else 0
     features = torch.cat([kept[index] for index in indices], dim=-1)
     features = features[:, 1:] if drop_cls else features

@@ -10,12 +10,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from mmprune_train.model.flops import KEYED_SCORES, PassShape
+from mmprune_train.model.flops import KEYED_SCORES, PassShape, any_trained
 from mmprune_train.model.kernels import BACKENDS, Borders
 from mmprune_train.model.language import computed_again
 from mmprune_train.model.llava import PackedLlava
 from mmprune_train.model.loss import cross_entropy_sum
-from mmprune_train.model.vision import deepest_feature, family_of
+from mmprune_train.model.vision import deepest_feature, family_of, states_read
 from mmprune_train.planning.probe import Footprint, Numerics, Probe
 from mmprune_train.pruning.scores import CHUNK
 
@@ -56,14 +56,17 @@ class Activations:
         tower, projector = model.hf.model.vision_tower, model.hf.model.multi_modal_projector
         self.family = family_of(tower.config.model_type)
         self.blocks = self.family.layers(tower)
-        self.depth = deepest_feature(model.config.vision_feature_layer, len(self.blocks))
-        self.tower_trained = _trained(tower)
+        features = model.config.vision_feature_layer
+        self.depth = deepest_feature(features, len(self.blocks))
+        self.held = len(states_read(features, model.pruner.settings.vision.layer, len(self.blocks)))
+        """States of the vision tower that are there when a block runs."""
+        self.tower_trained = any_trained(tower)
         self.width, self.bytes = language.config.hidden_size, how.compute.itemsize
-        embeds = how.trained if _trained(language.embed_tokens) else how.compute
+        embeds = how.trained if any_trained(language.embed_tokens) else how.compute
         self.stream = embeds.itemsize
         """Bytes of a state's number on its way through the layers."""
-        enters = self.tower_trained or _trained(projector) or _trained(language.embed_tokens)
-        leaves = enters or _trained(language)
+        enters = self.tower_trained or any_trained(projector) or any_trained(language.embed_tokens)
+        leaves = enters or any_trained(language)
         rotary = partial(_rotary, language.config)
         layer = partial(_decoder_layer, rotary)
         first = language.layers[0]
@@ -150,10 +153,10 @@ class Activations:
         return Phases(inputs + tower.forward, forward, backward, max(head.forward, head.saved + head.backward))
 
     def _tower(self, images: float, chunk: int, checkpointing: bool) -> Footprint:
-        """The vision tower, which keeps the states between its blocks as long as a chunk runs."""
+        """The vision tower, which holds the states that are read later as long as a chunk runs."""
         some = min(images, chunk)
         block = self.block(some * self.side)
-        between = (self.depth + 1) * some * self.per_image + some * self.pixels * self.bytes / 4
+        between = self.held * some * self.per_image + some * self.pixels * self.bytes / 4
         features = images * self.per_image
         if not self.tower_trained:
             return Footprint(0.0, between + block.plain + features)
@@ -190,10 +193,6 @@ class Activations:
 
     def _weight_gradients(self, module: nn.Module) -> float:
         return sum(p.numel() for p in module.parameters() if p.requires_grad) * self.how.trained.itemsize
-
-
-def _trained(module: nn.Module) -> bool:
-    return any(parameter.requires_grad for parameter in module.parameters())
 
 
 def _call(part: Any, states: Tensor) -> Tensor:

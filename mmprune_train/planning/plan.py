@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 import random
 from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
@@ -22,7 +21,6 @@ from mmprune_train.planning.activations import Activations
 from mmprune_train.planning.layout import CUDA_OVERHEAD, FRAGMENTED, LAYOUTS, numerics, states
 from mmprune_train.planning.lengths import Tokens, count_tokens
 from mmprune_train.planning.samples import StageSamples
-from mmprune_train.pruning import Pruner
 from mmprune_train.training.freezing import Part, freeze
 from mmprune_train.training.run import uses_adapters
 from mmprune_train.training.stream import steps_of
@@ -121,8 +119,9 @@ def plan_stage(
     world = config.trainer.devices * config.trainer.num_nodes
     strategy = stage.strategy or config.strategy.name
     patches, depth = model.config.image_seq_length, len(model.hf.model.language_model.layers)
-    with dense(model):
-        whole = count_tokens(load_pruner("none"), data.samples, patches, depth, 1.0)
+    none = load_pruner("none")
+    with model.pruned_by(none):
+        whole = count_tokens(none, data.samples, patches, depth, 1.0)
         without = _cost(config, stage, model, whole, strategy, device, compute)
     pruned = None
     if config.pruner.vision.enabled or config.pruner.language.enabled:
@@ -164,17 +163,6 @@ def _within(batch: list[int], tokens: Tokens, budget: int) -> list[int]:
     """The first samples of a batch that enter the LLM together, at least one."""
     fitting = tokens.stage1[batch].cumsum(0) <= budget
     return batch[: max(1, int(fitting.sum()))]
-
-
-@contextmanager
-def dense(model: PackedLlava) -> Iterator[None]:
-    """The same network without a pruner, as long as the context lasts."""
-    pruner, question = model.pruner, model.question
-    model.pruner, model.question = Pruner(load_pruner("none")), None
-    try:
-        yield
-    finally:
-        model.pruner, model.question = pruner, question
 
 
 def _cost(

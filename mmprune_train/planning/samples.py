@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 
 import torch
 
-from mmprune_train.config.schema import Config, EncoderConfig
+from mmprune_train.config.schema import Config
 from mmprune_train.data.batch import Sample
 from mmprune_train.data.encode import Example, encode
 from mmprune_train.data.records import IMAGE_PLACEHOLDER, Record, read_records
@@ -73,11 +73,6 @@ LLAVA_INSTRUCT = (
 )
 """The parts of `llava_v1_5_mix665k` by the sizes its authors publish; turns and lengths are rough guesses of ours."""
 UNKNOWN = (Sketch(1, 1, 1, 20, 40),)
-
-
-def patches_of(encoder: EncoderConfig) -> int:
-    """Visual tokens of one image."""
-    return (encoder.image_size // encoder.patch_size) ** 2
 
 
 def stage_samples(config: Config, name: str, image_tokens: int, count: int) -> StageSamples:

@@ -12,7 +12,7 @@ import torch
 
 from mmprune_train.benchmark.generation import GenerationCost, generation_costs
 from mmprune_train.benchmark.selection import SelectionCost, selection_costs
-from mmprune_train.benchmark.steps import BASELINE, PARTS, StepCost, Way, padded, pruned, step_costs, with_pruner
+from mmprune_train.benchmark.steps import BASELINE, PARTS, StepCost, Way, padded, pruned, step_costs
 from mmprune_train.config.checks import check_feature_cache, check_pruner_fits
 from mmprune_train.config.compose import load_pruner
 from mmprune_train.config.identity import run_dir
@@ -82,9 +82,11 @@ def run(config: Config) -> dict[str, Any]:
     if "train" in config.bench.measure:
         batch = next(loader.steps(0, 1))[0].to(accelerator)
         result["samples"], result["batch_ids"] = batch.sequence.samples, batch.ids
-        result["train"] = _train(config, model, batch, pruners, precision, folder)
+        result["train"] = _train(config, name, model, batch, pruners, precision, folder)
+        write_json(folder / "result.json", result)  # it takes minutes: what follows may fail
     if "generate" in config.bench.measure:
         result["generate"] = _generate(config, model, processor, loader, pruners, precision)
+        write_json(folder / "result.json", result)
     if "selection" in config.bench.measure:
         result["selection"] = _selection(config, model, loader, pruners, precision)
     write_json(folder / "result.json", result)
@@ -115,6 +117,7 @@ def _one_batch(config: Config, name: str) -> Config:
 
 def _train(
     config: Config,
+    stage: str,
     model: PackedLlava,
     batch: Batch,
     pruners: dict[str, PrunerConfig],
@@ -126,7 +129,7 @@ def _train(
         ways[name] = pruned(model, batch, settings)
     if config.bench.cached and batch.pixel_values is not None:
         for name, settings in pruners.items():
-            if read := _cached(config, model, batch, settings, precision, folder / "features"):
+            if read := _cached(config, stage, model, batch, settings, precision, folder / "features"):
                 ways[f"{name} + cache"] = pruned(model, batch, settings, read)
     rounds = config.bench.repeats
 
@@ -152,11 +155,16 @@ def _train(
 
 
 def _cached(
-    config: Config, model: PackedLlava, batch: Batch, settings: PrunerConfig, precision: Precision, root: Path
+    config: Config,
+    stage: str,
+    model: PackedLlava,
+    batch: Batch,
+    settings: PrunerConfig,
+    precision: Precision,
+    root: Path,
 ) -> Callable[[], Patches] | None:
     """Reads what stage 1 of a pruner leaves of the batch's images from a feature cache of their own, filled here; None
     where it cannot be cached."""
-    stage = config.bench.stage or config.stages[-1]
     own = replace(config, pruner=settings, trainer=replace(config.trainer, feature_cache_dir=str(root)))
     try:
         check_feature_cache(own, stage)
@@ -165,7 +173,7 @@ def _cached(
         print(f"{settings.name} is not measured with a feature cache: {why}", flush=True)
         return None
     paths = [Path(path) for path in batch.images]
-    with with_pruner(model, settings):
+    with model.pruned_by(settings):
         features, _ = fill_for(own, stage, model, dict.fromkeys(paths, "bench"), precision.dtype, model.device)
 
     def read() -> Patches:
@@ -232,7 +240,7 @@ def _generate(
     pruners: dict[str, PrunerConfig],
     precision: Precision,
 ) -> dict[str, Any]:
-    size = config.bench.batch_size or config.stage[config.bench.stage or config.stages[-1]].batch_size
+    size = loader.batches.size
     template = get_template(config.llm.template, processor.tokenizer)
     questions = [question_of(record) for record in loader.dataset.records[:size]]
     processor.tokenizer.padding_side = "left"

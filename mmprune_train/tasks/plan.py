@@ -16,7 +16,7 @@ from mmprune_train.planning.lengths import data_dependent, solve_share
 from mmprune_train.planning.plan import StagePlan, plan_stage
 from mmprune_train.planning.remedies import first_that_fits
 from mmprune_train.planning.report import fits, longest, of_stage, stage_text, verdict
-from mmprune_train.planning.samples import StageSamples, patches_of, stage_samples
+from mmprune_train.planning.samples import StageSamples, stage_samples
 from mmprune_train.quiet import quiet
 from mmprune_train.training.files import read_jsonl, write_json
 from mmprune_train.training.precision import choose_precision
@@ -58,7 +58,7 @@ def run(config: Config) -> dict[str, Any]:
 
 def told_stage(config: Config, name: str, device: Device, compute: torch.dtype) -> tuple[str, dict[str, Any]]:
     """A stage as text, and for result.json."""
-    data = stage_samples(config, name, patches_of(config.encoder), config.plan.samples)
+    data = stage_samples(config, name, config.encoder.patches, config.plan.samples)
     share, kept = budget_share(config, name, data)
 
     def planned(changed: Config) -> StagePlan:
@@ -113,6 +113,6 @@ def budget_share(config: Config, name: str, data: StageSamples) -> tuple[float, 
         keep = fmean(row["visual_keep_ratio"] for row in rows) if rows else HEADLINE
         source = f"measured by {run_dir(config) / name}" if rows else "ASSUMED, the method's headline; set plan.keep"
     depth = int(AutoConfig.for_model(**config.llm.arch).num_hidden_layers)
-    share = solve_share(config.pruner, data.samples[:SOLVED_ON], patches_of(config.encoder), depth, keep)
+    share = solve_share(config.pruner, data.samples[:SOLVED_ON], config.encoder.patches, depth, keep)
     note = "" if config.pruner.schedule.name == "constant" else "; pruner.schedule moves it, early steps may run dense"
     return share, f"{keep:.2f} of the visual tokens, averaged over layers ({source}){note}"

@@ -11,7 +11,7 @@ from torch import nn
 from mmprune_train.config.schema import StageConfig
 from mmprune_train.errors import UserError
 from mmprune_train.model.llava import PackedLlava
-from mmprune_train.model.vision import family_of
+from mmprune_train.model.vision import deepest_feature, family_of
 from mmprune_train.reporting.tables import table
 
 ADAPTER_MARK = "lora_"
@@ -115,9 +115,7 @@ def _size(parameter: nn.Parameter) -> int:
 def _never_run(tower: nn.Module, model: PackedLlava) -> Iterator[nn.Parameter]:
     """The tower's parameters after the feature layer: they get no gradient, which data parallelism cannot take."""
     layers = family_of(model.hf.model.vision_tower.config.model_type).layers(tower)
-    wanted = model.hf.config.vision_feature_layer
-    indices = [wanted] if isinstance(wanted, int) else list(wanted)
-    deepest = max(i if i >= 0 else len(layers) + 1 + i for i in indices)
+    deepest = deepest_feature(model.hf.config.vision_feature_layer, len(layers))
     used = {id(p) for p in _embedding_parameters(tower)} | {id(p) for x in layers[:deepest] for p in x.parameters()}
     return (p for p in tower.parameters() if id(p) not in used)
 

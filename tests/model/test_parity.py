@@ -6,6 +6,7 @@ import pytest
 import torch
 from tiny import labels_of, packed, rows_of, tiny_inputs, tiny_llava
 
+from mmprune_train.benchmark.generation import cache_bytes
 from mmprune_train.config.compose import load_pruner
 from mmprune_train.errors import UserError
 from mmprune_train.model.llava import PackedLlava
@@ -115,7 +116,7 @@ def test_every_layer_of_the_cache_holds_only_what_it_kept() -> None:
     assert trace.layers[0].sum() > trace.layers[1].sum() > trace.layers[3].sum()
     dense = packed(tiny_llava())
     with torch.no_grad():
-        assert cache.bytes() < dense(**inputs, use_cache=True).past_key_values.bytes()
+        assert cache_bytes(cache) < cache_bytes(dense(**inputs, use_cache=True).past_key_values)
 
 
 def test_dropped_tokens_have_no_logits_and_the_rest_keep_their_place() -> None:

@@ -6,10 +6,10 @@ import copy
 
 import pytest
 import torch
+from planning.measured import peak_of_pass
 from tiny import IMAGE_TOKEN, annotate, labels_of, packed, tiny_inputs, tiny_llava
 
 from mmprune_train.benchmark.flops import flop_counter
-from mmprune_train.benchmark.memory import PeakMemory
 from mmprune_train.config.schema import PeftConfig, StageConfig
 from mmprune_train.model.flops import PassShape, StepFlops
 from mmprune_train.model.inputs import pack
@@ -70,18 +70,13 @@ def test_flops_agree_with_the_counter(trained: str, pruner: object, checkpointin
 def test_memory_agrees_with_a_pass(trained: str, pruner: object, checkpointing: bool) -> None:
     model = network(trained, pruner, checkpointing=checkpointing)
     sequence, pixels = batch()
-    with PeakMemory("cpu") as peak:
-        output = model.forward_packed(sequence, pixels)
-        shape = PassShape.of(output.trace, output.trace.encoded, int(output.supervised))
-        loss = output.loss_sum
-        del output
-        loss.backward()
+    peak, shape = peak_of_pass(model, sequence, pixels)
     bare = copy.deepcopy(network(trained, pruner)).to("meta")
     found = Activations(bare, numerics(LAYOUTS["single"], torch.float32)).phases(
         shape, "all" if checkpointing else None, growing=True
     )
     inputs = pixels.nbytes + 72 * float(shape.stage1.sum())  # were there before
-    assert found.peak - inputs == pytest.approx(peak.bytes, rel=0.15)
+    assert found.peak - inputs == pytest.approx(peak, rel=0.15)
 
 
 def test_pruning_saves_memory_in_the_ratio_of_tokens() -> None:
@@ -89,15 +84,9 @@ def test_pruning_saves_memory_in_the_ratio_of_tokens() -> None:
     measured, planned, tokens = [], [], []
     for pruner in ("none", {"name": "encoder_only", "vision": {"knee": {"method": "fixed_count", "count": 2}}}):
         model = network("frozen", pruner)
-        sequence, pixels = batch()
-        with PeakMemory("cpu") as peak:
-            output = model.forward_packed(sequence, pixels)
-            shape = PassShape.of(output.trace, output.trace.encoded, int(output.supervised))
-            loss = output.loss_sum
-            del output
-            loss.backward()
+        peak, shape = peak_of_pass(model, *batch())
         bare = copy.deepcopy(network("frozen", pruner)).to("meta")
-        measured.append(peak.bytes)
+        measured.append(peak)
         planned.append(Activations(bare, numerics(LAYOUTS["single"], torch.float32)).phases(shape).peak)
         tokens.append(float(shape.lengths.mean(0).sum()))
     ratio = tokens[1] / tokens[0]

@@ -7,16 +7,16 @@ from pathlib import Path
 
 import pytest
 import torch
+from planning.measured import peak_of_pass
 from transformers import AutoConfig, LlavaForConditionalGeneration
 
 from mmprune_train.benchmark.flops import flop_counter
-from mmprune_train.benchmark.memory import PeakMemory
 from mmprune_train.config.compose import compose_config, load_pruner
 from mmprune_train.config.schema import PeftConfig, StageConfig
 from mmprune_train.data.batch import Batch, Sample, collate
 from mmprune_train.data.encode import Example
 from mmprune_train.model.build import llava_config
-from mmprune_train.model.flops import PassShape, StepFlops
+from mmprune_train.model.flops import StepFlops
 from mmprune_train.model.llava import PackedLlava
 from mmprune_train.model.peft import add_adapters
 from mmprune_train.planning.activations import Activations
@@ -79,14 +79,9 @@ def test_the_plan_agrees_with_a_pass(
     with flop_counter() as counted:
         model.forward_packed(batch.sequence, batch.pixel_values).loss_sum.backward()
     model.zero_grad()
-    with PeakMemory("cpu") as peak:
-        output = model.forward_packed(batch.sequence, batch.pixel_values)
-        shape = PassShape.of(output.trace, output.trace.encoded, int(output.supervised))
-        loss = output.loss_sum
-        del output
-        loss.backward()
+    peak, shape = peak_of_pass(model, batch.sequence, batch.pixel_values)
     assert StepFlops(model, as_counted=True).count(shape).total == pytest.approx(counted.get_total_flops(), rel=0.02)
     phases = Activations(bare, numerics(LAYOUTS["single"], torch.float32)).phases(shape, growing=True)
     assert batch.pixel_values is not None
     were_there = batch.pixel_values.nbytes + 72 * float(shape.stage1.sum())
-    assert phases.peak - were_there == pytest.approx(peak.bytes, rel=0.15)
+    assert phases.peak - were_there == pytest.approx(peak, rel=0.15)

@@ -1,0 +1,21 @@
+"""The memory of a real pass."""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from mmprune_train.benchmark.memory import PeakMemory
+from mmprune_train.model.flops import PassShape
+from mmprune_train.model.llava import PackedLlava
+from mmprune_train.pruning import PackedSequence
+
+
+def peak_of_pass(model: PackedLlava, sequence: PackedSequence, pixels: Tensor | None) -> tuple[int, PassShape]:
+    """Peak bytes of a forward and backward pass above what was there before, and the shape of the pass."""
+    with PeakMemory("cpu") as peak:
+        output = model.forward_packed(sequence, pixels)
+        shape = PassShape.of(output.trace, output.trace.encoded, int(output.supervised))
+        loss = output.loss_sum
+        del output
+        loss.backward()
+    return peak.bytes, shape
