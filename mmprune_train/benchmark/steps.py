@@ -18,6 +18,7 @@ from mmprune_train.benchmark.memory import PeakMemory
 from mmprune_train.config.schema import PrunerConfig
 from mmprune_train.data.batch import Batch
 from mmprune_train.model.clock import Clock
+from mmprune_train.model.flops import StepFlops
 from mmprune_train.model.llava import PackedLlava
 from mmprune_train.pruning import PruningTrace
 from mmprune_train.pruning.patches import Patches
@@ -42,6 +43,9 @@ class StepCost:
     """By part, counted by PyTorch, and their sum as `step`. A trained tower's backward pass is in `backward`."""
     tokens: dict[str, float] = field(default_factory=dict)
     """Totals of the batch: dense, stage1, stage2, layer_mean, padding."""
+    causal_flops: float | None = None
+    """Of the parts of `language_seconds`, by `StepFlops`: causal attention is charged the half that kernels compute,
+    where PyTorch's counter charges the whole. None: not the packed model."""
 
     @property
     def language_seconds(self) -> float:
@@ -68,6 +72,8 @@ class Way:
     """Entered around a step."""
     tokens: dict[str, float] = field(default_factory=dict)
     """Filled by `loss`."""
+    causal_flops: float | None = None
+    """Filled by `loss`; see `StepCost`."""
 
 
 def pruned(
@@ -92,6 +98,8 @@ def pruned(
         with model.clock.part("forward"):
             output = model.forward_packed(batch.sequence, pixels, patches=patches)
         way.tokens = tokens_of(output.trace)
+        if way.causal_flops is None:
+            way.causal_flops = StepFlops(model)(output.trace, images=0, supervised=int(output.supervised))
         return output.loss_sum / output.supervised
 
     way = Way(loss, lambda: model.pruned_by(settings))
@@ -183,6 +191,7 @@ def step_costs(
                 peak_bytes=memory.bytes,
                 flops={part: flops.get(part, 0.0) for part in PARTS} | {"step": sum(flops.values())},
                 tokens=way.tokens,
+                causal_flops=way.causal_flops,
             )
     finally:
         model.clock = own_clock

@@ -193,6 +193,13 @@ def shares(cost: StepCost, dense: StepCost | None) -> tuple[float | None, float 
     )
 
 
+def causal_share(cost: StepCost, dense: StepCost | None) -> float | None:
+    """The LLM's operations as a share of the dense packed model's, causal attention charged as kernels compute it."""
+    if dense is None or cost.causal_flops is None or dense.causal_flops is None:
+        return None
+    return cost.causal_flops / dense.causal_flops
+
+
 def steps_text(costs: dict[str, StepCost], what: str) -> str:
     """The tables of a step: tokens, seconds, and the LLM's share of the dense packed model's cost."""
     baseline, dense = costs.get(BASELINE), costs.get(DENSE)
@@ -210,8 +217,11 @@ def steps_text(costs: dict[str, StepCost], what: str) -> str:
     rows = []
     for name, cost in costs.items():
         ideal, achieved, memory = shares(cost, dense)
-        over = achieved / ideal if achieved is not None and ideal else None
-        rows.append([name, cost.flops["step"] / 1e12, ideal, achieved, over, cost.peak_bytes / 2**30, memory])
+        causal = causal_share(cost, dense)
+        over = [achieved / share if achieved is not None and share else None for share in (ideal, causal)]
+        peak_gib = cost.peak_bytes / 2**30
+        rows.append([name, cost.flops["step"] / 1e12, ideal, causal, achieved, *over, peak_gib, memory])
+    columns = ["way", "TFLOP", "ideal", "causal ideal", "LLM seconds", "/ ideal", "/ causal", "peak GiB", "memory"]
     return "\n\n".join(
         (
             table(tokens, ["way", *names, "keep_ratio"], f"Tokens of the batch: {what}"),
@@ -222,7 +232,7 @@ def steps_text(costs: dict[str, StepCost], what: str) -> str:
             ),
             table(
                 rows,
-                ["way", "TFLOP", "LLM ideal", "LLM seconds", "seconds / ideal", "peak GiB", "memory"],
+                columns,
                 f"Shares of {DENSE}: LLM operations, LLM forward + backward, peak memory above the weights",
             ),
         )

@@ -61,6 +61,7 @@ def test_a_module_is_timed_call_by_call() -> None:
 def test_steps_are_told_apart_and_leave_the_model_as_it_was() -> None:
     model = packed(tiny_llava(), "twostage")
     model.train()
+    model.hf.model.vision_tower.requires_grad_(False)  # the backward pass is the LLM's
     before = {name: value.clone() for name, value in model.state_dict().items()}
     pruner = model.pruner
     batch = next(Loader(6).epoch(0, 0))
@@ -82,6 +83,10 @@ def test_steps_are_told_apart_and_leave_the_model_as_it_was() -> None:
     assert costs[BASELINE].tokens["padding"] > costs["none"].tokens["padding"] == 0
     assert costs[BASELINE].language_flops > costs["none"].language_flops > costs["twostage"].language_flops
     assert costs["none"].peak_bytes > costs["twostage"].peak_bytes
+    whole, short = costs["none"].causal_flops, costs["twostage"].causal_flops
+    assert costs[BASELINE].causal_flops is None and whole is not None and short is not None
+    assert costs["none"].language_flops > whole > short, "half of causal attention is not computed"
+    assert short / whole > costs["twostage"].language_flops / costs["none"].language_flops
     assert costs["none"].flops["vision"] == pytest.approx(_tower_flops(model, batch.pixel_values))
     assert costs["twostage"].flops["selection"] > 0 == costs["none"].flops["selection"]
     assert costs[BASELINE].flops["vision"] > costs["none"].flops["vision"], "transformers stops at the feature layer"
@@ -121,4 +126,4 @@ def test_the_task_writes_tables_json_and_figure(tmp_path: Path, capsys: pytest.C
     assert result["generate"][BASELINE]["cache_bytes"] >= result["generate"]["none"]["cache_bytes"] > 0
     assert result["selection"]["images"] == 5 and list(result["selection"]["pruners"]) == ["none", "fastervlm"]
     printed = capsys.readouterr().out
-    assert "fastervlm" in printed and "LLM ideal" in printed and "first token s" in printed
+    assert "fastervlm" in printed and "causal ideal" in printed and "first token s" in printed
