@@ -23,7 +23,7 @@ SHA256 = "c92f6049f859aab177cbba8552ca76e3ca778b15b970ea5719df00beadd6f10c"
 COLOURS = ("black", "blue", "brown", "gray", "green", "red", "teal", "yellow")
 SHAPES = ("circle", "rectangle", "triangle")
 CAPTION_REQUEST = "Describe the image."
-FORMAT = 3
+FORMAT = 4
 """Raised when the files written here change."""
 
 Question = tuple[str, str, int]
@@ -94,6 +94,7 @@ def _write(archive: zipfile.ZipFile, part: Path) -> None:
         "instruct.json": _questions("train", questions["train"]),
         "instruct_open.json": [s for s in _questions("train", questions["train"]) if s["kind"] == "open"],
         "instruct_balanced.json": balanced(_questions("train", questions["train"])),
+        "instruct_conversations.json": conversations("train", questions["train"]),
         "evaluate.json": _questions("test", questions["test"]),
     }
     for name, samples in files.items():
@@ -120,6 +121,19 @@ def balanced(samples: list[dict[str, Any]]) -> list[dict[str, Any]]:
     return [sample for index, sample in enumerate(samples) if sample["kind"] == "open" or index in spread]
 
 
+def conversations(split: str, questions: list[Question]) -> list[dict[str, Any]]:
+    """All questions about an image as one conversation, as LLaVA-1.5 (arXiv 2310.03744) merges those of VQA data."""
+    asked: dict[int, list[Question]] = defaultdict(list)
+    for question in questions:
+        asked[question[2]].append(question)
+    merged = []
+    for image, about in asked.items():
+        turns = [turn for text, answer, _ in about for turn in _turn(text, answer)]
+        turns[0]["value"] = f"<image>\n{turns[0]['value']}"
+        merged.append({"id": f"{split}-image-{image}", "image": f"{split}/{image}.png", "conversations": turns})
+    return merged
+
+
 def _questions(split: str, questions: list[Question]) -> list[dict[str, Any]]:
     return [
         {**_sample(f"{split}-{number}", f"{split}/{image}.png", text, answer), "kind": kind_of(answer)}
@@ -128,8 +142,11 @@ def _questions(split: str, questions: list[Question]) -> list[dict[str, Any]]:
 
 
 def _sample(name: str, image: str, question: str, answer: str) -> dict[str, Any]:
-    turns = [{"from": "human", "value": f"<image>\n{question}"}, {"from": "gpt", "value": answer}]
-    return {"id": name, "image": image, "conversations": turns}
+    return {"id": name, "image": image, "conversations": _turn(f"<image>\n{question}", answer)}
+
+
+def _turn(question: str, answer: str) -> list[dict[str, str]]:
+    return [{"from": "human", "value": question}, {"from": "gpt", "value": answer}]
 
 
 def kind_of(answer: str) -> str:

@@ -77,8 +77,12 @@ def test_easy_vqa_is_written_once_with_the_official_splits(tmp_path: Path) -> No
     root = tmp_path / "easy_vqa"
     manifest = prepare(root)
     counts = {"pretrain": 3961, "instruct": 38575, "instruct_balanced": 20336, "instruct_open": 10168}
-    counts |= {"evaluate": 9673, "train_images": 4000, "test_images": 1000}
+    counts |= {"instruct_conversations": 4000, "evaluate": 9673, "train_images": 4000, "test_images": 1000}
     assert manifest["counts"] == counts
+    merged = read_records(root / "instruct_conversations.json", root / "images")
+    assert sum(len(record.turns) for record in merged) == 38575
+    assert {record.turns[0].question.count("<image>") for record in merged} == {1}
+    assert not any("<image>" in turn.question for record in merged for turn in record.turns[1:])
     test = read_records(root / "evaluate.json", root / "images")
     assert test[0].turns[0].question == "<image>\nwhat is the red shape?" and test[0].turns[0].answer == "triangle"
     assert sum(record.kind == "yes_no" for record in test) == 7136
