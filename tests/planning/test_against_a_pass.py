@@ -13,6 +13,7 @@ from mmprune_train.benchmark.flops import flop_counter
 from mmprune_train.config.schema import PeftConfig, StageConfig
 from mmprune_train.model.flops import PassShape, StepFlops
 from mmprune_train.model.inputs import pack
+from mmprune_train.model.language import checkpoint_layers
 from mmprune_train.model.llava import PackedLlava
 from mmprune_train.model.peft import add_adapters
 from mmprune_train.planning.activations import Activations
@@ -27,15 +28,21 @@ TRAINED = {
     "vision": {"train_vision": True},
 }
 PRUNED = {"name": "fastv", "language": {"knee": {"ratio": 0.2}}}
+WAYS = [
+    pytest.param(pruner, checkpointing, id=f"{name}-{checkpointing}")
+    for name, pruner, found in (("dense", "none", ()), ("pruned", PRUNED, ("before", "after")))
+    for checkpointing in (None, "all", *found)
+]
+"""Without a pruning layer all layers are before it."""
 
 
-def network(trained: str, pruner: object, text: str = "llama", checkpointing: bool = False) -> PackedLlava:
+def network(trained: str, pruner: object, text: str = "llama", checkpointing: str | None = None) -> PackedLlava:
     model = packed(tiny_llava("clip", text), pruner)
     if trained == "lora":
         add_adapters(model, PeftConfig(name="lora", r=8, dropout=0.0))
     freeze(model, StageConfig(**TRAINED[trained]), trained == "lora")
     if checkpointing:
-        model.activation_checkpointing_enable(activation_checkpointing_kwargs={"use_reentrant": False})
+        checkpoint_layers(model, checkpointing)
     return model
 
 
@@ -49,32 +56,28 @@ def batch() -> tuple[PackedSequence, torch.Tensor]:
     return sequence, inputs["pixel_values"]
 
 
-@pytest.mark.parametrize("checkpointing", [False, True])
-@pytest.mark.parametrize("pruner", ["none", PRUNED], ids=["dense", "pruned"])
+@pytest.mark.parametrize(("pruner", "checkpointing"), WAYS)
 @pytest.mark.parametrize("trained", TRAINED)
-def test_flops_agree_with_the_counter(trained: str, pruner: object, checkpointing: bool) -> None:
+def test_flops_agree_with_the_counter(trained: str, pruner: object, checkpointing: str | None) -> None:
     model = network(trained, pruner, "phi3" if trained == "lora" else "llama", checkpointing)
     sequence, pixels = batch()
     with flop_counter() as counted:
         output = model.forward_packed(sequence, pixels)
         output.loss_sum.backward()
     shape = PassShape.of(output.trace, output.trace.encoded, int(output.supervised))
-    found = StepFlops(model, as_counted=True).count(shape, "all" if checkpointing else None)
+    found = StepFlops(model, as_counted=True).count(shape, checkpointing)
     assert found.hardware == pytest.approx(counted.get_total_flops(), rel=0.02)
-    assert (found.recomputed > 0) == checkpointing
+    assert (found.recomputed > 0) == (checkpointing is not None)
 
 
-@pytest.mark.parametrize("checkpointing", [False, True])
-@pytest.mark.parametrize("pruner", ["none", PRUNED], ids=["dense", "pruned"])
+@pytest.mark.parametrize(("pruner", "checkpointing"), WAYS)
 @pytest.mark.parametrize("trained", TRAINED)
-def test_memory_agrees_with_a_pass(trained: str, pruner: object, checkpointing: bool) -> None:
+def test_memory_agrees_with_a_pass(trained: str, pruner: object, checkpointing: str | None) -> None:
     model = network(trained, pruner, checkpointing=checkpointing)
     sequence, pixels = batch()
     peak, shape = peak_of_pass(model, sequence, pixels)
     bare = copy.deepcopy(network(trained, pruner)).to("meta")
-    found = Activations(bare, numerics(LAYOUTS["single"], torch.float32)).phases(
-        shape, "all" if checkpointing else None, growing=True
-    )
+    found = Activations(bare, numerics(LAYOUTS["single"], torch.float32)).phases(shape, checkpointing, growing=True)
     inputs = pixels.nbytes + 72 * float(shape.stage1.sum())  # were there before
     assert found.peak - inputs == pytest.approx(peak, rel=0.15)
 
