@@ -250,9 +250,15 @@ def _check_run(config: Config) -> None:
     one_of("trainer.accelerator", trainer.accelerator, ("auto", "cpu", "cuda"))
     one_of("trainer.precision", trainer.precision, ("auto", "bf16", "fp32"))
     one_of("trainer.attention", trainer.attention, ATTENTION)
-    counts = ("devices", "num_nodes", "log_every", "checkpoint_every_steps", "keep_checkpoints")
-    for count in (*counts, "vision_chunk", "logits_chunk"):
+    for count in ("devices", "num_nodes", "log_every", "keep_checkpoints", "vision_chunk", "logits_chunk"):
         at_least(f"trainer.{count}", getattr(trainer, count), 1)
+    if trainer.checkpoint_every_steps is not None:
+        at_least("trainer.checkpoint_every_steps", trainer.checkpoint_every_steps, 1)
+    if trainer.save_every_minutes is not None and trainer.save_every_minutes <= 0:
+        raise UserError(
+            f"trainer.save_every_minutes={trainer.save_every_minutes} must be more than 0; null saves by "
+            "trainer.checkpoint_every_steps alone"
+        )
     at_least("trainer.num_workers", trainer.num_workers, 0)
     one_of("data.source", config.data.source, ("easy_vqa", None))
     for split in (*STAGES, "evaluate"):

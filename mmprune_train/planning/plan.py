@@ -242,4 +242,4 @@ def _disk(
     if data.images is not None and not stage.train_vision:
         per_image = float(tokens.kept_patches.sum() / tokens.images.sum().clamp(min=1))
         cache = data.images * per_image * model.hf.model.multi_modal_projector.linear_1.in_features * compute.itemsize
-    return Disk(checkpoint * (config.trainer.keep_checkpoints + 1), whole.weights, cache)
+    return Disk(checkpoint * (config.trainer.keep_checkpoints + config.trainer.keep_best + 1), whole.weights, cache)

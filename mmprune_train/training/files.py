@@ -9,11 +9,27 @@ from typing import Any
 
 
 def write_atomically(path: Path, text: str) -> None:
-    """Write beside the file, then rename over it."""
+    """Write beside the file, bring that to disk, then rename over it."""
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.tmp")
     temporary.write_text(text, encoding="utf-8")
+    sync(temporary)
     os.replace(temporary, path)
+
+
+def sync(path: Path) -> None:
+    """Bring a file, or a folder's list of names, to disk, where it outlasts the machine's failure."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def sync_all(folder: Path) -> None:
+    """`sync` of a folder and all that is in it."""
+    for path in (*folder.rglob("*"), folder):
+        sync(path)
 
 
 def write_json(path: Path, value: Any) -> None:
