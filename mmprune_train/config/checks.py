@@ -27,7 +27,6 @@ from mmprune_train.config.schema import (
     EncoderConfig,
     LlmConfig,
     OptimConfig,
-    PeftConfig,
     PlanConfig,
     StageConfig,
     WheelConfig,
@@ -36,6 +35,8 @@ from mmprune_train.config.values import at_least, one_of
 from mmprune_train.errors import UserError
 
 STRATEGIES = ("single", "ddp", "deepspeed_zero1", "deepspeed_zero2", "deepspeed_zero3")
+UNQUANTIZED = ("deepspeed_zero3", "deepspeed_zero3_offload", "fsdp2")
+"""Strategies that spread the frozen weights, which they cannot do with 4-bit ones."""
 BENCHED = ("train", "generate", "selection")
 ATTENTION = ("auto", "flash_4", "flash_3", "flash_2", "torch_varlen", "flex", "sdpa_per_sample")
 CACHING_TASKS = ("train", "prepare", "plan")
@@ -57,7 +58,7 @@ def check(config: Config) -> None:
     check_pruner(config.pruner)
     check_pruner_fits(config)
     _check_stages(config)
-    _check_peft(config.peft, config.stage)
+    _check_peft(config)
     check_optim(config.optim)
     _check_run(config)
 
@@ -214,8 +215,9 @@ def _check_stage(config: Config, name: str, stage: StageConfig) -> None:
         )
 
 
-def _check_peft(peft: PeftConfig, stages: dict[str, StageConfig]) -> None:
-    one_of("peft.name", peft.name, ("none", "lora", "dora"))
+def _check_peft(config: Config) -> None:
+    peft, stages = config.peft, config.stage
+    one_of("peft.name", peft.name, ("none", "lora", "dora", "qlora"))
     at_least("peft.r", peft.r, 1)
     at_least("peft.alpha", peft.alpha, 1)
     if not 0 <= peft.dropout < 1:
@@ -228,6 +230,12 @@ def _check_peft(peft: PeftConfig, stages: dict[str, StageConfig]) -> None:
     for name in users:
         if not stages[name].train_llm:
             raise UserError(f"stage.{name} puts adapters on a frozen LLM: set stage.{name}.train_llm=true")
+        strategy = stages[name].strategy or config.strategy.name
+        if peft.name == "qlora" and strategy in UNQUANTIZED:
+            raise UserError(
+                f"peft=qlora: strategy={strategy} of stage.{name} spreads the frozen weights over the devices, which "
+                "4-bit weights do not survive; use strategy=deepspeed_zero2 (or ddp, single), or peft=lora"
+            )
 
 
 def check_optim(optim: OptimConfig) -> None:

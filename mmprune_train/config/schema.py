@@ -321,7 +321,7 @@ class StrategyConfig:
 @dataclass
 class PeftConfig:
     name: str = "none"
-    """`none`, `lora` or `dora`."""
+    """`none`, `lora`, `dora`, or `qlora`: LoRA on 4-bit weights, on CUDA with bitsandbytes; see docs/peft.md."""
     r: int = 128
     alpha: int = 256
     dropout: float = 0.05

@@ -10,11 +10,13 @@ from __future__ import annotations
 import os
 import re
 import shutil
+import sys
 import zlib
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -175,10 +177,8 @@ def data_alone() -> Iterator[None]:
             os.environ[key] = before
 
 
-def _deepspeed_records() -> list[type]:
+def _deepspeed_records() -> list[Any]:
     """What DeepSpeed's files hold besides tensors; none where it is not in use."""
-    import sys
-
     if "deepspeed" not in sys.modules:
         return []
     from deepspeed.runtime.fp16.loss_scaler import DynamicLossScaler, LossScaler

@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -26,10 +29,17 @@ def sync(path: Path) -> None:
         os.close(descriptor)
 
 
-def sync_all(folder: Path) -> None:
-    """`sync` of a folder and all that is in it."""
-    for path in (*folder.rglob("*"), folder):
+@contextmanager
+def whole_folder(folder: Path) -> Iterator[Path]:
+    """A new folder that takes the place of `folder` when the block ends well and all of it is on disk."""
+    temporary = folder.with_name(f".{folder.name}.tmp")
+    shutil.rmtree(temporary, ignore_errors=True)
+    temporary.mkdir(parents=True)
+    yield temporary
+    for path in (*temporary.rglob("*"), temporary):
         sync(path)
+    shutil.rmtree(folder, ignore_errors=True)
+    os.replace(temporary, folder)
 
 
 def write_json(path: Path, value: Any) -> None:

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import os
-import shutil
 import time
 from contextlib import nullcontext
 from pathlib import Path
@@ -22,14 +20,14 @@ from mmprune_train.model.build import build, load_model
 from mmprune_train.model.language import checkpoint_layers, compile_layers
 from mmprune_train.model.llava import PackedLlava
 from mmprune_train.model.loss import loss_kernel
-from mmprune_train.model.peft import add_adapters, merge_adapters
+from mmprune_train.model.peft import add_adapters, merge_adapters, save_adapters
 from mmprune_train.model.projector import match_features
 from mmprune_train.quiet import quiet
 from mmprune_train.training.callbacks import MetricsWriter, progress
 from mmprune_train.training.checkpoint_files import STATE, check_written_by, data_alone, last_checkpoint, step_of
 from mmprune_train.training.checkpoints import Checkpoints, PlainFile
 from mmprune_train.training.features import stage_features, without_tower
-from mmprune_train.training.files import read_jsonl, sync_all
+from mmprune_train.training.files import read_jsonl, whole_folder
 from mmprune_train.training.freezing import Part, freeze, freezing_table, store_frozen
 from mmprune_train.training.inputs import spread_images, spread_paths, stage_loader, stage_records, template_of
 from mmprune_train.training.loggers import build_loggers, close_loggers
@@ -134,7 +132,12 @@ def run_stage(config: Config, name: str, run: RunDirectory, start_from: Path | N
     processor.image_processor = image_processor(config.encoder, stage.image_aspect_ratio)
     with whole_weights(trainer.strategy, model), quiet():
         if trainer.is_global_zero:
-            save_model(model, processor, run.model(name), adapters)
+            if adapters:
+                with whole_folder(folder / "adapters") as part:
+                    save_adapters(model, part, None if start_from is None else str(start_from))
+                merge_adapters(model)
+            with whole_folder(run.model(name)) as part:
+                model.save(part, processor)
     trainer.strategy.barrier("model saved")
     found = summary(folder / "metrics.jsonl") if trainer.is_global_zero else {}
     if found.get("data_share", 0.0) >= STARVED:
@@ -161,7 +164,7 @@ def make_trainable(model: PackedLlava, config: Config, name: str, precision: Pre
     """
     stage, adapters = config.stage[name], uses_adapters(config, name)
     if adapters:
-        add_adapters(model, config.peft)
+        add_adapters(model, config.peft, quantize=precision.dtype)
     parts = freeze(model, stage, adapters)
     store_frozen(model, precision.dtype)
     if stage.gradient_checkpointing:
@@ -224,18 +227,6 @@ def trainer_settings(
         "num_sanity_val_steps": 0,
         "log_every_n_steps": 1,
     }, world
-
-
-def save_model(model: Any, processor: Any, folder: Path, adapters: bool) -> None:
-    """Write a Hugging Face folder whole or not at all; adapters are merged into the weights they adapt."""
-    if adapters:
-        merge_adapters(model)
-    temporary = folder.with_name(f".{folder.name}.tmp")
-    for old in (temporary, folder):
-        shutil.rmtree(old, ignore_errors=True)
-    model.save(temporary, processor)
-    sync_all(temporary)
-    os.replace(temporary, folder)
 
 
 def summary(metrics: Path) -> dict[str, float]:
