@@ -9,16 +9,17 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from safetensors.torch import load_file
+from training import command
 from training.synthetic import overrides, write_dataset
 
-from mmprune_train.training.checkpoint_files import all_checkpoints
+from mmprune_train.training.checkpoint_files import all_checkpoints, step_of
 
 pytestmark = pytest.mark.slow
 
@@ -38,37 +39,50 @@ class Run:
         self.folder = runs / "smoke" / "t"
         self.arguments = [*overrides(root, runs), *SETTINGS, *settings]
         self.log = runs.with_suffix(".log")
-        self.log.parent.mkdir(parents=True, exist_ok=True)
-        self.process: subprocess.Popen[bytes] | None = None
+        self.group = 0
+        self.alive: Callable[[], bool] = lambda: False
+        self.end: Callable[[float], int] = lambda _: 0
+        """Waits so many seconds for the exit code."""
 
-    def start(self, *program: str) -> None:
-        command = [sys.executable, *(program or ("-m", "mmprune_train")), *self.arguments]
+    def start(self) -> None:
+        """`python -m mmprune_train`."""
+        program = [sys.executable, "-m", "mmprune_train", *self.arguments]
         environment = {**os.environ, "OMP_NUM_THREADS": "1"}
         with self.log.open("ab") as log:
-            self.process = subprocess.Popen(command, env=environment, stdout=log, stderr=log, start_new_session=True)
+            started = subprocess.Popen(program, env=environment, stdout=log, stderr=log, start_new_session=True)
+        self.group, self.alive, self.end = started.pid, lambda: started.poll() is None, started.wait
 
-    def finish(self) -> None:
-        self.start()
-        assert self.process is not None and self.process.wait(timeout=300) == 0, self.log.read_text()[-3000:]
+    def fork(self, dies_while_saving: int | None = None) -> None:
+        """The same, for one process."""
+        forked = command.start(self.arguments, self.log, dies_while_saving)
 
-    def kill_at(self, step: int, moment: float = 0.0) -> None:
-        """SIGKILL for all its processes, `moment` seconds after step `step` of the whole run was logged."""
-        self.start()
-        self.wait_for(step)
-        time.sleep(moment)
-        self.kill()
+        def end(seconds: float) -> int:
+            forked.join(seconds)
+            assert forked.exitcode is not None, f"runs on after {seconds} seconds: {self.said()}"
+            return forked.exitcode
+
+        self.group, self.alive, self.end = forked.pid or 0, forked.is_alive, end
 
     def wait_for(self, step: int) -> None:
-        assert self.process is not None
+        """Until step `step` of the whole run is logged."""
         until = time.monotonic() + 120
         while len(self.rows()) < step:
-            assert self.process.poll() is None and time.monotonic() < until, self.log.read_text()[-3000:]
+            assert self.alive() and time.monotonic() < until, self.said()
             time.sleep(0.005)
 
     def kill(self) -> None:
-        assert self.process is not None
-        os.killpg(self.process.pid, signal.SIGKILL)
-        assert self.process.wait(timeout=30) == -signal.SIGKILL, "it had ended before"
+        """SIGKILL for all its processes."""
+        try:
+            os.killpg(self.group, signal.SIGKILL)
+        except ProcessLookupError:  # so young that it has no group of its own
+            os.kill(self.group, signal.SIGKILL)
+        assert self.end(30) == -signal.SIGKILL, "it had ended before"
+
+    def finish(self) -> None:
+        assert self.end(300) == 0, self.said()
+
+    def said(self) -> str:
+        return self.log.read_text()[-3000:] if self.log.exists() else "nothing"
 
     def rows(self) -> list[dict[str, Any]]:
         """Rows of metrics.jsonl of both stages, without what a clock decides."""
@@ -114,24 +128,31 @@ def leave_none(folder: Path) -> None:
 
 def test_ten_kills_at_random_moments_of_both_stages(root: Path, runs: Path) -> None:
     settings = ("stage.pretrain.max_steps=5", "stage.instruct.max_steps=13")
-    whole = Run(root, runs / "whole", *settings)
-    whole.finish()
+    whole, run = Run(root, runs / "whole", *settings), Run(root, runs / "killed", *settings)
+    whole.start()
     chance = random.Random(5)
-    moments = sorted(chance.sample(range(1, 17), 9))
-    run = Run(root, runs / "killed", *settings)
-    for step in moments[:7]:
-        run.kill_at(step, chance.random() * 0.2)
-    done = run.checkpoints()[-1:]
-    last = int(done[0].stem.removeprefix("step-")) if done else 0
-    run.start(str(Path(__file__).with_name("die_while_saving.py")), str(last + 3))
-    assert run.process is not None and run.process.wait(timeout=120) == -signal.SIGKILL
-    (cut_off,) = (run.folder / "instruct" / "checkpoints").glob(".step-*.tmp/state")
-    assert cut_off.stat().st_size > 0 and run.checkpoints()[-1:] == done
-    for step in moments[7:]:
-        run.kill_at(step, chance.random() * 0.2)
+    for kill, step in enumerate(sorted(chance.sample(range(1, 17), 9))):
+        run.fork()
+        run.wait_for(step)
+        time.sleep(chance.random() * 0.2)
+        run.kill()
+        if kill == 5:
+            cut_off_while_saving(run)
+    run.start()
     run.finish()
+    whole.finish()
     assert_equal(run, whole)
     assert len(run.checkpoints()) == 2 and not list(run.folder.rglob(".*tmp*"))
+
+
+def cut_off_while_saving(run: Run) -> None:
+    """One more kill, in the middle of writing the next checkpoint."""
+    before = run.checkpoints()
+    last = step_of(before[-1]) if before else 0
+    run.fork(dies_while_saving=last + 3)
+    assert run.end(120) == -signal.SIGKILL, run.said()
+    (half,) = (run.folder / "instruct" / "checkpoints").glob(".step-*.tmp/state")
+    assert half.stat().st_size > 0 and run.checkpoints() == before
 
 
 @pytest.mark.parametrize(
@@ -143,26 +164,25 @@ def test_two_processes_killed_and_their_newest_checkpoint_torn(
     strategy: str, more: tuple[str, ...], root: Path, runs: Path
 ) -> None:
     settings = ("stages=[instruct]", f"strategy={strategy}", "trainer.devices=2", "stage.instruct.max_steps=10", *more)
-    whole = Run(root, runs / "whole", *settings)
+    whole, run = Run(root, runs / "whole", *settings), Run(root, runs / "killed", *settings)
+    whole.start()
     whole.finish()
-    run = Run(root, runs / "killed", *settings)
     run.start()
-    run.wait_for(7)
-    assert run.process is not None
-    run.process.kill()  # the launcher alone: the ranks that it started must not stay behind
-    run.process.wait(timeout=30)
+    run.wait_for(8)
+    os.kill(run.group, signal.SIGKILL)  # the launcher alone: the ranks that it started must not stay behind
+    run.end(30)
     until = time.monotonic() + 10
-    while left := members(run.process.pid):
+    while left := members(run.group):
         assert time.monotonic() < until, f"still running: {left}"
         time.sleep(0.05)
     newest = run.checkpoints()[-1]
     assert newest.name == "step-00000006.ckpt"
     tear(newest, strategy)
-    run.kill_at(9, random.Random(strategy).random() * 0.2)  # from step 3, the newest whole one
-    assert (
-        "step-00000006.ckpt is damaged" in run.log.read_text() and "step-00000003.ckpt is whole" in run.log.read_text()
-    )
+    run.start()
     run.finish()
+    said = run.log.read_text()
+    assert "step-00000006.ckpt is damaged" in said and "step-00000003.ckpt is whole" in said
+    assert "continues after step 3" in said
     assert_equal(run, whole)
 
 
