@@ -33,10 +33,11 @@ def end_with_parent() -> None:
     """Have the kernel end this process when the launcher that started it has ended, however that happened.
 
     Ranks wait for each other in collectives: those of a launcher that was killed would keep their memory, and a GPU's,
-    until a timeout many minutes later. A process that no launcher started (no LOCAL_RANK) is left alone: its parent is
-    a shell, which may end. Linux only.
+    until a timeout many minutes later. Only processes that Lightning's launcher or torchrun started are concerned: the
+    parent of another is a shell, which may end, or a job manager with a way of its own. Linux only.
     """
-    if not sys.platform.startswith("linux") or "LOCAL_RANK" not in os.environ:
+    launched = os.environ.get("LOCAL_RANK", "0") != "0" or "TORCHELASTIC_RUN_ID" in os.environ
+    if not launched or not sys.platform.startswith("linux"):
         return
     parent = os.getppid()
     ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)

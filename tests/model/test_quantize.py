@@ -11,11 +11,15 @@ from mmprune_train.config.compose import compose_config, load_pruner
 from mmprune_train.config.schema import PeftConfig
 from mmprune_train.errors import UserError
 from mmprune_train.model import quantize
+from mmprune_train.model.build import build_on_meta
 from mmprune_train.model.llava import PackedLlava
 from mmprune_train.model.peft import add_adapters, merge_adapters
 from mmprune_train.model.quantize import BYTES, check_quantization, is_quantized, quantize_linears, weight_of
+from mmprune_train.planning.layout import LAYOUTS, numerics, states
+from mmprune_train.planning.plan import _in_four_bits
 from mmprune_train.pruning import Pruner
 from mmprune_train.tasks import train
+from mmprune_train.training.freezing import freeze
 
 
 @pytest.mark.parametrize(
@@ -88,6 +92,23 @@ def test_rounding_to_four_bits_costs_a_tenth_of_a_weight() -> None:
     error = weight_of(layers.to("cpu")[0]) - weight
     assert is_quantized(layers[0]) and layers[0].weight.numel() == weight.numel() // 2
     assert 0.03 < error.norm() / weight.norm() < 0.12
+
+
+def test_a_plan_counts_four_bits_for_the_decoder_layers_alone() -> None:
+    config = compose_config(["+experiment=llava7b_twostage_lora", "peft=qlora", "strategy=deepspeed_zero2"])
+    model = build_on_meta(config)
+    add_adapters(model, config.peft)
+    stage = config.stage["instruct"]
+    freeze(model, stage, adapters=True)
+    weights = 32 * (4 * 4096**2 + 3 * 4096 * 11008)
+    assert _in_four_bits(model, config, stage) == weights
+    assert _in_four_bits(model, config, config.stage["pretrain"]) == 0
+    layout, parameters = LAYOUTS["deepspeed_zero2"], list(model.parameters())
+    how = numerics(layout, torch.bfloat16)
+    whole = states(layout, parameters, how, 8, True)
+    packed = states(layout, parameters, how, 8, True, quantized=weights)
+    assert whole.weights - packed.weights == pytest.approx(weights * (2 - BYTES))
+    assert (packed.gradients, packed.optimizer) == (whole.gradients, whole.optimizer)
 
 
 def test_a_weight_takes_little_more_than_half_a_byte() -> None:

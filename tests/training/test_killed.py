@@ -100,9 +100,17 @@ class Run:
 
 def assert_equal(run: Run, whole: Run) -> None:
     assert run.rows() == whole.rows()
+    assert logged(run) == logged(whole) == [row["step"] for row in whole.rows()]
     assert len({row["loss"] for row in run.rows()}) == len(run.rows())
     weights, expected = run.weights(), whole.weights()
     assert weights.keys() == expected.keys() and all(torch.equal(weights[key], expected[key]) for key in weights)
+
+
+def logged(run: Run) -> list[int]:
+    """Steps in metrics.csv of both stages."""
+    files = [run.folder / stage / "metrics.csv" for stage in STAGES]
+    lines = [line for file in files if file.is_file() for line in file.read_text().splitlines()[1:]]
+    return [int(line.split(",")[0]) for line in lines]
 
 
 @pytest.fixture(scope="module")
