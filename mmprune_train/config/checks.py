@@ -27,7 +27,6 @@ from mmprune_train.config.schema import (
     EncoderConfig,
     LlmConfig,
     OptimConfig,
-    PeftConfig,
     PlanConfig,
     StageConfig,
     WheelConfig,
@@ -36,6 +35,8 @@ from mmprune_train.config.values import at_least, one_of
 from mmprune_train.errors import UserError
 
 STRATEGIES = ("single", "ddp", "deepspeed_zero1", "deepspeed_zero2", "deepspeed_zero3")
+UNQUANTIZED = ("deepspeed_zero3", "deepspeed_zero3_offload", "fsdp2")
+"""Strategies that spread the frozen weights, which they cannot do with 4-bit ones."""
 BENCHED = ("train", "generate", "selection")
 ATTENTION = ("auto", "flash_4", "flash_3", "flash_2", "torch_varlen", "flex", "sdpa_per_sample")
 CACHING_TASKS = ("train", "prepare", "plan")
@@ -57,7 +58,7 @@ def check(config: Config) -> None:
     check_pruner(config.pruner)
     check_pruner_fits(config)
     _check_stages(config)
-    _check_peft(config.peft, config.stage)
+    _check_peft(config)
     check_optim(config.optim)
     _check_run(config)
 
@@ -214,8 +215,9 @@ def _check_stage(config: Config, name: str, stage: StageConfig) -> None:
         )
 
 
-def _check_peft(peft: PeftConfig, stages: dict[str, StageConfig]) -> None:
-    one_of("peft.name", peft.name, ("none", "lora", "dora"))
+def _check_peft(config: Config) -> None:
+    peft, stages = config.peft, config.stage
+    one_of("peft.name", peft.name, ("none", "lora", "dora", "qlora"))
     at_least("peft.r", peft.r, 1)
     at_least("peft.alpha", peft.alpha, 1)
     if not 0 <= peft.dropout < 1:
@@ -228,6 +230,12 @@ def _check_peft(peft: PeftConfig, stages: dict[str, StageConfig]) -> None:
     for name in users:
         if not stages[name].train_llm:
             raise UserError(f"stage.{name} puts adapters on a frozen LLM: set stage.{name}.train_llm=true")
+        strategy = stages[name].strategy or config.strategy.name
+        if peft.name == "qlora" and strategy in UNQUANTIZED:
+            raise UserError(
+                f"peft=qlora: strategy={strategy} of stage.{name} spreads the frozen weights over the devices, which "
+                "4-bit weights do not survive; use strategy=deepspeed_zero2 (or ddp, single), or peft=lora"
+            )
 
 
 def check_optim(optim: OptimConfig) -> None:
@@ -250,9 +258,15 @@ def _check_run(config: Config) -> None:
     one_of("trainer.accelerator", trainer.accelerator, ("auto", "cpu", "cuda"))
     one_of("trainer.precision", trainer.precision, ("auto", "bf16", "fp32"))
     one_of("trainer.attention", trainer.attention, ATTENTION)
-    counts = ("devices", "num_nodes", "log_every", "checkpoint_every_steps", "keep_checkpoints")
-    for count in (*counts, "vision_chunk", "logits_chunk"):
+    for count in ("devices", "num_nodes", "log_every", "keep_checkpoints", "vision_chunk", "logits_chunk"):
         at_least(f"trainer.{count}", getattr(trainer, count), 1)
+    if trainer.checkpoint_every_steps is not None:
+        at_least("trainer.checkpoint_every_steps", trainer.checkpoint_every_steps, 1)
+    if trainer.save_every_minutes is not None and trainer.save_every_minutes <= 0:
+        raise UserError(
+            f"trainer.save_every_minutes={trainer.save_every_minutes} must be more than 0; null saves by "
+            "trainer.checkpoint_every_steps alone"
+        )
     at_least("trainer.num_workers", trainer.num_workers, 0)
     one_of("data.source", config.data.source, ("easy_vqa", None))
     for split in (*STAGES, "evaluate"):

@@ -321,7 +321,7 @@ class StrategyConfig:
 @dataclass
 class PeftConfig:
     name: str = "none"
-    """`none`, `lora` or `dora`."""
+    """`none`, `lora`, `dora`, or `qlora`: LoRA on 4-bit weights, on CUDA with bitsandbytes; see docs/peft.md."""
     r: int = 128
     alpha: int = 256
     dropout: float = 0.05
@@ -382,8 +382,15 @@ class TrainerConfig:
     """Processes that read and resize images, per device."""
     log_every: int = 10
     """Steps between two lines of progress where there is no terminal."""
-    checkpoint_every_steps: int = 100
-    keep_checkpoints: int = 1
+    checkpoint_every_steps: int | None = 100
+    """Optimizer steps between two checkpoints; null: by `save_every_minutes` alone. A stage's end has one anyway."""
+    save_every_minutes: float | None = None
+    """Also write a checkpoint when the last one is so many minutes old, by the clock of rank 0; null: by steps alone.
+    See docs/checkpoints.md."""
+    keep_checkpoints: int = 2
+    """Newest checkpoints of a stage that stay: one to continue from, and one in case that is damaged."""
+    keep_best: bool = False
+    """Keep one more, the checkpoint with the lowest mean training loss of the steps since the one before it."""
     feature_cache: bool = False
     """Keep on disk what stage 1 leaves of each image, so that a frozen encoder reads it once for all epochs, stages and
     runs with the same encoder and stage 1. Filled before a stage trains; see docs/feature_cache.md."""

@@ -207,7 +207,9 @@ def _recomputed(cost: Flops, last: int) -> Flops:
     return Flops(cost.forward, cost.backward, cost.forward - 2 * last)
 
 
-def _size(parameter: Tensor) -> int:
+def _size(parameter: Any) -> int:
+    if (packed := getattr(parameter, "quant_state", None)) is not None:
+        return int(packed.shape.numel())
     return int(getattr(parameter, "ds_numel", parameter.numel()))  # ZeRO-3 leaves an empty tensor behind
 
 

@@ -1,14 +1,23 @@
-"""Adapters on the LLM through PEFT: put on before a stage that trains them, merged into the weights after it."""
+"""Adapters on the LLM through PEFT: put on before a stage that trains them, saved and merged into the weights after."""
 
 from __future__ import annotations
 
-from peft import LoraConfig, get_peft_model
+from pathlib import Path
+from typing import Any
+
+import torch
+from peft import LoraConfig, get_peft_model, get_peft_model_state_dict
 from peft.tuners.tuners_utils import BaseTunerLayer
+from safetensors.torch import save_file
 from torch import nn
 
 from mmprune_train.config.schema import PeftConfig
 from mmprune_train.errors import UserError
 from mmprune_train.model.llava import PackedLlava
+from mmprune_train.model.quantize import is_quantized, quantize_linears, weight_of
+
+ADAPTER_FILE = "adapter_model.safetensors"
+PROJECTOR_FILE = "projector.safetensors"
 
 
 def linear_names(module: nn.Module) -> list[str]:
@@ -16,10 +25,15 @@ def linear_names(module: nn.Module) -> list[str]:
     return sorted({name.rsplit(".", 1)[-1] for name, part in module.named_modules() if isinstance(part, nn.Linear)})
 
 
-def add_adapters(model: PackedLlava, cfg: PeftConfig) -> None:
-    """Put LoRA (Hu et al. 2021) or DoRA (Liu et al. 2024) on the LLM's decoder layers, in place, all else frozen.
+def add_adapters(model: PackedLlava, cfg: PeftConfig, quantize: torch.dtype | None = None) -> None:
+    """Put LoRA (Hu et al. 2021), DoRA (Liu et al. 2024) or QLoRA (Dettmers et al. 2023) on the LLM's decoder layers, in
+    place, all else frozen.
 
-    Raises UserError where a target module does not exist.
+    Args:
+        quantize: with `qlora`, take the weights of the decoder layers to 4 bits and compute in this dtype; None: leave
+            them as they are, for counting.
+    Raises:
+        UserError: a target module does not exist.
     """
     if cfg.name == "none":
         return
@@ -36,6 +50,9 @@ def add_adapters(model: PackedLlava, cfg: PeftConfig) -> None:
         target_modules=rf".*language_model\.layers\..*\.({'|'.join(targets)})",
         use_dora=cfg.name == "dora",
     )
+    if cfg.name == "qlora" and quantize is not None:
+        quantize_linears(layers, quantize)
+        model.hf.is_loaded_in_4bit = True  # PEFT asks for it before it adapts such a Linear
     get_peft_model(model.hf, lora)  # puts the adapters into model.hf's own modules
 
 
@@ -44,13 +61,58 @@ def has_adapters(model: PackedLlava) -> bool:
     return any(isinstance(part, BaseTunerLayer) for part in model.hf.modules())
 
 
+def save_adapters(model: PackedLlava, folder: Path, base: str | None) -> None:
+    """Write what a LoRA stage trained as PEFT writes it, for `PeftModel.from_pretrained(base model, folder)`, and the
+    projector's weights beside it.
+
+    Args:
+        folder: exists.
+        base: the Hugging Face folder that the stage started from, which adapter_config.json names; None: it had none.
+    """
+    config = model.hf.peft_config["default"]
+    config.base_model_name_or_path, config.inference_mode = base, True
+    found = get_peft_model_state_dict(model.hf, save_embedding_layers=False)
+    _save({f"base_model.model.{name}": weight for name, weight in found.items()}, folder / ADAPTER_FILE)
+    config.save_pretrained(str(folder))
+    _save(model.hf.model.multi_modal_projector.state_dict(), folder / PROJECTOR_FILE)
+
+
 def merge_adapters(model: PackedLlava) -> None:
-    """Fold the adapters into the weights they adapt, in place, leaving plain Linear layers with Hugging Face's keys."""
+    """Fold the adapters into the weights they adapt, in place, leaving plain Linear layers with Hugging Face's keys.
+
+    4-bit weights are taken out of their 4 bits, the layers without adapters, too. What was rounded when they were
+    quantised stays rounded.
+    """
     language = model.hf.model.language_model
     for name, part in list(language.named_modules()):
         if isinstance(part, BaseTunerLayer):
-            part.merge(safe_merge=True)
-            parent = language.get_submodule(name.rpartition(".")[0])
-            setattr(parent, name.rpartition(".")[2], part.get_base_layer())
-    for leftover in ("peft_config", "_hf_peft_config_loaded"):  # marks that would make save_pretrained save adapters
+            language.set_submodule(name, _merged(part))
+    for name, part in list(language.named_modules()):
+        if isinstance(part, nn.Linear) and is_quantized(part):
+            language.set_submodule(name, _plain(part))
+    for leftover in ("peft_config", "_hf_peft_config_loaded", "is_loaded_in_4bit"):  # save_pretrained would heed them
         model.hf.__dict__.pop(leftover, None)
+
+
+def _merged(layer: Any) -> nn.Module:
+    base = layer.get_base_layer()
+    if not is_quantized(base):
+        layer.merge(safe_merge=True)
+        return base
+    plain = _plain(base)  # PEFT's own merge would quantise the sum again
+    for adapter in layer.active_adapters:
+        delta = layer.get_delta_weight(adapter)
+        plain.weight.data = (plain.weight.float() + delta.float()).to(plain.weight.dtype)
+    return plain
+
+
+def _plain(linear: Any) -> nn.Linear:
+    weight = weight_of(linear)
+    plain = nn.Linear(weight.shape[1], weight.shape[0], bias=linear.bias is not None, device="meta")
+    plain.weight = nn.Parameter(weight, requires_grad=False)
+    plain.bias = linear.bias
+    return plain
+
+
+def _save(weights: dict[str, torch.Tensor], path: Path) -> None:
+    save_file({name: weight.detach().cpu().contiguous() for name, weight in weights.items()}, path, {"format": "pt"})

@@ -9,6 +9,7 @@ import torch
 from torch import nn
 
 from mmprune_train.devices import GIB
+from mmprune_train.model.quantize import BYTES as FOUR_BITS
 from mmprune_train.planning.probe import Numerics
 
 ADAM = 8
@@ -71,7 +72,9 @@ def numerics(layout: Layout, compute: torch.dtype) -> Numerics:
     return Numerics(compute, compute if layout.engine else torch.float32)
 
 
-def states(layout: Layout, parameters: Iterable[nn.Parameter], how: Numerics, world: int, cuda: bool) -> States:
+def states(
+    layout: Layout, parameters: Iterable[nn.Parameter], how: Numerics, world: int, cuda: bool, quantized: int = 0
+) -> States:
     """What a strategy keeps of a model.
 
     Args:
@@ -79,6 +82,7 @@ def states(layout: Layout, parameters: Iterable[nn.Parameter], how: Numerics, wo
         how: as `numerics` says.
         world: devices.
         cuda: whether AdamW updates all parameters at once, as it does on a GPU.
+        quantized: how many of the frozen ones lie in 4 bits.
     """
     trained = frozen = largest = 0
     for parameter in parameters:
@@ -92,7 +96,8 @@ def states(layout: Layout, parameters: Iterable[nn.Parameter], how: Numerics, wo
         return 1 / world if spread else 1.0
 
     part = trained * share(layout.optimizer)
-    weights = (frozen * how.compute.itemsize + trained * how.trained.itemsize) * share(layout.weights)
+    stored = (frozen - quantized) * how.compute.itemsize + quantized * FOUR_BITS
+    weights = (stored + trained * how.trained.itemsize) * share(layout.weights)
     gradients = trained * how.trained.itemsize * share(layout.gradients)
     working = 0.0
     if layout.buckets:

@@ -208,7 +208,7 @@ def memory_of(
     layout = LAYOUTS[strategy]
     how = numerics(layout, compute)
     world, cuda = config.trainer.devices * config.trainer.num_nodes, device.name != CPU
-    kept = states(layout, _on_device(model, config), how, world, cuda)
+    kept = states(layout, _on_device(model, config), how, world, cuda, _in_four_bits(model, config, stage))
     phases = Activations(model, how).phases(
         shape, checkpointed(stage), config.trainer.logits_chunk, config.trainer.vision_chunk, growing=False
     )
@@ -222,6 +222,14 @@ def _on_device(model: PackedLlava, config: Config) -> Iterator[nn.Parameter]:
     tower = model.hf.model.vision_tower if config.trainer.feature_cache else nn.Module()
     left = {id(parameter) for parameter in tower.parameters()}
     return (parameter for parameter in model.parameters() if id(parameter) not in left)
+
+
+def _in_four_bits(model: PackedLlava, config: Config, stage: StageConfig) -> int:
+    """Weights that QLoRA quantises: of the decoder layers, all but the adapters."""
+    if config.peft.name != "qlora" or not (stage.use_peft and stage.train_llm):
+        return 0
+    linears = (part for part in model.hf.model.language_model.layers.modules() if isinstance(part, nn.Linear))
+    return sum(part.weight.numel() for part in linears if not part.weight.requires_grad)
 
 
 def _disk(
@@ -242,4 +250,4 @@ def _disk(
     if data.images is not None and not stage.train_vision:
         per_image = float(tokens.kept_patches.sum() / tokens.images.sum().clamp(min=1))
         cache = data.images * per_image * model.hf.model.multi_modal_projector.linear_1.in_features * compute.itemsize
-    return Disk(checkpoint * (config.trainer.keep_checkpoints + 1), whole.weights, cache)
+    return Disk(checkpoint * (config.trainer.keep_checkpoints + config.trainer.keep_best + 1), whole.weights, cache)

@@ -26,6 +26,7 @@ from mmprune_train.evaluation.generate import load_images
 from mmprune_train.evaluation.questions import question_of
 from mmprune_train.model.build import build
 from mmprune_train.model.llava import PackedLlava
+from mmprune_train.model.quantize import check_quantization
 from mmprune_train.progress import progress
 from mmprune_train.pruning.patches import Patches
 from mmprune_train.quiet import quiet
@@ -48,6 +49,8 @@ def run(config: Config) -> dict[str, Any]:
     accelerator = choose_accelerator(config.trainer.accelerator)
     precision = choose_precision(config.trainer.precision, accelerator)
     name = config.bench.stage or config.stages[-1]
+    if config.peft.name == "qlora" and config.stage[name].use_peft:
+        check_quantization(accelerator)
     prepare_data(config, [name])
     pruners = chosen_pruners(config)
     reads = [pruner for pruner in pruners.values() if reads_text(pruner.vision)]

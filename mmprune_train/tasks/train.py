@@ -13,18 +13,24 @@ from mmprune_train.config.schema import Config
 from mmprune_train.data.records import read_records
 from mmprune_train.data.sources import split_files
 from mmprune_train.errors import UserError
+from mmprune_train.model.quantize import check_quantization
 from mmprune_train.reporting.tables import table
 from mmprune_train.tasks.prepare import prepare_data, prepare_weights
+from mmprune_train.training.precision import choose_accelerator
+from mmprune_train.training.processes import end_with_parent
 from mmprune_train.training.rundir import RunDirectory, open_run
 
 
 def run(config: Config) -> dict[str, Any]:
     """Train what is not yet trained; returns the run's result."""
+    end_with_parent()
     main = rank_zero_only.rank == 0
     if unknown := [name for name in config.stages if name not in config.stage]:
         raise UserError(f"stages: there is no stage {unknown[0]!r}; this run has {', '.join(config.stage)}")
     found = RunDirectory(run_dir(config), writable=False)
     todo = [name for name in config.stages if config.restart or not found.finished(name)]
+    if config.peft.name == "qlora" and any(config.stage[name].use_peft for name in todo):
+        check_quantization(choose_accelerator(config.trainer.accelerator))
     evaluates = config.evaluate.after_train and config.data.evaluate.annotations is not None
     if config.evaluate.after_train and not evaluates and main:
         print("data.evaluate.annotations is not set: nothing will be evaluated after training", flush=True)
@@ -56,16 +62,33 @@ def run(config: Config) -> dict[str, Any]:
 
 
 def _train(config: Config, directory: RunDirectory, todo: list[str], main: bool) -> None:
-    from mmprune_train.training.base_weights import describe
+    from mmprune_train.training.base_weights import base_weights
     from mmprune_train.training.run import run_stage
 
     if main:
-        directory.update(base_weights=describe(config))
+        directory.update(base_weights=base_weights(config, directory.manifest.get("base_weights", {})))
     for name in todo:
         start = start_of(config, directory, name)
         if main:
             print(f"\n{name} starts from {start or 'the base weights and a new projector'}", flush=True)
+            _note_start(directory, name, start)
         run_stage(config, name, directory, start)
+
+
+def _note_start(directory: RunDirectory, name: str, start: Path | None) -> None:
+    """Record the weights that a stage starts from; UserError where its checkpoints belong to others."""
+    from mmprune_train.training.base_weights import unchanged
+    from mmprune_train.training.checkpoint_files import all_checkpoints
+
+    begun = all_checkpoints(directory.stage(name) / "checkpoints")
+    known = directory.stage_state(name).get("start") if begun else None
+    if known is not None and (start is None) != ("sha256" not in known):
+        raise UserError(
+            f"stages={name}: its checkpoints began with {known['source']}, and it would now start from "
+            f"{start or 'the base weights'}: ask for the stages= as before, or start a new run with run_id="
+        )
+    entry = {"source": "the base weights"} if start is None else unchanged(f"stage {name}", start, known)
+    directory.update_stage(name, start=entry)
 
 
 def start_of(config: Config, directory: RunDirectory, stage: str) -> Path | None:
@@ -77,7 +100,9 @@ def start_of(config: Config, directory: RunDirectory, stage: str) -> Path | None
 
 def stage_summaries(directory: RunDirectory, stages: list[str]) -> dict[str, Any]:
     """What the manifest says of each stage."""
-    return {name: {k: v for k, v in directory.stage_state(name).items() if k != "state"} for name in stages}
+    return {
+        name: {k: v for k, v in directory.stage_state(name).items() if k not in ("state", "start")} for name in stages
+    }
 
 
 def result_text(result: dict[str, Any]) -> str:

@@ -1,38 +1,92 @@
-"""Which weights a run started from, for its manifest."""
+"""Which weights a run and its stages started from, for its manifest: the frozen ones are in no checkpoint, so a resumed
+run must find the same."""
 
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Callable, Mapping
 from pathlib import Path
+from typing import Any
 
 from mmprune_train.config.pruner import reads_text
 from mmprune_train.config.schema import Config
+from mmprune_train.errors import UserError
 from mmprune_train.model.weights import encoder_folder, llm_folder, text_folder
 
 WEIGHTS = ("*.safetensors", "*.bin")
+LONG = 4 << 30
+"""Bytes whose hashing takes long enough for a line on the terminal."""
+
+Entry = dict[str, Any]
+"""Of one part: name, source, and where it has files their SHA-256 and by what they are known (`stamps`)."""
 
 
-def describe(config: Config) -> dict[str, dict[str, str]]:
-    """For `encoder` and `llm`, and for `text` where the pruner reads the question: name, source, and the SHA-256 of its
-    weight files in name order."""
+def base_weights(config: Config, recorded: Mapping[str, Entry]) -> dict[str, Entry]:
+    """What is to be recorded of `encoder` and `llm`, and of `text` where the pruner reads the question.
+
+    Args:
+        recorded: what the manifest has of them.
+    Raises:
+        UserError: a part is not what the run was begun with.
+    """
     folders = {"encoder": encoder_folder(config.encoder), "llm": llm_folder(config.llm)}
     names = {"encoder": config.encoder.name, "llm": config.llm.name, "text": f"text tower of {config.encoder.name}"}
     if config.encoder.text is not None and reads_text(config.pruner.vision):
         folders["text"] = text_folder(config.encoder.text)
-    described = {}
+    entries = {}
     for part, folder in folders.items():
         if folder is None:
-            described[part] = {"name": names[part], "source": f"random, seed {config.seed}"}
+            entries[part] = {"name": names[part], "source": f"random, seed {config.seed}"}
         else:
-            described[part] = {"name": names[part], "source": folder.name, "sha256": folder_hash(folder)}
-    return described
+            entries[part] = {"name": names[part], **unchanged(part, folder, recorded.get(part))}
+    return entries
 
 
-def folder_hash(folder: Path) -> str:
-    """SHA-256 over all weight files of a Hugging Face folder."""
+def unchanged(part: str, folder: Path, recorded: Mapping[str, Any] | None, say: Callable[[str], None] = print) -> Entry:
+    """Source, hash and stamps of the weights in a folder.
+
+    The files are read, unless each is the very file that was: by place, size, inode and both times, of which a copy has
+    a new one even where it keeps the old date.
+
+    Args:
+        part: what they are, for the message.
+        recorded: the same of an earlier start.
+        say: told when reading takes long.
+    Raises:
+        UserError: they are not those recorded.
+    """
+    files = weight_files(folder)
+    stamps = {file.name: _stamp(file) for file in files}
+    recorded = recorded or {}
+    if "sha256" in recorded and recorded.get("stamps") == stamps:
+        return {"source": folder.name, "sha256": recorded["sha256"], "stamps": stamps}
+    if (size := sum(file.stat().st_size for file in files)) >= LONG:
+        say(f"reading the weights of {part} for their checksum ({size / 1e9:.1f} GB)")
+    found = hash_of(files)
+    if recorded.get("sha256", found) != found:
+        raise UserError(
+            f"{part}: the weights in {folder} have SHA-256 {found[:12]}..., this run began with "
+            f"{recorded['sha256'][:12]}... ({recorded.get('source')}), and its checkpoints hold the trained weights "
+            "alone: put those back, or start a new run with run_id= or restart=true"
+        )
+    return {"source": folder.name, "sha256": found, "stamps": stamps}
+
+
+def weight_files(folder: Path) -> list[Path]:
+    """Of a Hugging Face folder, by name."""
+    return sorted(path for pattern in WEIGHTS for path in folder.glob(pattern))
+
+
+def hash_of(files: list[Path]) -> str:
+    """SHA-256 over files one after the other."""
     digest = hashlib.sha256()
-    for file in sorted(path for pattern in WEIGHTS for path in folder.glob(pattern)):
+    for file in files:
         with file.open("rb") as stream:
             while block := stream.read(1 << 22):
                 digest.update(block)
     return digest.hexdigest()
+
+
+def _stamp(file: Path) -> list[Any]:
+    found = file.stat()
+    return [str(file.resolve()), found.st_size, found.st_ino, found.st_mtime_ns, found.st_ctime_ns]

@@ -1,4 +1,4 @@
-"""Checkpoints of the trained weights and everything else an exact resume needs, written whole or not at all.
+"""When a stage is saved and which checkpoints stay.
 
 What Lightning saves (optimizer, schedule, loops, the stream's position) is left to Lightning. The frozen weights are
 the base model's, from which a resumed run starts anyway.
@@ -6,82 +6,164 @@ the base model's, from which a resumed run starts anyway.
 
 from __future__ import annotations
 
-import os
-import re
-import shutil
-import zipfile
+import time
 from pathlib import Path
+from statistics import fmean
 from typing import Any
 
 import pytorch_lightning as pl
+import torch
+from lightning_fabric.plugins import TorchCheckpointIO
 
-from mmprune_train.training.callbacks import StepWatch
+from mmprune_train.training.callbacks import MetricsWriter, StepWatch
+from mmprune_train.training.checkpoint_files import (
+    STATE,
+    Index,
+    all_checkpoints,
+    damage,
+    last_checkpoint,
+    name_of,
+    read_index,
+    remove,
+    seal,
+    step_of,
+    unfinished,
+)
+from mmprune_train.training.files import sync
+from mmprune_train.training.processes import ranks_of
 
-PATTERN = re.compile(r"step-(\d+)\.ckpt")
+__all__ = ["Checkpoints", "PlainFile", "all_checkpoints", "last_checkpoint"]
+
+DAMAGED = ".damaged"
 
 
 class Checkpoints(StepWatch):
-    """Saves every `every` steps and keeps the last `keep`. Must come after MetricsWriter, so that a checkpoint never
-    knows of a step that metrics.jsonl does not."""
+    """Saves a stage at its end and in between. Must come after MetricsWriter, so that a checkpoint never knows of a
+    step that metrics.jsonl does not."""
 
-    def __init__(self, folder: Path, every: int, keep: int, last: int) -> None:
+    def __init__(
+        self,
+        folder: Path,
+        metrics: MetricsWriter,
+        strategy: str,
+        last: int,
+        every_steps: int | None,
+        every_minutes: float | None = None,
+        keep: int = 2,
+        keep_best: bool = False,
+    ) -> None:
         """Args:
-        folder: the stage's checkpoints/. every: optimizer steps between two; 0: only at the end.
-        keep: how many stay. last: the stage's last step, which is always saved.
+        folder: the stage's checkpoints/.
+        metrics: knows the loss of each step.
+        strategy: its name, which a checkpoint records.
+        last: the stage's last step, which is always saved.
+        every_steps: optimizer steps between two; None: by time alone.
+        every_minutes: minutes after which the step that ends is saved; None: by steps alone.
+        keep: how many of the newest stay.
+        keep_best: the one with the lowest mean training loss since the one before it stays, too.
         """
         super().__init__()
-        self.last = last
         self.folder = folder
-        self.every = every
+        self.metrics = metrics
+        self.strategy = strategy
+        self.last = last
+        self.every_steps = every_steps
+        self.every_minutes = every_minutes
         self.keep = max(1, keep)
+        self.keep_best = keep_best
+        self.saved_step = 0
+        """A stage's start needs no checkpoint."""
+        self.saved_at = 0.0
+        self.losses: list[float] = []
+        """Since the last checkpoint."""
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         super().on_train_start(trainer, pl_module)
+        self.saved_step, self.saved_at = trainer.global_step, time.monotonic()
         if trainer.is_global_zero:
             self.folder.mkdir(parents=True, exist_ok=True)
+            self._tidy(trainer.global_step)
 
     def on_step_end(self, trainer: pl.Trainer, pl_module: Any) -> None:
         step = trainer.global_step
-        if step == self.last or (self.every > 0 and step % self.every == 0):
+        self.losses.append(self.metrics.latest["loss"])
+        by_steps = self.every_steps is not None and step % self.every_steps == 0
+        if step == self.last or by_steps or self._time_is_up(trainer):
             self.save(trainer)
+
+    def _time_is_up(self, trainer: pl.Trainer) -> bool:
+        """By the clock of rank 0, for all ranks."""
+        if self.every_minutes is None:
+            return False
+        return bool(trainer.strategy.broadcast(time.monotonic() - self.saved_at >= 60 * self.every_minutes))
 
     def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
         if isinstance(exception, KeyboardInterrupt) and trainer.is_global_zero:
             done = all_checkpoints(self.folder)
-            kept = f"after step {int(done[-1].stem.removeprefix('step-'))}" if done else "from the stage's start"
+            kept = f"after step {step_of(done[-1])}" if done else "from the stage's start"
             print(f"\ninterrupted; the same command continues {kept}", flush=True)
 
     def save(self, trainer: pl.Trainer) -> None:
-        """Every rank must call this."""
-        name = f"step-{trainer.global_step:08d}.ckpt"
-        final, temporary = self.folder / name, self.folder / f".{name}.tmp"
+        """Write a checkpoint of the present step, unless it has one. Every rank must call this, between two steps.
+
+        Older ones are deleted when the new one is on disk, under its name, and every file has its size.
+        """
+        step = trainer.global_step
+        if step == self.saved_step:
+            return
+        final = self.folder / name_of(step)
+        temporary = self.folder / unfinished(final.name)
+        for logger in trainer.loggers:  # what they hold back would be missing after the resume
+            logger.save()
         if trainer.is_global_zero:
-            self.folder.mkdir(parents=True, exist_ok=True)
-            _remove(temporary)
+            sync(self.metrics.path)
+            remove(temporary)
+            temporary.mkdir(parents=True)
         trainer.strategy.barrier("before the checkpoint")
-        trainer.save_checkpoint(temporary)
+        trainer.save_checkpoint(temporary / STATE)
+        trainer.strategy.barrier("the checkpoint is written")
+        loss = fmean(self.losses) if self.losses else None
+        seal(temporary, Index(step, self.strategy, trainer.world_size, loss), ranks_of(trainer))
         if trainer.is_global_zero:
-            _remove(final)
-            os.replace(temporary, final)
-            for old in all_checkpoints(self.folder)[: -self.keep]:
-                _remove(old)
+            temporary.rename(final)
+            sync(self.folder)
+            if fault := damage(final, contents=False):
+                raise RuntimeError(f"{final} is damaged as soon as it is written ({fault}); the older ones are kept")
+            self._delete_older()
         trainer.strategy.barrier("after the checkpoint")
+        self.saved_step, self.saved_at, self.losses = step, time.monotonic(), []
+
+    def _tidy(self, step: int) -> None:
+        """Delete what a kill has left unfinished, and put aside what lies after the step that is continued: it was
+        passed over as damaged, and must not count among those that are kept."""
+        for left in self.folder.glob(unfinished("step-*.ckpt")):
+            remove(left)
+        for later in all_checkpoints(self.folder):
+            if step_of(later) > step:
+                aside = later.with_name(later.name + DAMAGED)
+                remove(aside)
+                later.rename(aside)
+
+    def _delete_older(self) -> None:
+        for damaged in self.folder.glob(f"*{DAMAGED}"):
+            remove(damaged)
+        found = all_checkpoints(self.folder)
+        kept = found[-self.keep :]
+        if self.keep_best:
+            kept.append(min(found, key=_loss))
+        for old in found:
+            if old not in kept:
+                remove(old)
 
 
-def all_checkpoints(folder: Path) -> list[Path]:
-    """Checkpoints, oldest first; unfinished ones are not among them."""
-    found = [(int(m[1]), path) for path in folder.glob("*.ckpt") if (m := PATTERN.fullmatch(path.name))]
-    return [path for _, path in sorted(found)]
+class PlainFile(TorchCheckpointIO):
+    """torch.save into the file itself. Lightning's own way is by a copy in memory and a file in the system's temporary
+    folder, for a wholeness that `Checkpoints` sees to; a kill leaves that file there."""
+
+    def save_checkpoint(self, checkpoint: dict[str, Any], path: Any, storage_options: Any = None) -> None:
+        torch.save(checkpoint, path)
 
 
-def last_checkpoint(folder: Path) -> Path | None:
-    """The newest readable checkpoint: a file of torch.save, or DeepSpeed's folder."""
-    readable = (path for path in reversed(all_checkpoints(folder)) if path.is_dir() or zipfile.is_zipfile(path))
-    return next(readable, None)
-
-
-def _remove(path: Path) -> None:
-    if path.is_dir():
-        shutil.rmtree(path)
-    else:
-        path.unlink(missing_ok=True)
+def _loss(checkpoint: Path) -> float:
+    index = read_index(checkpoint)
+    return float("inf") if index is None or index.loss is None else index.loss

@@ -19,6 +19,7 @@ from mmprune_train.features.settings import feature_settings
 from mmprune_train.features.store import ImageFeatures
 from mmprune_train.model.images import ImageSide
 from mmprune_train.training.inputs import stage_reader
+from mmprune_train.training.processes import ranks_of
 
 
 def features_root(config: Config) -> Path:
@@ -69,21 +70,11 @@ def stage_features(
     config: Config, stage: str, model: ImageSide, records: Sequence[Record], dtype: torch.dtype, trainer: Any
 ) -> ImageFeatures:
     """Features of all images of a stage's records, the processes of `trainer` sharing the work."""
-    ranks = Ranks(trainer.global_rank, trainer.world_size, gather)
     device = trainer.strategy.root_device
-    features, report = fill_for(config, stage, model, askers(records), dtype, device, ranks)
+    features, report = fill_for(config, stage, model, askers(records), dtype, device, ranks_of(trainer))
     if trainer.is_global_zero:
         print(f"feature cache: {report.line()}; {report.folder}", flush=True)
     return features
-
-
-def gather(value: Any) -> list[Any]:
-    """The values of all processes, by rank."""
-    if not torch.distributed.is_initialized():
-        return [value]
-    found = [None] * torch.distributed.get_world_size()
-    torch.distributed.all_gather_object(found, value)
-    return found
 
 
 @contextmanager

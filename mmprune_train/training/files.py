@@ -4,16 +4,42 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 
 def write_atomically(path: Path, text: str) -> None:
-    """Write beside the file, then rename over it."""
+    """Write beside the file, bring that to disk, then rename over it."""
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.tmp")
     temporary.write_text(text, encoding="utf-8")
+    sync(temporary)
     os.replace(temporary, path)
+
+
+def sync(path: Path) -> None:
+    """Bring a file, or a folder's list of names, to disk, where it outlasts the machine's failure."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+@contextmanager
+def whole_folder(folder: Path) -> Iterator[Path]:
+    """A new folder that takes the place of `folder` when the block ends well and all of it is on disk."""
+    temporary = folder.with_name(f".{folder.name}.tmp")
+    shutil.rmtree(temporary, ignore_errors=True)
+    temporary.mkdir(parents=True)
+    yield temporary
+    for path in (*temporary.rglob("*"), temporary):
+        sync(path)
+    shutil.rmtree(folder, ignore_errors=True)
+    os.replace(temporary, folder)
 
 
 def write_json(path: Path, value: Any) -> None:

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import os
-import shutil
 import time
 from contextlib import nullcontext
 from pathlib import Path
@@ -22,18 +20,20 @@ from mmprune_train.model.build import build, load_model
 from mmprune_train.model.language import checkpoint_layers, compile_layers
 from mmprune_train.model.llava import PackedLlava
 from mmprune_train.model.loss import loss_kernel
-from mmprune_train.model.peft import add_adapters, merge_adapters
+from mmprune_train.model.peft import add_adapters, merge_adapters, save_adapters
 from mmprune_train.model.projector import match_features
 from mmprune_train.quiet import quiet
 from mmprune_train.training.callbacks import MetricsWriter, progress
-from mmprune_train.training.checkpoints import Checkpoints, last_checkpoint
+from mmprune_train.training.checkpoint_files import STATE, check_written_by, data_alone, last_checkpoint, step_of
+from mmprune_train.training.checkpoints import Checkpoints, PlainFile
 from mmprune_train.training.features import stage_features, without_tower
-from mmprune_train.training.files import read_jsonl
+from mmprune_train.training.files import read_jsonl, whole_folder
 from mmprune_train.training.freezing import Part, freeze, freezing_table, store_frozen
 from mmprune_train.training.inputs import spread_images, spread_paths, stage_loader, stage_records, template_of
 from mmprune_train.training.loggers import build_loggers, close_loggers
 from mmprune_train.training.module import MODULES
 from mmprune_train.training.precision import Precision, choose_accelerator, choose_precision
+from mmprune_train.training.processes import ranks_of
 from mmprune_train.training.rundir import RunDirectory
 from mmprune_train.training.strategies import build_strategy, start_processes, whole_weights
 from mmprune_train.training.stream import BatchStream, steps_of
@@ -72,16 +72,20 @@ def run_stage(config: Config, name: str, run: RunDirectory, start_from: Path | N
     model.template = template_of(config, name)
 
     trainer_options, world = trainer_settings(config, stage, accelerator, precision)
-    resume = last_checkpoint(folder / "checkpoints")
-    resumed_step = int(resume.stem.removeprefix("step-")) if resume else 0
+    strategy = stage.strategy or config.strategy.name
+    with quiet():
+        trainer = pl.Trainer(**trainer_options, default_root_dir=folder, logger=False)
+    start_processes(trainer)
+    resume = last_checkpoint(folder / "checkpoints", ranks_of(trainer))
+    if resume:
+        check_written_by(resume, strategy, world)
+    resumed_step = step_of(resume) if resume else 0
     loggers = build_loggers(
         config.logger, folder, f"{config.experiment_name}-{run.path.name}-{name}-{stamp(run)}", resumed_step
     )
-    with quiet():
-        trainer = pl.Trainer(**trainer_options, default_root_dir=folder, logger=loggers or False)
+    trainer.loggers = loggers
     records, features = stage_records(config, name), None
     if config.trainer.feature_cache:
-        start_processes(trainer)
         features = stage_features(config, name, model, records, precision.dtype, trainer)
     tokenizer, image_tokens = processor.tokenizer, model.config.image_seq_length
     loader = stage_loader(config, name, tokenizer, image_tokens, trainer.global_rank, world, records, features)
@@ -95,8 +99,16 @@ def run_stage(config: Config, name: str, run: RunDirectory, start_from: Path | N
     module = MODULES[name](model, parts, config.optim, steps, config.seed, stage.token_budget)
     limit = peak(trainer.strategy.root_device, precision.dtype)
     metrics = MetricsWriter(folder / "metrics.jsonl", stream, limit.tflops)
-    every, kept = config.trainer.checkpoint_every_steps, config.trainer.keep_checkpoints
-    saves = Checkpoints(folder / "checkpoints", every, kept, last=steps)
+    saves = Checkpoints(
+        folder / "checkpoints",
+        metrics,
+        strategy,
+        steps,
+        config.trainer.checkpoint_every_steps,
+        config.trainer.save_every_minutes,
+        config.trainer.keep_checkpoints,
+        config.trainer.keep_best,
+    )
     trainer.callbacks += [metrics, progress(name, steps, config.trainer.log_every, metrics), saves]
 
     if trainer.is_global_zero:
@@ -110,8 +122,9 @@ def run_stage(config: Config, name: str, run: RunDirectory, start_from: Path | N
             print(f"continues after step {resumed_step}", flush=True)
     run.update_stage(name, state="running", steps=steps)
     began = time.perf_counter()
-    with quiet(), nullcontext() if features is None else without_tower(model):
-        trainer.fit(module, train_dataloaders=stream, ckpt_path=resume, weights_only=True if resume else None)
+    state = resume and resume / STATE
+    with quiet(), data_alone(), nullcontext() if features is None else without_tower(model):
+        trainer.fit(module, train_dataloaders=stream, ckpt_path=state, weights_only=True if state else None)
         close_loggers(loggers)
     if trainer.global_step < steps:
         raise RuntimeError(f"stage {name} stopped at step {trainer.global_step} of {steps}")
@@ -119,7 +132,12 @@ def run_stage(config: Config, name: str, run: RunDirectory, start_from: Path | N
     processor.image_processor = image_processor(config.encoder, stage.image_aspect_ratio)
     with whole_weights(trainer.strategy, model), quiet():
         if trainer.is_global_zero:
-            save_model(model, processor, run.model(name), adapters)
+            if adapters:
+                with whole_folder(folder / "adapters") as part:
+                    save_adapters(model, part, None if start_from is None else str(start_from))
+                merge_adapters(model)
+            with whole_folder(run.model(name)) as part:
+                model.save(part, processor)
     trainer.strategy.barrier("model saved")
     found = summary(folder / "metrics.jsonl") if trainer.is_global_zero else {}
     if found.get("data_share", 0.0) >= STARVED:
@@ -146,7 +164,7 @@ def make_trainable(model: PackedLlava, config: Config, name: str, precision: Pre
     """
     stage, adapters = config.stage[name], uses_adapters(config, name)
     if adapters:
-        add_adapters(model, config.peft)
+        add_adapters(model, config.peft, quantize=precision.dtype)
     parts = freeze(model, stage, adapters)
     store_frozen(model, precision.dtype)
     if stage.gradient_checkpointing:
@@ -194,6 +212,7 @@ def trainer_settings(
         raise UserError(f"strategy=single runs one process, not {world}: choose strategy=ddp or a deepspeed one")
     strategy = build_strategy(name, accelerator, config.strategy.find_unused_parameters, stage.batch_size)
     return {
+        "plugins": [PlainFile()] if name in ("single", "ddp") else None,  # the others write files of their own
         "accelerator": accelerator,
         "devices": config.trainer.devices,
         "num_nodes": config.trainer.num_nodes,
@@ -208,17 +227,6 @@ def trainer_settings(
         "num_sanity_val_steps": 0,
         "log_every_n_steps": 1,
     }, world
-
-
-def save_model(model: Any, processor: Any, folder: Path, adapters: bool) -> None:
-    """Write a Hugging Face folder whole or not at all; adapters are merged into the weights they adapt."""
-    if adapters:
-        merge_adapters(model)
-    temporary = folder.with_name(f".{folder.name}.tmp")
-    for old in (temporary, folder):
-        shutil.rmtree(old, ignore_errors=True)
-    model.save(temporary, processor)
-    os.replace(temporary, folder)
 
 
 def summary(metrics: Path) -> dict[str, float]:

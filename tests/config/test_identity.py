@@ -18,6 +18,7 @@ from mmprune_train.config.identity import NOT_DECISIVE, differences, run_dir, ru
         "trainer.num_workers=2", "evaluate.limit=3", "generate.question=why", "ckpt=x", "data.root=/elsewhere",
         "trainer.attention=sdpa_per_sample", "trainer.logits_chunk=9",
         "trainer.feature_cache=true", "trainer.feature_cache_dir=/elsewhere",
+        "trainer.save_every_minutes=2.5", "trainer.checkpoint_every_steps=null", "trainer.keep_best=true",
     ],
 )  # fmt: skip
 def test_settings_that_do_not_change_the_training_keep_the_run(smoke, override):

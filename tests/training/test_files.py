@@ -6,10 +6,8 @@ import json
 from pathlib import Path
 
 import pytest
-import torch
 
 from mmprune_train.config.schema import WandbConfig
-from mmprune_train.training.checkpoints import all_checkpoints, last_checkpoint
 from mmprune_train.training.files import keep_steps, read_jsonl
 from mmprune_train.training.loggers import CsvLogger, wandb_offline
 
@@ -19,15 +17,6 @@ def test_steps_after_the_checkpoint_are_dropped(tmp_path: Path) -> None:
     path.write_text("".join(json.dumps({"step": s}) + "\n" for s in range(1, 6)) + '{"step": 6, "lo')
     keep_steps(path, 3)
     assert [row["step"] for row in read_jsonl(path)] == [1, 2, 3]
-
-
-def test_unfinished_and_unreadable_checkpoints_are_passed_over(tmp_path: Path) -> None:
-    torch.save({"a": 1}, tmp_path / "step-00000002.ckpt")
-    (tmp_path / "step-00000010.ckpt").write_bytes(b"cut off")
-    torch.save({"a": 1}, tmp_path / ".step-00000012.ckpt.tmp")
-    assert [p.name for p in all_checkpoints(tmp_path)] == ["step-00000002.ckpt", "step-00000010.ckpt"]
-    assert last_checkpoint(tmp_path) == tmp_path / "step-00000002.ckpt"
-    assert last_checkpoint(tmp_path / "absent") is None
 
 
 def test_csv_continues_where_the_run_continues(tmp_path: Path) -> None:

@@ -1,0 +1,220 @@
+"""Checkpoints as files: what makes one whole, how damage is found, and which one a run continues.
+
+A checkpoint is a folder `step-00000100.ckpt` with `state`, the file or folder that the strategy writes and reads, and
+`index.json`, written last: the size and CRC-32 of every file. It is written under a name with a dot, brought to disk
+with fsync, and renamed. The checksum finds accidents; it is no protection against a forger.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import shutil
+import sys
+import zlib
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from mmprune_train.errors import UserError
+from mmprune_train.features.ranks import Ranks
+from mmprune_train.training.files import read_json, sync, write_json
+
+PATTERN = re.compile(r"step-(\d+)\.ckpt")
+STATE = "state"
+INDEX = "index.json"
+BLOCK = 1 << 22
+
+
+@dataclass(frozen=True)
+class File:
+    """What a file of a checkpoint is known by."""
+
+    bytes: int
+    crc32: int
+
+
+@dataclass(frozen=True)
+class Index:
+    """What `index.json` tells."""
+
+    step: int
+    """Optimizer steps of the stage that are done."""
+    strategy: str
+    world_size: int
+    """Processes that wrote it."""
+    loss: float | None = None
+    """Mean training loss of the steps since the checkpoint before."""
+    files: Mapping[str, File] = field(default_factory=dict)
+    """By path inside the checkpoint."""
+
+
+def name_of(step: int) -> str:
+    return f"step-{step:08d}.ckpt"
+
+
+def step_of(checkpoint: Path) -> int:
+    """The optimizer step after which a checkpoint was written."""
+    found = PATTERN.fullmatch(checkpoint.name)
+    assert found is not None, checkpoint
+    return int(found[1])
+
+
+def all_checkpoints(folder: Path) -> list[Path]:
+    """Checkpoints, oldest first; unfinished ones are not among them."""
+    return sorted((path for path in folder.glob("*.ckpt") if PATTERN.fullmatch(path.name)), key=step_of)
+
+
+def last_checkpoint(folder: Path, ranks: Ranks | None = None) -> Path | None:
+    """The newest whole checkpoint, every byte of it read; None: there is no checkpoint at all.
+
+    Every rank must call it, and reads its share. Rank 0 tells which damaged ones are passed over.
+
+    Raises:
+        UserError: there are checkpoints, and none is whole.
+    """
+    ranks = ranks or Ranks()
+    damaged: list[str] = []
+    for checkpoint in reversed(ranks.exchange(all_checkpoints(folder))[0]):
+        fault = damage(checkpoint, ranks)
+        if fault is None:
+            if damaged and ranks.rank == 0:
+                print(f"passed over: {'; '.join(damaged)}; {checkpoint.name} is whole", flush=True)
+            return checkpoint
+        damaged.append(f"{checkpoint.name} is damaged ({fault})")
+    if damaged:
+        raise UserError(
+            f"{folder}: {'; '.join(damaged)}; put a whole one there, delete the folder to train this stage from its "
+            "start, or give restart=true to start the run over and move this one aside"
+        )
+    return None
+
+
+def seal(checkpoint: Path, index: Index, ranks: Ranks) -> None:
+    """Bring a written checkpoint to disk and write its index. Every rank must call it when all have written theirs."""
+    names = ranks.exchange(_files(checkpoint))[0]
+    marks = ranks.all(lambda share: [_bring_to_disk(checkpoint / name) for name in share], names)
+    if ranks.rank == 0:
+        whole = Index(index.step, index.strategy, index.world_size, index.loss, dict(zip(names, marks, strict=True)))
+        write_json(checkpoint / INDEX, asdict(whole))
+        sync(checkpoint / INDEX)
+        for folder in {(checkpoint / name).parent for name in names}:
+            sync(folder)
+        sync(checkpoint)
+
+
+def read_index(checkpoint: Path) -> Index | None:
+    """What a checkpoint says it holds; None where that cannot be read."""
+    try:
+        found = read_json(checkpoint / INDEX)
+        return found and Index(**{**found, "files": {name: File(**mark) for name, mark in found["files"].items()}})
+    except (OSError, ValueError, TypeError, KeyError, AttributeError):
+        return None
+
+
+def damage(checkpoint: Path, ranks: Ranks | None = None, contents: bool = True) -> str | None:
+    """What is wrong with a checkpoint; None: it is as it was written. Every rank must call it, and reads its share.
+
+    Args:
+        contents: read the files, too; else only their sizes are compared.
+    """
+    ranks = ranks or Ranks()
+    index = ranks.exchange(read_index(checkpoint))[0]
+    if index is None:
+        return f"no {INDEX} that can be read"
+
+    def faults(share: Sequence[str]) -> list[str | None]:
+        return [_fault(checkpoint / name, name, index.files[name], contents) for name in share]
+
+    return next((fault for fault in ranks.all(faults, list(index.files)) if fault is not None), None)
+
+
+def check_written_by(checkpoint: Path, strategy: str, world_size: int) -> None:
+    """Raise UserError unless as many processes as now wrote a checkpoint under the same strategy: sums over other ranks
+    round otherwise, and what each rank keeps of the optimizer is its own part."""
+    index = read_index(checkpoint)
+    assert index is not None, checkpoint
+    if (index.strategy, index.world_size) != (strategy, world_size):
+        raise UserError(
+            f"{checkpoint} was written by {_processes(index.world_size)} under strategy={index.strategy}, and this run "
+            f"has {_processes(world_size)} under strategy={strategy}: start it as before to continue, or give "
+            "another run_id="
+        )
+
+
+def remove(checkpoint: Path) -> None:
+    """Delete a checkpoint, under a name that marks what a kill leaves of it as unfinished."""
+    if checkpoint.is_dir() and PATTERN.fullmatch(checkpoint.name):
+        checkpoint = checkpoint.rename(checkpoint.with_name(unfinished(checkpoint.name)))
+    if checkpoint.is_dir():
+        shutil.rmtree(checkpoint)
+    else:
+        checkpoint.unlink(missing_ok=True)
+
+
+def unfinished(name: str) -> str:
+    """What a checkpoint is called while it is written or deleted."""
+    return f".{name}.tmp"
+
+
+@contextmanager
+def data_alone() -> Iterator[None]:
+    """While this lasts torch.load makes tensors, plain containers and a few of DeepSpeed's records, and nothing else,
+    also where its caller asks for more: DeepSpeed does."""
+    key = "TORCH_FORCE_WEIGHTS_ONLY_LOAD"
+    before = os.environ.get(key)
+    os.environ[key] = "1"
+    try:
+        with torch.serialization.safe_globals(_deepspeed_records()):
+            yield
+    finally:
+        os.environ.pop(key)
+        if before is not None:
+            os.environ[key] = before
+
+
+def _deepspeed_records() -> list[Any]:
+    """What DeepSpeed's files hold besides tensors; none where it is not in use."""
+    if "deepspeed" not in sys.modules:
+        return []
+    from deepspeed.runtime.fp16.loss_scaler import DynamicLossScaler, LossScaler
+    from deepspeed.runtime.zero.config import ZeroStageEnum
+    from deepspeed.utils.tensor_fragment import fragment_address
+
+    return [LossScaler, DynamicLossScaler, ZeroStageEnum, fragment_address]
+
+
+def _files(checkpoint: Path) -> list[str]:
+    return sorted(str(path.relative_to(checkpoint)) for path in checkpoint.rglob("*") if path.is_file())
+
+
+def _bring_to_disk(path: Path) -> File:
+    sync(path)
+    return _mark(path)
+
+
+def _mark(path: Path) -> File:
+    size = crc = 0
+    with path.open("rb") as file:
+        while block := file.read(BLOCK):
+            size += len(block)
+            crc = zlib.crc32(block, crc)
+    return File(size, crc)
+
+
+def _fault(path: Path, name: str, written: File, contents: bool) -> str | None:
+    if not path.is_file():
+        return f"{name} is missing"
+    if (size := path.stat().st_size) != written.bytes:
+        return f"{name} has {size} of {written.bytes} bytes"
+    if contents and _mark(path) != written:
+        return f"{name} has other bytes than were written"
+    return None
+
+
+def _processes(number: int) -> str:
+    return f"{number} process" if number == 1 else f"{number} processes"

@@ -1,0 +1,74 @@
+"""A run goes on only from the weights that it began with."""
+
+from __future__ import annotations
+
+import os
+import re
+from pathlib import Path
+
+import pytest
+
+from mmprune_train.errors import UserError
+from mmprune_train.tasks.train import _note_start
+from mmprune_train.training import base_weights
+from mmprune_train.training.base_weights import hash_of, unchanged, weight_files
+from mmprune_train.training.rundir import RunDirectory
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    path = tmp_path / "vicuna"
+    path.mkdir()
+    for number in (1, 2):
+        (path / f"model-0000{number}.safetensors").write_bytes(b"weights %d" % number * 50)
+    (path / "config.json").write_text("{}")
+    return path
+
+
+def test_other_weights_are_refused_with_both_hashes_and_the_remedy(folder: Path) -> None:
+    recorded = unchanged("llm", folder, None)
+    shard = folder / "model-00002.safetensors"
+    shard.write_bytes(shard.read_bytes().replace(b"2", b"3"))
+    now = hash_of(weight_files(folder))
+    message = f"llm: .*{now[:12]}.*{recorded['sha256'][:12]}.*vicuna.*run_id=.*restart=true"
+    with pytest.raises(UserError, match=message):
+        unchanged("llm", folder, recorded)
+
+
+def test_files_that_are_the_very_same_are_not_read_again(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    recorded = unchanged("llm", folder, None)
+    read = []
+    monkeypatch.setattr(base_weights, "hash_of", lambda files: read.append(files) or hash_of(files))
+    assert unchanged("llm", folder, recorded) == recorded and not read
+    shard = folder / "model-00001.safetensors"
+    written = shard.stat()
+    shard.write_bytes(shard.read_bytes())  # as a copy that keeps the date
+    os.utime(shard, ns=(written.st_atime_ns, written.st_mtime_ns))
+    again = unchanged("llm", folder, recorded)
+    assert read and again["sha256"] == recorded["sha256"] and again["stamps"] != recorded["stamps"]
+
+
+def test_long_reading_is_told(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    said: list[str] = []
+    unchanged("llm", folder, None, said.append)
+    assert not said
+    monkeypatch.setattr(base_weights, "LONG", 900)
+    unchanged("llm", folder, None, said.append)
+    assert re.search(r"the weights of llm .*GB", said[0])
+
+
+def test_a_manifest_without_a_hash_is_completed(folder: Path) -> None:
+    assert unchanged("llm", folder, {"source": "vicuna"})["sha256"] == hash_of(weight_files(folder))
+
+
+def test_a_stage_that_has_begun_keeps_what_it_started_from(folder: Path, tmp_path: Path) -> None:
+    run = RunDirectory(tmp_path / "run", writable=True)
+    _note_start(run, "instruct", None)
+    _note_start(run, "instruct", folder)  # without a checkpoint nothing is lost
+    (run.stage("instruct") / "checkpoints" / "step-00000002.ckpt").mkdir(parents=True)
+    _note_start(run, "instruct", folder)
+    with pytest.raises(UserError, match=r"began with vicuna, and it would now start from the base weights"):
+        _note_start(run, "instruct", None)
+    (folder / "model-00001.safetensors").write_bytes(b"trained anew")
+    with pytest.raises(UserError, match=r"stage instruct: the weights in .*vicuna"):
+        _note_start(run, "instruct", folder)
