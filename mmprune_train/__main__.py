@@ -29,12 +29,16 @@ def run_task(cfg: DictConfig) -> Any:
 
     from mmprune_train.config.compose import config_from
     from mmprune_train.config.pruner import idle_knee
+    from mmprune_train.training.cluster import has_part
 
     try:
         config = config_from(cfg)
         chosen = [o for o in HydraConfig.get().overrides.task if o.startswith(("knee=", "knee."))]
         if chosen and (note := idle_knee(config.pruner, config.knee)):
             print(f"note: {note}", file=sys.stderr, flush=True)
+        sweeping = HydraConfig.get().mode == RunMode.MULTIRUN
+        if not has_part(config.task, config.trainer.devices, config.trainer.num_nodes, sweeping):
+            return None
         return find_task(config.task)(config)
     except Exception as error:
         if HydraConfig.get().mode == RunMode.MULTIRUN:

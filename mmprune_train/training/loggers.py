@@ -6,6 +6,8 @@ import csv
 import netrc
 import os
 from argparse import Namespace
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
@@ -14,6 +16,7 @@ from pytorch_lightning.loggers import Logger
 from pytorch_lightning.utilities import rank_zero_only
 
 from mmprune_train.config.schema import LoggerConfig, WandbConfig
+from mmprune_train.training.preemption import EXIT_CODE, Preempted, withheld
 
 
 class CsvLogger(Logger):
@@ -96,13 +99,25 @@ def build_loggers(config: LoggerConfig, stage_dir: Path, run_name: str, resumed_
     return loggers
 
 
-def close_loggers(loggers: list[Logger]) -> None:
-    """End the wandb run, so that the next stage of this process opens one of its own."""
+@contextmanager
+def open_loggers(loggers: list[Logger]) -> Iterator[None]:
+    """Context of a stage's training. At its end the wandb run ends, so that the next stage of this process opens one of
+    its own; wandb is told of a preemption, after which the same run goes on."""
     from pytorch_lightning.loggers import WandbLogger
 
-    for logger in loggers:
-        if isinstance(logger, WandbLogger) and rank_zero_only.rank == 0:
-            logger.experiment.finish()
+    runs = [each for each in loggers if isinstance(each, WandbLogger)] if rank_zero_only.rank == 0 else []
+    with withheld():  # wandb's own process must outlive them
+        for run in runs:
+            _ = run.experiment
+    try:
+        yield
+    except Preempted:
+        for run in runs:
+            run.experiment.mark_preempting()
+            run.experiment.finish(exit_code=EXIT_CODE)
+        raise
+    for run in runs:
+        run.experiment.finish()
 
 
 def wandb_offline(config: WandbConfig) -> bool:

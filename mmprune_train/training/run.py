@@ -27,13 +27,15 @@ from mmprune_train.model.projector import match_features
 from mmprune_train.quiet import quiet
 from mmprune_train.training.callbacks import MetricsWriter, progress
 from mmprune_train.training.checkpoints import Checkpoints, last_checkpoint
+from mmprune_train.training.cluster import environment
 from mmprune_train.training.features import stage_features, without_tower
 from mmprune_train.training.files import read_jsonl
 from mmprune_train.training.freezing import Part, freeze, freezing_table, store_frozen
 from mmprune_train.training.inputs import spread_images, spread_paths, stage_loader, stage_records, template_of
-from mmprune_train.training.loggers import build_loggers, close_loggers
+from mmprune_train.training.loggers import build_loggers, open_loggers
 from mmprune_train.training.module import MODULES
 from mmprune_train.training.precision import Precision, choose_accelerator, choose_precision
+from mmprune_train.training.preemption import EndWhenAsked, Preemption
 from mmprune_train.training.rundir import RunDirectory
 from mmprune_train.training.strategies import build_strategy, start_processes, whole_weights
 from mmprune_train.training.stream import BatchStream, steps_of
@@ -43,7 +45,9 @@ MATCHED_IMAGES = 64
 """Images that `projector.init=matched` measures features on."""
 
 
-def run_stage(config: Config, name: str, run: RunDirectory, start_from: Path | None) -> dict[str, Any]:
+def run_stage(
+    config: Config, name: str, run: RunDirectory, start_from: Path | None, preemption: Preemption | None = None
+) -> dict[str, Any]:
     """Train one stage, or go on with it, and write its `model/`.
 
     Args:
@@ -51,6 +55,7 @@ def run_stage(config: Config, name: str, run: RunDirectory, start_from: Path | N
         name: `pretrain` or `instruct`.
         run: the run directory; the newest checkpoint in it is continued.
         start_from: Hugging Face folder of the stage before; None: the base weights.
+        preemption: hears the signals that ask the run to end; None: they are not heard.
     Returns:
         Summary of the stage, as `summary` gives it.
     """
@@ -98,6 +103,8 @@ def run_stage(config: Config, name: str, run: RunDirectory, start_from: Path | N
     every, kept = config.trainer.checkpoint_every_steps, config.trainer.keep_checkpoints
     saves = Checkpoints(folder / "checkpoints", every, kept, last=steps)
     trainer.callbacks += [metrics, progress(name, steps, config.trainer.log_every, metrics), saves]
+    if preemption is not None:
+        trainer.callbacks.append(EndWhenAsked(preemption, saves))
 
     if trainer.is_global_zero:
         packs = f"packs to {stage.token_budget} tokens" if stage.token_budget else f"{stage.batch_size} samples"
@@ -110,9 +117,8 @@ def run_stage(config: Config, name: str, run: RunDirectory, start_from: Path | N
             print(f"continues after step {resumed_step}", flush=True)
     run.update_stage(name, state="running", steps=steps)
     began = time.perf_counter()
-    with quiet(), nullcontext() if features is None else without_tower(model):
+    with quiet(), open_loggers(loggers), nullcontext() if features is None else without_tower(model):
         trainer.fit(module, train_dataloaders=stream, ckpt_path=resume, weights_only=True if resume else None)
-        close_loggers(loggers)
     if trainer.global_step < steps:
         raise RuntimeError(f"stage {name} stopped at step {trainer.global_step} of {steps}")
 
@@ -198,6 +204,7 @@ def trainer_settings(
         "devices": config.trainer.devices,
         "num_nodes": config.trainer.num_nodes,
         "strategy": strategy,
+        "plugins": [environment(world)],
         "precision": precision.lightning,
         "gradient_clip_val": config.optim.grad_clip,
         "max_epochs": 1,  # of the stream, which is the whole stage
