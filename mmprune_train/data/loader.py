@@ -172,8 +172,8 @@ class _Reporting(Dataset[Sample]):
 
 
 def _outlive_signals(worker: int) -> None:
-    """Keep a reader alive until its parent ends it: Slurm and torchrun send the signals that ask a run to save and end to
-    all its processes, and the running step still needs data."""
+    """Keep a reader alive until its parent ends it: Slurm and torchrun send what asks a run to save and end to all its
+    processes, and the running step still needs data."""
     for each in (signal.SIGUSR1, signal.SIGUSR2):
         signal.signal(each, signal.SIG_IGN)
     signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})

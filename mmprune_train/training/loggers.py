@@ -77,8 +77,8 @@ class CsvLogger(Logger):
 
 
 class WandbRun(WandbLogger):
-    """A wandb run that training outlives: wandb's own process ends at once where Slurm sends SIGTERM to all processes of a
-    job, while training still has a step to end and a checkpoint to save."""
+    """A wandb run that training outlives: where Slurm sends SIGTERM to all processes of a job, wandb's own ends at once
+    and training still has a step to end and a checkpoint to save."""
 
     gone = False
 

@@ -18,14 +18,14 @@ from training.synthetic import overrides, write_dataset
 
 pytestmark = pytest.mark.slurm
 
-STEPS = 60
+STEPS = 40
 """Enough for a signal to come before the last."""
 SETTINGS = (
     "stages=[instruct]", "evaluate.after_train=false", "trainer.accelerator=cpu", "stage.instruct.batch_size=4",
     "stage.instruct.global_batch_size=8", f"stage.instruct.max_steps={STEPS}", "logger=wandb", "trainer.num_workers=1",
     "trainer.checkpoint_every_steps=1000", "trainer.precision=fp32", "optim.eps=0.003",
 )  # fmt: skip
-BOTH = ("trainer.num_nodes=2", "strategy=ddp")
+BOTH = ("trainer.num_nodes=2", "strategy=deepspeed_zero2")
 
 
 @pytest.fixture(scope="module")
@@ -57,12 +57,6 @@ def environment() -> dict[str, str]:
 @pytest.fixture(scope="module")
 def alone(root: Path, tmp_path_factory: pytest.TempPathFactory) -> list[float]:
     return plainly(root, tmp_path_factory.mktemp("alone"))
-
-
-@pytest.fixture(scope="module")
-def in_two(root: Path, tmp_path_factory: pytest.TempPathFactory) -> list[float]:
-    """Two processes, started by Lightning."""
-    return plainly(root, tmp_path_factory.mktemp("in_two"), "trainer.devices=2", "strategy=ddp")
 
 
 def submit(cluster: Cluster, folder: Path, arguments: list[str], *options: str) -> str:
@@ -102,6 +96,15 @@ def check_one_run(runs: Path, starts: int) -> None:
     assert len(names) == starts and len(set(names)) == 1
 
 
+@pytest.fixture(scope="module")
+def on_two_nodes(cluster: Cluster, root: Path, tmp_path_factory: pytest.TempPathFactory) -> list[float]:
+    folder = tmp_path_factory.mktemp("on_two_nodes")
+    job = submit(cluster, folder, command(root, folder, *BOTH), "nodes=2", "ntasks-per-node=1")
+    until(lambda: ended(cluster, job), 240, folder / "out.txt")
+    assert job_field(cluster, job, "JobState") == "COMPLETED", (folder / "out.txt").read_text()
+    return losses(folder)
+
+
 def test_a_sweep_is_an_array(cluster: Cluster, root: Path, tmp_path: Path) -> None:
     sweep = ("hydra/launcher=submitit_slurm", "seed=1,2", "run_id=seed${seed}", "stage.instruct.max_steps=2", "-m")
     arguments = command(root, tmp_path, *sweep)
@@ -116,18 +119,12 @@ def test_a_sweep_is_an_array(cluster: Cluster, root: Path, tmp_path: Path) -> No
     assert elements == {"0", "1"}, "two elements of one array"
 
 
-def test_two_nodes_with_zero_2_equal_one_process(
-    cluster: Cluster, root: Path, tmp_path: Path, alone: list[float]
-) -> None:
-    arguments = command(root, tmp_path, "trainer.num_nodes=2", "strategy=deepspeed_zero2")
-    job = submit(cluster, tmp_path, arguments, "nodes=2", "ntasks-per-node=1")
-    until(lambda: ended(cluster, job), 240, tmp_path / "out.txt")
-    assert job_field(cluster, job, "JobState") == "COMPLETED", (tmp_path / "out.txt").read_text()
-    assert losses(tmp_path) == pytest.approx(alone, rel=1e-5)
+def test_two_nodes_with_zero_2_equal_one_process(on_two_nodes: list[float], alone: list[float]) -> None:
+    assert on_two_nodes == pytest.approx(alone, rel=1e-5)
 
 
 def test_a_signal_before_the_time_limit_saves_and_requeues(
-    cluster: Cluster, root: Path, tmp_path: Path, in_two: list[float]
+    cluster: Cluster, root: Path, tmp_path: Path, on_two_nodes: list[float]
 ) -> None:
     arguments = command(root, tmp_path, *BOTH)
     job = submit(cluster, tmp_path, arguments, "nodes=2", "ntasks-per-node=1", "signal=USR1@120")
@@ -138,7 +135,7 @@ def test_a_signal_before_the_time_limit_saves_and_requeues(
     assert job_field(cluster, job, "Restarts") == "1", told
     saved = re.search(r"SIGUSR1: ended after step (\d+)", told)
     assert saved and 0 < int(saved[1]) < STEPS and f"continues after step {saved[1]}" in told
-    assert losses(tmp_path) == in_two
+    assert losses(tmp_path) == on_two_nodes
     check_one_run(tmp_path, starts=2)
 
 
