@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-import contextlib
-import ctypes
 import os
-import signal
 import subprocess
 from dataclasses import dataclass
 from typing import Any
@@ -102,8 +99,6 @@ def join(devices: int) -> int:
         rank = int(os.environ.get("NODE_RANK", 0)) * devices
     else:
         rank = found.rank
-        if found.by == "Lightning" and os.environ["LOCAL_RANK"] != "0":
-            _end_with_parent()
         if found.by == "submitit":
             port = FIRST_PORT + int(os.environ["SUBMITIT_LOCAL_JOB_ID"]) % PORTS
             os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
@@ -157,9 +152,3 @@ def _slurm(*command: str) -> str:
     if done.returncode:
         raise RuntimeError(f"{' '.join(command)}: {done.stderr.strip()}")
     return done.stdout.strip()
-
-
-def _end_with_parent() -> None:
-    """Let Linux end this process with the one that started it: it would wait for it forever, holding its device."""
-    with contextlib.suppress(AttributeError, OSError):  # not Linux
-        ctypes.CDLL(None).prctl(1, int(signal.SIGKILL))  # PR_SET_PDEATHSIG
