@@ -13,7 +13,7 @@ export PIP_ROOT_USER_ACTION := ignore
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
 .DEFAULT_GOAL := help
-.PHONY: help install train smoke test test-slow lint format docs clean
+.PHONY: help install train smoke test test-slow test-slurm lint format docs clean
 
 help: ## this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /  make \1\t/' | expand -t 20
@@ -37,6 +37,10 @@ test: $(STAMP) ## the tests that fit ten minutes (ARGS="tests/config -k typo")
 
 test-slow: $(STAMP) ## the tests that take long
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m "slow and not slurm" $(ARGS)
+
+test-slurm: $(STAMP) ## jobs of a real Slurm of two nodes on this machine, which root installs where apt-get can
+	$(BIN)/python tests/slurm/cluster.py install
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m slurm tests/slurm $(ARGS)
 
 lint: $(STAMP) ## ruff and mypy
 	$(BIN)/ruff check .

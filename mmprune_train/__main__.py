@@ -1,6 +1,7 @@
 """The command line: compose the config, run one task, say in an exit code how it went.
 
-Exit codes: 0 done; 2 the user's input is wrong (one or two lines, a traceback only with `debug=true`); 1 anything else.
+Exit codes: 0 done; 2 the user's input is wrong (one or two lines, a traceback only with `debug=true`); 75 a signal has
+ended the run (`training/preemption.py`); 1 anything else.
 """
 
 from __future__ import annotations
@@ -8,6 +9,7 @@ from __future__ import annotations
 import os
 import sys
 import traceback
+import warnings
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -29,12 +31,16 @@ def run_task(cfg: DictConfig) -> Any:
 
     from mmprune_train.config.compose import config_from
     from mmprune_train.config.pruner import idle_knee
+    from mmprune_train.training.cluster import has_part
 
     try:
         config = config_from(cfg)
         chosen = [o for o in HydraConfig.get().overrides.task if o.startswith(("knee=", "knee."))]
         if chosen and (note := idle_knee(config.pruner, config.knee)):
             print(f"note: {note}", file=sys.stderr, flush=True)
+        sweeping = HydraConfig.get().mode == RunMode.MULTIRUN
+        if not has_part(config.task, config.trainer.devices, config.trainer.num_nodes, sweeping):
+            return None
         return find_task(config.task)(config)
     except Exception as error:
         if HydraConfig.get().mode == RunMode.MULTIRUN:
@@ -48,6 +54,8 @@ def compose_and_run() -> None:
     os.environ.setdefault("HYDRA_FULL_ERROR", "1")  # Hydra's errors come back to us instead of ending the process
     import hydra
 
+    # the launchers in conf/ have the plugin's names and types
+    warnings.filterwarnings("ignore", message="(?s).*is validated against ConfigStore schema with the same name")
     from mmprune_train.config.compose import register_schema
     from mmprune_train.config.paths import conf_dir
 

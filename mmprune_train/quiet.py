@@ -18,6 +18,7 @@ EXPECTED = (
     ".*GPU available but not used.*",
     ".*`is_gradient_checkpointing` is deprecated.*",  # peft, of transformers
     ".*does not have many workers.*",
+    ".*`srun` command is available.*",  # on a login node, or under torchrun in a job
     ".*LeafSpec.*",
     ".*each worker will save a shard.*",
     ".*torch.distributed..* is deprecated.*",  # deepspeed, of torch

@@ -21,11 +21,12 @@ Examples:
   mmprune +experiment=demo logger=[wandb,csv]            several loggers
   mmprune task=evaluate +experiment=demo ckpt=runs/demo/RUN_ID
   mmprune +experiment=llava7b_twostage --cfg job         print the whole config, run nothing
-  mmprune -m +experiment=smoke knee=kneedle,max_chord    a sweep
+  mmprune -m +experiment=smoke knee=kneedle,max_chord    a sweep (hydra/launcher=submitit_slurm: a Slurm array)
   eval "$(mmprune --shell-completion install=bash)"      completion of keys and options
 
 More: --hydra-help (flags of Hydra), --cfg job --resolve (with every value filled in).
-Exit codes: 0 done, 2 wrong input (config, data, checkpoint; debug=true adds the traceback), 1 anything else."""
+Exit codes: 0 done, 2 wrong input (config, data, checkpoint; debug=true adds the traceback), 75 ended by a signal that
+asks a run to save (USR1, USR2, TERM; the same command continues), 1 anything else."""
 
 
 def usage() -> str:

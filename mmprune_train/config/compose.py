@@ -27,10 +27,12 @@ SCHEMA_NAME = "mmprune_schema"
 
 @functools.cache
 def register_schema() -> None:
-    """Put the typed tree where `conf/config.yaml` looks for it."""
+    """Put the typed tree where `conf/config.yaml` looks for it, and what the launchers of `conf/` count with."""
     from hydra.core.config_store import ConfigStore
 
     ConfigStore.instance().store(name=SCHEMA_NAME, node=Config, provider="mmprune_train")
+    OmegaConf.register_new_resolver("cpus", lambda workers: workers + 1, replace=True)
+    OmegaConf.register_new_resolver("gpus", lambda kind, devices: None if kind == "cpu" else devices, replace=True)
 
 
 def config_from(cfg: DictConfig) -> Config:

@@ -69,6 +69,12 @@ def explain(error: BaseException) -> str:
         return unknown_name(group, name, listed or options(group))
     if cause and (match := re.search(r"In '([^']+)': \w+ raised while composing config", text)):
         return f"{match.group(1)}.yaml: {explain(cause)}"
+    if (
+        "does not have a `_target_` field" in text
+    ):  # in conf/ are only our own defaults for a plugin's launcher or sweeper
+        return (
+            "hydra/launcher or hydra/sweeper names a plugin that is not installed: pip install 'mmprune-train[sweep]'"
+        )
     if match := re.search(r"Could not override '([^']+)'", text):
         key = match.group(1)
         return f"{key}=...: write it with a plus, +{key}=NAME" if key in _PLUS_GROUPS else unknown_key(key)

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+import signal
+import threading
 from collections import deque
 from collections.abc import Iterator, Sequence
 from itertools import islice
@@ -76,6 +78,7 @@ class TrainLoader:
             batch_sampler=planned(),
             collate_fn=_collate,
             num_workers=workers,
+            worker_init_fn=_outlive_signals,
             prefetch_factor=ahead if workers else None,
             pin_memory=self.pin,
         )
@@ -166,6 +169,22 @@ class _Reporting(Dataset[Sample]):
             return self.dataset.__getitems__(indices)
         except UserError as error:
             return error
+
+
+def _outlive_signals(worker: int) -> None:
+    """Keep a reader alive until its parent ends it: Slurm and torchrun send what asks a run to save and end to all its
+    processes, and the running step still needs data."""
+    for each in (signal.SIGUSR1, signal.SIGUSR2):
+        signal.signal(each, signal.SIG_IGN)
+    signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
+    parent = os.getppid()
+
+    def end_with_parent() -> None:
+        while signal.sigwaitinfo({signal.SIGTERM}).si_pid != parent:
+            pass
+        os._exit(0)
+
+    threading.Thread(target=end_with_parent, daemon=True).start()
 
 
 def _collate(samples: Sequence[Sample] | UserError) -> Batch | UserError:

@@ -6,8 +6,6 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from pytorch_lightning.utilities.rank_zero import rank_zero_only
-
 from mmprune_train.config.identity import run_dir
 from mmprune_train.config.schema import Config
 from mmprune_train.data.records import read_records
@@ -16,15 +14,24 @@ from mmprune_train.errors import UserError
 from mmprune_train.model.quantize import check_quantization
 from mmprune_train.reporting.tables import table
 from mmprune_train.tasks.prepare import prepare_data, prepare_weights
+from mmprune_train.training.cluster import join
 from mmprune_train.training.precision import choose_accelerator
+from mmprune_train.training.preemption import Preemption
 from mmprune_train.training.processes import end_with_parent
 from mmprune_train.training.rundir import RunDirectory, open_run
 
 
 def run(config: Config) -> dict[str, Any]:
-    """Train what is not yet trained; returns the run's result."""
+    """Train what is not yet trained; returns the run's result.
+
+    Raises Preempted, with the exit code, where a signal asks the run to end.
+    """
     end_with_parent()
-    main = rank_zero_only.rank == 0
+    with Preemption() as preemption:
+        return _run(config, join(config.trainer.devices) == 0, preemption)
+
+
+def _run(config: Config, main: bool, preemption: Preemption) -> dict[str, Any]:
     if unknown := [name for name in config.stages if name not in config.stage]:
         raise UserError(f"stages: there is no stage {unknown[0]!r}; this run has {', '.join(config.stage)}")
     found = RunDirectory(run_dir(config), writable=False)
@@ -45,7 +52,7 @@ def run(config: Config) -> dict[str, Any]:
         prepare_weights(config)
     directory = open_run(config, writable=main)
     if todo:
-        _train(config, directory, todo, main)
+        _train(config, directory, todo, main, preemption)
     if not main:
         return {}
     if result is None:
@@ -61,7 +68,7 @@ def run(config: Config) -> dict[str, Any]:
     return result
 
 
-def _train(config: Config, directory: RunDirectory, todo: list[str], main: bool) -> None:
+def _train(config: Config, directory: RunDirectory, todo: list[str], main: bool, preemption: Preemption) -> None:
     from mmprune_train.training.base_weights import base_weights
     from mmprune_train.training.run import run_stage
 
@@ -72,7 +79,7 @@ def _train(config: Config, directory: RunDirectory, todo: list[str], main: bool)
         if main:
             print(f"\n{name} starts from {start or 'the base weights and a new projector'}", flush=True)
             _note_start(directory, name, start)
-        run_stage(config, name, directory, start)
+        run_stage(config, name, directory, start, preemption)
 
 
 def _note_start(directory: RunDirectory, name: str, start: Path | None) -> None:

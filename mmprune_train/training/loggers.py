@@ -6,14 +6,17 @@ import csv
 import netrc
 import os
 from argparse import Namespace
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
 
-from pytorch_lightning.loggers import Logger
+from pytorch_lightning.loggers import Logger, WandbLogger
 from pytorch_lightning.utilities import rank_zero_only
 
 from mmprune_train.config.schema import LoggerConfig, WandbConfig
+from mmprune_train.training.preemption import EXIT_CODE, Preempted, withheld
 
 
 class CsvLogger(Logger):
@@ -73,6 +76,38 @@ class CsvLogger(Logger):
         self.path.write_text("".join(lines[:1] + kept) if kept else "", encoding="utf-8")
 
 
+class WandbRun(WandbLogger):
+    """A wandb run that training outlives: where Slurm sends SIGTERM to all processes of a job, wandb's own ends at once
+    and training still has a step to end and a checkpoint to save."""
+
+    gone = False
+
+    @rank_zero_only
+    def log_metrics(self, metrics: Mapping[str, float], step: int | None = None) -> None:
+        if not self.gone:
+            with self._outlived():
+                super().log_metrics(metrics, step)
+
+    def close(self, preempted: bool) -> None:
+        """End the run; `preempted`: it will go on."""
+        if self.gone:
+            return
+        with self._outlived():
+            if preempted:
+                self.experiment.mark_preempting()
+            self.experiment.finish(exit_code=EXIT_CODE if preempted else 0)
+
+    @contextmanager
+    def _outlived(self) -> Iterator[None]:
+        from wandb.sdk.mailbox import HandleAbandonedError, MailboxClosedError
+
+        try:
+            yield
+        except (ConnectionError, HandleAbandonedError, MailboxClosedError) as error:
+            self.gone = True
+            print(f"wandb's process is gone ({error}): it gets no more of this start; metrics.jsonl does", flush=True)
+
+
 def build_loggers(config: LoggerConfig, stage_dir: Path, run_name: str, resumed_step: int) -> list[Logger]:
     """Args:
     config: which loggers, and their settings.
@@ -96,13 +131,22 @@ def build_loggers(config: LoggerConfig, stage_dir: Path, run_name: str, resumed_
     return loggers
 
 
-def close_loggers(loggers: list[Logger]) -> None:
-    """End the wandb run, so that the next stage of this process opens one of its own."""
-    from pytorch_lightning.loggers import WandbLogger
-
-    for logger in loggers:
-        if isinstance(logger, WandbLogger) and rank_zero_only.rank == 0:
-            logger.experiment.finish()
+@contextmanager
+def open_loggers(loggers: list[Logger]) -> Iterator[None]:
+    """Context of a stage's training. At its end the wandb run ends, so that the next stage of this process opens one of
+    its own; wandb is told of a preemption, after which the same run goes on."""
+    runs = [each for each in loggers if isinstance(each, WandbRun)] if rank_zero_only.rank == 0 else []
+    with withheld():  # wandb's own process must outlive them
+        for run in runs:
+            _ = run.experiment
+    try:
+        yield
+    except Preempted:
+        for run in runs:
+            run.close(preempted=True)
+        raise
+    for run in runs:
+        run.close(preempted=False)
 
 
 def wandb_offline(config: WandbConfig) -> bool:
@@ -127,13 +171,11 @@ def _in_netrc(url: str) -> bool:
 
 
 def _wandb(config: WandbConfig, stage_dir: Path, run_name: str) -> Logger:
-    from pytorch_lightning.loggers import WandbLogger
-
     os.environ.setdefault("WANDB_SILENT", "true")
     offline = wandb_offline(config)
     resume = {} if offline else {"resume": "allow"}  # an offline run cannot ask the server what it has
     stage_dir.mkdir(parents=True, exist_ok=True)
-    return WandbLogger(
+    return WandbRun(
         project=config.project,
         entity=config.entity,
         name=run_name,

@@ -26,13 +26,15 @@ from mmprune_train.quiet import quiet
 from mmprune_train.training.callbacks import MetricsWriter, progress
 from mmprune_train.training.checkpoint_files import STATE, check_written_by, data_alone, last_checkpoint, step_of
 from mmprune_train.training.checkpoints import Checkpoints, PlainFile
+from mmprune_train.training.cluster import environment
 from mmprune_train.training.features import stage_features, without_tower
 from mmprune_train.training.files import read_jsonl, whole_folder
 from mmprune_train.training.freezing import Part, freeze, freezing_table, store_frozen
 from mmprune_train.training.inputs import spread_images, spread_paths, stage_loader, stage_records, template_of
-from mmprune_train.training.loggers import build_loggers, close_loggers
+from mmprune_train.training.loggers import build_loggers, open_loggers
 from mmprune_train.training.module import MODULES
 from mmprune_train.training.precision import Precision, choose_accelerator, choose_precision
+from mmprune_train.training.preemption import EndWhenAsked, Preemption
 from mmprune_train.training.processes import ranks_of
 from mmprune_train.training.rundir import RunDirectory
 from mmprune_train.training.strategies import build_strategy, start_processes, whole_weights
@@ -43,7 +45,9 @@ MATCHED_IMAGES = 64
 """Images that `projector.init=matched` measures features on."""
 
 
-def run_stage(config: Config, name: str, run: RunDirectory, start_from: Path | None) -> dict[str, Any]:
+def run_stage(
+    config: Config, name: str, run: RunDirectory, start_from: Path | None, preemption: Preemption | None = None
+) -> dict[str, Any]:
     """Train one stage, or go on with it, and write its `model/`.
 
     Args:
@@ -51,6 +55,7 @@ def run_stage(config: Config, name: str, run: RunDirectory, start_from: Path | N
         name: `pretrain` or `instruct`.
         run: the run directory; the newest checkpoint in it is continued.
         start_from: Hugging Face folder of the stage before; None: the base weights.
+        preemption: hears the signals that ask the run to end; None: they are not heard.
     Returns:
         Summary of the stage, as `summary` gives it.
     """
@@ -110,6 +115,8 @@ def run_stage(config: Config, name: str, run: RunDirectory, start_from: Path | N
         config.trainer.keep_best,
     )
     trainer.callbacks += [metrics, progress(name, steps, config.trainer.log_every, metrics), saves]
+    if preemption is not None:
+        trainer.callbacks.append(EndWhenAsked(preemption, saves))
 
     if trainer.is_global_zero:
         packs = f"packs to {stage.token_budget} tokens" if stage.token_budget else f"{stage.batch_size} samples"
@@ -123,9 +130,8 @@ def run_stage(config: Config, name: str, run: RunDirectory, start_from: Path | N
     run.update_stage(name, state="running", steps=steps)
     began = time.perf_counter()
     state = resume and resume / STATE
-    with quiet(), data_alone(), nullcontext() if features is None else without_tower(model):
+    with quiet(), data_alone(), open_loggers(loggers), nullcontext() if features is None else without_tower(model):
         trainer.fit(module, train_dataloaders=stream, ckpt_path=state, weights_only=True if state else None)
-        close_loggers(loggers)
     if trainer.global_step < steps:
         raise RuntimeError(f"stage {name} stopped at step {trainer.global_step} of {steps}")
 
@@ -211,12 +217,13 @@ def trainer_settings(
     if name == "single" and world > 1:
         raise UserError(f"strategy=single runs one process, not {world}: choose strategy=ddp or a deepspeed one")
     strategy = build_strategy(name, accelerator, config.strategy.find_unused_parameters, stage.batch_size)
+    files = [PlainFile()] if name in ("single", "ddp") else []  # the others write files of their own
     return {
-        "plugins": [PlainFile()] if name in ("single", "ddp") else None,  # the others write files of their own
         "accelerator": accelerator,
         "devices": config.trainer.devices,
         "num_nodes": config.trainer.num_nodes,
         "strategy": strategy,
+        "plugins": [environment(world), *files],
         "precision": precision.lightning,
         "gradient_clip_val": config.optim.grad_clip,
         "max_epochs": 1,  # of the stream, which is the whole stage

@@ -1,0 +1,154 @@
+"""Who started this process and its fellows (torchrun, srun, submitit, or nobody but the user), and what follows."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+from dataclasses import dataclass
+from typing import Any
+
+from mmprune_train.errors import UserError
+
+FIRST_PORT, PORTS = 20000, 40000
+"""Where the processes of a submitit_local job meet: a port of this range, by the job's id. Our choice."""
+SLURM_SECONDS = 60
+"""How long one of Slurm's commands may take."""
+
+
+@dataclass(frozen=True)
+class Launch:
+    """A process that was started as one of several (or might have been: there may be one)."""
+
+    by: str
+    """`torchrun`, `srun`, `submitit`, or `Lightning`, which starts the others of a node from the first."""
+    rank: int
+    processes: int
+
+
+def launch(devices: int = 1) -> Launch | None:
+    """What this process was started by; None: by the user, as the only one.
+
+    Args:
+        devices: processes a node, to number those that know their node only.
+    """
+    here = os.environ
+    if "TORCHELASTIC_RUN_ID" in here:
+        return Launch("torchrun", int(here["RANK"]), int(here["WORLD_SIZE"]))
+    if here.get("SUBMITIT_EXECUTOR") == "local":
+        return Launch("submitit", int(here["SUBMITIT_LOCAL_GLOBALID"]), int(here["SUBMITIT_LOCAL_NTASKS"]))
+    if "LOCAL_RANK" in here and "WORLD_SIZE" in here:
+        node = int(here.get("NODE_RANK", 0))
+        return Launch("Lightning", node * devices + int(here["LOCAL_RANK"]), int(here["WORLD_SIZE"]))
+    if "SLURM_STEP_ID" in here:  # a batch script that calls no srun has SLURM_PROCID, too, and is alone
+        return Launch("srun", int(here["SLURM_PROCID"]), int(here["SLURM_STEP_NUM_TASKS"]))
+    return None
+
+
+def has_part(task: str, devices: int, nodes: int, sweeping: bool) -> bool:
+    """Whether this process has something to do: in training every one, in all other tasks the first.
+
+    Args:
+        task: name of the task. devices: processes a node. nodes: how many nodes.
+        sweeping: one command runs several configs.
+    Raises:
+        UserError: as many processes as training asks for were not started, or cannot be.
+    """
+    found = launch(devices)
+    if task != "train":
+        return found is None or found.rank == 0
+    wanted = devices * nodes
+    asked = f"trainer.devices={devices} x trainer.num_nodes={nodes}"
+    if found is None or found.processes == 1:
+        if sweeping and wanted > 1:
+            raise UserError(
+                f"-m with {asked}: the processes that a run starts would each run the whole sweep again; add "
+                "hydra/launcher=submitit_local (on a cluster submitit_slurm), whose tasks_per_node follows "
+                f"trainer.devices, or start the sweep with torchrun --nproc-per-node={devices}"
+            )
+        if nodes > 1 and not {"NODE_RANK", "MASTER_ADDR", "MASTER_PORT"} <= os.environ.keys():
+            raise UserError(
+                f"trainer.num_nodes={nodes}, but this process was started alone: start torchrun --nnodes={nodes} on "
+                f"every node, or srun --nodes={nodes} --ntasks-per-node={devices}, or set NODE_RANK, MASTER_ADDR and "
+                "MASTER_PORT (docs/launching.md)"
+            )
+        return True
+    if found.processes != wanted:
+        remedy = {
+            "torchrun": f"torchrun --nnodes={nodes} --nproc-per-node={devices}",
+            "srun": f"srun --nodes={nodes} --ntasks-per-node={devices}",
+            "submitit": "leave hydra.launcher.tasks_per_node as it is",
+        }.get(found.by, "unset LOCAL_RANK and WORLD_SIZE")
+        raise UserError(
+            f"{found.by} started {found.processes} processes, {asked} asks for {wanted}: {remedy}, or set "
+            "trainer.devices and trainer.num_nodes to what was started"
+        )
+    if found.by == "srun" and "SLURM_NTASKS_PER_NODE" not in os.environ:
+        raise UserError(f"srun --ntasks={wanted}: say --ntasks-per-node={devices} in place of --ntasks")
+    return True
+
+
+def join(devices: int) -> int:
+    """Make Lightning know this process's rank before it has a Trainer, and return it.
+
+    Only the first process of a run writes, so the rank must be known from the start.
+    """
+    from pytorch_lightning.utilities.rank_zero import rank_zero_only
+
+    found = launch(devices)
+    if found is None:
+        rank = int(os.environ.get("NODE_RANK", 0)) * devices
+    else:
+        rank = found.rank
+        if found.by == "submitit":
+            port = FIRST_PORT + int(os.environ["SUBMITIT_LOCAL_JOB_ID"]) % PORTS
+            os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+            if found.processes > 1:
+                os.environ["LOCAL_RANK"] = os.environ["SUBMITIT_LOCAL_LOCALID"]
+    rank_zero_only.rank = rank
+    return rank
+
+
+def environment(processes: int) -> Any:
+    """Lightning's ClusterEnvironment for a run of so many processes.
+
+    Left alone, Lightning takes any shell in a Slurm allocation for a task of srun, and the signals for its own.
+    """
+    from lightning_fabric.plugins.environments import LightningEnvironment, SLURMEnvironment, TorchElasticEnvironment
+
+    found = launch()
+    if found is not None and found.by == "torchrun":
+        return TorchElasticEnvironment()
+    if found is not None and found.by == "srun" and found.processes == processes:
+        return SLURMEnvironment(auto_requeue=False)
+    return LightningEnvironment()
+
+
+def slurm_job() -> str | None:
+    """The Slurm job (of an array: the element) that this process belongs to."""
+    here = os.environ
+    if "SLURM_ARRAY_JOB_ID" in here:
+        return f"{here['SLURM_ARRAY_JOB_ID']}_{here['SLURM_ARRAY_TASK_ID']}"
+    return here.get("SLURM_JOB_ID")
+
+
+def is_running(job: str) -> bool:
+    """Whether Slurm wants the job to run: it neither was cancelled nor has reached its time limit.
+
+    Raises RuntimeError where Slurm does not answer.
+    """
+    return _slurm("squeue", "--noheader", f"--jobs={job}", "--format=%T") == "RUNNING"
+
+
+def requeue(job: str) -> None:
+    """Put a batch job back in the queue, which ends it here. Raises RuntimeError where Slurm refuses."""
+    _slurm("scontrol", "requeue", job)
+
+
+def _slurm(*command: str) -> str:
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, timeout=SLURM_SECONDS)
+    except (OSError, subprocess.TimeoutExpired) as error:
+        raise RuntimeError(f"{command[0]}: {error}") from error
+    if done.returncode:
+        raise RuntimeError(f"{' '.join(command)}: {done.stderr.strip()}")
+    return done.stdout.strip()
