@@ -12,6 +12,7 @@ from typing import Union, get_args, get_origin, get_type_hints
 
 from mmprune_train.config.paths import options
 from mmprune_train.config.schema import STAGES, Config
+from mmprune_train.errors import UserError
 
 _PLUS_GROUPS = ("experiment", "hydra/launcher", "hydra/sweeper")
 
@@ -56,6 +57,18 @@ def all_keys(cls: type = Config, prefix: str = "") -> tuple[str, ...]:
             for stage in STAGES:
                 keys += [f"{name}.{stage}", *all_keys(get_args(hint)[1], f"{name}.{stage}.")]
     return tuple(keys)
+
+
+def user_mistake(error: Exception) -> str | None:
+    """The message for the user when the error is their input's, else None."""
+    if isinstance(error, UserError):
+        return str(error)
+    from hydra.errors import HydraException
+    from omegaconf.errors import OmegaConfBaseException
+
+    if isinstance(error, HydraException | OmegaConfBaseException):
+        return explain(error)
+    return None
 
 
 def explain(error: BaseException) -> str:

@@ -6,13 +6,13 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from pytorch_lightning.utilities.rank_zero import rank_zero_only
-
 from mmprune_train.config.identity import run_dir
 from mmprune_train.config.schema import Config
 from mmprune_train.data.records import read_records
 from mmprune_train.data.sources import split_files
 from mmprune_train.errors import UserError
+from mmprune_train.rank import global_rank
+from mmprune_train.reporting.evaluation import result_table
 from mmprune_train.reporting.tables import table
 from mmprune_train.tasks.prepare import prepare_data, prepare_weights
 from mmprune_train.training.rundir import RunDirectory, open_run
@@ -20,7 +20,7 @@ from mmprune_train.training.rundir import RunDirectory, open_run
 
 def run(config: Config) -> dict[str, Any]:
     """Train what is not yet trained; returns the run's result."""
-    main = rank_zero_only.rank == 0
+    main = global_rank() == 0
     if unknown := [name for name in config.stages if name not in config.stage]:
         raise UserError(f"stages: there is no stage {unknown[0]!r}; this run has {', '.join(config.stage)}")
     found = RunDirectory(run_dir(config), writable=False)
@@ -102,7 +102,5 @@ def result_text(result: dict[str, Any]) -> str:
     rows = [[text, *(stages[s].get(key) for s in stages)] for key, text in names.items()]
     text = table(rows, ["Training", *stages])
     if "evaluate" in result:
-        from mmprune_train.evaluation.run import result_table
-
         text += "\n\n" + result_table(result["evaluate"])
     return text
