@@ -352,8 +352,6 @@ def check_sweep(sweep: SweepConfig) -> None:
 def _check_report(report: ReportConfig) -> None:
     if len(set(report.heat)) not in (0, 2):
         raise UserError(f"report.heat={report.heat} needs two different keys, rows first; [] chooses them itself")
-    if report.output is not None and not report.output.endswith((".html", ".htm")):
-        raise UserError(f"report.output={report.output} must be an .html file")
 
 
 def _model_type(key: str, arch: dict[str, Any]) -> None:

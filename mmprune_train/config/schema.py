@@ -494,7 +494,7 @@ class ReportConfig:
     runs: list[str] = field(default_factory=list)
     """Run directories, sweep directories, folders of runs, or globs of them; empty: every run of this experiment."""
     output: str | None = None
-    """HTML file to write; null: `report.html` in the one folder given, or in the experiment's."""
+    """Folder for report.html and result.json; null: `report` in the one folder that is given, else the experiment's."""
     x: str | None = None
     """Number along the figure of all runs, as in `sweep.objectives`; null: the second objective."""
     y: str | None = None

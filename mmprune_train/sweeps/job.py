@@ -37,12 +37,8 @@ def run_job(cfg: DictConfig, execute: Callable[[Config], Any]) -> Any:
         return execute(config_from(cfg))  # rank 0 speaks for the job
     hydra = HydraConfig.get()
     sweep = Path(hydra.sweep.dir)
-    started = read_json(sweep / "sweep.json") or {}
-    record = JobRecord(
-        started.get("first_job", 0) + hydra.job.num,
-        list(hydra.overrides.task),
-        started=time.strftime("%Y-%m-%dT%H:%M:%S%z"),
-    )
+    number = (read_json(sweep / "sweep.json") or {}).get("first_job", 0) + hydra.job.num
+    record = JobRecord(number, list(hydra.overrides.task), started=time.strftime("%Y-%m-%dT%H:%M:%S%z"))
     began = time.perf_counter()
     with ExitStack() as held:
         try:

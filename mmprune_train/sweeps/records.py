@@ -131,7 +131,8 @@ def summary_text(sweep: Path, records: Sequence[JobRecord], names: Sequence[str]
         ]
         text.append("\n".join([f"* {'best' if len(names) == 1 else 'Pareto front'} ({aims}):", *told]))
     lines = [f"note: job {record.job} {record.note}" for record in records if record.note]
-    if missing := [name for name in names if not any(name in record.objectives for record in records)]:
+    found = [record.objectives for record in records if record.state == "done"]
+    if found and (missing := [name for name in names if not any(name in values for values in found)]):
         lines.append(f"note: sweep.objectives: no job found {' or '.join(missing)}; sweep.csv has what they found")
     failed = [record for record in records if record.state == "failed"]
     lines += [f"failed: job {r.job} ({r.only(keys)}): {r.error}" for r in failed]
