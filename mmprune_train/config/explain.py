@@ -14,7 +14,10 @@ from mmprune_train.config.paths import options
 from mmprune_train.config.schema import STAGES, Config
 from mmprune_train.errors import UserError
 
-_PLUS_GROUPS = ("experiment", "hydra/launcher", "hydra/sweeper")
+_PLUS_GROUPS = ("experiment", "sweep", "hydra/launcher", "hydra/sweeper")
+
+_PLUGINS = {"hydra/sweeper": ("optuna",), "hydra/launcher": ("joblib", "submitit_local", "submitit_slurm")}
+"""What the extra `sweep` installs."""
 
 
 def nearest(word: str, known: Iterable[str]) -> str:
@@ -79,6 +82,8 @@ def explain(error: BaseException) -> str:
     if match := re.search(r"Could not (?:find|load) '([\w/]+)/([^/']*)'", text):
         group, name = match.groups()
         listed = re.findall(r"^\t(\S+)$", text, flags=re.M)  # Hydra's own list has what --config-dir adds
+        if name in _PLUGINS.get(group, ()):
+            return f"{group}={name} is not installed: pip install 'mmprune-train[sweep]'"
         return unknown_name(group, name, listed or options(group))
     if cause and (match := re.search(r"In '([^']+)': \w+ raised while composing config", text)):
         return f"{match.group(1)}.yaml: {explain(cause)}"

@@ -76,7 +76,13 @@ def lines(
     axis.set_ylabel(ylabel)
     axis.xaxis.get_major_locator().set_params(integer=True)
     if len(shown) > 1:
-        axis.legend(frameon=False, loc="upper left", bbox_to_anchor=(1.0, 1.0) if len(shown) > 3 else None)
+        above = len(shown) <= 4  # in one row above the axes; else beside them
+        place = (
+            {"loc": "lower left", "bbox_to_anchor": (0, 1)}
+            if above
+            else {"loc": "upper left", "bbox_to_anchor": (1, 1)}
+        )
+        axis.legend(**place, frameon=False, ncols=len(shown) if above else 1, columnspacing=0.9, handlelength=1.2)
     return _svg(figure)
 
 
@@ -122,6 +128,9 @@ def _cycle(count: int) -> list[str]:
 def _axes(size: tuple[float, float]) -> tuple[Any, Any]:
     from matplotlib.figure import Figure
 
+    if size == SMALL:  # many are drawn, and to measure a layout takes as long as to draw it
+        figure = Figure(figsize=size)
+        return figure, figure.subplots(gridspec_kw={"left": 0.17, "right": 0.98, "bottom": 0.21, "top": 0.87})
     figure = Figure(figsize=size, layout="constrained")
     return figure, figure.subplots()
 

@@ -90,8 +90,9 @@ def render(runs: Sequence[Run], shown: Shown, title: str, sources: Sequence[str]
     """
     compared = compare(runs, shown)
     order = _order(runs, compared, shown)
-    sections = [_section(runs[i], f"run-{i}", compared.keys) for i in progress(order, "report", "runs", lines=5)]
     many = len(runs) > 1
+    beside = _beside(runs, compared, shown, order) if many else None
+    sections = [_section(runs[i], f"run-{i}", compared.keys) for i in progress(order, "report", "runs", lines=5)]
     environment = Environment(
         loader=FileSystemLoader(Path(__file__).parent / "templates"),
         autoescape=True,
@@ -104,15 +105,7 @@ def render(runs: Sequence[Run], shown: Shown, title: str, sources: Sequence[str]
         made=time.strftime("%Y-%m-%d %H:%M"),
         sources=sources,
         counts=_counts(runs),
-        table=_table(runs, compared, shown, order) if many else None,
-        directions=[
-            f"{name}: {'more' if direction == 'maximize' else 'less'} is better"
-            for name, direction in zip(shown.axes, shown.directions, strict=True)
-        ],
-        scatter=_scatter(runs, compared, shown) if many else None,
-        heat=_heat(runs, compared, shown) if many else None,
-        losses=_losses(runs, compared, order) if many else [],
-        troubled=[(run, f"run-{i}") for i, run in enumerate(runs) if run.state != "done"] if many else [],
+        beside=beside,
         sections=sections,
         svg=Markup,
     )
@@ -135,6 +128,19 @@ def _order(runs: Sequence[Run], compared: Compared, shown: Shown) -> list[int]:
 
 
 # -- all runs --------------------------------------------------------------------------------------------------------
+
+
+def _beside(runs: Sequence[Run], compared: Compared, shown: Shown, order: Sequence[int]) -> dict[str, Any]:
+    """What the page says of all runs together."""
+    better = ["more" if direction == "maximize" else "less" for direction in shown.directions]
+    return {
+        "directions": [f"{name}: {word} is better" for name, word in zip(shown.axes, better, strict=True)],
+        "table": _table(runs, compared, shown, order),
+        "troubled": [(run, f"run-{i}") for i, run in enumerate(runs) if run.state != "done"],
+        "heat": _heat(runs, compared, shown),
+        "scatter": _scatter(runs, compared, shown),
+        "losses": _losses(runs, compared, order),
+    }
 
 
 def _table(runs: Sequence[Run], compared: Compared, shown: Shown, order: Sequence[int]) -> dict[str, Any]:

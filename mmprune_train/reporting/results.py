@@ -45,10 +45,22 @@ def pick(found: Mapping[str, float], name: str) -> float:
     if len(first) > 1:
         raise UserError(f"{name} may be {' or '.join(first)}: write which")
     if not first:
-        known = ", ".join(found) or "no number at all"
         remedy = "; evaluate.after_train=true adds what the trained model reaches" if "accuracy" in name else ""
-        raise UserError(f"{name}: the result has no such number{nearest(name, found)}{remedy} (it has {known})")
+        words = [*found, *(word for key in found for word in key.split("."))]
+        raise UserError(
+            f"{name}: the result has no such number{nearest(name, words)}{remedy} (it has {_listed(found)})"
+        )
     return fmean(next(iter(first.values())))
+
+
+def _listed(found: Mapping[str, float]) -> str:
+    """`evaluate: questions, keep_ratio; evaluate.accuracy: open`."""
+    groups: dict[str, list[str]] = {}
+    for key in found:
+        group, _, name = key.rpartition(".")
+        groups.setdefault(group, []).append(name)
+    told = [f"{group}: {', '.join(names)}" if group else ", ".join(names) for group, names in groups.items()]
+    return "; ".join(told) or "no number at all"
 
 
 def front(points: Sequence[Sequence[float]], directions: Sequence[str]) -> list[int]:

@@ -100,14 +100,15 @@ def refuse(config: DictConfig) -> None:
     settings = OmegaConf.to_container(config.hydra.sweeper, resolve=False)
     assert isinstance(settings, dict)
     given = OverridesParser.create().parse_overrides(list(config.hydra.overrides.task))
+    swept = {override.key_or_group for override in given if override.is_sweep_override()}
     space = [settings.get(key) for key in ("params", "search_space", "custom_search_space")]
-    if not any(space) and not any(override.is_sweep_override() for override in given):
+    if not any(space) and not swept:
         raise UserError(
             "nothing to search: give keys several values, e.g. 'knee=kneedle,max_chord' or "
             "'pruner.language.layer=range(1,4)', or choose +sweep=layer_x_knee"
         )
     asked = [name for name in sweep.objectives if "accuracy" in name or name.startswith("evaluate.")]
-    swept = {override.key_or_group for override in given} | set(settings.get("params") or {})
+    swept |= set(settings.get("params") or {})
     if asked and config.task == "train" and not config.evaluate.after_train and "evaluate.after_train" not in swept:
         raise UserError(
             f"sweep.objectives={sweep.objectives}: {asked[0]} needs an evaluation; set evaluate.after_train=true, or "
