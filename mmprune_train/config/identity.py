@@ -60,7 +60,7 @@ def sweep_name(experiment: str, choices: Mapping[str, Any], overrides: Sequence[
 
 
 STARTED_OVER = ("restart=true", "debug=true")
-"""Overrides that do not make a sweep another one."""
+"""Overrides that make neither a sweep nor one of its jobs another one."""
 
 
 def run_dir(config: Config) -> Path:

@@ -12,6 +12,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
+from mmprune_train.config.identity import STARTED_OVER
 from mmprune_train.reporting.results import front
 from mmprune_train.reporting.tables import table
 from mmprune_train.training.files import read_json, write_atomically, write_json
@@ -52,7 +53,8 @@ class JobRecord:
         return " ".join(f"{k}={v}" for k, v in self.settings.items() if k in keys) or " ".join(self.overrides)
 
     def write(self, sweep: Path) -> None:
-        name = hashlib.sha256(json.dumps(sorted(self.overrides)).encode()).hexdigest()[:12]
+        asked = sorted(override for override in self.overrides if override.lstrip("+") not in STARTED_OVER)
+        name = hashlib.sha256(json.dumps(asked).encode()).hexdigest()[:12]
         write_json(sweep / "jobs" / f"{name}.json", asdict(self))
 
     @classmethod
@@ -140,4 +142,7 @@ def summary_text(sweep: Path, records: Sequence[JobRecord], names: Sequence[str]
 
 
 def _where(sweep: Path, record: JobRecord) -> str | None:
-    return None if record.run is None else os.path.relpath(sweep / record.run)
+    if record.run is None:
+        return None
+    path = (sweep / record.run).resolve()
+    return str(path.relative_to(Path.cwd()) if path.is_relative_to(Path.cwd()) else path)

@@ -13,6 +13,7 @@ from reporting.pretended import write_run, write_sweep
 from mmprune_train.config.compose import compose_config
 from mmprune_train.errors import UserError
 from mmprune_train.reporting import charts
+from mmprune_train.reporting import page as report_page
 from mmprune_train.reporting.runs import read_runs, telling_keys
 from mmprune_train.tasks import report
 
@@ -77,7 +78,10 @@ def test_a_single_run_shows_its_stages_its_evaluation_and_all_its_settings(tmp_p
     assert page.count("<svg") == 7 and "Runs beside each other" not in said
 
 
-def test_an_experiments_runs_are_the_default_and_those_moved_aside_are_left_out(tmp_path: Path) -> None:
+def test_an_experiments_runs_are_the_default_and_those_moved_aside_are_left_out(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(report_page, "run_charts", lambda run: [])
     for name, keep in (("a", 0.1), ("b", 0.2), ("b.old1", 0.3)):
         write_run(tmp_path / "smoke" / name, keep=keep, seed=len(name) + int(10 * keep))
     result = report.run(compose_config(["task=report", "+experiment=smoke", f"runs_dir={tmp_path}"]))
@@ -85,7 +89,8 @@ def test_an_experiments_runs_are_the_default_and_those_moved_aside_are_left_out(
     assert (tmp_path / "smoke" / "report" / "report.html").is_file()
 
 
-def test_other_numbers_and_keys_can_be_asked_for(sweep: Path, tmp_path: Path) -> None:
+def test_other_numbers_and_keys_can_be_asked_for(sweep: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(report_page, "run_charts", lambda run: [])
     asked = ["report.y=instruct.loss", "report.x=tokens_dense", "report.heat=[knee,pruner.language.layer]"]
     report.run(compose_config(["task=report", f"report.runs=[{sweep}]", f"report.output={tmp_path}", *asked]))
     said = text((tmp_path / "report.html").read_text())
