@@ -54,7 +54,7 @@ def sweep_name(experiment: str, choices: Mapping[str, Any], overrides: Sequence[
         overrides: the command line's, sweeps not yet expanded.
         params: the sweeper's own.
     """
-    command = sorted(override for override in overrides if override.lstrip("+") not in STARTED_OVER)
+    command = sorted(override for override in overrides if override.lstrip("+").lower() not in STARTED_OVER)
     asked = json.dumps([command, choices["hydra/sweeper"], str(params)])
     return f"{choices.get('sweep') or experiment}-{hashlib.sha256(asked.encode()).hexdigest()[:8]}"
 

@@ -94,8 +94,9 @@ def objectives(found: dict[str, float], names: list[str]) -> dict[str, float]:
 
 def changed(record: JobRecord, sweep: Path) -> str:
     """The overrides that are this job's own, not the command line's for all jobs."""
-    common = (read_json(sweep / "sweep.json") or {}).get("overrides", [])
-    return " ".join(override for override in record.overrides if override not in common) or "as it is"
+    given = (read_json(sweep / "sweep.json") or {}).get("overrides", [])
+    common = {override.lower() for override in given}  # a sweeper may write `true` as `True`
+    return " ".join(override for override in record.overrides if override.lower() not in common) or "as it is"
 
 
 def same_run(record: JobRecord, sweep: Path) -> str | None:

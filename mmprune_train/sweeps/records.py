@@ -53,7 +53,7 @@ class JobRecord:
         return " ".join(f"{k}={v}" for k, v in self.settings.items() if k in keys) or " ".join(self.overrides)
 
     def write(self, sweep: Path) -> None:
-        asked = sorted(override for override in self.overrides if override.lstrip("+") not in STARTED_OVER)
+        asked = sorted(override for override in self.overrides if override.lstrip("+").lower() not in STARTED_OVER)
         name = hashlib.sha256(json.dumps(asked).encode()).hexdigest()[:12]
         write_json(sweep / "jobs" / f"{name}.json", asdict(self))
 

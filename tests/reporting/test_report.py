@@ -100,6 +100,7 @@ def test_other_numbers_and_keys_can_be_asked_for(sweep: Path, tmp_path: Path, mo
 @pytest.mark.parametrize(
     ("override", "words"),
     [
+        ("report.heat=[knee]", "needs two different keys"),
         ("report.runs=[absent]", "there is no absent"),
         ("report.y=acuracy", "did you mean accuracy"),
         ("report.heat=[knee,seed]", "no run has a setting seed; they differ in pruner.language.layer, knee"),
