@@ -496,7 +496,7 @@ class ReportConfig:
     output: str | None = None
     """Folder for report.html and result.json; null: `report` in the one folder that is given, else the experiment's."""
     x: str | None = None
-    """Number along the figure of all runs, as in `sweep.objectives`; null: the second objective."""
+    """Number along the figure of all runs, as in `sweep.objectives`; null: the last objective."""
     y: str | None = None
     """Number upwards, and what runs are ordered by and the heat map shows; null: the first objective."""
     heat: list[str] = field(default_factory=list)

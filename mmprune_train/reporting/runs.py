@@ -48,26 +48,28 @@ def read_runs(folders: Sequence[str | Path]) -> list[Run]:
 
     Raises UserError for a folder that is not there, or holds none of these.
     """
-    found: list[Run] = []
+    paths: dict[Path, str | Path] = {}
     for folder in folders:
-        paths = [Path(path) for path in sorted(glob.glob(str(Path(folder).expanduser())))]  # noqa: PTH207
-        if not paths:
+        here = sorted(glob.glob(str(Path(folder).expanduser())))  # noqa: PTH207
+        if not here:
             raise UserError(f"report.runs: there is no {folder}; name a run, a sweep directory, or a folder of runs")
-        read = [run for path in paths for run in _read_folder(path)]
+        paths |= dict.fromkeys(map(Path, here), folder)
+    found: dict[Any, Run] = {}
+    for folder in folders:
+        read = [run for path in paths if paths[path] == folder for run in _read_folder(path, alone=len(paths) == 1)]
         if not read:
             raise UserError(
                 f"report.runs: {folder} holds no run (a folder with a manifest.json) and no sweep (with a sweep.json)"
             )
-        found += read
-    unique = {(run.name, tuple(run.job.overrides) if run.job else ()): run for run in found}
-    return list(unique.values())
+        found |= {run.path if run.path and len(paths) > 1 else run.name: run for run in read}
+    return list(found.values())
 
 
-def _read_folder(path: Path) -> list[Run]:
+def _read_folder(path: Path, alone: bool) -> list[Run]:
     if is_run(path):
         return [read_run(path)]
     if (path / "sweep.json").is_file():
-        return read_sweep(path)
+        return read_sweep(path, alone)
     inside = sorted(child for child in path.iterdir() if child.is_dir()) if path.is_dir() else []
     return [read_run(child) for child in inside if is_run(child) and ".old" not in child.name]
 
@@ -76,18 +78,25 @@ def is_run(path: Path) -> bool:
     return (path / "manifest.json").is_file() and (path / "config.yaml").is_file()
 
 
-def read_sweep(path: Path) -> list[Run]:
-    """One Run a job, in the order of the jobs, with its overrides for settings."""
+def read_sweep(path: Path, alone: bool = True) -> list[Run]:
+    """One Run a job, in the order of the jobs.
+
+    Args:
+        alone: whether nothing else is shown: jobs are then told apart by their overrides, else, where they have one, by
+            their run's config, as the runs beside them.
+    """
     runs = []
     for record in read_records(path):
         where = None if record.run is None else path / record.run
-        name = f"job {record.job}"
         if where is not None and is_run(where):
             run = read_run(where)
-            run.name = f"{name} ({where.name})"
         else:
-            run = Run(name, None, record.state, missing=["no run directory"])
-        run.state, run.settings, run.job = record.state, record.settings, record
+            run = Run(f"{path.name}, job {record.job}", None, record.state, missing=["no run directory"])
+        if alone:
+            run.name = f"job {record.job}{f' ({run.path.name})' if run.path else ''}"
+        if alone or run.path is None:
+            run.settings = record.settings
+        run.state, run.job = record.state, record
         run.numbers = record.numbers or run.numbers
         runs.append(run)
     return runs

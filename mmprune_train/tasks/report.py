@@ -21,7 +21,7 @@ def run(config: Config) -> dict[str, Any]:
             f"report.runs is not given and {folders[0]} has no runs; give report.runs=[FOLDER,...] or +experiment=NAME"
         )
     runs = read_runs(folders)
-    shown = shown_by(config, [found.numbers for found in runs])
+    shown = shown_by(config)
     target = output_folder(config, folders)
     title = f"{Path(folders[0]).name}{f' and {len(folders) - 1} more' if len(folders) > 1 else ''}"
     write_atomically(target / "report.html", render(runs, shown, f"Report: {title}", folders))
@@ -51,14 +51,24 @@ def run(config: Config) -> dict[str, Any]:
     return result
 
 
-def shown_by(config: Config, found: list[dict[str, float]]) -> Shown:
-    """The objectives, where nothing else is asked for and the runs have them."""
+def shown_by(config: Config) -> Shown:
+    """The objectives, where nothing else is asked for."""
     settings, aims = config.report, dict(zip(config.sweep.objectives, config.sweep.directions, strict=True))
-    names = list(aims)
-    y = settings.y or names[0]
-    x = settings.x or next((name for name in names if name != y), None)
+    y = settings.y or next(iter(aims))
+    x = settings.x or next((name for name in reversed(aims) if name != y), None)
+    up, right = (aims.get(name or "", usual_direction(name or "")) == "maximize" for name in (y, x))
     heat = (settings.heat[0], settings.heat[1]) if settings.heat else None
-    return Shown(y, x, aims.get(y, "maximize") == "maximize", aims.get(x or "", "minimize") == "maximize", heat)
+    return Shown(y, x, up, right, heat)
+
+
+def usual_direction(name: str) -> str:
+    """Of a number that is no objective, by its name; the page says what was taken."""
+    less = any(word in name for word in COSTS) and not name.endswith("per_second")
+    return "minimize" if less else "maximize"
+
+
+COSTS = ("loss", "ratio", "seconds", "minutes", "tokens", "share", "overruns", "bytes")
+"""What is rather small in the name of a number."""
 
 
 def output_folder(config: Config, folders: list[str]) -> Path:

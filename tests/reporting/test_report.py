@@ -94,7 +94,18 @@ def test_other_numbers_and_keys_can_be_asked_for(sweep: Path, tmp_path: Path, mo
     asked = ["report.y=instruct.loss", "report.x=tokens_dense", "report.heat=[knee,pruner.language.layer]"]
     report.run(compose_config(["task=report", f"report.runs=[{sweep}]", f"report.output={tmp_path}", *asked]))
     said = text((tmp_path / "report.html").read_text())
-    assert "rows: knee, columns: pruner.language.layer" in said and "instruct.loss: more is better" in said
+    assert (
+        "rows: knee, columns: pruner.language.layer" in said
+        and "instruct.loss: less is better; tokens_dense: less is better" in said
+    )
+
+
+def test_sweeps_beside_each_other_are_told_apart_by_their_configs(sweep: Path, tmp_path: Path) -> None:
+    other = write_run(tmp_path / "other", knee__method="lof")
+    runs = read_runs([sweep, other, sweep.parent.parent / "smoke" / "run0"])
+    assert [run.name for run in runs] == ["run0", "run1", "run2", "run3", "run4", "smoke-1, job 5", "other"]
+    assert runs[2].settings["knee.method"] == "otsu" and runs[6].settings["knee.method"] == "lof"
+    assert runs[5].settings["knee"] == "max_chord", "a job without a run has its overrides alone"
 
 
 @pytest.mark.parametrize(
