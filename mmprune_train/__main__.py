@@ -13,12 +13,13 @@ import warnings
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from mmprune_train.errors import UserError
 from mmprune_train.tasks import find_task
 from mmprune_train.usage import usage
 
 if TYPE_CHECKING:
     from omegaconf import DictConfig
+
+    from mmprune_train.config.schema import Config
 
 _failures: list[Exception] = []
 """What the task of a single run raised: kept from Hydra, which would announce it with a line of its own."""
@@ -30,23 +31,33 @@ def run_task(cfg: DictConfig) -> Any:
     from hydra.types import RunMode
 
     from mmprune_train.config.compose import config_from
+
+    if HydraConfig.get().mode == RunMode.MULTIRUN:
+        from mmprune_train.sweeps.job import run_job
+
+        return run_job(cfg, execute)
+    try:
+        return execute(config_from(cfg))
+    except Exception as error:
+        _failures.append(error)
+        return None
+
+
+def execute(config: Config) -> Any:
+    """Run the config's task."""
+    from hydra.core.hydra_config import HydraConfig
+    from hydra.types import RunMode
+
     from mmprune_train.config.pruner import idle_knee
     from mmprune_train.training.cluster import has_part
 
-    try:
-        config = config_from(cfg)
-        chosen = [o for o in HydraConfig.get().overrides.task if o.startswith(("knee=", "knee."))]
-        if chosen and (note := idle_knee(config.pruner, config.knee)):
-            print(f"note: {note}", file=sys.stderr, flush=True)
-        sweeping = HydraConfig.get().mode == RunMode.MULTIRUN
-        if not has_part(config.task, config.trainer.devices, config.trainer.num_nodes, sweeping):
-            return None
-        return find_task(config.task)(config)
-    except Exception as error:
-        if HydraConfig.get().mode == RunMode.MULTIRUN:
-            raise  # a sweeper decides what a failed job means
-        _failures.append(error)
+    sweeping = HydraConfig.get().mode == RunMode.MULTIRUN
+    if not has_part(config.task, config.trainer.devices, config.trainer.num_nodes, sweeping):
         return None
+    chosen = [o for o in HydraConfig.get().overrides.task if o.startswith(("knee=", "knee."))]
+    if chosen and (note := idle_knee(config.pruner, config.knee)):
+        print(f"note: {note}", file=sys.stderr, flush=True)
+    return find_task(config.task)(config)
 
 
 def compose_and_run() -> None:
@@ -58,26 +69,18 @@ def compose_and_run() -> None:
     warnings.filterwarnings("ignore", message="(?s).*is validated against ConfigStore schema with the same name")
     from mmprune_train.config.compose import register_schema
     from mmprune_train.config.paths import conf_dir
+    from mmprune_train.sweeps.watch import finish_sweep
 
     register_schema()
     _failures.clear()
-    hydra.main(config_path=str(conf_dir()), config_name="config", version_base="1.3")(run_task)()
+    try:
+        hydra.main(config_path=str(conf_dir()), config_name="config", version_base="1.3")(run_task)()
+    finally:
+        code = finish_sweep()
     if _failures:
         raise _failures[0]
-
-
-def user_mistake(error: Exception) -> str | None:
-    """The message for the user when the error is their input's, else None."""
-    if isinstance(error, UserError):
-        return str(error)
-    from hydra.errors import HydraException
-    from omegaconf.errors import OmegaConfBaseException
-
-    if isinstance(error, HydraException | OmegaConfBaseException):
-        from mmprune_train.config.explain import explain
-
-        return explain(error)
-    return None
+    if code:
+        sys.exit(code)
 
 
 def main() -> None:
@@ -91,9 +94,11 @@ def main() -> None:
     try:
         compose_and_run()
     except KeyboardInterrupt:
-        print("interrupted; the same command continues the run", file=sys.stderr)
+        print("interrupted; the same command continues it", file=sys.stderr)
         sys.exit(1)
     except Exception as error:
+        from mmprune_train.config.explain import user_mistake
+
         message = user_mistake(error)
         if message is None or any(argument.lstrip("+").lower() == "debug=true" for argument in arguments):
             traceback.print_exception(error)

@@ -9,7 +9,7 @@ from mmprune_train.tasks import TASKS
 
 GROUPS = (
     "experiment", "encoder", "llm", "projector", "pruner", "knee", "data", "stage", "strategy", "peft", "optim",
-    "logger", "trainer",
+    "logger", "trainer", "sweep",
 )  # fmt: skip
 """In the order in which a newcomer needs them."""
 
@@ -21,7 +21,9 @@ Examples:
   mmprune +experiment=demo logger=[wandb,csv]            several loggers
   mmprune task=evaluate +experiment=demo ckpt=runs/demo/RUN_ID
   mmprune +experiment=llava7b_twostage --cfg job         print the whole config, run nothing
-  mmprune -m +experiment=smoke knee=kneedle,max_chord    a sweep (hydra/launcher=submitit_slurm: a Slurm array)
+  mmprune -m +experiment=smoke knee=kneedle,max_chord    a sweep; +sweep=layer_x_knee is a ready one
+                                                         (hydra/launcher=submitit_slurm: a Slurm array)
+  mmprune task=report +experiment=smoke                  one page over all its runs
   eval "$(mmprune --shell-completion install=bash)"      completion of keys and options
 
 More: --hydra-help (flags of Hydra), --cfg job --resolve (with every value filled in).

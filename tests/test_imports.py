@@ -16,7 +16,7 @@ LEVELS = (
     ("data",),
     ("model",),
     ("features",),
-    ("training", "evaluation", "reporting", "benchmark"),
+    ("training", "evaluation", "reporting", "benchmark", "sweeps"),
     ("planning",),
     ("tasks",),
 )

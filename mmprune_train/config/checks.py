@@ -28,7 +28,9 @@ from mmprune_train.config.schema import (
     LlmConfig,
     OptimConfig,
     PlanConfig,
+    ReportConfig,
     StageConfig,
+    SweepConfig,
     WheelConfig,
 )
 from mmprune_train.config.values import at_least, one_of
@@ -46,6 +48,7 @@ DEVICES = (
     "rtx_a6000_48gb", "rtx4090_24gb", "rtx3090_24gb", "l4_24gb", "a10_24gb", "cpu",
 )  # fmt: skip
 """Names of `plan.device`."""
+DIRECTIONS = ("maximize", "minimize")
 
 
 def check(config: Config) -> None:
@@ -280,6 +283,8 @@ def _check_run(config: Config) -> None:
     _check_bench(config)
     _check_calibrate(config)
     _check_plan(config.plan)
+    check_sweep(config.sweep)
+    _check_report(config.report)
     if config.logger.wandb is not None:
         one_of("logger.wandb.mode", config.logger.wandb.mode, ("auto", "online", "offline"))
     for key in ("experiment_name", "run_id"):
@@ -343,6 +348,24 @@ def _check_plan(plan: PlanConfig) -> None:
     if plan.keep is not None and not 0 < plan.keep <= 1:
         raise UserError(f"plan.keep={plan.keep} is a share of the visual tokens: more than 0, at most 1")
     at_least("plan.samples", plan.samples, 1)
+
+
+def check_sweep(sweep: SweepConfig) -> None:
+    names = sweep.objectives
+    if not names or len(set(names)) < len(names):
+        raise UserError(f"sweep.objectives={names} must name one number or several different ones")
+    for direction in sweep.directions:
+        one_of("sweep.directions", direction, DIRECTIONS)
+    if len(sweep.directions) != len(names):
+        raise UserError(
+            f"sweep.directions has {len(sweep.directions)} entries for {len(names)} objectives "
+            f"({', '.join(names)}): give each of them maximize or minimize"
+        )
+
+
+def _check_report(report: ReportConfig) -> None:
+    if len(set(report.heat)) not in (0, 2):
+        raise UserError(f"report.heat={report.heat} needs two different keys, rows first; [] chooses them itself")
 
 
 def _model_type(key: str, arch: dict[str, Any]) -> None:

@@ -12,8 +12,12 @@ from typing import Union, get_args, get_origin, get_type_hints
 
 from mmprune_train.config.paths import options
 from mmprune_train.config.schema import STAGES, Config
+from mmprune_train.errors import UserError
 
-_PLUS_GROUPS = ("experiment", "hydra/launcher", "hydra/sweeper")
+_PLUS_GROUPS = ("experiment", "sweep", "hydra/launcher", "hydra/sweeper")
+
+_PLUGINS = {"hydra/sweeper": ("optuna",), "hydra/launcher": ("joblib", "submitit_local", "submitit_slurm")}
+"""What the extra `sweep` installs."""
 
 
 def nearest(word: str, known: Iterable[str]) -> str:
@@ -58,6 +62,18 @@ def all_keys(cls: type = Config, prefix: str = "") -> tuple[str, ...]:
     return tuple(keys)
 
 
+def user_mistake(error: Exception) -> str | None:
+    """The message for the user when the error is their input's, else None."""
+    if isinstance(error, UserError):
+        return str(error)
+    from hydra.errors import HydraException
+    from omegaconf.errors import OmegaConfBaseException
+
+    if isinstance(error, HydraException | OmegaConfBaseException):
+        return explain(error)
+    return None
+
+
 def explain(error: BaseException) -> str:
     """One or two lines for an error of Hydra or OmegaConf: which key or option is wrong, and the nearest right one."""
     text, cause = str(error), error.__cause__ or error.__context__
@@ -66,6 +82,8 @@ def explain(error: BaseException) -> str:
     if match := re.search(r"Could not (?:find|load) '([\w/]+)/([^/']*)'", text):
         group, name = match.groups()
         listed = re.findall(r"^\t(\S+)$", text, flags=re.M)  # Hydra's own list has what --config-dir adds
+        if name in _PLUGINS.get(group, ()):
+            return f"{group}={name} is not installed: pip install 'mmprune-train[sweep]'"
         return unknown_name(group, name, listed or options(group))
     if cause and (match := re.search(r"In '([^']+)': \w+ raised while composing config", text)):
         return f"{match.group(1)}.yaml: {explain(cause)}"

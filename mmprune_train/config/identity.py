@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +14,7 @@ from mmprune_train.config.schema import Config
 NOT_DECISIVE = frozenset(
     {
         "task", "experiment_name", "run_id", "runs_dir", "stages", "ckpt", "restart", "debug",
-        "logger", "evaluate", "generate", "bench", "calibrate", "plan",
+        "logger", "evaluate", "generate", "bench", "calibrate", "plan", "sweep", "report",
         # where things lie and how mistakes are explained
         "data.root", "data.how_to_get",
         # `knee` only feeds the pruner's own budgets, which count
@@ -44,6 +44,24 @@ def run_id(config: Config) -> str:
         return config.run_id
     text = json.dumps(decisive(config), sort_keys=True, default=str)
     return hashlib.sha256(text.encode()).hexdigest()[:8]
+
+
+def sweep_name(experiment: str, choices: Mapping[str, Any], overrides: Sequence[str], params: Any) -> str:
+    """Folder of a sweep: what it is a sweep of, and 8 hex digits of a hash of the command; the same at every start.
+
+    Args:
+        experiment: `experiment_name`, where no group `sweep` is chosen.
+        choices: config group -> chosen option.
+        overrides: the command line's, sweeps not yet expanded.
+        params: the sweeper's own.
+    """
+    command = sorted(override for override in overrides if override.lstrip("+").lower() not in STARTED_OVER)
+    asked = json.dumps([command, choices["hydra/sweeper"], str(params)])
+    return f"{choices.get('sweep') or experiment}-{hashlib.sha256(asked.encode()).hexdigest()[:8]}"
+
+
+STARTED_OVER = ("restart=true", "debug=true")
+"""Overrides that make neither a sweep nor one of its jobs another one."""
 
 
 def run_dir(config: Config) -> Path:

@@ -484,6 +484,33 @@ class PlanConfig:
 
 
 @dataclass
+class SweepConfig:
+    """What the jobs of a sweep (`-m`) are compared by; see docs/sweeps.md."""
+
+    objectives: list[str] = field(default_factory=lambda: ["accuracy", "keep_ratio"])
+    """Numbers of a job's result.json: dotted keys (`evaluate.accuracy.open`) or the end of one, where `evaluate` comes
+    before `stages`. A group is its mean: `accuracy` is the mean over the kinds of questions."""
+    directions: list[str] = field(default_factory=lambda: ["maximize", "minimize"])
+    """`maximize` or `minimize`, one for each objective."""
+
+
+@dataclass
+class ReportConfig:
+    """What `task=report` shows."""
+
+    runs: list[str] = field(default_factory=list)
+    """Run directories, sweep directories, folders of runs, or globs of them; empty: every run of this experiment."""
+    output: str | None = None
+    """Folder for report.html and result.json; null: `report` in the one folder that is given, else the experiment's."""
+    x: str | None = None
+    """Number along the figure of all runs, as in `sweep.objectives`; null: the last objective."""
+    y: str | None = None
+    """Number upwards, and what runs are ordered by and the heat map shows; null: the first objective."""
+    heat: list[str] = field(default_factory=list)
+    """The two swept keys of the heat map, rows first; empty: the first two that take several values."""
+
+
+@dataclass
 class Config:
     task: str = "train"
     """What to do; `--help` lists the tasks."""
@@ -518,3 +545,5 @@ class Config:
     bench: BenchConfig = field(default_factory=BenchConfig)
     calibrate: CalibrateConfig = field(default_factory=CalibrateConfig)
     plan: PlanConfig = field(default_factory=PlanConfig)
+    sweep: SweepConfig = field(default_factory=SweepConfig)
+    report: ReportConfig = field(default_factory=ReportConfig)

@@ -41,6 +41,7 @@ TASKS = {
     "inspect": Task(
         "mmprune_train.tasks.inspect:run", "draw what both stages kept (ckpt=FOLDER generate.images=[FILE])"
     ),
+    "report": Task("mmprune_train.tasks.report:run", "one HTML page over runs or a sweep (report.runs=[FOLDER,...])"),
 }
 """Every task by the name that `task=` takes. A new task is one line here and one module beside this file."""
 

@@ -14,9 +14,10 @@ from mmprune_train.data.sources import split_files
 from mmprune_train.data.templates import get_template
 from mmprune_train.errors import UserError
 from mmprune_train.evaluation.questions import read_questions
-from mmprune_train.evaluation.run import evaluate, result_table
+from mmprune_train.evaluation.run import evaluate
 from mmprune_train.model.build import load_model
 from mmprune_train.quiet import quiet
+from mmprune_train.reporting.evaluation import result_table
 from mmprune_train.tasks.prepare import prepare_data
 from mmprune_train.training.files import write_json
 from mmprune_train.training.precision import choose_accelerator, choose_precision

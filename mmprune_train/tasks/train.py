@@ -12,7 +12,7 @@ from mmprune_train.data.records import read_records
 from mmprune_train.data.sources import split_files
 from mmprune_train.errors import UserError
 from mmprune_train.model.quantize import check_quantization
-from mmprune_train.reporting.tables import table
+from mmprune_train.reporting.training import result_text
 from mmprune_train.tasks.prepare import prepare_data, prepare_weights
 from mmprune_train.training.cluster import join
 from mmprune_train.training.precision import choose_accelerator
@@ -110,31 +110,3 @@ def stage_summaries(directory: RunDirectory, stages: list[str]) -> dict[str, Any
     return {
         name: {k: v for k, v in directory.stage_state(name).items() if k not in ("state", "start")} for name in stages
     }
-
-
-def result_text(result: dict[str, Any]) -> str:
-    """The tables that a run ends with."""
-    names = {
-        "steps": "steps",
-        "samples": "samples",
-        "loss": "loss (last 10 steps)",
-        "step_seconds": "seconds per step (median)",
-        "samples_per_second": "samples per second",
-        "data_share": "share of it waiting for data",
-        "mfu": "MFU",
-        "train_minutes": "training minutes",
-        "keep_ratio": "keep ratio in training",
-        "micro_batches": "micro-batches per step",
-        "budget_use": "use of the token budget",
-        "budget_overruns": "micro-batches over the budget",
-        "padding_tokens": "padding tokens",
-    }
-    stages = result["stages"]
-    names = {key: text for key, text in names.items() if any(key in stages[s] for s in stages)}
-    rows = [[text, *(stages[s].get(key) for s in stages)] for key, text in names.items()]
-    text = table(rows, ["Training", *stages])
-    if "evaluate" in result:
-        from mmprune_train.evaluation.run import result_table
-
-        text += "\n\n" + result_table(result["evaluate"])
-    return text

@@ -1,0 +1,150 @@
+"""Figures of the report as SVG that takes the page's colours, light or dark, and its width."""
+
+from __future__ import annotations
+
+import functools
+import io
+import re
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, ParamSpec
+
+INK, RULE = "#100001", "#100002"
+SERIES = ("#100011", "#100012", "#100013", "#100014", "#100015", "#100016", "#100017", "#100018")
+"""Stand-ins that the page's stylesheet has the colours for: `--ink`, `--rule`, `--s1` and on."""
+FADED = "#100019"
+COLOURS = {INK: "var(--ink)", RULE: "var(--rule)", FADED: "var(--faded)"} | {
+    colour: f"var(--s{number})" for number, colour in enumerate(SERIES, 1)
+}
+STYLE: Any = {
+    "svg.fonttype": "none",
+    "text.color": INK,
+    "axes.edgecolor": RULE,
+    "axes.labelcolor": INK,
+    "xtick.color": INK,
+    "ytick.color": INK,
+    "xtick.labelsize": 8,
+    "ytick.labelsize": 8,
+    "axes.labelsize": 9,
+    "legend.fontsize": 8,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.grid": True,
+    "grid.color": RULE,
+    "grid.linewidth": 0.5,
+    "lines.linewidth": 1.4,
+}
+POINTS = 300
+"""Most points of a line; more are averaged in bins."""
+
+SMALL = (3.4, 2.1)
+"""Inches of a panel."""
+
+Arguments = ParamSpec("Arguments")
+Line = tuple[Sequence[float], Sequence[float]]
+"""Places along and upwards."""
+
+
+def styled(draw: Callable[Arguments, str]) -> Callable[Arguments, str]:
+    """In the report's style, which texts and axes take when they are made."""
+
+    @functools.wraps(draw)
+    def inside(*args: Arguments.args, **kwargs: Arguments.kwargs) -> str:
+        from matplotlib import rc_context
+
+        with rc_context(STYLE):
+            return draw(*args, **kwargs)
+
+    return inside
+
+
+@styled
+def lines(
+    series: Mapping[str, Line],
+    xlabel: str,
+    ylabel: str,
+    size: tuple[float, float] = SMALL,
+    faded: Sequence[str] = (),
+) -> str:
+    """A line each; those in `faded` are drawn grey, behind, and not in the legend."""
+    figure, axis = _axes(size)
+    shown = [name for name in series if name not in faded]
+    for name in faded:
+        axis.plot(*thinned(*series[name]), color=FADED, lw=0.8)
+    for name, colour in zip(shown, _cycle(len(shown)), strict=True):
+        axis.plot(*thinned(*series[name]), color=colour, label=name)
+    axis.set_xlabel(xlabel)
+    axis.set_ylabel(ylabel)
+    axis.xaxis.get_major_locator().set_params(integer=True)
+    if len(shown) > 1:
+        above = len(shown) <= 4  # in one row above the axes; else beside them
+        place = (
+            {"loc": "lower left", "bbox_to_anchor": (0, 1)}
+            if above
+            else {"loc": "upper left", "bbox_to_anchor": (1, 1)}
+        )
+        axis.legend(**place, frameon=False, ncols=len(shown) if above else 1, columnspacing=0.9, handlelength=1.2)
+    return _svg(figure)
+
+
+@styled
+def scatter(
+    points: Sequence[tuple[float, float]], labels: Sequence[str], links: Sequence[str], front: Sequence[int],
+    xlabel: str, ylabel: str,
+) -> str:  # fmt: skip
+    """Runs as points that link to their sections; those of the front are joined and labelled."""
+    figure, axis = _axes((6.6, 3.8))
+    others = [i for i in range(len(points)) if i not in front]
+    for chosen, colour, size in ((others, FADED, 30), (sorted(front, key=lambda i: points[i]), SERIES[0], 46)):
+        if chosen:
+            along, up = zip(*(points[i] for i in chosen), strict=True)
+            axis.scatter(along, up, s=size, color=colour, zorder=3).set_urls([links[i] for i in chosen])
+            if chosen is not others:
+                axis.plot(along, up, color=colour, lw=1)
+    for i in front:
+        axis.annotate(labels[i], points[i], (5, 4), textcoords="offset points", fontsize=8)
+    axis.margins(0.12)
+    axis.set_xlabel(xlabel)
+    axis.set_ylabel(ylabel)
+    return _svg(figure)
+
+
+def thinned(along: Sequence[float], up: Sequence[float]) -> Line:
+    """At most POINTS points: means of neighbouring ones."""
+    size = -(-len(along) // POINTS)
+    if size <= 1:
+        return along, up
+    bins = [slice(at, at + size) for at in range(0, len(along), size)]
+    return [_mean(along[b]) for b in bins], [_mean(up[b]) for b in bins]
+
+
+def _mean(values: Sequence[float]) -> float:
+    return sum(values) / len(values)
+
+
+def _cycle(count: int) -> list[str]:
+    return [SERIES[i % len(SERIES)] for i in range(count)]
+
+
+def _axes(size: tuple[float, float]) -> tuple[Any, Any]:
+    from matplotlib.figure import Figure
+
+    if size == SMALL:  # many are drawn, and to measure a layout takes as long as to draw it
+        figure = Figure(figsize=size)
+        return figure, figure.subplots(gridspec_kw={"left": 0.17, "right": 0.98, "bottom": 0.21, "top": 0.87})
+    figure = Figure(figsize=size, layout="constrained")
+    return figure, figure.subplots()
+
+
+def _svg(figure: Any) -> str:
+    """Without a background, a size and a font of its own."""
+    out = io.StringIO()
+    figure.savefig(out, format="svg", transparent=True, metadata={"Date": None, "Creator": None})
+    text = out.getvalue()
+    text = text[text.index("<svg") :]
+    text = re.sub(r'(<svg[^>]*?) width="[^"]*"', r"\1", text, count=1)
+    text = re.sub(r'(<svg[^>]*?) height="[^"]*"', r"\1", text, count=1)
+    text = re.sub(r"<metadata>.*?</metadata>", "", text, flags=re.S)
+    text = re.sub(r"font: ([\d.]+px) [^;\"]*", r"font-size: \1", text)
+    for stand_in, colour in COLOURS.items():
+        text = text.replace(stand_in, colour)
+    return text

@@ -1,0 +1,350 @@
+"""The report of one or many runs as one HTML page that needs nothing beside it."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from statistics import fmean
+from typing import Any
+
+from jinja2 import Environment, FileSystemLoader, StrictUndefined
+from markupsafe import Markup
+
+from mmprune_train.errors import UserError
+from mmprune_train.progress import progress
+from mmprune_train.reporting import charts
+from mmprune_train.reporting.results import front, numbers, pick
+from mmprune_train.reporting.runs import Run, telling_keys
+from mmprune_train.reporting.tables import cell
+from mmprune_train.reporting.training import STAGE_NUMBERS
+
+HIGHLIGHTED = 6
+"""Most runs whose loss is drawn in colour where all runs are in one figure."""
+
+TOKENS = {"tokens_dense": "dense", "tokens_stage1": "stage 1", "tokens_stage2": "stage 2", "tokens_layer_mean": "mean"}
+
+
+@dataclass
+class Shown:
+    """What a report compares runs by."""
+
+    y: str
+    """Number that runs are ordered by, by the names of `reporting.results.pick`."""
+    x: str | None
+    maximize_y: bool = True
+    maximize_x: bool = False
+    heat: tuple[str, str] | None = None
+    """Rows and columns of the heat map; None: the first two settings that vary."""
+
+    @property
+    def axes(self) -> list[str]:
+        return [self.y, *([self.x] if self.x else [])]
+
+    @property
+    def directions(self) -> list[str]:
+        better = [self.maximize_y, self.maximize_x][: len(self.axes)]
+        return ["maximize" if more else "minimize" for more in better]
+
+
+@dataclass
+class Compared:
+    """The runs beside each other."""
+
+    keys: list[str]
+    """Settings that tell them apart."""
+    values: list[dict[str, float | None]]
+    """By run: the numbers of `Shown.axes`; None: the run has none."""
+    front: list[int]
+    """Indices of the runs that no other beats."""
+
+
+def compare(runs: Sequence[Run], shown: Shown) -> Compared:
+    """Raises UserError where no run has a number that is asked for."""
+    values: list[dict[str, float | None]] = []
+    for run in runs:
+        values.append({name: _number(run, name) for name in shown.axes})
+    for name in shown.axes:
+        if any(run.numbers for run in runs) and all(value[name] is None for value in values):
+            pick(next(run.numbers for run in runs if run.numbers), name)  # says what there is instead
+    full = [i for i, value in enumerate(values) if runs[i].state == "done" and None not in value.values()]
+    points = [[values[i][name] or 0.0 for name in shown.axes] for i in full]
+    return Compared(telling_keys(runs), values, [full[i] for i in front(points, shown.directions)])
+
+
+def _number(run: Run, name: str) -> float | None:
+    try:
+        return pick(run.numbers, name)
+    except UserError:
+        return None
+
+
+def render(runs: Sequence[Run], shown: Shown, title: str, sources: Sequence[str]) -> str:
+    """The page.
+
+    Args:
+        runs: one or many.
+        shown: what they are compared by.
+        sources: folders they were read from, for the page to say.
+    """
+    compared = compare(runs, shown)
+    order = _order(runs, compared, shown)
+    many = len(runs) > 1
+    beside = _beside(runs, compared, shown, order) if many else None
+    sections = [_section(runs[i], f"run-{i}", compared.keys) for i in progress(order, "report", "runs", lines=5)]
+    environment = Environment(
+        loader=FileSystemLoader(Path(__file__).parent / "templates"),
+        autoescape=True,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    return environment.get_template("report.html").render(
+        title=title,
+        made=time.strftime("%Y-%m-%d %H:%M"),
+        sources=sources,
+        counts=_counts(runs),
+        beside=beside,
+        sections=sections,
+        svg=Markup,
+    )
+
+
+def _counts(runs: Sequence[Run]) -> str:
+    states = dict.fromkeys(run.state for run in runs)
+    told = ", ".join(f"{sum(run.state == state for run in runs)} {state}" for state in states)
+    return f"{len(runs)} run{'s' if len(runs) > 1 else ''}: {told}"
+
+
+def _order(runs: Sequence[Run], compared: Compared, shown: Shown) -> list[int]:
+    """Best first; runs without the number, and failed ones, last."""
+
+    def place(i: int) -> tuple[bool, float]:
+        value = compared.values[i][shown.y]
+        return (True, 0.0) if value is None else (False, -value if shown.maximize_y else value)
+
+    return sorted(range(len(runs)), key=place)
+
+
+# -- all runs --------------------------------------------------------------------------------------------------------
+
+
+def _beside(runs: Sequence[Run], compared: Compared, shown: Shown, order: Sequence[int]) -> dict[str, Any]:
+    """What the page says of all runs together."""
+    better = ["more" if direction == "maximize" else "less" for direction in shown.directions]
+    return {
+        "directions": [f"{name}: {word} is better" for name, word in zip(shown.axes, better, strict=True)],
+        "table": _table(runs, compared, shown, order),
+        "troubled": [(run, f"run-{i}") for i, run in enumerate(runs) if run.state != "done"],
+        "heat": _heat(runs, compared, shown),
+        "scatter": _scatter(runs, compared, shown),
+        "losses": _losses(runs, compared, order),
+    }
+
+
+def _table(runs: Sequence[Run], compared: Compared, shown: Shown, order: Sequence[int]) -> dict[str, Any]:
+    more: dict[str, Callable[[Run], float | None]] = {
+        **{
+            key.removeprefix("evaluate."): lambda run, key=key: run.numbers.get(key)  # type: ignore[misc]
+            for key in dict.fromkeys(k for run in runs for k in run.numbers if k.startswith("evaluate.accuracy."))
+        },
+        "loss": lambda run: _last_stage(run).get("loss"),
+        "s/step": lambda run: _last_stage(run).get("step_seconds"),
+        "training min": lambda run: _training_minutes(run),
+    }
+    columns = [*compared.keys, *shown.axes, *(name for name, find in more.items() if any(map(find, runs)))]
+    rows = []
+    for i in order:
+        run, values = runs[i], compared.values[i]
+        cells: list[Any] = [run.settings.get(key) for key in compared.keys]
+        cells += [values[name] for name in shown.axes]
+        cells += [more[name](run) for name in columns[len(cells) :]]
+        rows.append(
+            {
+                "name": run.name,
+                "anchor": f"run-{i}",
+                "state": run.state,
+                "best": i in compared.front,
+                "cells": [cell(value) for value in cells],
+            }
+        )
+    sorted_by = "descending" if shown.maximize_y else "ascending"
+    headings = [
+        {"name": name, "number": place >= len(compared.keys), "sorted": sorted_by if name == shown.y else "none"}
+        for place, name in enumerate(columns)
+    ]
+    return {"columns": headings, "rows": rows}
+
+
+def _last_stage(run: Run) -> Mapping[str, Any]:
+    stages = run.result.get("stages") or {}
+    return stages[list(stages)[-1]] if stages else {}
+
+
+def _training_minutes(run: Run) -> float | None:
+    minutes = [
+        stage["train_minutes"] for stage in (run.result.get("stages") or {}).values() if "train_minutes" in stage
+    ]
+    return sum(minutes) if minutes else None
+
+
+def _scatter(runs: Sequence[Run], compared: Compared, shown: Shown) -> dict[str, Any]:
+    if shown.x is None:
+        return {"svg": None, "why": "there is one objective only; report.x= names a second number"}
+    full = [i for i in range(len(runs)) if None not in compared.values[i].values()]
+    if not full:
+        return {"svg": None, "why": f"no run has both {shown.y} and {shown.x}"}
+    svg = charts.scatter(
+        [(compared.values[i][shown.x] or 0.0, compared.values[i][shown.y] or 0.0) for i in full],
+        [_label(runs[i], compared.keys) for i in full],
+        [f"#run-{i}" for i in full],
+        [full.index(i) for i in compared.front],
+        shown.x,
+        shown.y,
+    )
+    left = len(runs) - len(full)
+    return {
+        "svg": svg,
+        "why": f"{left} of {len(runs)} runs lack one of the two numbers and are not drawn" if left else "",
+    }
+
+
+def _label(run: Run, keys: Sequence[str]) -> str:
+    return ", ".join(run.settings[key] for key in keys if key in run.settings) or run.name
+
+
+def _heat(runs: Sequence[Run], compared: Compared, shown: Shown) -> dict[str, Any]:
+    """Means of y over the runs of each pair of values, as cells with a shade from 0 to 100."""
+    keys = shown.heat or tuple(compared.keys[:2])
+    if shown.heat is not None:
+        for key in shown.heat:
+            if not any(key in run.settings for run in runs):
+                raise UserError(f"report.heat: no run has a setting {key}; they differ in {', '.join(compared.keys)}")
+    if len(keys) < 2:
+        return {"rows": [], "why": "fewer than two settings differ"}
+    groups: dict[tuple[str, str], list[float]] = {}
+    for run, value in zip(runs, compared.values, strict=True):
+        if (y := value[shown.y]) is not None:
+            groups.setdefault((run.settings.get(keys[0], "-"), run.settings.get(keys[1], "-")), []).append(y)
+    if not groups:
+        return {"rows": [], "why": f"no run has {shown.y}"}
+    means = {pair: fmean(values) for pair, values in groups.items()}
+    low, high = min(means.values()), max(means.values())
+    along = _values(runs, keys[1])
+    rows = []
+    for name in _values(runs, keys[0]):
+        cells = []
+        for column in along:
+            mean = means.get((name, column))
+            shade = None if mean is None else round(100 * (mean - low) / (high - low)) if high > low else 50
+            cells.append({"text": cell(mean), "shade": shade, "runs": len(groups.get((name, column), []))})
+        rows.append({"name": name, "cells": cells})
+    several = max(map(len, groups.values()))
+    others = [key for key in compared.keys if key not in keys]
+    why = f"means over up to {several} runs that differ in {', '.join(others)}" if several > 1 else ""
+    return {"rows": rows, "along": along, "keys": keys, "of": shown.y, "why": why}
+
+
+def _values(runs: Sequence[Run], key: str) -> list[str]:
+    """Values of a setting, numbers in their order."""
+    found = list(dict.fromkeys(run.settings.get(key, "-") for run in runs))
+    try:
+        return sorted(found, key=float)
+    except ValueError:
+        return found
+
+
+def _losses(runs: Sequence[Run], compared: Compared, order: Sequence[int]) -> list[dict[str, Any]]:
+    """One figure a stage: the best runs in colour, the others grey."""
+    figures = []
+    for stage in dict.fromkeys(name for run in runs for name in run.metrics):
+        drawn = [i for i in order if runs[i].metrics.get(stage)]
+        ranked = sorted(drawn, key=lambda i: i not in compared.front)
+        labels = [_label(runs[i], compared.keys) for i in ranked]
+        names = [label if labels.count(label) == 1 else runs[i].name for i, label in zip(ranked, labels, strict=True)]
+        series = {name: _steps(runs[i], stage, "loss") for i, name in zip(ranked, names, strict=True)}
+        if series:
+            faded = list(series)[HIGHLIGHTED:]
+            svg = charts.lines(series, "step", f"loss, {stage}", size=(6.6, 3.0), faded=faded)
+            figures.append({"svg": svg, "note": f"in grey: {len(faded)} more runs" if faded else ""})
+    return figures
+
+
+# -- one run ---------------------------------------------------------------------------------------------------------
+
+
+def _section(run: Run, anchor: str, keys: Sequence[str]) -> dict[str, Any]:
+    stages = run.manifest.get("stages", {})
+    facts = {
+        "folder": run.path,
+        "experiment": run.manifest.get("experiment"),
+        "made": run.manifest.get("created"),
+        "seed": run.manifest.get("seed"),
+        "commit": run.manifest.get("git_commit"),
+        "overrides": " ".join(run.job.overrides) if run.job else None,
+    }
+    names = {key: text for key, text in STAGE_NUMBERS.items() if any(key in stage for stage in stages.values())}
+    return {
+        "run": run,
+        "anchor": anchor,
+        "facts": {name: value for name, value in facts.items() if value is not None},
+        "settings": {key: run.settings[key] for key in (keys or run.settings) if key in run.settings},
+        "whole": not keys,
+        "stages": list(stages),
+        "stage_rows": [[text, *(cell(stage.get(key)) for stage in stages.values())] for key, text in names.items()],
+        "charts": run_charts(run),
+        "evaluations": [
+            {"name": name, **_evaluation(result)}
+            for name, result in [("after training", run.result.get("evaluate")), *run.evaluations.items()]
+            if result
+        ],
+        "error": run.job.error if run.job else None,
+    }
+
+
+def run_charts(run: Run) -> list[str]:
+    """Small figures of a run's metrics, a line a stage; tokens a figure a stage."""
+    stages = [name for name, rows in run.metrics.items() if rows]
+    panels = (
+        ("loss", "loss"),
+        ("keep_ratio", "keep ratio"),
+        ("step_seconds", "seconds a step"),
+        ("mfu", "MFU"),
+    )
+    drawn = []
+    for key, label in panels:
+        series = {name: _steps(run, name, key) for name in stages if key in run.metrics[name][0]}
+        if series:
+            drawn.append(charts.lines(series, "step", label))
+    waits = {
+        name: (_steps(run, name, "step")[0], [row["data_seconds"] / row["step_seconds"] for row in run.metrics[name]])
+        for name in stages
+        if "data_seconds" in run.metrics[name][0]
+    }
+    if waits:
+        drawn.append(charts.lines(waits, "step", "share waiting for data"))
+    for name in stages:
+        rows = run.metrics[name]
+        series = {
+            label: ([r["step"] for r in rows], [r[key] / r["samples"] for r in rows])
+            for key, label in TOKENS.items()
+            if key in rows[0]
+        }
+        if series:
+            drawn.append(charts.lines(series, f"step of {name}", "tokens a sample"))
+    return drawn
+
+
+def _steps(run: Run, stage: str, key: str) -> charts.Line:
+    rows = run.metrics[stage]
+    return [row["step"] for row in rows], [row[key] for row in rows]
+
+
+def _evaluation(result: Mapping[str, Any]) -> dict[str, Any]:
+    """Accuracies by kind, then every other number, as rows of texts."""
+    kinds = list(result.get("accuracy", {}))
+    named = {"accuracy": "accuracy", "blind_majority": "blind majority", "accuracy_blank": "image blanked"}
+    rows = [[text, *(cell(result[key].get(kind)) for kind in kinds)] for key, text in named.items() if key in result]
+    others = {key: value for key, value in numbers(result).items() if key.split(".")[0] not in named}
+    return {"kinds": kinds, "rows": rows, "others": [[key, cell(value)] for key, value in others.items()]}

@@ -1,0 +1,165 @@
+"""What run directories and sweep directories hold, read for a report; what is missing is said, not guessed."""
+
+from __future__ import annotations
+
+import glob
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from mmprune_train.config.identity import NOT_DECISIVE
+from mmprune_train.errors import UserError
+from mmprune_train.reporting.results import numbers
+from mmprune_train.sweeps.records import JobRecord, read_records, varying
+from mmprune_train.training.files import read_json, read_jsonl
+
+HIDDEN = frozenset(NOT_DECISIVE - {"knee", "stages", "data.evaluate"}) | {"data.how_to_get", "data.root"}
+"""Settings that do not tell runs apart."""
+
+
+@dataclass
+class Run:
+    """One run directory, or a job of a sweep that did not come so far."""
+
+    name: str
+    path: Path | None
+    state: str
+    """As a job's: `done`, `failed`, `interrupted` or `unfinished`."""
+    settings: dict[str, str] = field(default_factory=dict)
+    """Dotted key -> value: of config.yaml, or for a job of a sweep its overrides."""
+    numbers: dict[str, float] = field(default_factory=dict)
+    """Of result.json, by dotted key."""
+    result: dict[str, Any] = field(default_factory=dict)
+    manifest: dict[str, Any] = field(default_factory=dict)
+    metrics: dict[str, list[dict[str, Any]]] = field(default_factory=dict)
+    """Stage -> rows of metrics.jsonl."""
+    evaluations: dict[str, dict[str, Any]] = field(default_factory=dict)
+    """Folder -> its result.json: evaluations apart from the run's own."""
+    job: JobRecord | None = None
+    missing: list[str] = field(default_factory=list)
+    """What the run does not have, a sentence each."""
+
+
+def read_runs(folders: Sequence[str | Path]) -> list[Run]:
+    """Runs of run directories, sweep directories, folders that hold runs, and globs of all these.
+
+    Raises UserError for a folder that is not there, or holds none of these.
+    """
+    paths: dict[Path, str | Path] = {}
+    for folder in folders:
+        here = sorted(glob.glob(str(Path(folder).expanduser())))  # noqa: PTH207
+        if not here:
+            raise UserError(f"report.runs: there is no {folder}; name a run, a sweep directory, or a folder of runs")
+        paths |= dict.fromkeys(map(Path, here), folder)
+    found: dict[Any, Run] = {}
+    for folder in folders:
+        read = [run for path in paths if paths[path] == folder for run in _read_folder(path, alone=len(paths) == 1)]
+        if not read:
+            raise UserError(
+                f"report.runs: {folder} holds no run (a folder with a manifest.json) and no sweep (with a sweep.json)"
+            )
+        found |= {run.path if run.path and len(paths) > 1 else run.name: run for run in read}
+    return list(found.values())
+
+
+def _read_folder(path: Path, alone: bool) -> list[Run]:
+    if is_run(path):
+        return [read_run(path)]
+    if (path / "sweep.json").is_file():
+        return read_sweep(path, alone)
+    inside = sorted(child for child in path.iterdir() if child.is_dir()) if path.is_dir() else []
+    return [read_run(child) for child in inside if is_run(child) and ".old" not in child.name]
+
+
+def is_run(path: Path) -> bool:
+    return (path / "manifest.json").is_file() and (path / "config.yaml").is_file()
+
+
+def read_sweep(path: Path, alone: bool = True) -> list[Run]:
+    """One Run a job, in the order of the jobs.
+
+    Args:
+        alone: whether nothing else is shown: jobs are then told apart by their overrides, else, where they have one, by
+            their run's config, as the runs beside them.
+    """
+    runs = []
+    for record in read_records(path):
+        where = None if record.run is None else path / record.run
+        if where is not None and is_run(where):
+            run = read_run(where)
+        else:
+            run = Run(f"{path.name}, job {record.job}", None, record.state, missing=["no run directory"])
+        if alone:
+            run.name = f"job {record.job}{f' ({run.path.name})' if run.path else ''}"
+        if alone or run.path is None:
+            run.settings = record.settings
+        run.state, run.job = record.state, record
+        run.numbers = record.numbers or run.numbers
+        runs.append(run)
+    return runs
+
+
+def read_run(path: Path) -> Run:
+    """A run directory as far as it has come."""
+    manifest = read_json(path / "manifest.json") or {}
+    result = read_json(path / "result.json") or {}
+    stages = manifest.get("stages", {})
+    run = Run(
+        name=path.name,
+        path=path.resolve(),
+        state="done" if result else "unfinished",
+        settings=_flat(yaml.safe_load((path / "config.yaml").read_text(encoding="utf-8"))),
+        numbers=numbers(result),
+        result=result,
+        manifest=manifest,
+        metrics={name: read_jsonl(path / name / "metrics.jsonl") for name in stages},
+        evaluations={
+            found.parent.name: read_json(found) for found in sorted(path.glob("evaluate*/result.json"))
+        },
+    )  # fmt: skip
+    if not stages:
+        run.missing.append("no training stage was begun")
+    for name, stage in stages.items():
+        if stage.get("state") != "done":
+            run.missing.append(
+                f"stage {name} has not ended: {len(run.metrics[name])} of {stage.get('steps', '?')} steps"
+            )
+        elif not run.metrics[name]:
+            run.missing.append(f"stage {name} has no metrics.jsonl")
+    if not result:
+        run.missing.append("no result.json: the run has not ended")
+    elif "evaluate" not in result:
+        run.missing.append("no evaluation after training (evaluate.after_train, data.evaluate.annotations)")
+    return run
+
+
+def telling_keys(runs: Sequence[Run]) -> list[str]:
+    """Settings that tell the runs apart: those that vary, without those that follow from one that is listed already."""
+    keys = varying([run.settings for run in runs])
+    values = {key: [run.settings.get(key) for run in runs] for key in keys}
+    chosen: list[str] = []
+    for key in sorted(keys, key=lambda key: (-len(set(values[key])), key.count("."), keys.index(key))):
+        if not any(_follows(values[key], values[other]) for other in chosen):
+            chosen.append(key)
+    return sorted(chosen, key=keys.index)
+
+
+def _follows(values: Sequence[Any], cause: Sequence[Any]) -> bool:
+    """Whether equal causes always have equal values."""
+    return len(set(zip(cause, values, strict=True))) == len(set(cause))
+
+
+def _flat(tree: Mapping[str, Any], prefix: str = "") -> dict[str, str]:
+    found: dict[str, str] = {}
+    for key, value in tree.items():
+        name = f"{prefix}{key}"
+        if name in HIDDEN:
+            continue
+        if isinstance(value, Mapping):
+            found |= _flat(value, f"{name}.")
+        else:
+            found[name] = "null" if value is None else str(value)
+    return found

@@ -1,0 +1,113 @@
+"""One job of a sweep: announced, run, recorded. What fails is recorded, too, and leaves the other jobs alone."""
+
+from __future__ import annotations
+
+import gc
+import sys
+import time
+import traceback
+from collections.abc import Callable, Mapping
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Any
+
+from hydra.core.hydra_config import HydraConfig
+from omegaconf import DictConfig
+
+from mmprune_train.config.compose import config_from
+from mmprune_train.config.explain import user_mistake
+from mmprune_train.config.identity import run_dir
+from mmprune_train.config.schema import Config
+from mmprune_train.errors import UserError
+from mmprune_train.reporting.results import numbers, pick
+from mmprune_train.sweeps.lock import alone_in
+from mmprune_train.sweeps.records import JobRecord, read_records, relative
+from mmprune_train.training.cluster import launch
+from mmprune_train.training.files import read_json
+
+
+def run_job(cfg: DictConfig, execute: Callable[[Config], Any]) -> Any:
+    """What a sweeper gets from a job.
+
+    Returns:
+        To Hydra's basic sweeper the task's result; to one that optimises, the objective or a list of them. None where
+        the job failed: no exception, which would have to survive being pickled, and would end the sweep.
+    """
+    started = launch(cfg.trainer.devices)
+    if started is not None and started.rank:
+        return execute(config_from(cfg))  # the first process speaks for the job
+    hydra = HydraConfig.get()
+    sweep = Path(hydra.sweep.dir)
+    number = (read_json(sweep / "sweep.json") or {}).get("first_job", 0) + hydra.job.num
+    record = JobRecord(number, list(hydra.overrides.task), started=time.strftime("%Y-%m-%dT%H:%M:%S%z"))
+    began = time.perf_counter()
+    with ExitStack() as held:
+        try:
+            config = config_from(cfg)
+            run = run_dir(config)
+            record.run = relative(run, sweep)
+            print(f"\n== job {record.job}: {changed(record, sweep)} -> {run}", flush=True)
+            held.enter_context(alone_in(run))
+            record.note = same_run(record, sweep)
+            record.write(sweep)
+            result = execute(config)
+            record.numbers = numbers(result if isinstance(result, Mapping) else {config.task: result})
+            record.objectives = objectives(record.numbers, config.sweep.objectives)
+            if hydra.runtime.choices["hydra/sweeper"] != "basic":
+                values = [pick(record.numbers, name) for name in config.sweep.objectives]
+                result = values if len(values) > 1 else values[0]
+            record.state = "done"
+        except Exception as error:
+            told = fail(record, error, debug=bool(cfg.get("debug")))
+            print(f"error: job {record.job}: {told}", file=sys.stderr, flush=True)
+            result = None
+        except BaseException:
+            record.state = "interrupted"
+            raise
+        finally:
+            record.seconds = round(time.perf_counter() - began, 1)
+            record.write(sweep)
+    gc.collect()  # what a job that failed held on to is not to be missing in the next one
+    return result
+
+
+def fail(record: JobRecord, error: Exception, debug: bool) -> str:
+    """Record the error; a traceback is printed for what is not the user's mistake, or with `debug`."""
+    message = user_mistake(error)
+    record.state, record.mistake = "failed", message is not None
+    if message is None or debug:
+        traceback.print_exception(error)
+    text = f"{type(error).__name__}: {error}" if message is None else message
+    record.error = " ".join(text.split())
+    return record.error
+
+
+def objectives(found: dict[str, float], names: list[str]) -> dict[str, float]:
+    """Those of the objectives that the result has."""
+    values = {}
+    for name in names:
+        try:
+            values[name] = pick(found, name)
+        except UserError:  # told once, at the end of the sweep
+            continue
+    return values
+
+
+def changed(record: JobRecord, sweep: Path) -> str:
+    """The overrides that are this job's own, not the command line's for all jobs."""
+    given = (read_json(sweep / "sweep.json") or {}).get("overrides", [])
+    common = {override.lower() for override in given}  # a sweeper may write `true` as `True`
+    return " ".join(override for override in record.overrides if override.lower() not in common) or "as it is"
+
+
+def same_run(record: JobRecord, sweep: Path) -> str | None:
+    """A note where another job of the sweep has the same run directory."""
+    others = [r for r in read_records(sweep) if r.run == record.run and r.overrides != record.overrides]
+    if not others:
+        return None
+    note = (
+        f"has the run directory of job {others[0].job} ({changed(others[0], sweep)}): what differs does not change "
+        "what is trained, or run_id= is given; a finished run is not trained again"
+    )
+    print(f"note: job {record.job} {note}", flush=True)
+    return note
