@@ -16,6 +16,7 @@ from omegaconf.errors import OmegaConfBaseException
 
 from mmprune_train.config import checks
 from mmprune_train.config.explain import all_keys, explain, unknown_key, unknown_name
+from mmprune_train.config.launchers import register_launchers
 from mmprune_train.config.paths import conf_dir, options
 from mmprune_train.config.pruner import check_pruner
 from mmprune_train.config.schema import Config, KneeConfig, PrunerConfig
@@ -27,12 +28,11 @@ SCHEMA_NAME = "mmprune_schema"
 
 @functools.cache
 def register_schema() -> None:
-    """Put the typed tree where `conf/config.yaml` looks for it, and what the launchers of `conf/` count with."""
+    """Put the typed tree where `conf/config.yaml` looks for it, and the defaults of launchers."""
     from hydra.core.config_store import ConfigStore
 
     ConfigStore.instance().store(name=SCHEMA_NAME, node=Config, provider="mmprune_train")
-    OmegaConf.register_new_resolver("cpus", lambda workers: workers + 1, replace=True)
-    OmegaConf.register_new_resolver("gpus", lambda kind, devices: None if kind == "cpu" else devices, replace=True)
+    register_launchers()
 
 
 def config_from(cfg: DictConfig) -> Config:
