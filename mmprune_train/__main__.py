@@ -9,7 +9,6 @@ from __future__ import annotations
 import os
 import sys
 import traceback
-import warnings
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -65,8 +64,6 @@ def compose_and_run() -> None:
     os.environ.setdefault("HYDRA_FULL_ERROR", "1")  # Hydra's errors come back to us instead of ending the process
     import hydra
 
-    # the launchers in conf/ have the plugin's names and types
-    warnings.filterwarnings("ignore", message="(?s).*is validated against ConfigStore schema with the same name")
     from mmprune_train.config.compose import register_schema
     from mmprune_train.config.paths import conf_dir
     from mmprune_train.sweeps.watch import finish_sweep

@@ -17,6 +17,7 @@ from omegaconf.errors import OmegaConfBaseException
 from mmprune_train.config import checks
 from mmprune_train.config.explain import all_keys, explain, unknown_key, unknown_name
 from mmprune_train.config.identity import sweep_name
+from mmprune_train.config.launchers import register_launchers
 from mmprune_train.config.paths import conf_dir, options
 from mmprune_train.config.pruner import check_pruner
 from mmprune_train.config.schema import Config, KneeConfig, PrunerConfig
@@ -29,13 +30,12 @@ SCHEMA_NAME = "mmprune_schema"
 
 @functools.cache
 def register_schema() -> None:
-    """Put the typed tree, the name of a sweep and what launchers count with where Hydra looks for them."""
+    """Put the typed tree, the name of a sweep and the defaults of launchers and sweepers where Hydra looks for them."""
     from hydra.core.config_store import ConfigStore
 
     ConfigStore.instance().store(name=SCHEMA_NAME, node=Config, provider="mmprune_train")
     OmegaConf.register_new_resolver("sweep_name", sweep_name, use_cache=True, replace=True)  # cached: a job has its own
-    OmegaConf.register_new_resolver("cpus", lambda workers: workers + 1, replace=True)
-    OmegaConf.register_new_resolver("gpus", lambda kind, devices: None if kind == "cpu" else devices, replace=True)
+    register_launchers()
     register_sweepers()
 
 

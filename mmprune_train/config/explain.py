@@ -19,6 +19,9 @@ _PLUS_GROUPS = ("experiment", "sweep", "hydra/launcher", "hydra/sweeper")
 _PLUGINS = {"hydra/sweeper": ("optuna",), "hydra/launcher": ("joblib", "submitit_local", "submitit_slurm")}
 """What the extra `sweep` installs."""
 
+_PLUGINS = {"hydra/sweeper": ("optuna",), "hydra/launcher": ("joblib", "submitit_local", "submitit_slurm")}
+"""What the extra `sweep` installs."""
+
 
 def nearest(word: str, known: Iterable[str]) -> str:
     """`; did you mean X?` for the most similar known word, or an empty string."""
@@ -81,18 +84,14 @@ def explain(error: BaseException) -> str:
 
     if match := re.search(r"Could not (?:find|load) '([\w/]+)/([^/']*)'", text):
         group, name = match.groups()
+        if name in _PLUGINS.get(group, ()):
+            return f"{group}={name} is not installed: pip install 'mmprune-train[sweep]'"
         listed = re.findall(r"^\t(\S+)$", text, flags=re.M)  # Hydra's own list has what --config-dir adds
         if name in _PLUGINS.get(group, ()):
             return f"{group}={name} is not installed: pip install 'mmprune-train[sweep]'"
         return unknown_name(group, name, listed or options(group))
     if cause and (match := re.search(r"In '([^']+)': \w+ raised while composing config", text)):
         return f"{match.group(1)}.yaml: {explain(cause)}"
-    if (
-        "does not have a `_target_` field" in text
-    ):  # in conf/ are only our own defaults for a plugin's launcher or sweeper
-        return (
-            "hydra/launcher or hydra/sweeper names a plugin that is not installed: pip install 'mmprune-train[sweep]'"
-        )
     if match := re.search(r"Could not override '([^']+)'", text):
         key = match.group(1)
         return f"{key}=...: write it with a plus, +{key}=NAME" if key in _PLUS_GROUPS else unknown_key(key)

@@ -16,6 +16,7 @@ from pytorch_lightning.loggers import Logger, WandbLogger
 from pytorch_lightning.utilities import rank_zero_only
 
 from mmprune_train.config.schema import LoggerConfig, WandbConfig
+from mmprune_train.training.files import read_jsonl
 from mmprune_train.training.preemption import EXIT_CODE, Preempted, withheld
 
 
@@ -80,13 +81,28 @@ class WandbRun(WandbLogger):
     """A wandb run that training outlives: where Slurm sends SIGTERM to all processes of a job, wandb's own ends at once
     and training still has a step to end and a checkpoint to save."""
 
-    gone = False
+    def __init__(self, rows: list[dict[str, Any]], **settings: Any) -> None:
+        """Args:
+        rows: of metrics.jsonl, up to the step that is continued; what wandb lacks of them is logged again.
+        settings: WandbLogger's.
+        """
+        super().__init__(**settings)
+        self.rows = rows
+        self.gone = False
+
+    def open(self) -> None:
+        """Begin the run, or go on with it. Online wandb says where it is; offline each start has an empty folder."""
+        first = self.experiment.step
+        for row in self.rows:
+            if row["step"] >= first:
+                self.log_metrics({k: v for k, v in row.items() if k != "step"}, row["step"])
 
     @rank_zero_only
     def log_metrics(self, metrics: Mapping[str, float], step: int | None = None) -> None:
+        """wandb's step is the optimizer's: steps that a resumed run does again count once there."""
         if not self.gone:
             with self._outlived():
-                super().log_metrics(metrics, step)
+                self.experiment.log({**metrics, "trainer/global_step": step}, step=step, commit=True)
 
     def close(self, preempted: bool) -> None:
         """End the run; `preempted`: it will go on."""
@@ -105,7 +121,7 @@ class WandbRun(WandbLogger):
             yield
         except (ConnectionError, HandleAbandonedError, MailboxClosedError) as error:
             self.gone = True
-            print(f"wandb's process is gone ({error}): it gets no more of this start; metrics.jsonl does", flush=True)
+            print(f"wandb's process is gone ({error}): the next start gives it what it misses", flush=True)
 
 
 def build_loggers(config: LoggerConfig, stage_dir: Path, run_name: str, resumed_step: int) -> list[Logger]:
@@ -127,7 +143,7 @@ def build_loggers(config: LoggerConfig, stage_dir: Path, run_name: str, resumed_
             TensorBoardLogger(stage_dir, name="tensorboard", version="", purge_step=purge, flush_secs=seconds)
         )
     if config.wandb is not None:
-        loggers.append(_wandb(config.wandb, stage_dir, run_name))
+        loggers.append(_wandb(config.wandb, stage_dir, run_name, resumed_step))
     return loggers
 
 
@@ -138,7 +154,7 @@ def open_loggers(loggers: list[Logger]) -> Iterator[None]:
     runs = [each for each in loggers if isinstance(each, WandbRun)] if rank_zero_only.rank == 0 else []
     with withheld():  # wandb's own process must outlive them
         for run in runs:
-            _ = run.experiment
+            run.open()
     try:
         yield
     except Preempted:
@@ -170,12 +186,14 @@ def _in_netrc(url: str) -> bool:
     return urlsplit(url).hostname in entries.hosts
 
 
-def _wandb(config: WandbConfig, stage_dir: Path, run_name: str) -> Logger:
+def _wandb(config: WandbConfig, stage_dir: Path, run_name: str, resumed_step: int) -> Logger:
     os.environ.setdefault("WANDB_SILENT", "true")
     offline = wandb_offline(config)
     resume = {} if offline else {"resume": "allow"}  # an offline run cannot ask the server what it has
     stage_dir.mkdir(parents=True, exist_ok=True)
+    rows = [row for row in read_jsonl(stage_dir / "metrics.jsonl") if row["step"] <= resumed_step]
     return WandbRun(
+        rows,
         project=config.project,
         entity=config.entity,
         name=run_name,

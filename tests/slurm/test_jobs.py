@@ -15,6 +15,7 @@ from typing import Any
 import pytest
 from slurm.cluster import Cluster
 from training.synthetic import overrides, write_dataset
+from training.wandb_file import history
 
 pytestmark = pytest.mark.slurm
 
@@ -90,10 +91,12 @@ def trained(runs: Path) -> bool:
 
 
 def check_one_run(runs: Path, starts: int) -> None:
-    """One run directory, and one wandb run that was begun `starts` times."""
+    """One run directory, and one wandb run that was begun `starts` times and has every step once."""
     assert [path.name for path in (runs / "smoke").iterdir()] == ["t"]
     names = [path.stem.removeprefix("run-") for path in runs.glob("smoke/t/instruct/wandb/offline-run-*/*.wandb")]
     assert len(names) == starts and len(set(names)) == 1
+    newest = max(runs.glob("smoke/t/instruct/wandb/offline-run-*/*.wandb"))
+    assert [row["_step"] for row in history(newest)] == list(range(1, STEPS + 1))
 
 
 @pytest.fixture(scope="module")
