@@ -1,6 +1,7 @@
 """The command line: compose the config, run one task, say in an exit code how it went.
 
 Exit codes: 0 done; 2 the user's input is wrong (one or two lines, a traceback only with `debug=true`); 1 anything else.
+Of a sweep: 0 all jobs are done; 2 none is, each for wrong input; 1 anything else.
 """
 
 from __future__ import annotations
