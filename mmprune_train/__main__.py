@@ -2,6 +2,7 @@
 
 Exit codes: 0 done; 2 the user's input is wrong (one or two lines, a traceback only with `debug=true`); 75 a signal has
 ended the run (`training/preemption.py`); 1 anything else.
+Of a sweep: 0 all jobs are done; 2 none is, each for wrong input; 1 anything else.
 """
 
 from __future__ import annotations

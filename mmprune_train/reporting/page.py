@@ -19,6 +19,7 @@ from mmprune_train.reporting.results import front, numbers, pick
 from mmprune_train.reporting.runs import Run, telling_keys
 from mmprune_train.reporting.tables import cell
 from mmprune_train.reporting.training import STAGE_NUMBERS
+from mmprune_train.sweeps.records import varying
 
 HIGHLIGHTED = 6
 """Most runs whose loss is drawn in colour where all runs are in one figure."""
@@ -54,6 +55,8 @@ class Compared:
 
     keys: list[str]
     """Settings that tell them apart."""
+    differ: list[str]
+    """All settings that differ."""
     values: list[dict[str, float | None]]
     """By run: the numbers of `Shown.axes`; None: the run has none."""
     front: list[int]
@@ -70,7 +73,8 @@ def compare(runs: Sequence[Run], shown: Shown) -> Compared:
             pick(next(run.numbers for run in runs if run.numbers), name)  # says what there is instead
     full = [i for i, value in enumerate(values) if runs[i].state == "done" and None not in value.values()]
     points = [[values[i][name] or 0.0 for name in shown.axes] for i in full]
-    return Compared(telling_keys(runs), values, [full[i] for i in front(points, shown.directions)])
+    differ = varying([run.settings for run in runs])
+    return Compared(telling_keys(runs), differ, values, [full[i] for i in front(points, shown.directions)])
 
 
 def _number(run: Run, name: str) -> float | None:
@@ -92,7 +96,7 @@ def render(runs: Sequence[Run], shown: Shown, title: str, sources: Sequence[str]
     order = _order(runs, compared, shown)
     many = len(runs) > 1
     beside = _beside(runs, compared, shown, order) if many else None
-    sections = [_section(runs[i], f"run-{i}", compared.keys) for i in progress(order, "report", "runs", lines=5)]
+    sections = [_section(runs[i], f"run-{i}", compared) for i in progress(order, "report", "runs", lines=5)]
     environment = Environment(
         loader=FileSystemLoader(Path(__file__).parent / "templates"),
         autoescape=True,
@@ -274,7 +278,7 @@ def _losses(runs: Sequence[Run], compared: Compared, order: Sequence[int]) -> li
 # -- one run ---------------------------------------------------------------------------------------------------------
 
 
-def _section(run: Run, anchor: str, keys: Sequence[str]) -> dict[str, Any]:
+def _section(run: Run, anchor: str, compared: Compared) -> dict[str, Any]:
     stages = run.manifest.get("stages", {})
     facts = {
         "folder": run.path,
@@ -289,8 +293,9 @@ def _section(run: Run, anchor: str, keys: Sequence[str]) -> dict[str, Any]:
         "run": run,
         "anchor": anchor,
         "facts": {name: value for name, value in facts.items() if value is not None},
-        "settings": {key: run.settings[key] for key in (keys or run.settings) if key in run.settings},
-        "whole": not keys,
+        "told": [f"{key}={run.settings[key]}" for key in compared.keys if key in run.settings],
+        "settings": {key: run.settings[key] for key in (compared.differ or run.settings) if key in run.settings},
+        "whole": not compared.differ,
         "stages": list(stages),
         "stage_rows": [[text, *(cell(stage.get(key)) for stage in stages.values())] for key, text in names.items()],
         "charts": run_charts(run),

@@ -18,6 +18,11 @@ from mmprune_train.training.files import read_json, read_jsonl
 
 HIDDEN = frozenset(NOT_DECISIVE - {"knee", "stages", "data.evaluate"}) | {"data.how_to_get", "data.root"}
 """Settings that do not tell runs apart."""
+CHOICES: dict[str, tuple[str, ...]] = {
+    group: (f"{group}.name",) for group in ("encoder", "llm", "projector", "peft", "data", "strategy")
+}
+CHOICES |= {"pruner": ("pruner.name", "knee.method"), "knee": ("knee.method",)}
+"""Config group -> the settings that say which of its options were chosen, and with them what the options set."""
 
 
 @dataclass
@@ -137,19 +142,17 @@ def read_run(path: Path) -> Run:
 
 
 def telling_keys(runs: Sequence[Run]) -> list[str]:
-    """Settings that tell the runs apart: those that vary, without those that follow from one that is listed already."""
+    """Settings that tell the runs apart: those that vary, without those of a group that go with its chosen option."""
     keys = varying([run.settings for run in runs])
     values = {key: [run.settings.get(key) for run in runs] for key in keys}
-    chosen: list[str] = []
-    for key in sorted(keys, key=lambda key: (-len(set(values[key])), key.count("."), keys.index(key))):
-        if not any(_follows(values[key], values[other]) for other in chosen):
-            chosen.append(key)
-    return sorted(chosen, key=keys.index)
 
+    def goes_with(key: str) -> bool:
+        group, _, rest = key.partition(".")
+        options = [values[name] for name in CHOICES.get(group, ()) if name in values and name != key]
+        chosen = list(zip(*options, strict=True))
+        return bool(rest and options) and len(set(zip(chosen, values[key], strict=True))) == len(set(chosen))
 
-def _follows(values: Sequence[Any], cause: Sequence[Any]) -> bool:
-    """Whether equal causes always have equal values."""
-    return len(set(zip(cause, values, strict=True))) == len(set(cause))
+    return [key for key in keys if not goes_with(key)]
 
 
 def _flat(tree: Mapping[str, Any], prefix: str = "") -> dict[str, str]:

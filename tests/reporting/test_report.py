@@ -130,10 +130,11 @@ def test_nothing_is_written_over_a_run(tmp_path: Path) -> None:
         report.run(compose_config(["task=report", f"report.runs=[{tmp_path}]"]))
 
 
-def test_settings_that_follow_from_others_are_not_listed_twice(tmp_path: Path) -> None:
+def test_settings_that_go_with_a_chosen_option_are_not_listed_twice(tmp_path: Path) -> None:
     for number, knee in enumerate(("kneedle", "otsu", "otsu")):
-        write_run(tmp_path / "smoke" / str(number), knee={"method": knee, "copy": knee}, seed=number % 2)
-    assert telling_keys(read_runs([tmp_path / "smoke"])) == ["seed", "knee.method"]
+        pruner = {"name": "twostage", "vision": {"knee": knee}, "language": {"layer": number}}
+        write_run(tmp_path / "smoke" / str(number), knee={"method": knee}, pruner=pruner, seed=number)
+    assert telling_keys(read_runs([tmp_path / "smoke"])) == ["seed", "knee.method", "pruner.language.layer"]
 
 
 def test_long_series_are_thinned_to_means() -> None:
