@@ -14,6 +14,7 @@ from training.synthetic import overrides, write_dataset
 from mmprune_train import devices
 from mmprune_train.benchmark.memory import PeakMemory
 from mmprune_train.config.checks import DEVICES as NAMES
+from mmprune_train.config.checks import STRATEGIES
 from mmprune_train.config.compose import compose_config, load_pruner
 from mmprune_train.data.batch import collate
 from mmprune_train.errors import UserError
@@ -22,7 +23,6 @@ from mmprune_train.planning.lengths import count_tokens, data_dependent, solve_s
 from mmprune_train.planning.remedies import first_that_fits
 from mmprune_train.planning.samples import stage_samples
 from mmprune_train.pruning import Kind
-from mmprune_train.training.strategies import NAMES as STRATEGIES
 
 FIXED = {"method": "fixed_ratio", "ratio": 0.5}
 
