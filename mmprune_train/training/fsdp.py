@@ -56,3 +56,10 @@ class Fsdp2Strategy(ModelParallelStrategy):
         assert self.model is not None
         options = StateDictOptions(full_state_dict=True, cpu_offload=True, ignore_frozen_params=True)
         return get_model_state_dict(self.model, options=options)
+
+    def load_checkpoint(self, checkpoint_path: Any, weights_only: bool | None = None) -> dict[str, Any]:
+        """Weights and optimizer state to where they belong, the rest returned. Lightning leaves out what a checkpoint
+        does not have; here that is an error."""
+        held = torch.load(checkpoint_path, map_location="cpu", mmap=True, weights_only=weights_only)["state_dict"]
+        self.lightning_module.check_trained(held)
+        return super().load_checkpoint(checkpoint_path, weights_only)

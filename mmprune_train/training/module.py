@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import math
+from collections.abc import Iterable
 from typing import Any
 
 import pytorch_lightning as pl
@@ -213,10 +214,13 @@ class MultimodalModule(pl.LightningModule):
         checkpoint["state_dict"] = {k: v for k, v in checkpoint["state_dict"].items() if k in trained}
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        if "state_dict" not in checkpoint:  # DeepSpeed loads its own
+        if "state_dict" not in checkpoint:  # the strategy has loaded them
             return
-        differing = sorted(self._trained() ^ set(checkpoint["state_dict"]))
-        if differing:
+        self.check_trained(checkpoint["state_dict"])
+
+    def check_trained(self, names: Iterable[str]) -> None:
+        """RuntimeError unless these are the trained weights."""
+        if differing := sorted(self._trained() ^ set(names)):
             raise RuntimeError(f"the checkpoint's weights are not those this stage trains: {', '.join(differing[:3])}")
 
     def _trained(self) -> set[str]:
