@@ -41,7 +41,7 @@ def replace_tensors(module: nn.Module, change: Callable[[Tensor], Tensor]) -> li
         Where each was and what it was, for `undo`.
     """
     new: dict[int, Tensor] = {}
-    before = []
+    before: list[tuple[dict[str, Any], str, Any]] = []
     for part in module.modules():
         for held in (part._parameters, part._buffers):
             for name, tensor in held.items():
@@ -53,8 +53,8 @@ def replace_tensors(module: nn.Module, change: Callable[[Tensor], Tensor]) -> li
                         changed = nn.Parameter(changed, requires_grad=tensor.requires_grad)
                     new[id(tensor)] = changed
                 before.append((held, name, tensor))
-    for held, name, tensor in before:
-        held[name] = new[id(tensor)]
+    for place, name, tensor in before:
+        place[name] = new[id(tensor)]
     return before
 
 

@@ -12,7 +12,6 @@ from typing import Any
 import torch
 from lightning_fabric.utilities.seed import reset_seed
 from pytorch_lightning.strategies import DDPStrategy, DeepSpeedStrategy
-from pytorch_lightning.utilities import rank_zero_info
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
@@ -96,7 +95,10 @@ class ZeroStrategy(DeepSpeedStrategy):
             return DeepSpeedCPUAdam(groups, adamw_mode=True, **settings)
         except Exception as error:  # of the compiler, of many kinds
             reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-            rank_zero_info(f"optimizer: torch's AdamW, DeepSpeed's faster CPU Adam does not compile here ({reason})")
+            if self.is_global_zero:
+                print(
+                    f"optimizer: torch's AdamW; DeepSpeed's faster CPU Adam does not work here ({reason})", flush=True
+                )
             return torch.optim.AdamW(groups, **settings)
 
     @contextmanager
