@@ -36,7 +36,10 @@ from mmprune_train.config.schema import (
 from mmprune_train.config.values import at_least, one_of
 from mmprune_train.errors import UserError
 
-STRATEGIES = ("single", "ddp", "deepspeed_zero1", "deepspeed_zero2", "deepspeed_zero3")
+STRATEGIES = (
+    "single", "ddp", "fsdp2", "deepspeed_zero1", "deepspeed_zero2", "deepspeed_zero3", "deepspeed_zero2_offload",
+    "deepspeed_zero3_offload",
+)  # fmt: skip
 UNQUANTIZED = ("deepspeed_zero3", "deepspeed_zero3_offload", "fsdp2")
 """Strategies that spread the frozen weights, which they cannot do with 4-bit ones."""
 BENCHED = ("train", "generate", "selection")
@@ -194,7 +197,10 @@ def _check_stage(config: Config, name: str, stage: StageConfig) -> None:
     where = f"{key}.strategy" if stage.strategy else "strategy.name"
     one_of(where, strategy, STRATEGIES)
     if strategy == "single" and processes > 1:
-        raise UserError(f"{where}=single runs one process, but trainer asks for {processes}: add strategy=ddp")
+        raise UserError(
+            f"{where}=single runs one process, but trainer asks for {processes}: choose another strategy= "
+            f"({', '.join(STRATEGIES[1:])}; docs/strategies.md), or trainer.devices=1"
+        )
     one_pass = processes * (stage.batch_size if stage.token_budget is None else 1)
     if processes > 0 and stage.global_batch_size % one_pass:
         fits = max(1, round(stage.global_batch_size / one_pass)) * one_pass

@@ -314,8 +314,10 @@ class StageConfig:
 @dataclass
 class StrategyConfig:
     name: str = "single"
-    """`single`, `ddp`, `deepspeed_zero1`, `deepspeed_zero2` or `deepspeed_zero3`."""
+    """`single`, `ddp`, `fsdp2`, `deepspeed_zero1`, `deepspeed_zero2`, `deepspeed_zero3`, `deepspeed_zero2_offload` or
+    `deepspeed_zero3_offload`; see docs/strategies.md."""
     find_unused_parameters: bool = False
+    """Of ddp alone."""
 
 
 @dataclass

@@ -35,6 +35,8 @@ class Place(NamedTuple):
     of: int = 1
     supervised: int = 0
     """Tokens that count in the loss, over the step's micro-batches on this rank."""
+    images: int = 0
+    """Most images that one of them has to encode."""
 
     @property
     def first(self) -> bool:
@@ -63,6 +65,11 @@ class Batch:
     """With the feature cache, what stage 1 left of the images; of none in a batch of text alone."""
     place: Place = ALONE
     """Set by who knows the optimizer step."""
+
+    @property
+    def encoded(self) -> int:
+        """Images that the vision tower has to read."""
+        return 0 if self.pixel_values is None else len(self.pixel_values)
 
     def to(self, device: torch.device | str) -> Batch:
         """The pixels on another device; the sequence stays on the host."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -55,10 +56,13 @@ def _vision_config(folder: Path | None, arch: dict[str, Any]) -> PreTrainedConfi
     return getattr(config, "vision_config", config)
 
 
-def vision_tower(cfg: EncoderConfig, folder: Path | None, dtype: torch.dtype) -> PreTrainedModel:
-    """The encoder with its weights (random without a folder). No key of a module that runs may be missing."""
+def vision_tower(cfg: EncoderConfig, folder: Path | None, dtype: torch.dtype, empty: bool = False) -> PreTrainedModel:
+    """The encoder with its weights (random without a folder). No key of a module that runs may be missing.
+
+    `empty`: the weights are not read.
+    """
     config = _vision_config(folder, cfg.arch)
-    if folder is None:
+    if folder is None or empty:
         return AutoModel.from_config(config, dtype=dtype)
     if config.hidden_size != cfg.arch["hidden_size"] or config.num_hidden_layers != cfg.arch["num_hidden_layers"]:
         raise UserError(
@@ -78,11 +82,15 @@ def vision_tower(cfg: EncoderConfig, folder: Path | None, dtype: torch.dtype) ->
 
 
 def language_model(
-    cfg: LlmConfig, folder: Path | None, tokenizer: PreTrainedTokenizerBase, dtype: torch.dtype
+    cfg: LlmConfig, folder: Path | None, tokenizer: PreTrainedTokenizerBase, dtype: torch.dtype, empty: bool = False
 ) -> PreTrainedModel:
-    """The LLM with its head (random without a folder), its vocabulary grown where `<image>` did not fit."""
-    if folder is None:
-        model = AutoModelForCausalLM.from_config(AutoConfig.for_model(**cfg.arch), dtype=dtype)
+    """The LLM with its head (random without a folder), its vocabulary grown where `<image>` did not fit.
+
+    `empty`: the weights are not read.
+    """
+    if folder is None or empty:
+        config = AutoConfig.for_model(**cfg.arch) if folder is None else AutoConfig.from_pretrained(folder)
+        model = AutoModelForCausalLM.from_config(config, dtype=dtype)
     else:
         model, info = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, **REPORT)
         complete(info, folder)
@@ -158,20 +166,27 @@ def build_on_meta(config: Config) -> PackedLlava:
         return PackedLlava(hf, pruner, template=config.llm.template, question=question)
 
 
-def build(config: Config, dtype: torch.dtype = torch.float32) -> tuple[PackedLlava, LlavaProcessor]:
+def build(
+    config: Config, dtype: torch.dtype = torch.float32, empty: bool = False
+) -> tuple[PackedLlava, LlavaProcessor]:
     """The run's network and processor with pretrained parts and a new projector, seeded by `config.seed`.
 
-    Raises UserError where weights are missing or do not fit.
+    Args:
+        empty: no weights are read or made: the same network on the meta device, to be given those of another process.
+            Its text tower, where stage 1 reads the question, is whole.
+    Raises:
+        UserError: weights are missing or do not fit.
     """
     folder = llm_folder(config.llm)
     tower_folder = encoder_folder(config.encoder)
     torch.manual_seed(config.seed)
     tokenizer = load_tokenizer(folder)
-    vision = vision_tower(config.encoder, tower_folder, dtype)
-    language = language_model(config.llm, folder, tokenizer, dtype)
     image_token = tokenizer.convert_tokens_to_ids(IMAGE_TOKEN)
-    hf_config = llava_config(config.encoder, vision.config, language.config, config.projector.name, image_token)
-    hf = assemble(hf_config, vision, language, config.projector.init)
+    with torch.device("meta") if empty else nullcontext():
+        vision = vision_tower(config.encoder, tower_folder, dtype, empty)
+        language = language_model(config.llm, folder, tokenizer, dtype, empty)
+        hf_config = llava_config(config.encoder, vision.config, language.config, config.projector.name, image_token)
+        hf = assemble(hf_config, vision, language, config.projector.init)
     processor = make_processor(config.encoder, tokenizer, config.llm.template)
     annotate = Annotator(get_template(config.llm.template, tokenizer), tokenizer, image_token)
     chunk, pruner, question = config.trainer.vision_chunk, Pruner(config.pruner), None
@@ -205,6 +220,7 @@ def load_model(
     dtype: torch.dtype = torch.float32,
     device: str | torch.device = "cpu",
     text: str | Path | TextTowerConfig | None = None,
+    empty: bool = False,
 ) -> tuple[PackedLlava, LlavaProcessor]:
     """A trained model and its processor, ready to call and to generate.
 
@@ -214,12 +230,18 @@ def load_model(
             (dense where it says nothing).
         text: the CLIP checkpoint that the encoder comes from, for a pruner that reads the question, where the folder
             was not trained with one and so has no text tower.
+        empty: as in `build`; `device` is left aside.
     Raises:
         UserError: no such folder, or its weights do not match its config key for key.
     """
     folder = model_folder(path)
     try:
-        hf, info = LlavaForConditionalGeneration.from_pretrained(folder, dtype=dtype, **REPORT)
+        if empty:
+            with torch.device("meta"):
+                config = AutoConfig.from_pretrained(folder)
+                hf, info = LlavaForConditionalGeneration._from_config(config, dtype=dtype), {}
+        else:
+            hf, info = LlavaForConditionalGeneration.from_pretrained(folder, dtype=dtype, **REPORT)
         processor = AutoProcessor.from_pretrained(folder)
         processor.tokenizer.padding_side = "left"
     except (OSError, ValueError, SafetensorError) as error:
@@ -239,4 +261,4 @@ def load_model(
         tower = TextTowerConfig(path=str(text)) if isinstance(text, str | Path) else text
         question = find_question_encoder(Path(folder), tower, dtype)
     model = PackedLlava(hf, chosen, annotate, template, question=question, words=annotate.words)
-    return model.to(device).eval(), processor
+    return (model if empty else model.to(device)).eval(), processor

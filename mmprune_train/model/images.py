@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -28,6 +29,9 @@ class ImageSide:
     pruner: Pruner
     question: QuestionEncoder | None
     vision_chunk: int
+    least_passes: int
+    """Passes that the tower makes of a training batch at least, if need be of blank images: set where every rank must
+    run the same modules as often (ZeRO-3)."""
     training: bool
     device: torch.device
     clock: Clock | None
@@ -43,7 +47,19 @@ class ImageSide:
                 states, view = self.encode_images(chunk)
             with timed(self.clock, "selection"):
                 parts.append(self.cut_images(states, view, asked, first=number * self.vision_chunk))
-        return Patches.cat(parts)
+        patches = Patches.cat(parts)
+        if self.training and torch.is_grad_enabled():
+            nothing = None if asked is None else asked.nothing()
+            for _ in range(len(parts), self.least_passes):
+                with torch.set_grad_enabled(trained):
+                    states, view = self.encode_images(self._blank())
+                idle = self.cut_images(states, view, nothing)
+                patches = replace(patches, chosen=patches.chosen + 0.0 * idle.chosen.sum())
+        return patches
+
+    def _blank(self) -> Tensor:
+        size = self.config.vision_config.image_size
+        return torch.zeros((1, 3, size, size), device=self.device)
 
     def encode_images(self, pixel_values: Tensor) -> tuple[Tensor, VisionView]:
         """Features [I, N, D] of images [I, 3, H, W] for the projector, and what stage 1 looks at."""
@@ -112,7 +128,6 @@ class ImageSide:
         runs the same modules each step whatever its samples (ZeRO-3 and DDP would hang otherwise)."""
         if not (self.training and torch.is_grad_enabled()):
             return None
-        size = self.config.vision_config.image_size
-        blank = torch.zeros((1, 3, size, size), device=self.device)  # ZeRO-3 gathers a weight that is named
+        blank = self._blank()  # ZeRO-3 gathers a weight that is named
         asked = None if self.question is None else self.question.ask(Looks.unasked(1))  # first, as with images
         return self.hf.model.multi_modal_projector(self.select_patches(blank, asked).chosen)

@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule
 
 from mmprune_train.errors import UserError
 from mmprune_train.pruning import Pruner
@@ -74,6 +75,20 @@ def compile_layers(model: Any) -> None:
     are symbols, so that one compilation serves all layers and batches."""
     for layer in model.hf.model.language_model.layers:
         layer.compile(dynamic=True)
+
+
+@contextmanager
+def gathered(module: nn.Module) -> Iterator[None]:
+    """Context in which parts of a module may be called from outside of it, also where FSDP2 has spread its weights;
+    ZeRO-3 gathers for each part."""
+    if not isinstance(module, FSDPModule):
+        yield
+        return
+    module.unshard()
+    try:
+        yield
+    finally:
+        module.reshard()
 
 
 class ScoringKeys:

@@ -21,7 +21,7 @@ from mmprune_train.model.cache import PrunedCache
 from mmprune_train.model.clock import Clock, timed
 from mmprune_train.model.images import ImageSide
 from mmprune_train.model.inputs import Annotate, first_of_equal, pack
-from mmprune_train.model.language import ScoringKeys, check_language_model, rotary
+from mmprune_train.model.language import ScoringKeys, check_language_model, gathered, rotary
 from mmprune_train.model.loss import CHUNK, cross_entropy_sum
 from mmprune_train.model.question import FOLDER, QuestionEncoder, Words, looks_of
 from mmprune_train.model.vision import deepest_feature, family_of, scored_block
@@ -105,6 +105,7 @@ class PackedLlava(ImageSide, PreTrainedModel, GenerationMixin):
         self.annotate = annotate
         self.template = template
         self.vision_chunk = vision_chunk
+        self.least_passes = 0
         self.question = question if pruner.reads_text else None
         self.words = words
         self.attention = "auto"  # trainer.attention
@@ -238,7 +239,7 @@ class PackedLlava(ImageSide, PreTrainedModel, GenerationMixin):
             if index in prune_before:
                 scoring, seen = (language.layers[index - 1], entered) if self.pruner.looks_back else (layer, hidden)
                 keys = ScoringKeys(scoring, seen.detach(), rotation[0][0], rotation[1][0])
-                with timed(self.clock, "selection"):
+                with timed(self.clock, "selection"), gathered(scoring):
                     pruned = self.pruner.prune_tokens(sequence, hidden, keys, prune_before[index])
                     if self.training and not keys.ran:  # other ranks score: under ZeRO-3 all must run the same modules
                         keys(torch.zeros(1, dtype=torch.long))

@@ -61,6 +61,10 @@ class Asked:
     shape: tuple[int, int]
     """Of the ids that the text tower read: different questions, and the tokens of the longest."""
 
+    def nothing(self) -> Asked:
+        """Of one image that nothing is asked of; the text tower does not run."""
+        return Asked([0], torch.zeros_like(self.text[:1]), torch.zeros_like(self.known[:1]), (0, 0))
+
 
 def looks_of(sequence: PackedSequence, words: Words) -> Looks:
     """Which images of a batch are looked at with which questions.

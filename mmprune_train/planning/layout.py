@@ -38,6 +38,11 @@ class Layout:
     weights: bool = False
     buckets: bool = False
     """DDP's copies of the gradients, in which they are reduced."""
+    layered: bool = False
+    """FSDP2's: weights and gradients in fp32, gathered layer by layer in the compute dtype."""
+    host_optimizer: bool = False
+    """Whether the optimizer, and the gradients that it reads, are in the host's memory."""
+    host_weights: bool = False
 
 
 LAYOUTS = {
@@ -46,6 +51,11 @@ LAYOUTS = {
     "deepspeed_zero1": Layout(engine=True, optimizer=True),
     "deepspeed_zero2": Layout(engine=True, optimizer=True, gradients=True),
     "deepspeed_zero3": Layout(engine=True, optimizer=True, gradients=True, weights=True),
+    "fsdp2": Layout(layered=True, optimizer=True, gradients=True, weights=True),
+    "deepspeed_zero2_offload": Layout(engine=True, optimizer=True, gradients=True, host_optimizer=True),
+    "deepspeed_zero3_offload": Layout(
+        engine=True, optimizer=True, gradients=True, weights=True, host_optimizer=True, host_weights=True
+    ),
 }
 """By strategy name; a new strategy is one line here."""
 
@@ -61,6 +71,8 @@ class States:
     """Copies that the strategy makes while a pass runs: buckets, gathered weights."""
     stepping: float
     """What the optimizer's step needs besides, when no activations are there."""
+    host: float = 0.0
+    """In the host's memory, for this device."""
 
     @property
     def total(self) -> float:
@@ -68,12 +80,18 @@ class States:
 
 
 def numerics(layout: Layout, compute: torch.dtype) -> Numerics:
-    """The dtypes of a run: DeepSpeed's engine trains in the compute dtype, the others under autocast."""
-    return Numerics(compute, compute if layout.engine else torch.float32)
+    """The dtypes of a pass: DeepSpeed's engine and FSDP2 run in the compute dtype, the others under autocast."""
+    return Numerics(compute, compute if layout.engine or layout.layered else torch.float32)
 
 
 def states(
-    layout: Layout, parameters: Iterable[nn.Parameter], how: Numerics, world: int, cuda: bool, quantized: int = 0
+    layout: Layout,
+    parameters: Iterable[nn.Parameter],
+    how: Numerics,
+    world: int,
+    cuda: bool,
+    gathered: Iterable[nn.Parameter] = (),
+    quantized: int = 0,
 ) -> States:
     """What a strategy keeps of a model.
 
@@ -82,6 +100,7 @@ def states(
         how: as `numerics` says.
         world: devices.
         cuda: whether AdamW updates all parameters at once, as it does on a GPU.
+        gathered: those that FSDP2 holds whole at once.
         quantized: how many of the frozen ones lie in 4 bits.
     """
     trained = frozen = largest = 0
@@ -96,16 +115,26 @@ def states(
         return 1 / world if spread else 1.0
 
     part = trained * share(layout.optimizer)
-    stored = (frozen - quantized) * how.compute.itemsize + quantized * FOUR_BITS
-    weights = (stored + trained * how.trained.itemsize) * share(layout.weights)
-    gradients = trained * how.trained.itemsize * share(layout.gradients)
+    stored = MASTER if layout.layered else how.trained.itemsize
+    frozen_bytes = (frozen - quantized) * how.compute.itemsize + quantized * FOUR_BITS
+    weights = (frozen_bytes + trained * stored) * share(layout.weights)
+    gradients = trained * stored * share(layout.gradients)
     working = 0.0
     if layout.buckets:
         working += trained * how.trained.itemsize
-    if layout.gradients:
+    if layout.layered:
+        for parameter in gathered:  # those trained with their gradients, and a copy to be reduced in
+            each = how.compute.itemsize + parameter.requires_grad * (how.compute.itemsize + stored)
+            working += parameter.numel() * each
+    elif layout.gradients:
         working += 2 * min(BUCKET, trained) * how.trained.itemsize
-    if layout.weights:
+    if layout.weights and layout.engine:
         working += min(GATHERED, trained + frozen) * how.compute.itemsize
     optimizer = part * (ADAM + MASTER * layout.engine)
     stepping = part * 4 if cuda or layout.engine else 2 * largest * 4
-    return States(weights, gradients, optimizer, working, stepping)
+    host = 0.0
+    if layout.host_optimizer:  # its gradients are in fp32 there
+        host, optimizer, gradients, stepping = optimizer + part * MASTER, 0.0, 0.0, 0.0
+    if layout.host_weights:
+        host, weights = host + weights, 0.0
+    return States(weights, gradients, optimizer, working, stepping, host)

@@ -5,7 +5,8 @@ from __future__ import annotations
 import math
 import random
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from torch import nn
@@ -18,7 +19,7 @@ from mmprune_train.model.flops import Flops, PassShape, StepFlops
 from mmprune_train.model.llava import PackedLlava
 from mmprune_train.model.peft import add_adapters
 from mmprune_train.planning.activations import Activations
-from mmprune_train.planning.layout import CUDA_OVERHEAD, FRAGMENTED, LAYOUTS, numerics, states
+from mmprune_train.planning.layout import CUDA_OVERHEAD, FRAGMENTED, LAYOUTS, MASTER, numerics, states
 from mmprune_train.planning.lengths import Tokens, count_tokens
 from mmprune_train.planning.samples import StageSamples
 from mmprune_train.training.freezing import Part, freeze
@@ -44,6 +45,8 @@ class Memory:
     """Buckets and gathered weights."""
     overhead: float
     """Context, libraries, fragmentation: assumed."""
+    host: float = 0.0
+    """In the host's memory for this device, not counted in `total`: what a strategy offloads."""
 
     @property
     def total(self) -> float:
@@ -208,13 +211,15 @@ def memory_of(
     layout = LAYOUTS[strategy]
     how = numerics(layout, compute)
     world, cuda = config.trainer.devices * config.trainer.num_nodes, device.name != CPU
-    kept = states(layout, _on_device(model, config), how, world, cuda, _in_four_bits(model, config, stage))
+    gathered, quantized = _gathered(model, config), _in_four_bits(model, config, stage)
+    kept = states(layout, _on_device(model, config), how, world, cuda, gathered, quantized)
     phases = Activations(model, how).phases(
         shape, checkpointed(stage), config.trainer.logits_chunk, config.trainer.vision_chunk, growing=False
     )
     activations = max(phases.peak, kept.stepping)
     overhead = CUDA_OVERHEAD + FRAGMENTED * activations if cuda else 0.0
-    return Memory(kept.weights, kept.gradients, kept.optimizer, activations, phases.logits, kept.working, overhead)
+    held = kept.weights, kept.gradients, kept.optimizer
+    return Memory(*held, activations, phases.logits, kept.working, overhead, kept.host)
 
 
 def _on_device(model: PackedLlava, config: Config) -> Iterator[nn.Parameter]:
@@ -232,6 +237,14 @@ def _in_four_bits(model: PackedLlava, config: Config, stage: StageConfig) -> int
     return sum(part.weight.numel() for part in linears if not part.weight.requires_grad)
 
 
+def _gathered(model: PackedLlava, config: Config) -> list[nn.Parameter]:
+    """What FSDP2 holds whole at once: two of the LLM's layers, and all that is in none."""
+    layers: Any = model.hf.model.language_model.layers
+    inside = {id(parameter) for parameter in layers.parameters()}
+    outside = [parameter for parameter in _on_device(model, config) if id(parameter) not in inside]
+    return [*outside, *layers[:2].parameters()]
+
+
 def _disk(
     config: Config,
     stage: StageConfig,
@@ -241,11 +254,12 @@ def _disk(
     strategy: str,
     compute: torch.dtype,
 ) -> Disk:
-    layout = LAYOUTS[strategy]
+    layout = replace(LAYOUTS[strategy], host_optimizer=False, host_weights=False)
     how = numerics(layout, compute)
     whole = states(layout, model.parameters(), how, 1, False)
     trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
-    checkpoint = whole.optimizer + trained * how.trained.itemsize
+    stored = MASTER if layout.layered else how.trained.itemsize
+    checkpoint = whole.optimizer + trained * stored
     cache = None
     if data.images is not None and not stage.train_vision:
         per_image = float(tokens.kept_patches.sum() / tokens.images.sum().clamp(min=1))

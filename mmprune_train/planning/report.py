@@ -142,4 +142,5 @@ def _rows(plan: StagePlan, costs: list[Cost], device: Device, mfu: float) -> lis
         row("  of the strategy", [cost.memory.strategy for cost in costs], gib),
         row("  overhead, assumed", [cost.memory.overhead for cost in costs], gib),
         row("  total a device", [cost.memory.total for cost in costs], gib),
+        *([row("on the host, a device", [c.memory.host for c in costs], gib)] if costs[0].memory.host else []),
     ]

@@ -41,6 +41,11 @@ def parts_of(model: PackedLlava) -> dict[str, list[nn.Module]]:
     }
 
 
+def image_side(model: PackedLlava) -> list[nn.Module]:
+    """The modules that run before the LLM."""
+    return [module for name, modules in parts_of(model).items() if name != "llm" for module in modules]
+
+
 def named_parameters(modules: list[nn.Module]) -> Iterator[tuple[str, nn.Parameter]]:
     """Every parameter once."""
     seen: set[int] = set()

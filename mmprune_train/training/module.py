@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import hashlib
+import math
+from collections.abc import Iterable
 from typing import Any
 
 import pytorch_lightning as pl
@@ -17,6 +19,7 @@ from mmprune_train.pruning import PruningTrace
 from mmprune_train.pruning.schedule import pace
 from mmprune_train.training.freezing import Part
 from mmprune_train.training.optim import adamw, parameter_groups, schedule
+from mmprune_train.training.spread import Spreading
 
 TOTALS = (
     "loss_sum",
@@ -109,6 +112,9 @@ class MultimodalModule(pl.LightningModule):
             if self.trainer.world_size > 1:
                 total = torch.full((), place.supervised, device=self.device, dtype=torch.int64)
                 self.supervised = self.trainer.strategy.reduce(total, reduce_op="sum").clamp(min=1)
+            if getattr(self.trainer.strategy, "zero_stage_3", False):
+                passes = torch.tensor(math.ceil(place.images / self.model.vision_chunk), device=self.device)
+                self.model.least_passes = int(self.trainer.strategy.reduce(passes, reduce_op="max"))
             self.totals = dict.fromkeys(TOTALS, 0.0)
             self.spread = torch.zeros(2, dtype=torch.float64)
             self.loss_sum = 0.0
@@ -189,8 +195,14 @@ class MultimodalModule(pl.LightningModule):
 
     # -- optimizer ---------------------------------------------------------------------------------------------------
 
+    def configure_model(self) -> None:
+        """Where a strategy splits the weights, before the optimizer is made."""
+        if isinstance(self.trainer.strategy, Spreading):
+            self.trainer.strategy.spread(self.model)
+
     def configure_optimizers(self) -> dict[str, Any]:
-        optimizer = adamw(parameter_groups(self.model, self.parts, self.optim.weight_decay), self.optim)
+        groups = parameter_groups(self.model, self.parts, self.optim.weight_decay)
+        optimizer = adamw(groups, self.optim, getattr(self.trainer.strategy, "adam", torch.optim.AdamW))
         factor = schedule(self.optim.schedule, self.total_steps, self.optim.warmup_ratio)
         scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, factor)
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
@@ -202,10 +214,13 @@ class MultimodalModule(pl.LightningModule):
         checkpoint["state_dict"] = {k: v for k, v in checkpoint["state_dict"].items() if k in trained}
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        if "state_dict" not in checkpoint:  # DeepSpeed loads its own
+        if "state_dict" not in checkpoint:  # the strategy has loaded them
             return
-        differing = sorted(self._trained() ^ set(checkpoint["state_dict"]))
-        if differing:
+        self.check_trained(checkpoint["state_dict"])
+
+    def check_trained(self, names: Iterable[str]) -> None:
+        """RuntimeError unless these are the trained weights."""
+        if differing := sorted(self._trained() ^ set(names)):
             raise RuntimeError(f"the checkpoint's weights are not those this stage trains: {', '.join(differing[:3])}")
 
     def _trained(self) -> set[str]:

@@ -36,11 +36,14 @@ def _dims(parameter: nn.Parameter) -> int:
     return len(getattr(parameter, "ds_shape", parameter.shape))  # ZeRO-3 flattens what it spreads
 
 
-def adamw(groups: list[dict[str, Any]], optim: OptimConfig) -> torch.optim.AdamW:
+def adamw(
+    groups: list[dict[str, Any]], optim: OptimConfig, kind: Callable[..., torch.optim.Optimizer] = torch.optim.AdamW
+) -> torch.optim.Optimizer:
+    """AdamW over these groups; `kind`: an implementation with torch's arguments."""
     if optim.name != "adamw":
         raise UserError(f"optim.name={optim.name}: only adamw is built in")
     beta1, beta2 = optim.betas
-    return torch.optim.AdamW(groups, betas=(beta1, beta2), eps=optim.eps)
+    return kind(groups, betas=(beta1, beta2), eps=optim.eps)
 
 
 def schedule(name: str, total_steps: int, warmup_ratio: float) -> Callable[[int], float]:

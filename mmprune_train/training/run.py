@@ -14,7 +14,6 @@ from torch import Tensor
 
 from mmprune_train.config.schema import Config, StageConfig
 from mmprune_train.data.images import image_processor
-from mmprune_train.errors import UserError
 from mmprune_train.model.attention import backend_for
 from mmprune_train.model.build import build, load_model
 from mmprune_train.model.language import checkpoint_layers, compile_layers
@@ -29,7 +28,7 @@ from mmprune_train.training.checkpoints import Checkpoints, PlainFile
 from mmprune_train.training.cluster import environment
 from mmprune_train.training.features import stage_features, without_tower
 from mmprune_train.training.files import read_jsonl, whole_folder
-from mmprune_train.training.freezing import Part, freeze, freezing_table, store_frozen
+from mmprune_train.training.freezing import Part, freeze, freezing_table, image_side, store_frozen
 from mmprune_train.training.inputs import spread_images, spread_paths, stage_loader, stage_records, template_of
 from mmprune_train.training.loggers import build_loggers, open_loggers
 from mmprune_train.training.module import MODULES
@@ -37,7 +36,8 @@ from mmprune_train.training.precision import Precision, choose_accelerator, choo
 from mmprune_train.training.preemption import EndWhenAsked, Preemption
 from mmprune_train.training.processes import ranks_of
 from mmprune_train.training.rundir import RunDirectory
-from mmprune_train.training.strategies import build_strategy, start_processes, whole_weights
+from mmprune_train.training.spread import share, spreads, whole_weights
+from mmprune_train.training.strategies import build_strategy, start_processes
 from mmprune_train.training.stream import BatchStream, steps_of
 from mmprune_train.training.throughput import STARVED, peak
 
@@ -63,19 +63,6 @@ def run_stage(
     folder = run.stage(name)
     accelerator = choose_accelerator(config.trainer.accelerator)
     precision = choose_precision(config.trainer.precision, accelerator)
-    pl.seed_everything(config.seed, verbose=False)
-    adapters = uses_adapters(config, name)
-    with quiet():
-        if start_from is None:
-            model, processor = build(config)
-        else:
-            model, processor = load_model(start_from, pruner=config.pruner, text=config.encoder.text)
-        parts = make_trainable(model, config, name, precision)
-    model.vision_chunk = config.trainer.vision_chunk
-    model.attention, model.logits_chunk = config.trainer.attention, config.trainer.logits_chunk
-    kernels = kernel_lines(model, torch.device(accelerator), precision.dtype)
-    model.template = template_of(config, name)
-
     trainer_options, world = trainer_settings(config, stage, accelerator, precision)
     strategy = stage.strategy or config.strategy.name
     with quiet():
@@ -89,12 +76,29 @@ def run_stage(
         config.logger, folder, f"{config.experiment_name}-{run.path.name}-{name}-{stamp(run)}", resumed_step
     )
     trainer.loggers = loggers
+    pl.seed_everything(config.seed, verbose=False)
+    adapters = uses_adapters(config, name)
+    empty = spreads(trainer.strategy) and not trainer.is_global_zero  # gets its part when the weights are spread
+    with quiet():
+        if start_from is None:
+            model, processor = build(config, empty=empty)
+        else:
+            model, processor = load_model(start_from, pruner=config.pruner, text=config.encoder.text, empty=empty)
+        parts = make_trainable(model, config, name, precision)
+    model.vision_chunk = config.trainer.vision_chunk
+    model.attention, model.logits_chunk = config.trainer.attention, config.trainer.logits_chunk
+    kernels = kernel_lines(model, torch.device(accelerator), precision.dtype)
+    model.template = template_of(config, name)
+
     records, features = stage_records(config, name), None
     if config.trainer.feature_cache:
+        if spreads(trainer.strategy):
+            for side in image_side(model):
+                share(side, trainer.strategy.root_device, stay=True)
         features = stage_features(config, name, model, records, precision.dtype, trainer)
     tokenizer, image_tokens = processor.tokenizer, model.config.image_seq_length
     loader = stage_loader(config, name, tokenizer, image_tokens, trainer.global_rank, world, records, features)
-    if start_from is None and config.projector.init == "matched":
+    if start_from is None and config.projector.init == "matched" and not empty:
         if features is None:
             match_projector(model, list(spread_images(loader, MATCHED_IMAGES)))
         else:
@@ -214,8 +218,6 @@ def trainer_settings(
     """Arguments of Lightning's Trainer, and the number of processes."""
     name = stage.strategy or config.strategy.name
     world = config.trainer.devices * config.trainer.num_nodes
-    if name == "single" and world > 1:
-        raise UserError(f"strategy=single runs one process, not {world}: choose strategy=ddp or a deepspeed one")
     strategy = build_strategy(name, accelerator, config.strategy.find_unused_parameters, stage.batch_size)
     files = [PlainFile()] if name in ("single", "ddp") else []  # the others write files of their own
     return {

@@ -62,8 +62,9 @@ class BatchStream:
             self.waited += time.perf_counter() - began
             step = self.handed_out
             supervised = sum(batch.supervised for batch in micro_batches)
+            images = max(batch.encoded for batch in micro_batches)
             for number, batch in enumerate(micro_batches):
-                place = Place(step, number, len(micro_batches), supervised)
+                place = Place(step, number, len(micro_batches), supervised, images)
                 self.handed_out += place.last
                 yield replace(batch, place=place)
 

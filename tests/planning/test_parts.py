@@ -14,6 +14,7 @@ from training.synthetic import overrides, write_dataset
 from mmprune_train import devices
 from mmprune_train.benchmark.memory import PeakMemory
 from mmprune_train.config.checks import DEVICES as NAMES
+from mmprune_train.config.checks import STRATEGIES
 from mmprune_train.config.compose import compose_config, load_pruner
 from mmprune_train.data.batch import collate
 from mmprune_train.errors import UserError
@@ -22,7 +23,6 @@ from mmprune_train.planning.lengths import count_tokens, data_dependent, solve_s
 from mmprune_train.planning.remedies import first_that_fits
 from mmprune_train.planning.samples import stage_samples
 from mmprune_train.pruning import Kind
-from mmprune_train.training.strategies import NAMES as STRATEGIES
 
 FIXED = {"method": "fixed_ratio", "ratio": 0.5}
 
@@ -125,14 +125,21 @@ def test_zero_spreads_what_its_stage_says() -> None:
     found = {}
     for name, layout in LAYOUTS.items():
         kept = states(layout, both, numerics(layout, torch.bfloat16), 4, cuda=True)
-        found[name] = [round(value / 1e6, 6) for value in (kept.weights, kept.gradients, kept.optimizer)]
+        found[name] = [round(value / 1e6, 6) for value in (kept.weights, kept.gradients, kept.optimizer, kept.host)]
     assert found == {
-        "single": [2 + 4, 4, 8],
-        "ddp": [2 + 4, 4, 8],
-        "deepspeed_zero1": [4, 2, 12 / 4],
-        "deepspeed_zero2": [4, 2 / 4, 12 / 4],
-        "deepspeed_zero3": [4 / 4, 2 / 4, 12 / 4],
+        "single": [2 + 4, 4, 8, 0],
+        "ddp": [2 + 4, 4, 8, 0],
+        "deepspeed_zero1": [4, 2, 12 / 4, 0],
+        "deepspeed_zero2": [4, 2 / 4, 12 / 4, 0],
+        "deepspeed_zero3": [4 / 4, 2 / 4, 12 / 4, 0],
+        "fsdp2": [(2 + 4) / 4, 4 / 4, 8 / 4, 0],
+        "deepspeed_zero2_offload": [4, 0, 0, 16 / 4],
+        "deepspeed_zero3_offload": [0, 0, 0, 16 / 4 + 4 / 4],
     }
+    layout = LAYOUTS["fsdp2"]
+    how = numerics(layout, torch.bfloat16)
+    gathered = states(layout, both, how, 4, cuda=True, gathered=both).working
+    assert gathered == frozen.weight.numel() * 2 + model.weight.numel() * (2 + 2 + 4)
 
 
 def test_the_first_change_that_fits_is_named() -> None:

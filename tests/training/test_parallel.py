@@ -1,4 +1,5 @@
-"""Two processes give what one gives: the loss and the weights do not know how the global batch was split."""
+"""Two processes give what one gives: the loss and the weights do not know how the global batch, or the weights, were
+split. One launch trains two stages, the whole LLM first and then adapters on it."""
 
 from __future__ import annotations
 
@@ -7,6 +8,7 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from typing import NamedTuple
 
 import pytest
 import torch
@@ -15,24 +17,54 @@ from training.synthetic import overrides, write_dataset
 
 pytestmark = pytest.mark.slow
 
+STAGES = ("pretrain", "instruct")
 # a large eps: AdamW does not hide a wrong scale of the gradients
 SETTINGS = (
-    "stages=[instruct]", "evaluate.after_train=false", "stage.instruct.max_steps=4", "stage.instruct.lr=0.02",
-    "stage.instruct.global_batch_size=8", "optim.eps=0.003",
+    "evaluate.after_train=false", "data.pretrain.annotations=instruct.json", "stage.pretrain.train_llm=true",
+    "stage.pretrain.template=auto", "stage.pretrain.group_by_modality=true", "stage.pretrain.image_aspect_ratio=pad",
+    "optim.eps=0.003", "optim.grad_clip=0.5", "trainer.checkpoint_every_steps=100",
+)  # fmt: skip
+BIG = (
+    "llm.arch.hidden_size=1024", "llm.arch.intermediate_size=2816", "llm.arch.num_hidden_layers=12",
+    "llm.arch.num_attention_heads=16", "llm.arch.num_key_value_heads=16",
 )  # fmt: skip
 
 
-def losses_and_weights(root: Path, runs: Path, *more: str) -> tuple[list[float], dict[str, torch.Tensor]]:
-    command = [sys.executable, "-m", "mmprune_train", *overrides(root, runs), *SETTINGS, *more]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
+def both(*settings: str) -> list[str]:
+    return [f"stage.{stage}.{setting}" for stage in STAGES for setting in settings]
+
+
+class Trained(NamedTuple):
+    losses: dict[str, list[float]]
+    weights: dict[str, dict[str, torch.Tensor]]
+
+
+def trained(root: Path, runs: Path, *more: str, steps: int) -> Trained:
+    of_stages = both("lr=0.005", "global_batch_size=8", f"max_steps={steps}")
+    command = [sys.executable, "-m", "mmprune_train", *overrides(root, runs), *SETTINGS, *of_stages, *more]
+    done = subprocess.run(
+        command, env={**os.environ, "OMP_NUM_THREADS": "1"}, capture_output=True, text=True, timeout=600
+    )
     assert done.returncode == 0, done.stdout + done.stderr
-    folder = runs / "smoke" / "t" / "instruct"
-    rows = [json.loads(line) for line in (folder / "metrics.jsonl").open()]
-    if any("token_budget" in override for override in more):
-        assert len({row["micro_batches"] for row in rows}) > 1, "steps should differ in their number"
-        assert all(row["budget_use"] <= 1 and row["padding_tokens"] == row["budget_overruns"] == 0 for row in rows)
-    return [row["loss"] for row in rows], load_file(folder / "model" / "model.safetensors")
+    found = Trained({}, {})
+    for stage in STAGES:
+        folder = runs / "smoke" / "t" / stage
+        rows = [json.loads(line) for line in (folder / "metrics.jsonl").open()]
+        if any("token_budget" in override for override in more):
+            assert len({row["micro_batches"] for row in rows}) > 1, "steps should differ in their number"
+            assert all(row["budget_use"] <= 1 and row["padding_tokens"] == row["budget_overruns"] == 0 for row in rows)
+        assert len(rows) == steps and any(row["keep_ratio"] < 1 for row in rows)
+        found.losses[stage] = [row["loss"] for row in rows]
+        found.weights[stage] = load_file(folder / "model" / "model.safetensors")
+    return found
+
+
+def assert_equal(found: Trained, wanted: Trained) -> None:
+    for stage in STAGES:
+        assert found.losses[stage] == pytest.approx(wanted.losses[stage], rel=1e-5), stage
+        assert found.weights[stage].keys() == wanted.weights[stage].keys()
+        for name, weight in found.weights[stage].items():
+            torch.testing.assert_close(weight, wanted.weights[stage][name], atol=1e-5, rtol=0)
 
 
 @pytest.fixture(scope="module")
@@ -41,42 +73,62 @@ def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def alone(root: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[list[float], dict[str, torch.Tensor]]:
-    return losses_and_weights(root, tmp_path_factory.mktemp("alone"), "stage.instruct.batch_size=4")
+def in_pairs(root: Path, tmp_path_factory: pytest.TempPathFactory) -> Trained:
+    return trained(root, tmp_path_factory.mktemp("in_pairs"), *both("batch_size=2"), steps=20)
 
 
-@pytest.mark.parametrize("strategy", ["ddp", "deepspeed_zero1", "deepspeed_zero2", "deepspeed_zero3"])
-@pytest.mark.parametrize("split", ["batch_size=2", "token_budget=500"])
-def test_two_processes_equal_one(
-    split: str, strategy: str, root: Path, tmp_path: Path, alone: tuple[list[float], dict[str, torch.Tensor]]
+@pytest.mark.parametrize("strategy", ["ddp", "fsdp2", "deepspeed_zero1", "deepspeed_zero2", "deepspeed_zero3"])
+def test_twenty_steps_of_two_processes_equal_those_of_one(
+    strategy: str, root: Path, tmp_path: Path, in_pairs: Trained
 ) -> None:
-    more = ("trainer.devices=2", "trainer.logits_chunk=3")  # unequal chunks on the ranks
-    losses, weights = losses_and_weights(root, tmp_path, f"strategy={strategy}", f"stage.instruct.{split}", *more)
-    assert losses == pytest.approx(alone[0], rel=1e-5)
-    assert weights.keys() == alone[1].keys()
-    for name, weight in weights.items():
-        torch.testing.assert_close(weight, alone[1][name], atol=1e-5, rtol=0)
+    """One by one: what is left over of text and of images is text alone for one rank, an image for the other."""
+    more = ("trainer.devices=2", "trainer.logits_chunk=3", *both("batch_size=1"))  # unequal chunks on the ranks
+    assert_equal(trained(root, tmp_path, f"strategy={strategy}", *more, steps=20), in_pairs)
 
 
 @pytest.fixture(scope="module")
-def in_pairs(root: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[list[float], dict[str, torch.Tensor]]:
-    return losses_and_weights(root, tmp_path_factory.mktemp("in_pairs"), "stage.instruct.batch_size=2")
+def few(root: Path, tmp_path_factory: pytest.TempPathFactory) -> Trained:
+    more = (*both("batch_size=4"), "stage.instruct.train_vision=true")
+    return trained(root, tmp_path_factory.mktemp("few"), *more, steps=4)
 
 
-@pytest.mark.parametrize(
-    ("strategy", "cached"),
-    [("ddp", True), ("deepspeed_zero2", True), ("deepspeed_zero3", True), ("deepspeed_zero3", False)],
-)
-def test_one_process_may_have_text_alone_with_and_without_the_feature_cache(
-    strategy: str, cached: bool, root: Path, tmp_path: Path, in_pairs: tuple[list[float], dict[str, torch.Tensor]]
+@pytest.mark.parametrize("strategy", ["ddp", "fsdp2", "deepspeed_zero3", "deepspeed_zero3_offload"])
+def test_ranks_may_differ_in_their_passes_of_the_vision_tower(
+    strategy: str, root: Path, tmp_path: Path, few: Trained
 ) -> None:
-    """One by one: what is left over of text and of images is text alone for one rank, an image for the other."""
-    cache = ["trainer.feature_cache=true", f"trainer.feature_cache_dir={tmp_path / 'features'}"]
-    both = [f"strategy={strategy}", "trainer.devices=2", "stage.instruct.batch_size=1"]
-    losses, weights = losses_and_weights(root, tmp_path, *(cache if cached else []), *both)
-    assert losses == pytest.approx(in_pairs[0], rel=1e-5)
-    for name, weight in weights.items():
-        torch.testing.assert_close(weight, in_pairs[1][name], atol=1e-5, rtol=0)
-    if cached:
-        (folder,) = (tmp_path / "features").glob("tiny_clip-*")
-        assert len(list(folder.glob("*.safetensors"))) == 2, "one of each process"
+    """By a token budget, image by image: one rank has more images in a micro-batch than the other."""
+    more = ("trainer.devices=2", "trainer.vision_chunk=1", "stage.instruct.train_vision=true")
+    assert_equal(trained(root, tmp_path, f"strategy={strategy}", *more, *both("token_budget=500"), steps=4), few)
+
+
+@pytest.fixture(scope="module")
+def alone(root: Path, tmp_path_factory: pytest.TempPathFactory) -> Trained:
+    return trained(root, tmp_path_factory.mktemp("alone"), *both("batch_size=2"), steps=3)
+
+
+@pytest.mark.parametrize("strategy", ["fsdp2", "deepspeed_zero2_offload", "deepspeed_zero3"])
+def test_the_feature_cache_is_filled_by_two_processes(
+    strategy: str, root: Path, tmp_path: Path, alone: Trained
+) -> None:
+    cache = ("trainer.feature_cache=true", f"trainer.feature_cache_dir={tmp_path / 'features'}")
+    more = (*cache, f"strategy={strategy}", "trainer.devices=2", *both("batch_size=1"))
+    assert_equal(trained(root, tmp_path, *more, steps=3), alone)
+    (folder,) = (tmp_path / "features").glob("tiny_clip-*")
+    assert len(list(folder.glob("*.safetensors"))) == 2, "one of each process"
+
+
+@pytest.mark.parametrize("strategy", ["fsdp2", "deepspeed_zero3"])
+def test_a_large_model_is_loaded_whole_by_the_first_process_alone(strategy: str, root: Path, tmp_path: Path) -> None:
+    few = ("stages=[instruct]", *both("batch_size=1", "global_batch_size=2", "max_steps=1"))
+    command = [sys.executable, str(Path(__file__).with_name("peak_memory.py")), *overrides(root, tmp_path / "runs")]
+    command += [*SETTINGS, *BIG, *few, f"strategy={strategy}", "trainer.devices=2"]
+    # glibc would keep what is freed
+    environment = {"OMP_NUM_THREADS": "1", "MALLOC_MMAP_THRESHOLD_": "65536", "PEAK_MEMORY": str(tmp_path)}
+    done = subprocess.run(command, env={**os.environ, **environment}, capture_output=True, text=True, timeout=600)
+    assert done.returncode == 0, done.stdout + done.stderr
+    first, second = (int((tmp_path / f"rank-{rank}").read_text()) for rank in (0, 1))
+    whole = sum(
+        weight.nbytes for weight in load_file(tmp_path / "runs/smoke/t/instruct/model/model.safetensors").values()
+    )
+    assert first > whole > 500e6
+    assert second < 0.7 * whole, "its half, and a layer"
