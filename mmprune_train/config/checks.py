@@ -198,8 +198,8 @@ def _check_stage(config: Config, name: str, stage: StageConfig) -> None:
     one_of(where, strategy, STRATEGIES)
     if strategy == "single" and processes > 1:
         raise UserError(
-            f"{where}=single runs one process, but trainer asks for {processes}: choose another strategy= "
-            f"({', '.join(STRATEGIES[1:])}; docs/strategies.md), or trainer.devices=1"
+            f"{where}=single runs one process, but trainer asks for {processes}: add strategy=ddp, or for "
+            f"large models another of {', '.join(STRATEGIES[2:])} (docs/strategies.md)"
         )
     one_pass = processes * (stage.batch_size if stage.token_budget is None else 1)
     if processes > 0 and stage.global_batch_size % one_pass:
