@@ -212,7 +212,7 @@ def trainer_settings(
         raise UserError(f"strategy=single runs one process, not {world}: choose strategy=ddp or a deepspeed one")
     strategy = build_strategy(name, accelerator, config.strategy.find_unused_parameters, stage.batch_size)
     return {
-        "plugins": [PlainFile()] if name in ("single", "ddp") else None,  # the others write files of their own
+        "plugins": [] if name.startswith("deepspeed") else [PlainFile()],  # DeepSpeed writes its files itself
         "accelerator": accelerator,
         "devices": config.trainer.devices,
         "num_nodes": config.trainer.num_nodes,
