@@ -133,11 +133,11 @@ def run_stage(config: Config, name: str, run: RunDirectory, start_from: Path | N
     with whole_weights(trainer.strategy, model), quiet():
         if trainer.is_global_zero:
             if adapters:
-                with whole_folder(folder / "adapters") as part:
-                    save_adapters(model, part, None if start_from is None else str(start_from))
+                with whole_folder(folder / "adapters") as made:
+                    save_adapters(model, made, None if start_from is None else str(start_from))
                 merge_adapters(model)
-            with whole_folder(run.model(name)) as part:
-                model.save(part, processor)
+            with whole_folder(run.model(name)) as made:
+                model.save(made, processor)
     trainer.strategy.barrier("model saved")
     found = summary(folder / "metrics.jsonl") if trainer.is_global_zero else {}
     if found.get("data_share", 0.0) >= STARVED:
