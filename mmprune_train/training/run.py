@@ -143,11 +143,11 @@ def run_stage(
     with whole_weights(trainer.strategy, model), quiet():
         if trainer.is_global_zero:
             if adapters:
-                with whole_folder(folder / "adapters") as part:
-                    save_adapters(model, part, None if start_from is None else str(start_from))
+                with whole_folder(folder / "adapters") as made:
+                    save_adapters(model, made, None if start_from is None else str(start_from))
                 merge_adapters(model)
-            with whole_folder(run.model(name)) as part:
-                model.save(part, processor)
+            with whole_folder(run.model(name)) as made:
+                model.save(made, processor)
     trainer.strategy.barrier("model saved")
     found = summary(folder / "metrics.jsonl") if trainer.is_global_zero else {}
     if found.get("data_share", 0.0) >= STARVED:
@@ -219,7 +219,7 @@ def trainer_settings(
     name = stage.strategy or config.strategy.name
     world = config.trainer.devices * config.trainer.num_nodes
     strategy = build_strategy(name, accelerator, config.strategy.find_unused_parameters, stage.batch_size)
-    files = [PlainFile()] if name in ("single", "ddp") else []  # the others write files of their own
+    files = [] if name.startswith("deepspeed") else [PlainFile()]  # DeepSpeed writes its files itself
     return {
         "accelerator": accelerator,
         "devices": config.trainer.devices,
