@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import os
 
-VARIABLES = ("RANK", "LOCAL_RANK", "SLURM_PROCID", "JSM_NAMESPACE_RANK")
-"""In the order in which Lightning asks them: SLURM_PROCID may be set where Slurm does not start the processes."""
+VARIABLES = ("SUBMITIT_LOCAL_GLOBALID", "RANK", "LOCAL_RANK", "SLURM_PROCID", "JSM_NAMESPACE_RANK")
+"""Submitit's, then in the order in which Lightning asks them: SLURM_PROCID may be set where Slurm starts no process."""
 
 
 def global_rank() -> int:
