@@ -76,19 +76,9 @@ def run_stage(
         config.logger, folder, f"{config.experiment_name}-{run.path.name}-{name}-{stamp(run)}", resumed_step
     )
     trainer.loggers = loggers
-    pl.seed_everything(config.seed, verbose=False)
-    adapters = uses_adapters(config, name)
     empty = spreads(trainer.strategy) and not trainer.is_global_zero  # gets its part when the weights are spread
-    with quiet():
-        if start_from is None:
-            model, processor = build(config, empty=empty)
-        else:
-            model, processor = load_model(start_from, pruner=config.pruner, text=config.encoder.text, empty=empty)
-        parts = make_trainable(model, config, name, precision)
-    model.vision_chunk = config.trainer.vision_chunk
-    model.attention, model.logits_chunk = config.trainer.attention, config.trainer.logits_chunk
+    model, processor, parts = load_stage(config, name, start_from, precision, empty)
     kernels = kernel_lines(model, torch.device(accelerator), precision.dtype)
-    model.template = template_of(config, name)
 
     records, features = stage_records(config, name), None
     if config.trainer.feature_cache:
@@ -142,12 +132,7 @@ def run_stage(
     processor.image_processor = image_processor(config.encoder, stage.image_aspect_ratio)
     with whole_weights(trainer.strategy, model), quiet():
         if trainer.is_global_zero:
-            if adapters:
-                with whole_folder(folder / "adapters") as made:
-                    save_adapters(model, made, None if start_from is None else str(start_from))
-                merge_adapters(model)
-            with whole_folder(run.model(name)) as made:
-                model.save(made, processor)
+            save_stage(model, processor, folder, start_from, uses_adapters(config, name))
     trainer.strategy.barrier("model saved")
     found = summary(folder / "metrics.jsonl") if trainer.is_global_zero else {}
     if found.get("data_share", 0.0) >= STARVED:
@@ -158,6 +143,38 @@ def run_stage(
         )
     run.update_stage(name, state="done", wall_minutes=(time.perf_counter() - began) / 60, **found)
     return found
+
+
+def load_stage(
+    config: Config, name: str, start_from: Path | None, precision: Precision, empty: bool
+) -> tuple[PackedLlava, Any, list[Part]]:
+    """The network as stage `name` trains it, its processor, and what is trained, part by part.
+
+    Args:
+        start_from: Hugging Face folder of the stage before; None: the base weights.
+        empty: on the meta device.
+    """
+    pl.seed_everything(config.seed, verbose=False)
+    with quiet():
+        if start_from is None:
+            model, processor = build(config, empty=empty)
+        else:
+            model, processor = load_model(start_from, pruner=config.pruner, text=config.encoder.text, empty=empty)
+        parts = make_trainable(model, config, name, precision)
+    model.vision_chunk = config.trainer.vision_chunk
+    model.attention, model.logits_chunk = config.trainer.attention, config.trainer.logits_chunk
+    model.template = template_of(config, name)
+    return model, processor, parts
+
+
+def save_stage(model: PackedLlava, processor: Any, folder: Path, start_from: Path | None, adapters: bool) -> None:
+    """Write what a stage has trained below its folder: `model/`, and `adapters/` before they are merged into it."""
+    if adapters:
+        with whole_folder(folder / "adapters") as part:
+            save_adapters(model, part, None if start_from is None else str(start_from))
+        merge_adapters(model)
+    with whole_folder(folder / "model") as part:
+        model.save(part, processor)
 
 
 def uses_adapters(config: Config, name: str) -> bool:
