@@ -100,8 +100,12 @@ def scatter(
             axis.scatter(along, up, s=size, color=colour, zorder=3).set_urls([links[i] for i in chosen])
             if chosen is not others:
                 axis.plot(along, up, color=colour, lw=1)
+    there: dict[tuple[float, float], list[str]] = {}
     for i in front:
-        axis.annotate(labels[i], points[i], (5, 4), textcoords="offset points", fontsize=8)
+        there.setdefault(points[i], []).append(labels[i])
+    for point, names in there.items():
+        text = " / ".join(names[:2]) + (f" / {len(names) - 2} more" if len(names) > 2 else "")
+        axis.annotate(text, point, (5, 4), textcoords="offset points", fontsize=8)
     axis.margins(0.12)
     axis.set_xlabel(xlabel)
     axis.set_ylabel(ylabel)
@@ -130,7 +134,7 @@ def _axes(size: tuple[float, float]) -> tuple[Any, Any]:
 
     if size == SMALL:  # many are drawn, and to measure a layout takes as long as to draw it
         figure = Figure(figsize=size)
-        return figure, figure.subplots(gridspec_kw={"left": 0.17, "right": 0.98, "bottom": 0.21, "top": 0.87})
+        return figure, figure.subplots(gridspec_kw={"left": 0.21, "right": 0.98, "bottom": 0.21, "top": 0.87})
     figure = Figure(figsize=size, layout="constrained")
     return figure, figure.subplots()
 

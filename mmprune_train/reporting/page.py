@@ -157,7 +157,11 @@ def _table(runs: Sequence[Run], compared: Compared, shown: Shown, order: Sequenc
         "s/step": lambda run: _last_stage(run).get("step_seconds"),
         "training min": lambda run: _training_minutes(run),
     }
-    columns = [*compared.keys, *shown.axes, *(name for name, find in more.items() if any(map(find, runs)))]
+    columns = [
+        *compared.keys,
+        *shown.axes,
+        *(name for name, find in more.items() if any(find(run) is not None for run in runs)),
+    ]
     rows = []
     for i in order:
         run, values = runs[i], compared.values[i]
