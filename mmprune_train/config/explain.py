@@ -19,9 +19,6 @@ _PLUS_GROUPS = ("experiment", "sweep", "hydra/launcher", "hydra/sweeper")
 _PLUGINS = {"hydra/sweeper": ("optuna",), "hydra/launcher": ("joblib", "submitit_local", "submitit_slurm")}
 """What the extra `sweep` installs."""
 
-_PLUGINS = {"hydra/sweeper": ("optuna",), "hydra/launcher": ("joblib", "submitit_local", "submitit_slurm")}
-"""What the extra `sweep` installs."""
-
 
 def nearest(word: str, known: Iterable[str]) -> str:
     """`; did you mean X?` for the most similar known word, or an empty string."""
@@ -87,8 +84,6 @@ def explain(error: BaseException) -> str:
         if name in _PLUGINS.get(group, ()):
             return f"{group}={name} is not installed: pip install 'mmprune-train[sweep]'"
         listed = re.findall(r"^\t(\S+)$", text, flags=re.M)  # Hydra's own list has what --config-dir adds
-        if name in _PLUGINS.get(group, ()):
-            return f"{group}={name} is not installed: pip install 'mmprune-train[sweep]'"
         return unknown_name(group, name, listed or options(group))
     if cause and (match := re.search(r"In '([^']+)': \w+ raised while composing config", text)):
         return f"{match.group(1)}.yaml: {explain(cause)}"

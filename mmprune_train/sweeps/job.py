@@ -22,7 +22,7 @@ from mmprune_train.errors import UserError
 from mmprune_train.reporting.results import numbers, pick
 from mmprune_train.sweeps.lock import alone_in
 from mmprune_train.sweeps.records import JobRecord, read_records, relative
-from mmprune_train.training.cluster import launch
+from mmprune_train.training.cluster import rank_here
 from mmprune_train.training.files import read_json
 
 
@@ -33,8 +33,7 @@ def run_job(cfg: DictConfig, execute: Callable[[Config], Any]) -> Any:
         To Hydra's basic sweeper the task's result; to one that optimises, the objective or a list of them. None where
         the job failed: no exception, which would have to survive being pickled, and would end the sweep.
     """
-    started = launch(cfg.trainer.devices)
-    if started is not None and started.rank:
+    if rank_here(cfg.trainer.devices):
         return execute(config_from(cfg))  # the first process speaks for the job
     hydra = HydraConfig.get()
     sweep = Path(hydra.sweep.dir)

@@ -4,21 +4,20 @@ from __future__ import annotations
 
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from mmprune_train.config.identity import run_dir
 from mmprune_train.config.schema import Config
 from mmprune_train.data.records import read_records
 from mmprune_train.data.sources import split_files
 from mmprune_train.errors import UserError
-from mmprune_train.model.quantize import check_quantization
 from mmprune_train.reporting.training import result_text
 from mmprune_train.tasks.prepare import prepare_data, prepare_weights
-from mmprune_train.training.cluster import join
-from mmprune_train.training.precision import choose_accelerator
-from mmprune_train.training.preemption import Preemption
-from mmprune_train.training.processes import end_with_parent
+from mmprune_train.training.cluster import join, rank_here
 from mmprune_train.training.rundir import RunDirectory, open_run
+
+if TYPE_CHECKING:
+    from mmprune_train.training.preemption import Preemption
 
 
 def run(config: Config) -> dict[str, Any]:
@@ -26,46 +25,70 @@ def run(config: Config) -> dict[str, Any]:
 
     Raises Preempted, with the exit code, where a signal asks the run to end.
     """
-    end_with_parent()
-    with Preemption() as preemption:
-        return _run(config, join(config.trainer.devices) == 0, preemption)
-
-
-def _run(config: Config, main: bool, preemption: Preemption) -> dict[str, Any]:
     if unknown := [name for name in config.stages if name not in config.stage]:
         raise UserError(f"stages: there is no stage {unknown[0]!r}; this run has {', '.join(config.stage)}")
+    main = rank_here(config.trainer.devices) == 0
+    asked = _questions(config, main)
     found = RunDirectory(run_dir(config), writable=False)
     todo = [name for name in config.stages if config.restart or not found.finished(name)]
-    if config.peft.name == "qlora" and any(config.stage[name].use_peft for name in todo):
-        check_quantization(choose_accelerator(config.trainer.accelerator))
-    evaluates = config.evaluate.after_train and config.data.evaluate.annotations is not None
-    if config.evaluate.after_train and not evaluates and main:
-        print("data.evaluate.annotations is not set: nothing will be evaluated after training", flush=True)
-    asked = {"evaluate": asdict(config.evaluate), "data": asdict(config.data.evaluate)} if evaluates else None
     result = None if todo else found.result
-    if result is not None and result.get("evaluated_with") != asked:
-        result = None  # other questions than those the finished run was asked
-    if result is None:  # before the run directory is made: a run that cannot start leaves nothing behind
-        prepare_data(config, [*todo, *(["evaluate"] if evaluates else [])])
-        for name in todo:  # a mistake in a later stage's data would show after the stages before it were trained
-            read_records(*split_files(config.data, name), getattr(config.data, name).limit)
-        prepare_weights(config)
-    directory = open_run(config, writable=main)
-    if todo:
-        _train(config, directory, todo, main, preemption)
+    if result is None or result.get("evaluated_with") != asked:  # other questions than a finished run was asked
+        result = _make(config, todo, asked, main)
+    else:
+        open_run(config, writable=main)  # says where the settings are not the run's
     if not main:
         return {}
-    if result is None:
-        result = {"run": str(directory.path), "stages": stage_summaries(directory, config.stages)}
-        if evaluates:
+    print(f"\n{result_text(result)}\n\n{found.path}", flush=True)
+    return result
+
+
+def _questions(config: Config, main: bool) -> dict[str, Any] | None:
+    """What decides the evaluation after training; None: there is none."""
+    if not config.evaluate.after_train:
+        return None
+    if config.data.evaluate.annotations is None:
+        if main:
+            print("data.evaluate.annotations is not set: nothing will be evaluated after training", flush=True)
+        return None
+    return {"evaluate": asdict(config.evaluate), "data": asdict(config.data.evaluate)}
+
+
+def _make(config: Config, todo: list[str], asked: dict[str, Any] | None, main: bool) -> dict[str, Any]:
+    """Train and evaluate; what is imported here takes seconds, and a finished run is shown without."""
+    from mmprune_train.training.preemption import Preemption
+    from mmprune_train.training.processes import end_with_parent
+
+    end_with_parent()
+    join(config.trainer.devices)
+    with Preemption() as preemption:
+        _check_inputs(config, todo, asked is not None)
+        directory = open_run(config, writable=main)
+        if todo:
+            _train(config, directory, todo, main, preemption)
+        if not main:
+            return {}
+        result: dict[str, Any] = {"run": str(directory.path), "stages": stage_summaries(directory, config.stages)}
+        if asked is not None:
             from mmprune_train.tasks.evaluate import evaluate_folder
 
             trained = directory.model(config.stages[-1])
             result["evaluate"] = evaluate_folder(config, trained, directory.path / "evaluate")
             result["evaluated_with"] = asked
         directory.write_result(result)
-    print(f"\n{result_text(result)}\n\n{directory.path}", flush=True)
     return result
+
+
+def _check_inputs(config: Config, todo: list[str], evaluates: bool) -> None:
+    """Before the run directory is made: a run that cannot start leaves nothing behind."""
+    from mmprune_train.model.quantize import check_quantization
+    from mmprune_train.training.precision import choose_accelerator
+
+    if config.peft.name == "qlora" and any(config.stage[name].use_peft for name in todo):
+        check_quantization(choose_accelerator(config.trainer.accelerator))
+    prepare_data(config, [*todo, *(["evaluate"] if evaluates else [])])
+    for name in todo:  # a mistake in a later stage's data would show after the stages before it were trained
+        read_records(*split_files(config.data, name), getattr(config.data, name).limit)
+    prepare_weights(config)
 
 
 def _train(config: Config, directory: RunDirectory, todo: list[str], main: bool, preemption: Preemption) -> None:

@@ -87,25 +87,30 @@ def has_part(task: str, devices: int, nodes: int, sweeping: bool) -> bool:
     return True
 
 
-def join(devices: int) -> int:
-    """Make Lightning know this process's rank before it has a Trainer, and return it.
+def rank_here(devices: int) -> int:
+    """Rank of this process among those of its run.
+
+    Args:
+        devices: processes a node.
+    """
+    found = launch(devices)
+    return int(os.environ.get("NODE_RANK", 0)) * devices if found is None else found.rank
+
+
+def join(devices: int) -> None:
+    """Make Lightning know this process's rank before it has a Trainer.
 
     Only the first process of a run writes, so the rank must be known from the start.
     """
     from pytorch_lightning.utilities.rank_zero import rank_zero_only
 
+    rank_zero_only.rank = rank_here(devices)
     found = launch(devices)
-    if found is None:
-        rank = int(os.environ.get("NODE_RANK", 0)) * devices
-    else:
-        rank = found.rank
-        if found.by == "submitit":
-            port = FIRST_PORT + int(os.environ["SUBMITIT_LOCAL_JOB_ID"]) % PORTS
-            os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
-            if found.processes > 1:
-                os.environ["LOCAL_RANK"] = os.environ["SUBMITIT_LOCAL_LOCALID"]
-    rank_zero_only.rank = rank
-    return rank
+    if found is not None and found.by == "submitit":
+        port = FIRST_PORT + int(os.environ["SUBMITIT_LOCAL_JOB_ID"]) % PORTS
+        os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+        if found.processes > 1:
+            os.environ["LOCAL_RANK"] = os.environ["SUBMITIT_LOCAL_LOCALID"]
 
 
 def environment(processes: int) -> Any:

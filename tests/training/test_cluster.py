@@ -11,7 +11,7 @@ from pytorch_lightning.utilities.rank_zero import rank_zero_only
 
 from mmprune_train.errors import UserError
 from mmprune_train.training import cluster
-from mmprune_train.training.cluster import Launch, environment, has_part, join, launch
+from mmprune_train.training.cluster import Launch, environment, has_part, join, launch, rank_here
 
 TORCHRUN = {"TORCHELASTIC_RUN_ID": "x", "RANK": "3", "WORLD_SIZE": "4", "LOCAL_RANK": "1"}
 SRUN = {
@@ -93,7 +93,8 @@ def test_the_rank_is_known_from_the_start(
         monkeypatch.setenv(name, "x")
         monkeypatch.delenv(name)
     put(monkeypatch, variables)
-    assert join(devices=2) == rank == rank_zero_only.rank
+    join(devices=2)
+    assert rank_here(devices=2) == rank == rank_zero_only.rank
     if variables is LOCAL:
         assert environment(2).creates_processes_externally and environment(2).local_rank() == 1
         assert environment(2).main_port == cluster.FIRST_PORT + 50123 % cluster.PORTS
