@@ -23,6 +23,8 @@ class Launch:
     """`torchrun`, `srun`, `submitit`, or `Lightning`, which starts the others of a node from the first."""
     rank: int
     processes: int
+    per_node: int | None = None
+    """None: not known."""
 
 
 def launch(devices: int = 1) -> Launch | None:
@@ -33,14 +35,16 @@ def launch(devices: int = 1) -> Launch | None:
     """
     here = os.environ
     if "TORCHELASTIC_RUN_ID" in here:
-        return Launch("torchrun", int(here["RANK"]), int(here["WORLD_SIZE"]))
+        return Launch("torchrun", int(here["RANK"]), int(here["WORLD_SIZE"]), int(here["LOCAL_WORLD_SIZE"]))
     if here.get("SUBMITIT_EXECUTOR") == "local":
         return Launch("submitit", int(here["SUBMITIT_LOCAL_GLOBALID"]), int(here["SUBMITIT_LOCAL_NTASKS"]))
     if "LOCAL_RANK" in here and "WORLD_SIZE" in here:
         node = int(here.get("NODE_RANK", 0))
         return Launch("Lightning", node * devices + int(here["LOCAL_RANK"]), int(here["WORLD_SIZE"]))
     if "SLURM_STEP_ID" in here:  # a batch script that calls no srun has SLURM_PROCID, too, and is alone
-        return Launch("srun", int(here["SLURM_PROCID"]), int(here["SLURM_STEP_NUM_TASKS"]))
+        per_node = here.get("SLURM_NTASKS_PER_NODE")
+        processes = int(here["SLURM_STEP_NUM_TASKS"])
+        return Launch("srun", int(here["SLURM_PROCID"]), processes, None if per_node is None else int(per_node))
     return None
 
 
@@ -72,17 +76,18 @@ def has_part(task: str, devices: int, nodes: int, sweeping: bool) -> bool:
                 "MASTER_PORT (docs/launching.md)"
             )
         return True
-    if found.processes != wanted:
+    if found.processes != wanted or found.per_node not in (None, devices):
         remedy = {
             "torchrun": f"torchrun --nnodes={nodes} --nproc-per-node={devices}",
             "srun": f"srun --nodes={nodes} --ntasks-per-node={devices}",
             "submitit": "leave hydra.launcher.tasks_per_node as it is",
         }.get(found.by, "unset LOCAL_RANK and WORLD_SIZE")
+        started = f"{found.processes} processes" + (f", {found.per_node} a node" if found.per_node else "")
         raise UserError(
-            f"{found.by} started {found.processes} processes, {asked} asks for {wanted}: {remedy}, or set "
+            f"{found.by} started {started}, {asked} asks for {wanted}: {remedy}, or set "
             "trainer.devices and trainer.num_nodes to what was started"
         )
-    if found.by == "srun" and "SLURM_NTASKS_PER_NODE" not in os.environ:
+    if found.by == "srun" and found.per_node is None:
         raise UserError(f"srun --ntasks={wanted}: say --ntasks-per-node={devices} in place of --ntasks")
     return True
 

@@ -13,7 +13,7 @@ from mmprune_train.errors import UserError
 from mmprune_train.training import cluster
 from mmprune_train.training.cluster import Launch, environment, has_part, join, launch, rank_here
 
-TORCHRUN = {"TORCHELASTIC_RUN_ID": "x", "RANK": "3", "WORLD_SIZE": "4", "LOCAL_RANK": "1"}
+TORCHRUN = {"TORCHELASTIC_RUN_ID": "x", "RANK": "3", "WORLD_SIZE": "4", "LOCAL_RANK": "1", "LOCAL_WORLD_SIZE": "2"}
 SRUN = {
     "SLURM_JOB_ID": "7", "SLURM_STEP_ID": "0", "SLURM_PROCID": "1", "SLURM_STEP_NUM_TASKS": "2", "SLURM_NTASKS": "2",
     "SLURM_NTASKS_PER_NODE": "1", "SLURM_LOCALID": "0", "SLURM_NODEID": "1",
@@ -33,7 +33,7 @@ def alone(monkeypatch: pytest.MonkeyPatch) -> None:
     for name in list(os.environ):
         if re.match("SLURM_|SUBMITIT_|TORCHELASTIC_|MASTER_", name):
             monkeypatch.delenv(name)
-    for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE", "NODE_RANK"):
+    for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "NODE_RANK"):
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setattr(rank_zero_only, "rank", 0)
 
@@ -47,9 +47,9 @@ def put(monkeypatch: pytest.MonkeyPatch, variables: dict[str, str]) -> None:
     ("variables", "found"),
     [
         ({}, None),
-        (TORCHRUN, Launch("torchrun", 3, 4)),
-        ({**SRUN, **TORCHRUN}, Launch("torchrun", 3, 4)),
-        (SRUN, Launch("srun", 1, 2)),
+        (TORCHRUN, Launch("torchrun", 3, 4, 2)),
+        ({**SRUN, **TORCHRUN}, Launch("torchrun", 3, 4, 2)),
+        (SRUN, Launch("srun", 1, 2, 1)),
         (BATCH, None),
         (CHILD, Launch("Lightning", 3, 4)),
         ({**ALONE_IN_STEP, **CHILD}, Launch("Lightning", 3, 4)),
@@ -105,8 +105,15 @@ def test_the_rank_is_known_from_the_start(
     [
         ({}, 2, 1, True, "hydra/launcher=submitit_local"),
         ({}, 1, 2, False, "srun --nodes=2 --ntasks-per-node=1"),
-        (TORCHRUN, 2, 1, False, "torchrun started 4 processes, .* asks for 2: torchrun --nnodes=1 --nproc-per-node=2"),
+        (
+            TORCHRUN,
+            2,
+            1,
+            False,
+            "torchrun started 4 processes, 2 a node, .* asks for 2: torchrun --nnodes=1 --nproc-per-node=2",
+        ),
         (SRUN, 1, 1, False, "srun started 2 processes"),
+        (SRUN, 2, 1, False, "srun started 2 processes, 1 a node, .*: srun --nodes=1 --ntasks-per-node=2"),
         (LOCAL, 1, 1, True, "hydra.launcher.tasks_per_node"),
         ({k: v for k, v in SRUN.items() if k != "SLURM_NTASKS_PER_NODE"}, 1, 2, False, "--ntasks-per-node=1"),
     ],
