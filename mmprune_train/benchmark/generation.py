@@ -14,7 +14,7 @@ from transformers import Cache, StoppingCriteria, StoppingCriteriaList
 
 from mmprune_train.benchmark.baseline import plain_attention
 from mmprune_train.benchmark.steps import BASELINE
-from mmprune_train.config.schema import PrunerConfig
+from mmprune_train.config.pruner_schema import PrunerConfig
 from mmprune_train.model.llava import PackedLlava
 
 

@@ -9,7 +9,7 @@ from statistics import fmean, median
 import torch
 from torch import Tensor
 
-from mmprune_train.config.schema import PrunerConfig
+from mmprune_train.config.pruner_schema import PrunerConfig
 from mmprune_train.model.clock import Clock
 from mmprune_train.model.llava import PackedLlava
 

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from mmprune_train.benchmark.baseline import padded_inputs, plain_attention
 from mmprune_train.benchmark.flops import flop_counter
 from mmprune_train.benchmark.memory import PeakMemory
-from mmprune_train.config.schema import PrunerConfig
+from mmprune_train.config.pruner_schema import PrunerConfig
 from mmprune_train.data.batch import Batch
 from mmprune_train.model.clock import Clock
 from mmprune_train.model.flops import StepFlops

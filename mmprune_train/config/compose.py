@@ -20,7 +20,8 @@ from mmprune_train.config.identity import sweep_name
 from mmprune_train.config.launchers import register_launchers
 from mmprune_train.config.paths import conf_dir, options
 from mmprune_train.config.pruner import check_pruner
-from mmprune_train.config.schema import Config, KneeConfig, PrunerConfig
+from mmprune_train.config.pruner_schema import KneeConfig, PrunerConfig
+from mmprune_train.config.schema import Config
 from mmprune_train.config.sweepers import register_sweepers
 from mmprune_train.errors import UserError
 

@@ -5,8 +5,7 @@ from __future__ import annotations
 import math
 from typing import Any
 
-from mmprune_train.config.schema import (
-    EncoderConfig,
+from mmprune_train.config.pruner_schema import (
     KneeConfig,
     LanguageStageConfig,
     PrunerConfig,
@@ -14,6 +13,7 @@ from mmprune_train.config.schema import (
     ScheduleConfig,
     VisionStageConfig,
 )
+from mmprune_train.config.schema import EncoderConfig
 from mmprune_train.config.values import at_least, component, one_of
 from mmprune_train.errors import UserError
 

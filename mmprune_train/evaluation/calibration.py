@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from mmprune_train.config.schema import KneeConfig, PrunerConfig
+from mmprune_train.config.pruner_schema import KneeConfig, PrunerConfig
 from mmprune_train.data.batch import Batch, Sample, collate
 from mmprune_train.data.encode import encode
 from mmprune_train.data.images import ImageReader

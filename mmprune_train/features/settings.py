@@ -16,7 +16,8 @@ from torch import nn
 
 from mmprune_train.assets import sha256_of
 from mmprune_train.config.pruner import projects
-from mmprune_train.config.schema import EncoderConfig, VisionStageConfig
+from mmprune_train.config.pruner_schema import VisionStageConfig
+from mmprune_train.config.schema import EncoderConfig
 from mmprune_train.data.images import image_processor
 from mmprune_train.errors import UserError
 from mmprune_train.model.images import ImageSide

@@ -24,7 +24,8 @@ from transformers import (
 )
 
 from mmprune_train.config.compose import load_pruner
-from mmprune_train.config.schema import Config, EncoderConfig, LlmConfig, PrunerConfig, TextTowerConfig
+from mmprune_train.config.pruner_schema import PrunerConfig
+from mmprune_train.config.schema import Config, EncoderConfig, LlmConfig, TextTowerConfig
 from mmprune_train.data.annotate import Annotator
 from mmprune_train.data.images import image_processor
 from mmprune_train.data.templates import get_template

@@ -14,7 +14,7 @@ from torch import Tensor
 from transformers import GenerationMixin, LlavaConfig, LlavaForConditionalGeneration, PreTrainedModel, ProcessorMixin
 from transformers.models.llava.modeling_llava import LlavaCausalLMOutputWithPast
 
-from mmprune_train.config.schema import PrunerConfig
+from mmprune_train.config.pruner_schema import PrunerConfig
 from mmprune_train.errors import UserError
 from mmprune_train.model import attention
 from mmprune_train.model.cache import PrunedCache

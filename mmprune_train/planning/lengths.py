@@ -12,7 +12,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from mmprune_train.config.schema import KneeConfig, PrunerConfig
+from mmprune_train.config.pruner_schema import KneeConfig, PrunerConfig
 from mmprune_train.data.batch import Sample, collate
 from mmprune_train.model.flops import PassShape
 from mmprune_train.pruning import IGNORE, Kind, PackedSequence, Pruner

@@ -12,7 +12,7 @@ import torch
 from jaxtyping import Float, Int64
 from torch import Tensor
 
-from mmprune_train.config.schema import KneeConfig, VisionStageConfig
+from mmprune_train.config.pruner_schema import KneeConfig, VisionStageConfig
 from mmprune_train.pruning.budgets import bounded, refuse_unsound, scaled_rank
 from mmprune_train.pruning.pruner import counts_of
 from mmprune_train.pruning.schedule import OWN

@@ -12,7 +12,7 @@ from jaxtyping import Bool, Float, Int64
 from torch import Tensor
 
 from mmprune_train.config.pruner import TEXT_SCORES, projects, pruned_layers, reads_text
-from mmprune_train.config.schema import KneeConfig, PrunerConfig
+from mmprune_train.config.pruner_schema import KneeConfig, PrunerConfig
 from mmprune_train.errors import UserError
 from mmprune_train.pruning.budgets import (
     FIXED,

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from jaxtyping import Int64
 from torch import Tensor
 
-from mmprune_train.config.schema import ScheduleConfig
+from mmprune_train.config.pruner_schema import ScheduleConfig
 
 Counts = Int64[Tensor, " B"]
 

@@ -17,7 +17,8 @@ from mmprune_train.config.checks import check_feature_cache, check_pruner_fits
 from mmprune_train.config.compose import load_pruner
 from mmprune_train.config.identity import run_dir
 from mmprune_train.config.pruner import reads_text
-from mmprune_train.config.schema import Config, PrunerConfig
+from mmprune_train.config.pruner_schema import PrunerConfig
+from mmprune_train.config.schema import Config
 from mmprune_train.data.batch import Batch
 from mmprune_train.data.loader import TrainLoader
 from mmprune_train.data.templates import get_template

@@ -14,7 +14,8 @@ import torch
 from mmprune_train.config.compose import to_yaml
 from mmprune_train.config.identity import run_dir
 from mmprune_train.config.pruner import KNEE_METHODS
-from mmprune_train.config.schema import CalibrateConfig, Config, PrunerConfig
+from mmprune_train.config.pruner_schema import PrunerConfig
+from mmprune_train.config.schema import CalibrateConfig, Config
 from mmprune_train.data.images import ImageReader, image_processor
 from mmprune_train.data.records import Record, read_records
 from mmprune_train.data.sources import split_files

@@ -8,7 +8,8 @@ from typing import Any
 
 from torch import Tensor
 
-from mmprune_train.config.schema import Config, PrunerConfig
+from mmprune_train.config.pruner_schema import PrunerConfig
+from mmprune_train.config.schema import Config
 from mmprune_train.data.dataset import Features
 from mmprune_train.data.images import ImageReader, image_processor
 from mmprune_train.data.lengths import VisualTokens

@@ -9,7 +9,7 @@ import pytest
 import torch
 from tiny import packed, tiny_inputs, tiny_llava
 
-from mmprune_train.config.schema import KneeConfig, VisionStageConfig
+from mmprune_train.config.pruner_schema import KneeConfig, VisionStageConfig
 from mmprune_train.pruning import available_budgets, find_knee
 from mmprune_train.pruning.budgets import spread_of_features
 from mmprune_train.pruning.calibration import Knob, ScoredImages, knob_of, solve, tokens_left

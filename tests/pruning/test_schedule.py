@@ -9,7 +9,7 @@ import pytest
 import torch
 from tiny import packed, tiny_inputs, tiny_llava
 
-from mmprune_train.config.schema import ScheduleConfig
+from mmprune_train.config.pruner_schema import ScheduleConfig
 from mmprune_train.pruning.schedule import OWN, Pace, pace, spare
 
 ANNEAL = ScheduleConfig("anneal", start=0.25, end=0.75)
