@@ -45,6 +45,7 @@ def command(*arguments: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run([sys.executable, *arguments], env=environment, capture_output=True, text=True, timeout=300)
 
 
+@pytest.mark.slow
 def test_the_next_command_trains_with_what_was_found(root: Path, tmp_path: Path) -> None:
     given = [*overrides(root, tmp_path), "knee=cumulative_mass", "pruner.language.layer=1"]
     done = command("-m", "mmprune_train", "task=calibrate", *given, "calibrate.target=0.4")

@@ -56,6 +56,7 @@ def test_the_guide_has_what_this_test_runs() -> None:
     assert len(COMMANDS) == 4 and len(SNIPPETS) == 1
 
 
+@pytest.mark.slow
 def test_its_commands_run_in_order(folder: Path) -> None:
     for command in COMMANDS:
         python, *words = shlex.split(command)

@@ -34,6 +34,7 @@ def test_every_experiment_plans(experiment: str, tmp_path: Path, capsys: pytest.
             assert pruned["visual_keep_ratio"] == pytest.approx(0.22, abs=0.03) and "ASSUMED" in stage["kept"]
 
 
+@pytest.mark.slow
 def test_llava_15_on_eight_a100s_takes_about_what_its_authors_say(tmp_path: Path) -> None:
     """3.5 and 10 hours, at the utilisation that is assumed; and the plan says what a smaller machine would need."""
     base = ["+experiment=llava7b_dense", f"runs_dir={tmp_path}", f"data.root={tmp_path}", "plan.device=a100_80gb"]
