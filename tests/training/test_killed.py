@@ -165,8 +165,8 @@ def cut_off_while_saving(run: Run) -> None:
 
 @pytest.mark.parametrize(
     ("strategy", "more"),
-    [("ddp", ()), ("deepspeed_zero2", ()), ("deepspeed_zero3", ("peft=none",))],
-    ids=["ddp", "zero2", "zero3_full"],
+    [("ddp", ()), ("fsdp2", ("peft=none",)), ("deepspeed_zero2", ()), ("deepspeed_zero3", ("peft=none",))],
+    ids=["ddp", "fsdp2_full", "zero2", "zero3_full"],
 )
 def test_two_processes_killed_and_their_newest_checkpoint_torn(
     strategy: str, more: tuple[str, ...], root: Path, runs: Path
