@@ -176,6 +176,8 @@ def _outlive_signals(worker: int) -> None:
     processes, and the running step still needs data."""
     for each in (signal.SIGUSR1, signal.SIGUSR2):
         signal.signal(each, signal.SIG_IGN)
+    if not hasattr(signal, "sigwaitinfo"):  # macOS, which has neither of the two
+        return
     signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
     parent = os.getppid()
 

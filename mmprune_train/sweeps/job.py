@@ -20,10 +20,10 @@ from mmprune_train.config.identity import run_dir
 from mmprune_train.config.schema import Config
 from mmprune_train.errors import UserError
 from mmprune_train.reporting.results import numbers, pick
-from mmprune_train.sweeps.lock import alone_in
 from mmprune_train.sweeps.records import JobRecord, read_records, relative
 from mmprune_train.training.cluster import rank_here
 from mmprune_train.training.files import read_json
+from mmprune_train.training.lock import alone_in
 
 
 def run_job(cfg: DictConfig, execute: Callable[[Config], Any]) -> Any:
@@ -46,7 +46,7 @@ def run_job(cfg: DictConfig, execute: Callable[[Config], Any]) -> Any:
             run = run_dir(config)
             record.run = relative(run, sweep)
             print(f"\n== job {record.job}: {changed(record, sweep)} -> {run}", flush=True)
-            held.enter_context(alone_in(run))
+            held.enter_context(alone_in(run, wait=True))
             record.note = same_run(record, sweep)
             record.write(sweep)
             result = execute(config)

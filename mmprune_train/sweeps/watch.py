@@ -16,6 +16,7 @@ from mmprune_train.config.checks import check_sweep
 from mmprune_train.config.schema import SweepConfig
 from mmprune_train.errors import UserError
 from mmprune_train.sweeps.records import JobRecord, read_records, summary_text, write_summary
+from mmprune_train.training.cluster import check_sweep_is_alone
 from mmprune_train.training.files import write_json
 
 _watch: SweepWatch | None = None
@@ -93,6 +94,7 @@ def exit_code(records: list[JobRecord]) -> int:
 
 def refuse(config: DictConfig) -> None:
     """Raise UserError for what would make every job fail, or all of them the same."""
+    check_sweep_is_alone()
     sweep = SweepConfig(list(config.sweep.objectives), list(config.sweep.directions))
     check_sweep(sweep)
     if config.hydra.runtime.choices["hydra/sweeper"] == "basic":

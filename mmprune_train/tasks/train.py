@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict
+from contextlib import nullcontext
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -13,7 +14,8 @@ from mmprune_train.data.sources import split_files
 from mmprune_train.errors import UserError
 from mmprune_train.reporting.training import result_text
 from mmprune_train.tasks.prepare import prepare_data, prepare_weights
-from mmprune_train.training.cluster import join, rank_here
+from mmprune_train.training.cluster import is_next_turn, join, rank_here
+from mmprune_train.training.lock import alone_in
 from mmprune_train.training.rundir import RunDirectory, open_run
 
 if TYPE_CHECKING:
@@ -27,6 +29,8 @@ def run(config: Config) -> dict[str, Any]:
     """
     if unknown := [name for name in config.stages if name not in config.stage]:
         raise UserError(f"stages: there is no stage {unknown[0]!r}; this run has {', '.join(config.stage)}")
+    if config.restart and is_next_turn():
+        config = replace(config, restart=False)  # this very command has made the run that it would move aside
     main = rank_here(config.trainer.devices) == 0
     asked = _questions(config, main)
     found = RunDirectory(run_dir(config), writable=False)
@@ -60,7 +64,7 @@ def _make(config: Config, todo: list[str], asked: dict[str, Any] | None, main: b
 
     end_with_parent()
     join(config.trainer.devices)
-    with Preemption() as preemption:
+    with Preemption(config.restart) as preemption, alone_in(run_dir(config)) if main else nullcontext():
         _check_inputs(config, todo, asked is not None)
         directory = open_run(config, writable=main)
         if todo:
@@ -95,18 +99,20 @@ def _train(config: Config, directory: RunDirectory, todo: list[str], main: bool,
     from mmprune_train.training.base_weights import base_weights
     from mmprune_train.training.run import run_stage
 
-    if main:
-        directory.update(base_weights=base_weights(config, directory.manifest.get("base_weights", {})))
+    recorded = {} if config.restart else directory.manifest.get("base_weights", {})
+    if main or recorded:  # all processes end where the weights are others, and one alone reads them the first time
+        directory.update(base_weights=base_weights(config, recorded))
     for name in todo:
         start = start_of(config, directory, name)
         if main:
             print(f"\n{name} starts from {start or 'the base weights and a new projector'}", flush=True)
-            _note_start(directory, name, start)
+        if main or not config.restart:  # what the others see may be the old run, on its way aside
+            _note_start(directory, name, start, main)
         run_stage(config, name, directory, start, preemption)
 
 
-def _note_start(directory: RunDirectory, name: str, start: Path | None) -> None:
-    """Record the weights that a stage starts from; UserError where its checkpoints belong to others."""
+def _note_start(directory: RunDirectory, name: str, start: Path | None, main: bool) -> None:
+    """Record the weights that a stage starts from; UserError on all processes where its checkpoints are of others."""
     from mmprune_train.training.base_weights import unchanged
     from mmprune_train.training.checkpoint_files import all_checkpoints
 
@@ -117,8 +123,9 @@ def _note_start(directory: RunDirectory, name: str, start: Path | None) -> None:
             f"stages={name}: its checkpoints began with {known['source']}, and it would now start from "
             f"{start or 'the base weights'}: ask for the stages= as before, or start a new run with run_id="
         )
-    entry = {"source": "the base weights"} if start is None else unchanged(f"stage {name}", start, known)
-    directory.update_stage(name, start=entry)
+    if main or known is not None:
+        entry = {"source": "the base weights"} if start is None else unchanged(f"stage {name}", start, known)
+        directory.update_stage(name, start=entry)
 
 
 def start_of(config: Config, directory: RunDirectory, stage: str) -> Path | None:

@@ -21,7 +21,6 @@ from mmprune_train.training.checkpoint_files import (
     Index,
     all_checkpoints,
     damage,
-    last_checkpoint,
     name_of,
     read_index,
     remove,
@@ -31,8 +30,6 @@ from mmprune_train.training.checkpoint_files import (
 )
 from mmprune_train.training.files import sync
 from mmprune_train.training.processes import ranks_of
-
-__all__ = ["Checkpoints", "PlainFile", "all_checkpoints", "last_checkpoint"]
 
 DAMAGED = ".damaged"
 

@@ -62,12 +62,12 @@ def has_part(task: str, devices: int, nodes: int, sweeping: bool) -> bool:
         return found is None or found.rank == 0
     wanted = devices * nodes
     asked = f"trainer.devices={devices} x trainer.num_nodes={nodes}"
-    if found is None or found.processes == 1:
+    if found is None or (found.by == "srun" and found.processes == 1):
         if sweeping and wanted > 1:
             raise UserError(
                 f"-m with {asked}: the processes that a run starts would each run the whole sweep again; add "
                 "hydra/launcher=submitit_local (on a cluster submitit_slurm), whose tasks_per_node follows "
-                f"trainer.devices, or start the sweep with torchrun --nproc-per-node={devices}"
+                "trainer.devices"
             )
         if nodes > 1 and not {"NODE_RANK", "MASTER_ADDR", "MASTER_PORT"} <= os.environ.keys():
             raise UserError(
@@ -90,6 +90,23 @@ def has_part(task: str, devices: int, nodes: int, sweeping: bool) -> bool:
     if found.by == "srun" and found.per_node is None:
         raise UserError(f"srun --ntasks={wanted}: say --ntasks-per-node={devices} in place of --ntasks")
     return True
+
+
+def check_sweep_is_alone() -> None:
+    """Raise UserError where a sweep is started by several processes at once: one that fails in a job alone would go on
+    to the next, and each would take the other's collectives for its own. A job of submitit's is no such sweep."""
+    found = launch()
+    if found is not None and found.processes > 1 and "SUBMITIT_EXECUTOR" not in os.environ:
+        raise UserError(
+            f"-m under {found.by}, which started {found.processes} processes: start the sweep once, with "
+            "hydra/launcher=submitit_local hydra.sweeper.max_batch_size=1 (on a cluster submitit_slurm), which starts "
+            "the processes of each job"
+        )
+
+
+def is_next_turn() -> bool:
+    """Whether a scheduler or torchrun has started the same command again by itself."""
+    return any(int(os.environ.get(name, 0)) > 0 for name in ("SLURM_RESTART_COUNT", "TORCHELASTIC_RESTART_COUNT"))
 
 
 def rank_here(devices: int) -> int:

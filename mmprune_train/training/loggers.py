@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import netrc
 import os
+import threading
 from argparse import Namespace
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -18,6 +19,9 @@ from pytorch_lightning.utilities import rank_zero_only
 from mmprune_train.config.schema import LoggerConfig, WandbConfig
 from mmprune_train.training.files import read_jsonl
 from mmprune_train.training.preemption import EXIT_CODE, Preempted, withheld
+
+PATIENCE = 30.0
+"""Seconds that a run which is ended early waits for wandb. Our choice."""
 
 
 class CsvLogger(Logger):
@@ -104,14 +108,14 @@ class WandbRun(WandbLogger):
             with self._outlived():
                 self.experiment.log({**metrics, "trainer/global_step": step}, step=step, commit=True)
 
-    def close(self, preempted: bool) -> None:
-        """End the run; `preempted`: it will go on."""
+    def close(self, code: int = 0) -> None:
+        """End the run with the exit code of training; that of a preempted one goes on."""
         if self.gone:
             return
         with self._outlived():
-            if preempted:
+            if code == EXIT_CODE:
                 self.experiment.mark_preempting()
-            self.experiment.finish(exit_code=EXIT_CODE if preempted else 0)
+            self.experiment.finish(exit_code=code)
 
     @contextmanager
     def _outlived(self) -> Iterator[None]:
@@ -149,20 +153,24 @@ def build_loggers(config: LoggerConfig, stage_dir: Path, run_name: str, resumed_
 
 @contextmanager
 def open_loggers(loggers: list[Logger]) -> Iterator[None]:
-    """Context of a stage's training. At its end the wandb run ends, so that the next stage of this process opens one of
-    its own; wandb is told of a preemption, after which the same run goes on."""
+    """Context of a stage's training. At its end, however it ends, the wandb run ends, so that the next stage or job of
+    this process opens one of its own; wandb is told of a preemption, after which the same run goes on."""
     runs = [each for each in loggers if isinstance(each, WandbRun)] if rank_zero_only.rank == 0 else []
     with withheld():  # wandb's own process must outlive them
         for run in runs:
             run.open()
     try:
         yield
-    except Preempted:
-        for run in runs:
-            run.close(preempted=True)
+    except BaseException as error:
+        code = EXIT_CODE if isinstance(error, Preempted) else 1
+        closing = [threading.Thread(target=run.close, args=(code,), daemon=True) for run in runs]
+        for each in closing:  # whose server may not answer, while the job waits to be put back in the queue
+            each.start()
+        for each in closing:
+            each.join(PATIENCE)
         raise
     for run in runs:
-        run.close(preempted=False)
+        run.close()
 
 
 def wandb_offline(config: WandbConfig) -> bool:

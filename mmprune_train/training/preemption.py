@@ -17,7 +17,7 @@ from pytorch_lightning.utilities.rank_zero import rank_zero_only
 
 from mmprune_train.training.callbacks import StepWatch
 from mmprune_train.training.checkpoints import Checkpoints
-from mmprune_train.training.cluster import is_running, requeue, slurm_job
+from mmprune_train.training.cluster import is_running, launch, requeue, slurm_job
 
 SIGNALS = (signal.SIGUSR1, signal.SIGUSR2, signal.SIGTERM)
 EXIT_CODE = 75
@@ -47,7 +47,11 @@ class Preemption:
     elsewhere they raise Preempted where they come.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, restart: bool = False) -> None:
+        """Args:
+        restart: the command moves the run aside that it finds.
+        """
+        self.restart = restart
         self.training = False
         self.signal = 0
         """Number of the signal that came; 0: none."""
@@ -90,7 +94,12 @@ class Preemption:
 
     def _end(self, end: Preempted) -> None:
         saved = "" if end.step is None else f" after step {end.step}"
-        print(f"{end.signal.name}: ended{saved}; the same command continues", flush=True)
+        command = "the same command without restart=true" if self.restart else "the same command"
+        print(f"{end.signal.name}: ended{saved}; {command} continues", flush=True)
+        started = launch()
+        if end.step is None and end.signal == signal.SIGTERM and started is not None and started.by == "torchrun":
+            print("not put back in the queue: torchrun ends all processes where one of them has failed", flush=True)
+            return
         again = self._submitit()
         if (job := slurm_job()) is not None:
             try:

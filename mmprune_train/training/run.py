@@ -68,6 +68,7 @@ def run_stage(
     with quiet():
         trainer = pl.Trainer(**trainer_options, default_root_dir=folder, logger=False)
     start_processes(trainer)
+    start_from = ranks_of(trainer).exchange(start_from)[0]  # what the others see of the disk may be older
     resume = last_checkpoint(folder / "checkpoints", ranks_of(trainer))
     if resume:
         check_written_by(resume, strategy, world)

@@ -70,14 +70,15 @@ class RunDirectory:
 def open_run(config: Config, writable: bool = True) -> RunDirectory:
     """The run directory of a config: made, or found and checked.
 
-    `config.restart` moves an existing one aside, never deletes it.
+    `config.restart` moves an existing one aside, never deletes it. Every process calls this: what is wrong for the one
+    that writes must end the others, too.
 
     Raises:
         UserError: the directory was made with other settings; the message names them.
     """
     path = run_dir(config)
-    if not writable:
-        return RunDirectory(path, False)
+    if config.restart and not writable:
+        return RunDirectory(path, False)  # it may be on its way aside
     if config.restart and path.exists():
         aside = free_name(path)
         path.rename(aside)
@@ -90,9 +91,9 @@ def open_run(config: Config, writable: bool = True) -> RunDirectory:
                 f"{path} was made with other settings: {'; '.join(changed[:5])}; undo them, or give another run_id=, "
                 "or restart=true to move the old run aside"
             )
-    else:
+    elif writable:
         write_atomically(written, to_yaml(config))
-    run = RunDirectory(path, True)
+    run = RunDirectory(path, writable)
     if not run.manifest:
         run.update(
             created=time.strftime("%Y-%m-%dT%H:%M:%S%z"),

@@ -17,11 +17,11 @@ STAND_IN = 'mmprune() { printf "%s\\x1f" "$@"; echo; }'
 
 def commands(page: Path) -> list[list[str]]:
     """The arguments of each `mmprune` command of a page, as a shell reads them."""
-    blocks = re.findall(r"```bash\n(.*?)```", page.read_text(encoding="utf-8"), re.DOTALL)
+    blocks = re.findall(r"```(?:bash)?\n(.*?)```", page.read_text(encoding="utf-8"), re.DOTALL)
     kept = []
     for block in blocks:
-        lines = block.replace("\\\n", " ").splitlines()
-        kept += [line for line in lines if re.match(r"(mmprune|\w+=)", line)]
+        lines = re.sub(r"^srun .*python -m mmprune_train", "mmprune", block, flags=re.MULTILINE)
+        kept += [line for line in lines.replace("\\\n", " ").splitlines() if re.match(r"(mmprune|\w+=)", line)]
     done = subprocess.run(["bash", "-c", "\n".join([STAND_IN, *kept])], capture_output=True, text=True, check=True)
     return [line.split("\x1f")[:-1] for line in done.stdout.splitlines()]
 

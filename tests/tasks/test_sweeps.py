@@ -23,8 +23,8 @@ from mmprune_train.config.compose import compose_config, load_pruner
 from mmprune_train.config.paths import conf_dir, options
 from mmprune_train.config.schema import Config
 from mmprune_train.errors import UserError
-from mmprune_train.sweeps.lock import alone_in
 from mmprune_train.tasks import TASKS, Task
+from mmprune_train.training.lock import alone_in
 
 Sweep = Callable[..., tuple[int, str, str]]
 
@@ -127,9 +127,19 @@ def test_the_objectives_may_be_others_and_one_that_no_job_has_is_told(sweep: Swe
     assert [job["objectives"] for job in jobs()] == [{"accuracy.open": 0.0}, {"accuracy.open": 0.1}]
 
 
+def test_several_processes_may_not_start_one_sweep(sweep: Sweep, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name, value in (("RUN_ID", "x"), ("RESTART_COUNT", "0")):
+        monkeypatch.setenv(f"TORCHELASTIC_{name}", value)
+    for name, value in (("RANK", "1"), ("WORLD_SIZE", "2"), ("LOCAL_WORLD_SIZE", "2")):
+        monkeypatch.setenv(name, value)
+    code, out, err = sweep("pruner.language.layer=1,2", "trainer.devices=2", "strategy=ddp")
+    assert code == 2 and "-m under torchrun, which started 2 processes: start the sweep once" in err
+    assert "== job" not in out
+
+
 def test_another_rank_of_a_job_leaves_no_record(sweep: Sweep, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("LOCAL_RANK", "1")
-    monkeypatch.setenv("WORLD_SIZE", "2")
+    for name, value in (("LOCAL_GLOBALID", "1"), ("LOCAL_NTASKS", "2"), ("EXECUTOR", "local")):
+        monkeypatch.setenv(f"SUBMITIT_{name}", value)
     code, out, _ = sweep("pruner.language.layer=1", "trainer.devices=2", "strategy=ddp")
     assert code == 0 and "worked on 1" in out and "== job" not in out
     assert not (directory() / "jobs").exists()
@@ -178,13 +188,15 @@ def test_optuna_gets_the_objectives_marks_failed_trials_and_goes_on_with_its_stu
 
 def test_a_run_directory_is_used_by_one_process_at_a_time(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
     run = tmp_path / "smoke" / "a"
-    code = "import sys, pathlib, time; from mmprune_train.sweeps.lock import alone_in\n"
+    code = "import sys, pathlib, time; from mmprune_train.training.lock import alone_in\n"
     code += "with alone_in(pathlib.Path(sys.argv[1])): print('in', flush=True); time.sleep(1.5)"
     other = subprocess.Popen([sys.executable, "-c", code, str(run)], stdout=subprocess.PIPE, text=True)
     assert other.stdout is not None and other.stdout.readline() == "in\n"
     with alone_in(tmp_path / "smoke" / "b"):
         assert "waits" not in capfd.readouterr().out
-    with alone_in(run):
+    with pytest.raises(UserError, match="another process trains this run; wait"), alone_in(run):
+        pass
+    with alone_in(run, wait=True), alone_in(run):
         assert "waits for another job with the same run directory" in capfd.readouterr().out
         assert other.wait(10) == 0
 

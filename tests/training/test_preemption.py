@@ -17,7 +17,7 @@ from training.synthetic import overrides, write_dataset
 from mmprune_train.config.compose import compose_config
 from mmprune_train.training import preemption as module
 from mmprune_train.training.callbacks import MetricsWriter
-from mmprune_train.training.checkpoints import all_checkpoints
+from mmprune_train.training.checkpoint_files import all_checkpoints
 from mmprune_train.training.preemption import SIGNALS, Preempted, Preemption
 from mmprune_train.training.run import run_stage
 from mmprune_train.training.rundir import open_run

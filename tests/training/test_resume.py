@@ -19,7 +19,7 @@ from mmprune_train.data import loader
 from mmprune_train.data.lengths import KeptTokens
 from mmprune_train.errors import UserError
 from mmprune_train.training.callbacks import MetricsWriter
-from mmprune_train.training.checkpoints import all_checkpoints
+from mmprune_train.training.checkpoint_files import all_checkpoints
 from mmprune_train.training.run import run_stage
 from mmprune_train.training.rundir import RunDirectory, open_run
 
