@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import wandb
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from training.synthetic import overrides, write_dataset
 from training.wandb_file import history
