@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -11,13 +12,27 @@ from mmprune_train.config.schema import DataConfig, SplitConfig
 from mmprune_train.data import easy_vqa
 from mmprune_train.errors import UserError
 
-SOURCES: dict[str, Callable[[Path], dict[str, Any]]] = {"easy_vqa": easy_vqa.prepare}
-"""Name in `data.source` -> what writes that data set in LLaVA's format and returns its manifest."""
+
+@dataclass(frozen=True)
+class Source:
+    """A data set that this project can fetch."""
+
+    prepare: Callable[[Path], dict[str, Any]]
+    """Writes it in LLaVA's format and returns its manifest."""
+    format: int
+    """Of what is written; each has a folder of its own in the cache."""
+
+
+SOURCES = {"easy_vqa": Source(easy_vqa.prepare, easy_vqa.FORMAT)}
+"""By the name in `data.source`."""
 
 
 def data_root(data: DataConfig) -> Path:
     """`data.root`, else a folder of the data set's name in the cache."""
-    return Path(data.root).expanduser() if data.root else cache_dir() / "data" / data.name
+    if data.root:
+        return Path(data.root).expanduser()
+    source = SOURCES.get(data.source or "")
+    return cache_dir() / "data" / (data.name if source is None else f"{data.name}-v{source.format}")
 
 
 def prepare_data(data: DataConfig) -> dict[str, Any] | None:
@@ -26,7 +41,7 @@ def prepare_data(data: DataConfig) -> dict[str, Any] | None:
         return None
     if data.source not in SOURCES:
         raise UserError(f"data.source={data.source!r} is unknown; choose one of {', '.join(SOURCES)} or null")
-    return SOURCES[data.source](data_root(data))
+    return SOURCES[data.source].prepare(data_root(data))
 
 
 def split_files(data: DataConfig, part: str) -> tuple[Path, Path]:

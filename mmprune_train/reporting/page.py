@@ -37,7 +37,7 @@ class Shown:
     maximize_y: bool = True
     maximize_x: bool = False
     heat: tuple[str, str] | None = None
-    """Rows and columns of the heat map; None: the first two settings that vary."""
+    """Rows and columns of the heat map; None: the first two settings that vary, `seed` only for want of another."""
 
     @property
     def axes(self) -> list[str]:
@@ -224,7 +224,7 @@ def _label(run: Run, keys: Sequence[str]) -> str:
 
 def _heat(runs: Sequence[Run], compared: Compared, shown: Shown) -> dict[str, Any]:
     """Means of y over the runs of each pair of values, as cells with a shade from 0 to 100."""
-    keys = shown.heat or tuple(compared.keys[:2])
+    keys = shown.heat or tuple(sorted(compared.keys, key="seed".__eq__)[:2])
     if shown.heat is not None:
         for key in shown.heat:
             if not any(key in run.settings for run in runs):

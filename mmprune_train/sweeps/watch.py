@@ -61,7 +61,8 @@ class SweepWatch(Callback):
         """Print and write the table; the exit code of the jobs that this process started."""
         fresh = {path for path, when in record_times(self.folder).items() if self.before.get(path) != when}
         if not fresh:
-            return 0
+            print(f"error: no job of the sweep has left a record in {self.folder}", file=sys.stderr, flush=True)
+            return 1
         records = read_records(self.folder)
         names, directions = self.settings["objectives"], self.settings["directions"]
         write_summary(self.folder, self.settings, records)

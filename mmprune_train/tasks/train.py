@@ -40,6 +40,8 @@ def run(config: Config) -> dict[str, Any]:
         result = _make(config, todo, asked, main)
     else:
         open_run(config, writable=main)  # says where the settings are not the run's
+        if main:
+            print("this run has ended before: nothing is trained (restart=true starts over)", flush=True)
     if not main:
         return {}
     print(f"\n{result_text(result)}\n\n{found.path}", flush=True)

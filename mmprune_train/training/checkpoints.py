@@ -6,6 +6,7 @@ the base model's, from which a resumed run starts anyway.
 
 from __future__ import annotations
 
+import shutil
 import time
 from pathlib import Path
 from statistics import fmean
@@ -117,7 +118,14 @@ class Checkpoints(StepWatch):
             remove(temporary)
             temporary.mkdir(parents=True)
         trainer.strategy.barrier("before the checkpoint")
-        trainer.save_checkpoint(temporary / STATE)
+        try:
+            trainer.save_checkpoint(temporary / STATE)
+        except (OSError, RuntimeError) as error:  # torch has errors of its own for a full disk
+            free = shutil.disk_usage(self.folder).free / 2**30
+            raise RuntimeError(
+                f"{final} cannot be written ({error}; {free:.2f} GiB are free there); those before it are whole: "
+                "the same command continues after the newest"
+            ) from error
         trainer.strategy.barrier("the checkpoint is written")
         loss = fmean(self.losses) if self.losses else None
         seal(temporary, Index(step, self.strategy, trainer.world_size, loss), ranks_of(trainer))

@@ -26,14 +26,18 @@ def alone_in(run: Path, wait: bool = False) -> Iterator[None]:
     Args:
         wait: for another process to leave.
     Raises:
-        UserError: another process is there, and this one is not to wait.
+        UserError: another process is there, and this one is not to wait; or nothing can be written there.
     """
     where = run.resolve()
     if where in _held:
         yield
         return
     file = run.parent.parent / ".locks"
-    file.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.touch()
+    except OSError as error:
+        raise UserError(f"runs_dir: {file.parent} cannot be written to ({error.strerror}); set runs_dir=") from error
     place = int(hashlib.sha256(f"{run.parent.name}/{run.name}".encode()).hexdigest()[:7], 16)
     with file.open("ab") as handle:
         try:

@@ -17,7 +17,7 @@ from pytorch_lightning.utilities.rank_zero import rank_zero_only
 
 from mmprune_train.training.callbacks import StepWatch
 from mmprune_train.training.checkpoints import Checkpoints
-from mmprune_train.training.cluster import is_running, launch, requeue, slurm_job
+from mmprune_train.training.cluster import is_running, requeue, slurm_job
 
 SIGNALS = (signal.SIGUSR1, signal.SIGUSR2, signal.SIGTERM)
 EXIT_CODE = 75
@@ -96,8 +96,7 @@ class Preemption:
         saved = "" if end.step is None else f" after step {end.step}"
         command = "the same command without restart=true" if self.restart else "the same command"
         print(f"{end.signal.name}: ended{saved}; {command} continues", flush=True)
-        started = launch()
-        if end.step is None and end.signal == signal.SIGTERM and started is not None and started.by == "torchrun":
+        if end.step is None and end.signal == signal.SIGTERM and "TORCHELASTIC_RUN_ID" in os.environ:
             print("not put back in the queue: torchrun ends all processes where one of them has failed", flush=True)
             return
         again = self._submitit()
