@@ -175,4 +175,4 @@ def test_a_signal_to_one_process_saves_and_ends_all(root: Path, tmp_path: Path) 
     run.send_signal(signal.SIGUSR1)
     told, _ = run.communicate(timeout=60)
     assert run.returncode == 75 and f"SIGUSR1: ended after step {rows()}" in told
-    assert [path.name for path in all_checkpoints(folder / "checkpoints")] == [f"step-{rows():08d}.ckpt"]
+    assert all_checkpoints(folder / "checkpoints")[-1].name == f"step-{rows():08d}.ckpt"
