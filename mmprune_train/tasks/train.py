@@ -66,21 +66,25 @@ def _make(config: Config, todo: list[str], asked: dict[str, Any] | None, main: b
 
     end_with_parent()
     join(config.trainer.devices)
-    with Preemption(config.restart) as preemption, alone_in(run_dir(config)) if main else nullcontext():
+    with Preemption(config.restart) as preemption:
         _check_inputs(config, todo, asked is not None)
-        directory = open_run(config, writable=main)
-        if todo:
-            _train(config, directory, todo, main, preemption)
-        if not main:
-            return {}
-        result: dict[str, Any] = {"run": str(directory.path), "stages": stage_summaries(directory, config.stages)}
-        if asked is not None:
-            from mmprune_train.tasks.evaluate import evaluate_folder
+        with alone_in(run_dir(config)) if main else nullcontext():
+            directory = open_run(config, writable=main)
+            if todo:
+                _train(config, directory, todo, main, preemption)
+            return _evaluated(config, directory, asked) if main else {}
 
-            trained = directory.model(config.stages[-1])
-            result["evaluate"] = evaluate_folder(config, trained, directory.path / "evaluate")
-            result["evaluated_with"] = asked
-        directory.write_result(result)
+
+def _evaluated(config: Config, directory: RunDirectory, asked: dict[str, Any] | None) -> dict[str, Any]:
+    """The result of a trained run, after the evaluation that is asked for."""
+    result: dict[str, Any] = {"run": str(directory.path), "stages": stage_summaries(directory, config.stages)}
+    if asked is not None:
+        from mmprune_train.tasks.evaluate import evaluate_folder
+
+        trained = directory.model(config.stages[-1])
+        result["evaluate"] = evaluate_folder(config, trained, directory.path / "evaluate")
+        result["evaluated_with"] = asked
+    directory.write_result(result)
     return result
 
 
