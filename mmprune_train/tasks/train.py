@@ -113,11 +113,11 @@ def _train(config: Config, directory: RunDirectory, todo: list[str], main: bool,
         if main:
             print(f"\n{name} starts from {start or 'the base weights and a new projector'}", flush=True)
         if main or not config.restart:  # what the others see may be the old run, on its way aside
-            _note_start(directory, name, start, main)
+            _note_start(directory, name, start)
         run_stage(config, name, directory, start, preemption)
 
 
-def _note_start(directory: RunDirectory, name: str, start: Path | None, main: bool) -> None:
+def _note_start(directory: RunDirectory, name: str, start: Path | None) -> None:
     """Record the weights that a stage starts from; UserError on all processes where its checkpoints are of others."""
     from mmprune_train.training.base_weights import unchanged
     from mmprune_train.training.checkpoint_files import all_checkpoints
@@ -129,7 +129,7 @@ def _note_start(directory: RunDirectory, name: str, start: Path | None, main: bo
             f"stages={name}: its checkpoints began with {known['source']}, and it would now start from "
             f"{start or 'the base weights'}: ask for the stages= as before, or start a new run with run_id="
         )
-    if main or known is not None:
+    if directory.writable or known is not None:
         entry = {"source": "the base weights"} if start is None else unchanged(f"stage {name}", start, known)
         directory.update_stage(name, start=entry)
 

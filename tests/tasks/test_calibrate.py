@@ -184,6 +184,7 @@ def test_what_cannot_be_calibrated_is_one_line(root: Path, tmp_path: Path, more:
     assert "\n" not in str(caught.value) and not list(tmp_path.iterdir())
 
 
+@pytest.mark.slow
 def test_a_trained_run_is_calibrated_in_its_own_folder_with_its_own_settings(root: Path, tmp_path: Path) -> None:
     short = ["stage.pretrain.max_steps=1", "stage.instruct.max_steps=1", "evaluate.after_train=false"]
     train.run(compose_config([*overrides(root, tmp_path), *short, "pruner=encoder_only", "knee=fixed_ratio"]))

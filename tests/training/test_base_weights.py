@@ -69,6 +69,9 @@ def test_a_stage_that_has_begun_keeps_what_it_started_from(folder: Path, tmp_pat
     _note_start(run, "instruct", folder)
     with pytest.raises(UserError, match=r"began with vicuna, and it would now start from the base weights"):
         _note_start(run, "instruct", None)
+    other = RunDirectory(run.path, writable=False)
+    _note_start(other, "instruct", folder)
     (folder / "model-00001.safetensors").write_bytes(b"trained anew")
-    with pytest.raises(UserError, match=r"stage instruct: the weights in .*vicuna"):
-        _note_start(run, "instruct", folder)
+    for rank in (run, other):  # one that went on would wait for the other
+        with pytest.raises(UserError, match=r"stage instruct: the weights in .*vicuna"):
+            _note_start(rank, "instruct", folder)

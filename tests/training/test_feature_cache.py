@@ -126,6 +126,7 @@ class Killed(BaseException):
     """Not an Exception: nothing on the way may catch it and save something."""
 
 
+@pytest.mark.slow
 def test_a_killed_run_goes_on_bit_for_bit(root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def run(runs: str) -> list[float]:
         config = cached(root, tmp_path, "trainer.checkpoint_every_steps=2", "peft.dropout=0.3", runs=runs)
