@@ -164,27 +164,17 @@ def cut_off_while_saving(run: Run) -> None:
 
 
 @pytest.mark.parametrize(
-    ("strategy", "more", "kills"),
-    [
-        ("ddp", (), 0),
-        ("fsdp2", ("peft=none",), 0),
-        ("deepspeed_zero2", (), 3),
-        ("deepspeed_zero3", ("peft=none",), 3),
-    ],
+    ("strategy", "more"),
+    [("ddp", ()), ("fsdp2", ("peft=none",)), ("deepspeed_zero2", ()), ("deepspeed_zero3", ("peft=none",))],
     ids=["ddp", "fsdp2_full", "zero2", "zero3_full"],
 )
 def test_two_processes_killed_and_their_newest_checkpoint_torn(
-    strategy: str, more: tuple[str, ...], kills: int, root: Path, runs: Path
+    strategy: str, more: tuple[str, ...], root: Path, runs: Path
 ) -> None:
-    """At random steps, then after step 8, whereupon the newest checkpoint is torn."""
     settings = ("stages=[instruct]", f"strategy={strategy}", "trainer.devices=2", "stage.instruct.max_steps=10", *more)
     whole, run = Run(root, runs / "whole", *settings), Run(root, runs / "killed", *settings)
     whole.start()
     whole.finish()
-    for step in sorted(random.Random(7).sample(range(1, 8), kills)):
-        run.start()
-        run.wait_for(step)
-        run.kill()
     run.start()
     run.wait_for(8)
     os.kill(run.group, signal.SIGKILL)  # the launcher alone: the ranks that it started must not stay behind
