@@ -60,7 +60,7 @@ class DeviceTensor(Tensor):
         return made
 
     @property
-    def device(self) -> torch.device:  # type: ignore[override]
+    def device(self) -> torch.device:
         return DEVICE
 
     def tolist(self) -> Any:

@@ -12,6 +12,7 @@ from torch.nn.utils.rnn import pad_sequence
 from mmprune_train.data.batch import Batch
 from mmprune_train.model import attention
 from mmprune_train.model.llava import PackedLlava
+from mmprune_train.model.lora import as_peft_adds
 from mmprune_train.pruning import IGNORE
 
 
@@ -32,11 +33,12 @@ def padded_inputs(batch: Batch, pad_id: int = 0) -> dict[str, Tensor]:
 
 
 @contextmanager
-def plain_attention(model: PackedLlava, name: str = "sdpa") -> Iterator[None]:
-    """While the context lasts, `model.hf` runs as transformers loads it, with the attention of that name."""
+def as_transformers(model: PackedLlava, attend: str = "sdpa") -> Iterator[None]:
+    """While the context lasts, `model.hf` runs as transformers and PEFT make it, with the attention of that name."""
     config = model.hf.model.language_model.layers[0].self_attn.config
-    config._attn_implementation = name
+    config._attn_implementation = attend
     try:
-        yield
+        with as_peft_adds(model.hf):
+            yield
     finally:
         config._attn_implementation = attention.NAME

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from math import prod
 from typing import Any
 
 import torch
@@ -12,14 +13,20 @@ def flop_counter() -> FlopCounterMode:
     """Context that counts; `get_total_flops()` afterwards.
 
     torch's own counter knows the attention kernels of GPUs alone and takes the CPU's for nothing. As it does, causal
-    attention is counted whole.
+    attention is counted whole. Products that are added in place it leaves out, too.
     """
     aten: Any = torch.ops.aten
     mapping = {
         aten._scaled_dot_product_flash_attention_for_cpu: _attention,
         aten._scaled_dot_product_flash_attention_for_cpu_backward: _attention_backward,
+        aten.addmm_: _product,
+        aten.baddbmm_: _product,
     }
     return FlopCounterMode(display=False, custom_mapping=mapping)
+
+
+def _product(_: Any, left: Any, right: Any, *__: Any, **___: Any) -> int:
+    return 2 * prod(left) * right[-1]
 
 
 def _attention(query: Any, key: Any, value: Any, *_: Any, **__: Any) -> int:

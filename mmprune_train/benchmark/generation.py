@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from transformers import Cache, StoppingCriteria, StoppingCriteriaList
 
-from mmprune_train.benchmark.baseline import plain_attention
+from mmprune_train.benchmark.baseline import as_transformers
 from mmprune_train.benchmark.steps import BASELINE
 from mmprune_train.config.pruner_schema import PrunerConfig
 from mmprune_train.model.llava import PackedLlava
@@ -64,7 +64,7 @@ def generation_costs(
     found: dict[str, list[tuple[float, float, int]]] = {name: [] for name in names}
     for number in range(repeats + 1):
         for name in names:
-            with plain_attention(model) if name == BASELINE else model.pruned_by(pruners[name]):
+            with as_transformers(model) if name == BASELINE else model.pruned_by(pruners[name]):
                 measured = _generate(model.hf if name == BASELINE else model, inputs, new_tokens, dtype)
             if number:
                 found[name].append(measured)

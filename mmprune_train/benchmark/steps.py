@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from mmprune_train.benchmark.baseline import padded_inputs, plain_attention
+from mmprune_train.benchmark.baseline import as_transformers, padded_inputs
 from mmprune_train.benchmark.flops import flop_counter
 from mmprune_train.benchmark.memory import PeakMemory
 from mmprune_train.config.pruner_schema import PrunerConfig
@@ -120,7 +120,7 @@ def padded(model: PackedLlava, batch: Batch) -> Way:
     dense = float(inputs["attention_mask"].sum())
     every = float(inputs["input_ids"].numel())
     tokens = dict.fromkeys(("dense", "stage1", "stage2", "layer_mean"), every) | {"dense": dense}
-    return Way(loss, lambda: plain_attention(model), tokens | {"padding": every - dense})
+    return Way(loss, lambda: as_transformers(model), tokens | {"padding": every - dense})
 
 
 def tokens_of(trace: PruningTrace) -> dict[str, float]:

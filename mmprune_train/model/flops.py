@@ -162,7 +162,7 @@ class StepFlops:
         for block in blocks[:depth]:
             matrices = _matrices(block)
             cost = _linears(matrices, trained) * length + self._attended(attention, trained)
-            self.vision += _recomputed(cost, length * _size(matrices[-1].weight)) if trained else cost
+            self.vision += _recomputed(cost, length * size_of(matrices[-1].weight)) if trained else cost
         more = blocks[depth : _blocks_run(model, depth, len(blocks))]
         self.vision += Flops(forward=sum(2 * length * _weights(block) + attention for block in more))
         if model.pruner.projects:
@@ -198,7 +198,7 @@ class StepFlops:
         flows = flows or any_trained(layer)
         if not flows:
             return cost, attention, flows
-        last = _size(_matrices(mlp.down_proj)[-1].weight)
+        last = size_of(_matrices(mlp.down_proj)[-1].weight)
         return _recomputed(cost, last), _recomputed(attention, 0), flows
 
 
@@ -207,7 +207,8 @@ def _recomputed(cost: Flops, last: int) -> Flops:
     return Flops(cost.forward, cost.backward, cost.forward - 2 * last)
 
 
-def _size(parameter: Any) -> int:
+def size_of(parameter: Any) -> int:
+    """Elements of a weight, also of one that is in 4 bits or spread over devices."""
     if (packed := getattr(parameter, "quant_state", None)) is not None:
         return int(packed.shape.numel())
     return int(getattr(parameter, "ds_numel", parameter.numel()))  # ZeRO-3 leaves an empty tensor behind
@@ -219,7 +220,7 @@ def _matrices(module: nn.Module) -> list[Any]:
 
 
 def _weights(module: nn.Module) -> int:
-    return sum(_size(part.weight) for part in _matrices(module))
+    return sum(size_of(part.weight) for part in _matrices(module))
 
 
 def any_trained(module: nn.Module) -> bool:
@@ -231,7 +232,7 @@ def _linears(parts: Iterable[Any], flows: bool) -> Flops:
     """Per token: `flows` says whether a gradient is wanted for the input of each."""
     total = Flops()
     for part in parts:
-        size = 2 * _size(part.weight)
+        size = 2 * size_of(part.weight)
         total += Flops(size, size * (flows + part.weight.requires_grad))
     return total
 

@@ -14,6 +14,7 @@ from torch import nn
 from mmprune_train.config.schema import PeftConfig
 from mmprune_train.errors import UserError
 from mmprune_train.model.llava import PackedLlava
+from mmprune_train.model.lora import add_in_place
 from mmprune_train.model.quantize import is_quantized, quantize_linears, weight_of
 
 ADAPTER_FILE = "adapter_model.safetensors"
@@ -54,6 +55,7 @@ def add_adapters(model: PackedLlava, cfg: PeftConfig, quantize: torch.dtype | No
         quantize_linears(layers, quantize)
         model.hf.is_loaded_in_4bit = True  # PEFT asks for it before it adapts such a Linear
     get_peft_model(model.hf, lora)  # puts the adapters into model.hf's own modules
+    add_in_place(layers)
 
 
 def has_adapters(model: PackedLlava) -> bool:

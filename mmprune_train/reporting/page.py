@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from statistics import fmean
 from typing import Any
@@ -150,7 +151,7 @@ def _beside(runs: Sequence[Run], compared: Compared, shown: Shown, order: Sequen
 def _table(runs: Sequence[Run], compared: Compared, shown: Shown, order: Sequence[int]) -> dict[str, Any]:
     more: dict[str, Callable[[Run], float | None]] = {
         **{
-            key.removeprefix("evaluate."): lambda run, key=key: run.numbers.get(key)  # type: ignore[misc]
+            key.removeprefix("evaluate."): partial(_number, name=key)
             for key in dict.fromkeys(k for run in runs for k in run.numbers if k.startswith("evaluate.accuracy."))
         },
         "loss": lambda run: _last_stage(run).get("loss"),
@@ -219,7 +220,15 @@ def _scatter(runs: Sequence[Run], compared: Compared, shown: Shown) -> dict[str,
 
 
 def _label(run: Run, keys: Sequence[str]) -> str:
-    return ", ".join(run.settings[key] for key in keys if key in run.settings) or run.name
+    """The settings that tell it from the others: names as they are, numbers and switches with the end of their key."""
+    said = {key: run.settings[key] for key in keys if key in run.settings}
+    return (
+        ", ".join(
+            v if v[:1].isalpha() and v not in ("true", "false") else f"{k.rsplit('.', 1)[-1]} {v}"
+            for k, v in said.items()
+        )
+        or run.name
+    )
 
 
 def _heat(runs: Sequence[Run], compared: Compared, shown: Shown) -> dict[str, Any]:

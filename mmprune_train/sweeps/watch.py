@@ -42,7 +42,7 @@ class SweepWatch(Callback):
         self.folder.mkdir(parents=True, exist_ok=True)  # before a sweeper opens its storage there
         self.settings = {
             "overrides": list(config.hydra.overrides.task),
-            "params": OmegaConf.to_container(config.hydra.sweeper).get("params"),  # type: ignore[union-attr]
+            "params": _sweeper(config).get("params"),
             "sweeper": config.hydra.runtime.choices["hydra/sweeper"],
             "launcher": config.hydra.runtime.choices["hydra/launcher"],
             "objectives": list(config.sweep.objectives),
@@ -93,6 +93,12 @@ def exit_code(records: list[JobRecord]) -> int:
     return 2 if all(record.state == "failed" and record.mistake for record in records) else 1
 
 
+def _sweeper(config: DictConfig) -> dict[Any, Any]:
+    settings = OmegaConf.to_container(config.hydra.sweeper)
+    assert isinstance(settings, dict)
+    return settings
+
+
 def refuse(config: DictConfig) -> None:
     """Raise UserError for what would make every job fail, or all of them the same."""
     check_sweep_is_alone()
@@ -100,8 +106,7 @@ def refuse(config: DictConfig) -> None:
     check_sweep(sweep)
     if config.hydra.runtime.choices["hydra/sweeper"] == "basic":
         return
-    settings = OmegaConf.to_container(config.hydra.sweeper, resolve=False)
-    assert isinstance(settings, dict)
+    settings = _sweeper(config)
     given = OverridesParser.create().parse_overrides(list(config.hydra.overrides.task))
     swept = {override.key_or_group for override in given if override.is_sweep_override()}
     space = [settings.get(key) for key in ("params", "search_space", "custom_search_space")]

@@ -10,6 +10,7 @@ from torch import nn
 
 from mmprune_train.config.schema import StageConfig
 from mmprune_train.errors import UserError
+from mmprune_train.model.flops import size_of
 from mmprune_train.model.llava import PackedLlava
 from mmprune_train.model.vision import deepest_feature, family_of
 from mmprune_train.reporting.tables import table
@@ -85,12 +86,12 @@ def freeze(model: PackedLlava, stage: StageConfig, adapters: bool) -> list[Part]
                 parameter.requires_grad_(False)
         if part in ("vision", "text tower") and not wanted[part]:
             modules[0].eval()
-        trainable = sum(_size(p) for _, p in parameters if p.requires_grad)
+        trainable = sum(size_of(p) for _, p in parameters if p.requires_grad)
         rate = rates[part]
         report.append(
             Part(
                 f"{part} adapters" if only_adapters else part,
-                sum(_size(p) for _, p in parameters),
+                sum(size_of(p) for _, p in parameters),
                 trainable,
                 (stage.lr if rate is None else rate) if trainable else None,
             )
@@ -111,10 +112,6 @@ def freezing_table(parts: list[Part], title: str) -> str:
     rows = [[p.name, p.parameters, p.trainable, p.lr] for p in parts]
     rows.append(["total", sum(p.parameters for p in parts), sum(p.trainable for p in parts), None])
     return table(rows, ["part", "parameters", "trainable", "lr"], title)
-
-
-def _size(parameter: nn.Parameter) -> int:
-    return getattr(parameter, "ds_numel", parameter.numel())
 
 
 def _never_run(tower: nn.Module, model: PackedLlava) -> Iterator[nn.Parameter]:

@@ -94,7 +94,7 @@ def open_run(config: Config, writable: bool = True) -> RunDirectory:
     elif writable:
         write_atomically(written, to_yaml(config))
     run = RunDirectory(path, writable)
-    if not run.manifest:
+    if writable and not run.manifest:
         run.update(
             created=time.strftime("%Y-%m-%dT%H:%M:%S%z"),
             run_id=path.name,

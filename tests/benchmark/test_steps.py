@@ -13,7 +13,7 @@ from torch import nn
 from training.short import Loader
 from training.synthetic import overrides, write_dataset
 
-from mmprune_train.benchmark.baseline import padded_inputs, plain_attention
+from mmprune_train.benchmark.baseline import as_transformers, padded_inputs
 from mmprune_train.benchmark.flops import flop_counter
 from mmprune_train.benchmark.steps import BASELINE, PARTS, padded, pruned, step_costs, timed_module
 from mmprune_train.config.compose import compose_config, load_pruner
@@ -28,7 +28,7 @@ def test_the_padded_baseline_has_the_packed_models_loss() -> None:
     ours = model.forward_packed(batch.sequence, batch.pixel_values)
     inputs = padded_inputs(batch)
     assert (inputs["attention_mask"] == 0).any(), "nothing is padded"
-    with plain_attention(model):
+    with as_transformers(model):
         theirs = model.hf(**inputs).loss
     torch.testing.assert_close(ours.loss_sum / ours.supervised, theirs)
     again = model.forward_packed(batch.sequence, batch.pixel_values)

@@ -116,7 +116,7 @@ class Largest(TorchDispatchMode):
         super().__init__()
         self.rows = 0
 
-    def __torch_dispatch__(self, func, kinds, args=(), kwargs=None):  # type: ignore[no-untyped-def]
+    def __torch_dispatch__(self, func, kinds, args=(), kwargs=None):
         out = func(*args, **(kwargs or {}))
         for made in out if isinstance(out, tuple | list) else [out]:
             if isinstance(made, Tensor) and made.dim() == 2 and made.shape[1] == VOCAB:

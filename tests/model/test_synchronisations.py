@@ -127,7 +127,7 @@ def test_the_loss_is_read_once_an_optimizer_step() -> None:
     module = InstructModule(model, parts, OptimConfig(), total_steps=1, seed=0)
     strategy = SimpleNamespace(handles_gradient_accumulation=False)
     group = SimpleNamespace(param_groups=[{"lr": 1e-3}], zero_grad=lambda: None)
-    module.trainer = SimpleNamespace(  # type: ignore[assignment]
+    module.trainer = SimpleNamespace(
         accumulate_grad_batches=3, world_size=1, global_rank=0, strategy=strategy, optimizers=[group]
     )
     given = batch()
@@ -203,7 +203,7 @@ def _blocking(values: Tensor) -> object:
 )
 def test_the_count_sees_what_waits(waits: int, does: object) -> None:
     with PretendedDevice() as device:
-        does(on_device(torch.arange(4.0)))  # type: ignore[operator]
+        does(on_device(torch.arange(4.0)))
     assert len(device.waits) == waits and not device.fetches
 
 

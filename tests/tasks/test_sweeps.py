@@ -47,7 +47,7 @@ def scored(config: Config) -> dict:
 def sweep(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> Sweep:
     """`sweep("knee=a,b", ...)`: exit code, stdout and stderr of `-m +experiment=smoke ...` with the task above."""
     fake = ModuleType("fake_task")
-    fake.run = scored  # type: ignore[attr-defined]
+    fake.run = scored
     monkeypatch.setitem(sys.modules, "fake_task", fake)
     monkeypatch.setitem(TASKS, "train", Task("fake_task:run", ""))
     monkeypatch.chdir(tmp_path)

@@ -31,5 +31,5 @@ if __name__ == "__main__":
         note = Path(os.environ["PEAK_MEMORY"]) / f"rank-{self.global_rank}"
         note.write_text(str(peak() - before[0]))
 
-    run.build, MultimodalModule.configure_model = watched_build, watched_spread  # type: ignore[method-assign]
+    run.build, MultimodalModule.configure_model = watched_build, watched_spread
     main()

@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 import torch
+from training.killed import Killed
 
 from mmprune_train.errors import UserError
 from mmprune_train.features.ranks import Ranks
@@ -26,10 +27,6 @@ from mmprune_train.training.checkpoint_files import (
     step_of,
 )
 from mmprune_train.training.checkpoints import Checkpoints
-
-
-class Killed(BaseException):
-    """Not an Exception: nothing on the way may catch it."""
 
 
 class Strategy:
@@ -61,11 +58,11 @@ class Trainer:
             (path / f"rank_{rank}.pt").write_bytes(f"step {self.global_step} rank {rank} ".encode() * 100)
 
     def run(self, saves: Checkpoints, to: int, losses: dict[int, float] | None = None) -> None:
-        saves.on_train_start(self, None)  # type: ignore[arg-type]
+        saves.on_train_start(self, None)
         for step in range(self.global_step + 1, to + 1):
             self.global_step = step
             self.metrics.latest = {"loss": (losses or {}).get(step, 1.0)}
-            saves.on_step_end(self, None)  # type: ignore[arg-type]
+            saves.on_step_end(self, None)
 
 
 @pytest.fixture
@@ -75,7 +72,7 @@ def trainer(tmp_path: Path) -> Trainer:
 
 def saves_of(trainer: Trainer, every: int | None = 2, last: int = 100, **more: Any) -> Checkpoints:
     folder = trainer.metrics.path.parent / "checkpoints"
-    return Checkpoints(folder, trainer.metrics, "deepspeed_zero2", last, every, **more)  # type: ignore[arg-type]
+    return Checkpoints(folder, trainer.metrics, "deepspeed_zero2", last, every, **more)
 
 
 def steps(folder: Path) -> list[int]:
@@ -202,18 +199,18 @@ def test_ranks_read_their_share_and_agree(trainer: Trainer, monkeypatch: pytest.
 
 def test_a_step_that_has_a_checkpoint_is_not_saved_again(trainer: Trainer) -> None:
     saves = saves_of(trainer)
-    saves.on_train_start(trainer, None)  # type: ignore[arg-type]
-    saves.save(trainer)  # type: ignore[arg-type]
+    saves.on_train_start(trainer, None)
+    saves.save(trainer)
     assert steps(saves.folder) == [], "the start of a stage needs none"
     trainer.run(saves, to=2)
     written = (saves.folder / "step-00000002.ckpt").stat().st_mtime_ns
-    saves.save(trainer)  # type: ignore[arg-type]
+    saves.save(trainer)
     resumed = saves_of(trainer)
-    resumed.on_train_start(trainer, None)  # type: ignore[arg-type]
-    resumed.save(trainer)  # type: ignore[arg-type]
+    resumed.on_train_start(trainer, None)
+    resumed.save(trainer)
     assert (saves.folder / "step-00000002.ckpt").stat().st_mtime_ns == written
     trainer.global_step = 3
-    saves.save(trainer)  # type: ignore[arg-type]
+    saves.save(trainer)
     assert steps(saves.folder) == [2, 3]
 
 
@@ -221,14 +218,14 @@ def test_minutes_are_those_of_rank_0(trainer: Trainer, monkeypatch: pytest.Monke
     now = [0.0]
     monkeypatch.setattr(checkpoints.time, "monotonic", lambda: now[0])
     saves = saves_of(trainer, every=None, every_minutes=1.5, keep=10)
-    saves.on_train_start(trainer, None)  # type: ignore[arg-type]
+    saves.on_train_start(trainer, None)
     for step in range(1, 8):
         trainer.global_step, now[0] = step, 40.0 * step
-        saves.on_step_end(trainer, None)  # type: ignore[arg-type]
+        saves.on_step_end(trainer, None)
     assert steps(saves.folder) == [3, 6]
     monkeypatch.setattr(trainer.strategy, "broadcast", lambda _: True)
     trainer.global_step = 8
-    saves.on_step_end(trainer, None)  # type: ignore[arg-type]
+    saves.on_step_end(trainer, None)
     assert steps(saves.folder)[-1] == 8, "though this rank's clock says otherwise"
 
 

@@ -10,6 +10,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 from tiny import packed, tiny_llava
+from training.killed import killed_after
 from training.short import sample
 from training.synthetic import overrides, write_dataset
 
@@ -22,7 +23,6 @@ from mmprune_train.model.images import ImageSide
 from mmprune_train.pruning import Kind
 from mmprune_train.pruning.patches import Patches
 from mmprune_train.tasks import prepare, train
-from mmprune_train.training.callbacks import MetricsWriter
 from mmprune_train.training.run import run_stage
 from mmprune_train.training.rundir import open_run
 
@@ -122,29 +122,16 @@ def test_a_bad_image_is_named_before_training(tmp_path: Path) -> None:
     assert not (tmp_path / "cached/smoke/t/pretrain/metrics.jsonl").exists()
 
 
-class Killed(BaseException):
-    """Not an Exception: nothing on the way may catch it and save something."""
-
-
 @pytest.mark.slow
-def test_a_killed_run_goes_on_bit_for_bit(root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_killed_run_goes_on_bit_for_bit(root: Path, tmp_path: Path) -> None:
     def run(runs: str) -> list[float]:
         config = cached(root, tmp_path, "trainer.checkpoint_every_steps=2", "peft.dropout=0.3", runs=runs)
         run_stage(config, "instruct", open_run(config), None)
         return [row["loss"] for row in rows_of(config, "instruct")]
 
     whole = run("whole")
-    write = MetricsWriter.on_step_end
-
-    def die(self: MetricsWriter, trainer: Any, module: Any) -> None:
-        write(self, trainer, module)
-        if trainer.global_step == 3:
-            raise Killed
-
-    monkeypatch.setattr(MetricsWriter, "on_step_end", die)
-    with pytest.raises(Killed):
+    with killed_after(3):
         run("killed")
-    monkeypatch.setattr(MetricsWriter, "on_step_end", write)
     assert run("killed") == whole and len(set(whole)) == 6
 
 

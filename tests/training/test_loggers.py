@@ -9,37 +9,22 @@ from typing import Any
 
 import pytest
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from training.killed import killed_after
 from training.synthetic import overrides, write_dataset
 from training.wandb_file import history
 
 from mmprune_train.config.compose import compose_config
-from mmprune_train.training.callbacks import MetricsWriter
 from mmprune_train.training.loggers import WandbRun
 from mmprune_train.training.run import run_stage
 from mmprune_train.training.rundir import open_run
 
 
-class Killed(BaseException):
-    """Not an Exception: nothing on the way may catch it and save something."""
-
-
-def test_all_loggers_have_every_step_once_over_an_interrupted_run(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_all_loggers_have_every_step_once_over_an_interrupted_run(tmp_path: Path) -> None:
     settings = ("stage.instruct.max_steps=5", "stage.instruct.batch_size=2", "stage.instruct.global_batch_size=2")
     more = ("logger=[csv,tensorboard,wandb]", "trainer.checkpoint_every_steps=2")
     config = compose_config([*overrides(write_dataset(tmp_path / "data"), tmp_path), *settings, *more])
-    write = MetricsWriter.on_step_end
-
-    def die(self: MetricsWriter, trainer: Any, module: Any) -> None:
-        write(self, trainer, module)
-        if trainer.global_step == 3:
-            raise Killed
-
-    monkeypatch.setattr(MetricsWriter, "on_step_end", die)
-    with pytest.raises(Killed):
+    with killed_after(3):
         run_stage(config, "instruct", open_run(config), None)
-    monkeypatch.setattr(MetricsWriter, "on_step_end", write)
     run = open_run(config)
     run_stage(config, "instruct", run, None)
 

@@ -11,6 +11,7 @@ from unittest.mock import Mock
 import pytest
 import torch
 from safetensors.torch import load_file
+from training.killed import Killed, killed_after
 from training.synthetic import overrides, write_dataset
 
 from mmprune_train.config.compose import compose_config
@@ -18,14 +19,9 @@ from mmprune_train.config.schema import Config
 from mmprune_train.data import loader
 from mmprune_train.data.lengths import KeptTokens
 from mmprune_train.errors import UserError
-from mmprune_train.training.callbacks import MetricsWriter
 from mmprune_train.training.checkpoint_files import all_checkpoints
 from mmprune_train.training.run import run_stage
 from mmprune_train.training.rundir import RunDirectory, open_run
-
-
-class Killed(BaseException):
-    """Not an Exception: nothing on the way may catch it and save something."""
 
 
 @pytest.fixture(scope="module")
@@ -71,19 +67,10 @@ def test_killed_at_any_step_the_losses_are_bit_equal(
     monkeypatch.setattr(loader, "KeptTokens", partial(KeptTokens, lag=2, enough=4))
     whole, _ = train(config_of(root, tmp_path / "whole", *changed))
     assert len({row["loss"] for row in whole}) == 9 and whole[-1]["epoch"] > 1
-    write = MetricsWriter.on_step_end
     config = config_of(root, tmp_path / "killed", *changed)
     for step in (1, 4, 7):  # before the first checkpoint, at one, between two of them
-
-        def die(self: MetricsWriter, trainer: Any, module: Any, step: int = step) -> None:
-            write(self, trainer, module)
-            if trainer.global_step == step:
-                raise Killed
-
-        monkeypatch.setattr(MetricsWriter, "on_step_end", die)
-        with pytest.raises(Killed):
+        with killed_after(step):
             train(config)
-    monkeypatch.setattr(MetricsWriter, "on_step_end", write)
     rows, run = train(config)
     clocked = ("step_seconds", "data_seconds", "samples_per_second", "tflops", "mfu")
     timeless = [{k: v for k, v in row.items() if k not in clocked} for row in (*whole, *rows)]
