@@ -20,6 +20,10 @@ class AddedInPlace(LoraVariant):
     """Plain LoRA (Hu et al. 2021) in PEFT's own Linear: same weights, same files, same sum."""
 
     @staticmethod
+    def init(module: Any, adapter_name: str, **_: Any) -> None:
+        """Nothing beside plain LoRA's own weights."""
+
+    @staticmethod
     def merge_safe(module: Any, active_adapter: str, orig_weight: Tensor) -> Tensor:
         return orig_weight + module.get_delta_weight(active_adapter).to(orig_weight.dtype)
 
@@ -36,13 +40,17 @@ class AddedInPlace(LoraVariant):
         down, up = module.lora_A[active_adapter], module.lora_B[active_adapter]
         if not torch.is_autocast_enabled(x.device.type):  # which would cast back what is cast here
             x = x.to(down.weight.dtype)
-        narrow = down(module.lora_dropout[active_adapter](x)) * module.scaling[active_adapter]  # [B, T, r] or [T, r]
-        if narrow.dtype != result.dtype or hasattr(up.weight, "ds_id"):  # ZeRO-3 gathers B when it is called
+        spread = hasattr(down.weight, "ds_id")  # by ZeRO-3, which gathers B when it is called
+        narrow = down(module.lora_dropout[active_adapter](x)) * module.scaling[active_adapter]  # [..., r]
+        if spread or narrow.dtype != result.dtype or narrow.dim() not in (2, 3):
             return result + up(narrow)
         wide = up.weight.to(narrow.dtype).t()
         if narrow.dim() == 2:
             return result.addmm_(narrow, wide)
-        return result.baddbmm_(narrow, wide.expand(len(narrow), -1, -1))
+        wide = wide.expand(len(narrow), -1, -1)
+        if module.get_base_layer().bias is not None:  # then W x is a view: autograd copies gradients of changed views
+            return torch.baddbmm(result, narrow, wide)
+        return result.baddbmm_(narrow, wide)
 
 
 def add_in_place(module: nn.Module) -> None:
@@ -56,18 +64,21 @@ def add_in_place(module: nn.Module) -> None:
 @contextmanager
 def as_peft_adds(module: nn.Module) -> Iterator[None]:
     """While the context lasts, the adapters inside are computed as PEFT computes them."""
-    changed = {
-        part: part.lora_variant
-        for part in _adapted_linears(module)
-        if any(isinstance(variant, AddedInPlace) for variant in part.lora_variant.values())
-    }
+    changed = [part for part in _adapted_linears(module) if adds_in_place(part)]
     for part in changed:
-        part.lora_variant, part.cast_input_dtype_enabled = {}, True
+        part.lora_variant.clear()
+        part.cast_input_dtype_enabled = True
     try:
         yield
     finally:
-        for part, variants in changed.items():
-            part.lora_variant, part.cast_input_dtype_enabled = variants, False
+        for part in changed:
+            add_in_place(part)
+
+
+def adds_in_place(layer: Any) -> bool:
+    """Whether all adapters of one of PEFT's Linears do."""
+    variants = layer.lora_variant
+    return bool(variants) and all(isinstance(variant, AddedInPlace) for variant in variants.values())
 
 
 def _adapted_linears(module: nn.Module) -> list[Any]:

@@ -47,7 +47,9 @@ def verdict(cost: Cost, device: Device, remedy: Sequence[str] | None) -> str:
     if fits(cost, device):
         return f"fits: {said}"
     return f"does not fit: {said}; " + (
-        f"fits with {' '.join(remedy)}" if remedy else "nor with checkpointing, smaller batches, ZeRO-3 or LoRA"
+        f"fits with {' '.join(remedy)}"
+        if remedy
+        else "nor with checkpointing, smaller batches, ZeRO-3, adapters or offloading"
     )
 
 

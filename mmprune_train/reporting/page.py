@@ -222,13 +222,18 @@ def _scatter(runs: Sequence[Run], compared: Compared, shown: Shown) -> dict[str,
 def _label(run: Run, keys: Sequence[str]) -> str:
     """The settings that tell it from the others: names as they are, numbers and switches with the end of their key."""
     said = {key: run.settings[key] for key in keys if key in run.settings}
-    return (
-        ", ".join(
-            v if v[:1].isalpha() and v not in ("true", "false") else f"{k.rsplit('.', 1)[-1]} {v}"
-            for k, v in said.items()
-        )
-        or run.name
-    )
+    return ", ".join(v if _is_name(v) else f"{_ending(k, keys)} {v}" for k, v in said.items()) or run.name
+
+
+def _is_name(value: str) -> bool:
+    return value[:1].isalpha() and value.lower() not in ("true", "false", "null", "none")
+
+
+def _ending(key: str, keys: Sequence[str]) -> str:
+    """The shortest end of a dotted key that no other key has."""
+    parts = key.split(".")
+    ends = (".".join(parts[-length:]) for length in range(1, len(parts)))
+    return next((end for end in ends if sum(f".{other}".endswith(f".{end}") for other in keys) == 1), key)
 
 
 def _heat(runs: Sequence[Run], compared: Compared, shown: Shown) -> dict[str, Any]:

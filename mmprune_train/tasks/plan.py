@@ -78,7 +78,7 @@ def told_stage(config: Config, name: str, device: Device, compute: torch.dtype) 
                 again = planned(changed)
                 return (again.dense if label == "dense" else again.own).memory.total
 
-            remedy = first_that_fits(config, name, total, device.memory_bytes)
+            remedy = first_that_fits(config, name, total, device.memory_bytes, gpu=device.name != CPU)
         said = f"{name}, {label}: {verdict(cost, device, remedy)}"
         entry[label] |= {"verdict": said, "fits_with": remedy}
         lines.append(f"{said} ({longest(cost)})")

@@ -7,16 +7,24 @@ from typing import Any
 
 import pytest
 import torch
+from model.adapted import adapted
 from peft import LoraConfig, inject_adapter_in_model
+from peft.tuners.lora import LoraLayer
+from tiny import tiny_llava
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
+from training.short import Loader
 
-from mmprune_train.model.lora import add_in_place, as_peft_adds
+from mmprune_train.benchmark.baseline import as_transformers
+from mmprune_train.model.language import checkpoint_layers, compile_layers
+from mmprune_train.model.lora import add_in_place, adds_in_place, as_peft_adds
 
 WIDE, TOKENS = 48, 7
 
 
-def adapted(dropout: float = 0.0, dtype: torch.dtype = torch.float32, bias: bool = True, **more: Any) -> nn.Sequential:
+def adapted_linear(
+    dropout: float = 0.0, dtype: torch.dtype = torch.float32, bias: bool = True, **more: Any
+) -> nn.Sequential:
     """A frozen Linear with an adapter that is not zero."""
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(16, WIDE, bias=bias)).to(dtype)
@@ -42,7 +50,7 @@ def passed(model: nn.Module, shape: tuple[int, ...], dtype: torch.dtype) -> list
 @pytest.mark.parametrize("dropout", [0.0, 0.5])
 @pytest.mark.parametrize("bias", [True, False])
 def test_outputs_and_gradients_are_pefts(shape: tuple[int, ...], dropout: float, bias: bool) -> None:
-    model = adapted(dropout, bias=bias)
+    model = adapted_linear(dropout, bias=bias)
     found = passed(model, shape, torch.float32)
     with as_peft_adds(model):
         expected = passed(model, shape, torch.float32)
@@ -53,7 +61,7 @@ def test_outputs_and_gradients_are_pefts(shape: tuple[int, ...], dropout: float,
 
 @pytest.mark.parametrize("autocast", [True, False])
 def test_frozen_bf16_weights_with_fp32_adapters_as_in_peft(autocast: bool) -> None:
-    model = adapted(dtype=torch.bfloat16)
+    model = adapted_linear(dtype=torch.bfloat16)
     with torch.autocast("cpu", torch.bfloat16) if autocast else nullcontext():
         found = passed(model, (1, TOKENS, 16), torch.bfloat16)
         with as_peft_adds(model):
@@ -78,7 +86,7 @@ class Wide(TorchDispatchMode):
 
 
 def test_only_the_two_products_pass_over_the_output() -> None:
-    model, x = adapted(bias=False), torch.randn(1, TOKENS, 16)
+    model, x = adapted_linear(bias=False), torch.randn(1, TOKENS, 16)
     with torch.no_grad(), Wide() as passes:
         model(x)
     with as_peft_adds(model), torch.no_grad(), Wide() as theirs:
@@ -89,7 +97,7 @@ def test_only_the_two_products_pass_over_the_output() -> None:
 
 @pytest.mark.parametrize("safe", [True, False])
 def test_merged_and_unmerged_again(safe: bool) -> None:
-    model, x = adapted(), torch.randn(1, TOKENS, 16)
+    model, x = adapted_linear(), torch.randn(1, TOKENS, 16)
     layer: Any = model[0]
     with torch.no_grad():
         plain, before = layer.base_layer.weight.clone(), model(x)
@@ -101,6 +109,46 @@ def test_merged_and_unmerged_again(safe: bool) -> None:
 
 
 def test_other_kinds_of_adapters_stay_as_they_are() -> None:
-    dora, with_bias = adapted(use_dora=True), adapted(lora_bias=True)
+    dora, with_bias = adapted_linear(use_dora=True), adapted_linear(lora_bias=True)
     assert type(dora[0].lora_variant["default"]).__name__ == "DoraLinearVariant" and not with_bias[0].lora_variant
     assert dora[0].cast_input_dtype_enabled
+
+
+@pytest.mark.parametrize("kind", ["lora", "dora"])
+def test_a_models_lora_adds_in_place_but_not_in_the_baseline(kind: str) -> None:
+    model = adapted(tiny_llava(), kind)
+    layers = [part for part in model.modules() if isinstance(part, LoraLayer)]
+    before = [adds_in_place(layer) for layer in layers]
+    assert len(layers) == 4 * 7 and set(before) == {kind == "lora"}
+    with pytest.raises(KeyError), as_transformers(model):
+        assert not any(adds_in_place(layer) for layer in layers)
+        assert all(layer.cast_input_dtype_enabled for layer in layers)
+        raise KeyError
+    assert [adds_in_place(layer) for layer in layers] == before
+
+
+@pytest.mark.parametrize("text", ["llama", "qwen2"])
+@pytest.mark.parametrize("how", ["plain", "recomputed", pytest.param("compiled", marks=pytest.mark.slow)])
+@pytest.mark.parametrize("autocast", [False, True])
+def test_a_step_has_pefts_gradients(text: str, how: str, autocast: bool) -> None:
+    model = adapted(tiny_llava(text=text)).train()
+    batch = next(Loader(4).epoch(0, 0))
+    if how == "recomputed":
+        checkpoint_layers(model, "all")
+
+    def gradients() -> dict[str, Tensor]:
+        model.zero_grad()
+        with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+            loss = model.forward_packed(batch.sequence, batch.pixel_values).loss_sum
+        loss.backward()
+        return {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
+
+    with as_peft_adds(model):
+        expected = gradients()
+    if how == "compiled":
+        compile_layers(model)
+    found = gradients()
+    assert found.keys() == expected.keys() and len(found) == 2 * 4 * 7 + 4
+    for name, gradient in expected.items():
+        off = (found[name] - gradient).norm() / gradient.norm()
+        assert off < (0.1 if autocast else 1e-4), name

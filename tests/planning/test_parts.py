@@ -163,8 +163,45 @@ def test_the_first_change_that_fits_is_named() -> None:
         "peft=lora"
     ]
     assert first_that_fits(config, "instruct", lambda _: 2, 1) is None
-    for one in first_that_fits(config, "instruct", memory, 1):  # what is printed is understood
-        compose_config(["+experiment=llava7b_dense", one])
+    assert first_that_fits(config, "instruct", lambda changed: 0 if changed.peft.name == "qlora" else 2, 1) == [
+        "stage.instruct.gradient_checkpointing=true",
+        "stage.instruct.strategy=deepspeed_zero2",  # ZeRO-3 would spread the 4-bit weights
+        "peft=qlora",
+    ]
+    tried.clear()
+    assert first_that_fits(config, "instruct", lambda c: 2 * bool(memory(c)), 1, gpu=False) is not None
+    assert first_that_fits(config, "instruct", lambda c: 2 + memory(c), 1, gpu=False) is None
+    assert {kind for *_, kind in tried} == {"none", "lora"} and not any("offload" in str(seen[2]) for seen in tried)
+
+
+def test_offloading_is_named_last_and_trains_what_the_stage_does() -> None:
+    config = compose_config(["+experiment=llava7b_twostage_lora", "trainer.devices=1", "strategy=single"])
+    tried: list[tuple] = []
+
+    def memory(changed: object) -> float:
+        stage = changed.stage["instruct"]
+        tried.append((changed.peft.name, stage.strategy))
+        return 0 if stage.strategy == "deepspeed_zero3_offload" else 2
+
+    said = first_that_fits(config, "instruct", memory, 1)
+    assert said == ["stage.instruct.strategy=deepspeed_zero3_offload"] and "qlora" not in said
+    kinds = list(dict.fromkeys(tried))
+    assert kinds == [
+        ("lora", None), ("qlora", None), ("lora", "deepspeed_zero2_offload"), ("lora", "deepspeed_zero3_offload")
+    ]  # fmt: skip
+    compose_config(["+experiment=llava7b_twostage_lora", *said])
+
+
+def test_what_is_named_is_understood() -> None:
+    asked = ["+experiment=llava7b_dense", "strategy=ddp"]
+    config = compose_config(asked)
+    for enough in (
+        lambda changed: changed.stage["instruct"].strategy == "deepspeed_zero3",
+        lambda changed: changed.peft.name == "qlora",
+        lambda changed: changed.stage["instruct"].strategy == "deepspeed_zero2_offload",
+    ):
+        said = first_that_fits(config, "instruct", lambda changed, enough=enough: 0 if enough(changed) else 2, 1)
+        assert enough(compose_config([*asked, *said]))
 
 
 def test_peak_memory_is_what_torchs_profiler_sees() -> None:

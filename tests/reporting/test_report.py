@@ -6,6 +6,7 @@ import html
 import json
 import re
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from reporting.pretended import write_run, write_sweep
@@ -36,6 +37,15 @@ def text(page: str) -> str:
 def test_the_page_is_one_file_without_a_network(page: str) -> None:
     assert not re.findall(r"""(?:src|href)=["'](?!#)[^"']*["']|url\((?!#)|@import""", page)
     assert page.count("<svg") > 20
+
+
+def test_labels_say_what_a_bare_value_would_not() -> None:
+    keys = ("knee.name", "stage.pretrain.lr", "stage.instruct.lr", "seed", "trainer.compile", "peft.name")
+    run = SimpleNamespace(name="x", settings=dict(zip(keys, ("otsu", "0.1", "1e-3", "4", "True", "none"), strict=True)))
+    assert (
+        report_page._label(run, keys) == "otsu, pretrain.lr 0.1, instruct.lr 1e-3, seed 4, compile True, peft.name none"
+    )
+    assert report_page._label(run, ["optim.eps"]) == "x"
 
 
 def test_runs_are_ordered_by_the_first_objective_and_the_front_is_marked(page: str) -> None:
