@@ -79,6 +79,15 @@ def differences(old: Config | Mapping[str, Any], new: Config | Mapping[str, Any]
 _UNSET = object()
 
 
+def without_effect(finished: Config, asked: Config) -> list[str]:
+    """Settings of how to train, as `key=value`, that were others when a run was trained: now nothing is."""
+    before, now = dataclasses.asdict(finished), dataclasses.asdict(asked)
+    changed = [f"trainer.{key}={value}" for key, value in now["trainer"].items() if before["trainer"][key] != value]
+    if before["logger"] != now["logger"]:
+        changed.append(f"logger={now['logger']}")
+    return changed
+
+
 def _leaves(tree: Mapping[str, Any], prefix: str = "") -> list[tuple[str, Any]]:
     found: list[tuple[str, Any]] = []
     for key, value in tree.items():

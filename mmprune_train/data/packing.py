@@ -65,10 +65,11 @@ class TokenSplit:
 
     def _checked(self, index: int) -> Length:
         length = self.lengths[index]
-        if not length.images and length.known > self.budget:
+        if length.known > self.budget:
             record = self.lengths.dataset.records[index]
+            text = " of text alone" if length.images else ""
             raise UserError(
-                f"{record.where} (id {record.id}): its {length.known} tokens exceed the stage's token_budget="
+                f"{record.where} (id {record.id}): its {length.known} tokens{text} exceed the stage's token_budget="
                 f"{self.budget}; raise that to {length.known} or more, lower max_length, or drop the sample"
             )
         return length

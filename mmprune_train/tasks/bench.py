@@ -52,8 +52,8 @@ def run(config: Config) -> dict[str, Any]:
     name = config.bench.stage or config.stages[-1]
     if config.peft.name == "qlora" and config.stage[name].use_peft:
         check_quantization(accelerator)
-    prepare_data(config, [name])
     pruners = chosen_pruners(config)
+    prepare_data(config, [name])
     reads = [pruner for pruner in pruners.values() if reads_text(pruner.vision)]
     with quiet():
         model, processor = build(replace(config, pruner=reads[0]) if reads else config)
@@ -100,9 +100,12 @@ def run(config: Config) -> dict[str, Any]:
 
 def chosen_pruners(config: Config) -> dict[str, PrunerConfig]:
     """Settings by name of what `bench.pruners` lists."""
-    pruners = {
-        name: config.pruner if name == config.pruner.name else load_pruner(name) for name in config.bench.pruners
-    }
+    try:
+        pruners = {
+            name: config.pruner if name == config.pruner.name else load_pruner(name) for name in config.bench.pruners
+        }
+    except UserError as error:
+        raise UserError(f"bench.pruners: {error}") from error
     for pruner in pruners.values():
         check_pruner_fits(replace(config, pruner=pruner))
     return pruners

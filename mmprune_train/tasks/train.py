@@ -7,7 +7,8 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from mmprune_train.config.identity import run_dir
+from mmprune_train.config.compose import config_from_file
+from mmprune_train.config.identity import run_dir, without_effect
 from mmprune_train.config.schema import Config
 from mmprune_train.data.records import read_records
 from mmprune_train.data.sources import split_files
@@ -39,9 +40,11 @@ def run(config: Config) -> dict[str, Any]:
     if result is None or result.get("evaluated_with") != asked:  # other questions than a finished run was asked
         result = _make(config, todo, asked, main)
     else:
-        open_run(config, writable=main)  # says where the settings are not the run's
+        directory = open_run(config, writable=main)  # says where the settings are not the run's
         if main:
-            print("this run has ended before: nothing is trained (restart=true starts over)", flush=True)
+            idle = without_effect(config_from_file(directory.path / "config.yaml"), config)
+            more = f", {', '.join(idle)} has no effect" if idle else ""
+            print(f"this run has ended before: nothing is trained{more} (restart=true starts over)", flush=True)
     if not main:
         return {}
     print(f"\n{result_text(result)}\n\n{found.path}", flush=True)

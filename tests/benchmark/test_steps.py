@@ -17,6 +17,7 @@ from mmprune_train.benchmark.baseline import as_transformers, padded_inputs
 from mmprune_train.benchmark.flops import flop_counter
 from mmprune_train.benchmark.steps import BASELINE, PARTS, padded, pruned, step_costs, timed_module
 from mmprune_train.config.compose import compose_config, load_pruner
+from mmprune_train.errors import UserError
 from mmprune_train.model.clock import Clock
 from mmprune_train.model.llava import PackedLlava
 from mmprune_train.tasks import bench
@@ -103,6 +104,11 @@ def _tower_flops(model: PackedLlava, pixels: Any) -> float:
     weights = sum(part.weight.numel() for block in blocks for part in block.modules() if isinstance(part, nn.Linear))
     embed = 2 * 3 * size**2 * width * (tokens - 1)
     return images * (embed + 2 * tokens * weights + len(blocks) * 4 * tokens**2 * width)
+
+
+def test_an_unknown_pruner_is_named_with_its_key_before_anything_is_read(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"bench\.pruners: pruner=twostag: .*twostage"):
+        bench.run(compose_config([*overrides(tmp_path / "nothing", tmp_path), "bench.pruners=[none,twostag]"]))
 
 
 def test_the_task_writes_tables_json_and_figure(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -225,3 +225,10 @@ def test_a_sample_longer_than_the_budget_is_named_before_training(
     assert "reading 40 lengths" in capsys.readouterr().out
     budgeted(folder, budget=100, visual_tokens=left_of, max_length=100)
     assert not capsys.readouterr().out, "no sample can be longer than max_length"
+
+
+def test_text_that_is_too_long_is_named_also_where_images_are_estimated(folder: Path) -> None:
+    pictured = json.loads((folder / "a.json").read_text())
+    (folder / "a.json").write_text(json.dumps([sample for sample in pictured if "image" in sample]))
+    with pytest.raises(UserError, match=r"its \d+ tokens of text alone exceed .*token_budget=60; raise"):
+        budgeted(folder, budget=60)

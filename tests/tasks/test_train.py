@@ -101,6 +101,11 @@ def test_a_finished_run_prints_its_table_again_and_trains_nothing(
     assert train.run(config) == json.loads(json.dumps(result))
     told = capsys.readouterr().out
     assert "blind majority" in told and "image blanked" in told and "seconds per step" in told
+    assert "nothing is trained (" in told
+    other = replace(config, logger=["csv"], trainer=replace(config.trainer, attention="flash_3", feature_cache=True))
+    train.run(other)
+    idle = "trainer.feature_cache=True, trainer.attention=flash_3, logger=['csv'] has no effect"
+    assert f"nothing is trained, {idle} (" in capsys.readouterr().out
 
 
 def test_evaluate_again_gives_the_same_answers_and_another_pruner_keeps_other_tokens(
