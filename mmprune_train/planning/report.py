@@ -46,11 +46,10 @@ def verdict(cost: Cost, device: Device, remedy: Sequence[str] | None) -> str:
     said = f"{gib(cost.memory.total)} of {gib(device.memory_bytes)}"
     if fits(cost, device):
         return f"fits: {said}"
-    return f"does not fit: {said}; " + (
-        f"fits with {' '.join(remedy)}"
-        if remedy
-        else "nor with checkpointing, smaller batches, ZeRO-3, adapters or offloading"
-    )
+    if not remedy:
+        return f"does not fit: {said}; nor with checkpointing, smaller batches, ZeRO-3, adapters or offloading"
+    rates = " (adapters want learning rates of their own)" if any(key.startswith("peft=") for key in remedy) else ""
+    return f"does not fit: {said}; fits with {' '.join(remedy)}{rates}"
 
 
 def longest(cost: Cost) -> str:
