@@ -1,8 +1,8 @@
 """LoRA's sum with fewer passes over memory than PEFT's own.
 
 For y = W x + s B A x, PEFT writes B A x, s B A x and the sum, each as large as y. The adapters' products are tiny, so
-those passes are most of what LoRA adds to a step. Here s scales A x, which has r features only, and the product with B
-is added to W x where it lies.
+those passes are about half of what LoRA adds to a step on a CPU. Here s scales A x, which has r features only, and the
+product with B is added to W x where it lies.
 """
 
 from __future__ import annotations
@@ -37,6 +37,7 @@ class AddedInPlace(LoraVariant):
 
     @staticmethod
     def forward(module: Any, active_adapter: str, x: Tensor, result: Tensor, **_: Any) -> Tensor:
+        """x [..., in] and what the frozen Linear made of it, `result` [..., out], which may be changed -> [..., out]."""
         down, up = module.lora_A[active_adapter], module.lora_B[active_adapter]
         if not torch.is_autocast_enabled(x.device.type):  # which would cast back what is cast here
             x = x.to(down.weight.dtype)

@@ -44,7 +44,8 @@ def test_llava_15_on_eight_a100s_takes_about_what_its_authors_say(tmp_path: Path
     alone = ["trainer.devices=1", "strategy.name=single", "stage.pretrain.strategy=single", "stages=[instruct]"]
     entry = run(compose_config([*base, *alone]))["stages"]["instruct"]["dense"]
     assert not entry["fits"] and entry["fits_with"] == ["peft=lora"]
-    assert entry["verdict"].startswith("instruct, dense: does not fit: ") and entry["verdict"].endswith("peft=lora")
+    assert entry["verdict"].startswith("instruct, dense: does not fit: ")
+    assert entry["verdict"].endswith("fits with peft=lora (adapters want learning rates of their own)")
 
 
 def test_a_run_of_the_same_settings_says_what_it_kept(tmp_path: Path) -> None:
