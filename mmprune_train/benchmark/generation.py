@@ -94,7 +94,7 @@ def _generate(
         )
     first, last = stamps.times[0], stamps.times[-1]
     rate = len(inputs["input_ids"]) * (len(stamps.times) - 1) / (last - first)
-    return first - began, rate, cache_bytes(out.past_key_values)
+    return first - began, rate, cache_bytes(out.cache)
 
 
 def cache_bytes(cache: Cache) -> int:

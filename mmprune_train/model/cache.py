@@ -56,6 +56,12 @@ class PrunedCache(DynamicCache):
         assert self._decoded is not None, "decode before the prompt"
         self._decoded += new
 
+    def crop(self, tokens_to_remove: int) -> None:
+        """Forget the last -`tokens_to_remove` decoded tokens of each sample, as transformers' caches do."""
+        super().crop(tokens_to_remove)
+        if self._decoded is not None:
+            self._decoded += tokens_to_remove
+
     def update(self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args, **kwargs):  # type: ignore[no-untyped-def]
         if self._filing is None:
             return super().update(key_states, value_states, layer_idx, *args, **kwargs)

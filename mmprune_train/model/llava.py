@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 from transformers import GenerationMixin, LlavaConfig, LlavaForConditionalGeneration, PreTrainedModel, ProcessorMixin
 from transformers.models.llava.modeling_llava import LlavaCausalLMOutputWithPast
+from transformers.utils.deprecation import deprecate_kwarg
 
 from mmprune_train.config.pruner_schema import PrunerConfig
 from mmprune_train.errors import UserError
@@ -259,7 +260,7 @@ class PackedLlava(ImageSide, PreTrainedModel, GenerationMixin):
                 hidden[None],
                 attention_mask=None,
                 position_ids=position,
-                past_key_values=cache,
+                cache=cache,
                 use_cache=cache is not None,
                 position_embeddings=rotation,
                 borders=borders,
@@ -285,13 +286,14 @@ class PackedLlava(ImageSide, PreTrainedModel, GenerationMixin):
 
     # ------------------------------------------------------------------ transformers' interface
 
+    @deprecate_kwarg("past_key_values", "5.40.0", new_name="cache")  # transformers' own decorator, as on its models
     def forward(
         self,
         input_ids: Tensor,
         attention_mask: Tensor | None = None,
         pixel_values: Tensor | None = None,
         labels: Tensor | None = None,
-        past_key_values: PrunedCache | None = None,
+        cache: PrunedCache | None = None,
         use_cache: bool | None = None,
         logits_to_keep: int = 0,
         return_dict: bool = True,
@@ -304,13 +306,14 @@ class PackedLlava(ImageSide, PreTrainedModel, GenerationMixin):
             attention_mask: [B, L], 0 at padding; None: no padding.
             pixel_values: [I, 3, H, W], images in the order of their tokens.
             labels: [B, L] ids to predict, -100 elsewhere (not shifted).
+            cache: filled by the prompt, then read and grown by one token of each sample at a time.
             logits_to_keep: 0: logits [B, L, V]; those of dropped tokens are NaN, of padding 0. 1: of each sample's
                 last token, [B, 1, V].
         Raises:
             UserError: image tokens and images do not match.
         """
-        if past_key_values is not None and past_key_values.prompt_is_in:
-            return self._decode(input_ids, past_key_values)
+        if cache is not None and cache.prompt_is_in:
+            return self._decode(input_ids, cache)
         if attention_mask is None:
             attention_mask = torch.ones_like(input_ids)
         input_ids, valid = fetch(input_ids), fetch(attention_mask.bool())
@@ -322,7 +325,6 @@ class PackedLlava(ImageSide, PreTrainedModel, GenerationMixin):
         token = self.config.image_token_id
         sequence = pack(input_ids, valid, images, token, labels, self.annotate if asks else None)
         entered_at = valid.flatten().nonzero().squeeze(1)  # [T] flat place of each dense token
-        cache = past_key_values
         if cache is None and use_cache:
             cache = PrunedCache()
         if pixel_values is not None and len(pixel_values):
@@ -346,7 +348,7 @@ class PackedLlava(ImageSide, PreTrainedModel, GenerationMixin):
             logits = logits.index_copy(0, places, some).view(*valid.shape, -1)
             logits = logits[:, -logits_to_keep:] if logits_to_keep else logits
         loss = None if labels is None else packed.loss_sum / packed.supervised
-        return LlavaCausalLMOutputWithPast(loss=loss, logits=logits, past_key_values=cache)
+        return LlavaCausalLMOutputWithPast(loss=loss, logits=logits, cache=cache)
 
     def _decode(self, input_ids: Tensor, cache: PrunedCache) -> LlavaCausalLMOutputWithPast:
         """One further token of each sample [B, 1], against what each layer kept."""
@@ -362,18 +364,19 @@ class PackedLlava(ImageSide, PreTrainedModel, GenerationMixin):
                 hidden,
                 attention_mask=cache.mask(index, new),
                 position_ids=position,
-                past_key_values=cache,
+                cache=cache,
                 use_cache=True,
                 position_embeddings=position_embeddings,
             )
         cache.advance(new)
         logits = self.hf.lm_head(language.norm(hidden))
-        return LlavaCausalLMOutputWithPast(logits=logits, past_key_values=cache)
+        return LlavaCausalLMOutputWithPast(logits=logits, cache=cache)
 
+    @deprecate_kwarg("past_key_values", "5.40.0", new_name="cache")
     def generate(self, *args: Any, **kwargs: Any) -> Any:
         """transformers' generation loop (greedy, sampling, beams) over a cache whose layers hold what they kept."""
-        if kwargs.get("use_cache", True) and kwargs.get("past_key_values") is None:
-            kwargs["past_key_values"] = PrunedCache()
+        if kwargs.get("use_cache", True) and kwargs.get("cache") is None:
+            kwargs["cache"] = PrunedCache()
         return super().generate(*args, **kwargs)
 
     def _expand_inputs_for_generation(  # type: ignore[override]

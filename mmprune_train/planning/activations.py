@@ -218,7 +218,7 @@ def _decoder_layer(rotary: Callable[[Tensor], tuple[Tensor, Tensor]], layer: Any
         states[None],
         attention_mask=None,
         position_ids=torch.arange(count)[None],
-        past_key_values=None,
+        cache=None,
         use_cache=False,
         position_embeddings=rotary(states),
         borders=Borders(torch.tensor([0, count], dtype=torch.int32), [count], SDPA),

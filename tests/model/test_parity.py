@@ -7,6 +7,7 @@ import torch
 from tiny import labels_of, packed, rows_of, tiny_inputs, tiny_llava
 
 from mmprune_train.benchmark.generation import cache_bytes
+from mmprune_train.model.cache import PrunedCache
 from mmprune_train.config.compose import load_pruner
 from mmprune_train.errors import UserError
 from mmprune_train.model.llava import PackedLlava
@@ -107,7 +108,7 @@ def test_every_layer_of_the_cache_holds_only_what_it_kept() -> None:
     model = packed(tiny_llava(), {"name": "twostage", "language": {"layer": [1, 3], "knee": HALF}})
     inputs = tiny_inputs([1, 2], [9, 5])
     with torch.no_grad():
-        cache = model(**inputs, use_cache=True).past_key_values
+        cache = model(**inputs, use_cache=True).cache
     trace = model.last_pruning
     assert len(trace.layers) == 4
     for index, lengths in enumerate(trace.layers):
@@ -116,7 +117,22 @@ def test_every_layer_of_the_cache_holds_only_what_it_kept() -> None:
     assert trace.layers[0].sum() > trace.layers[1].sum() > trace.layers[3].sum()
     dense = packed(tiny_llava())
     with torch.no_grad():
-        assert cache_bytes(cache) < cache_bytes(dense(**inputs, use_cache=True).past_key_values)
+        assert cache_bytes(cache) < cache_bytes(dense(**inputs, use_cache=True).cache)
+
+
+def test_a_cache_goes_on_with_what_was_cropped_from_it_and_has_its_old_name(recwarn: pytest.WarningsRecorder) -> None:
+    model = packed(tiny_llava(), {"name": "twostage", "language": {"layer": [1, 3], "knee": HALF}})
+    inputs = tiny_inputs([1, 2], [9, 5], pad_left=True)
+    with torch.no_grad():
+        cache = model(**inputs, use_cache=True).cache
+        step = model(input_ids=torch.tensor([[5], [6]]), past_key_values=cache).logits
+        assert any("Use `cache` instead" in str(warning.message) for warning in recwarn)
+        model(input_ids=torch.tensor([[7], [8]]), cache=cache)
+        cache.crop(-2)
+        assert torch.equal(model(input_ids=torch.tensor([[5], [6]]), cache=cache).logits, step)
+    written = model.generate(**inputs, max_new_tokens=4, do_sample=False)
+    again = model.generate(**inputs, max_new_tokens=4, do_sample=False, past_key_values=PrunedCache())
+    assert torch.equal(written, again)
 
 
 def test_dropped_tokens_have_no_logits_and_the_rest_keep_their_place() -> None:
@@ -184,7 +200,7 @@ def test_gradient_checkpointing_changes_no_gradient() -> None:
     for checkpointing in (False, True):
         model = packed(tiny_llava(), "twostage").train()
         if checkpointing:
-            model.hf.gradient_checkpointing_enable()
+            model.hf.activation_checkpointing_enable()
         model(**inputs, labels=labels_of(inputs)).loss.backward()
         gradients.append({n: p.grad for n, p in model.named_parameters() if p.grad is not None})
     assert gradients[0].keys() == gradients[1].keys()

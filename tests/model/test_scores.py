@@ -307,7 +307,7 @@ def test_stage_two_scores_are_what_transformers_computes(text: str) -> None:
         "text_attention": (attention * seen).sum(0) / seen.sum(0),
         "text_cosine": torch.cosine_similarity(unit[asked].mean(0, keepdim=True), hidden),
         "last_token_attention": attention[-1],
-        "key_norm": -full.past_key_values.layers[2].keys[0].norm(dim=-1).mean(0),
+        "key_norm": -full.cache.layers[2].keys[0].norm(dim=-1).mean(0),
     }
     assert set(expected) == set(LANGUAGE_SCORES) - {"random"}
     for score, reference in expected.items():
