@@ -114,7 +114,7 @@ def padded(model: PackedLlava, batch: Batch) -> Way:
     def loss() -> Tensor:
         assert model.clock is not None, "a way runs under the clock"
         with model.clock.part("forward"), timed_module(tower, model.clock, "vision"):
-            result: Tensor = model.hf(**inputs).loss
+            result: Tensor = model.hf(**inputs, use_cache=False).loss  # as trainers call it
         return result
 
     dense = float(inputs["attention_mask"].sum())
@@ -173,16 +173,16 @@ def step_costs(
     try:
         for number in progress(range(repeats + 1)):
             for name, way in ways.items():
-                with way.context(), _computed_in(device, dtype):
-                    lap = _step(model.clock, way, optimizer)
+                with way.context():
+                    lap = _step(model, way, optimizer, dtype)
                 if number:
                     laps[name].append(lap)
         for name, way in ways.items():
             gc.collect()
-            with way.context(), _computed_in(device, dtype):
+            with way.context():
                 with PeakMemory(device) as memory:
-                    _step(model.clock, way, optimizer)
-                flops = _counted(model, way, optimizer)
+                    _step(model, way, optimizer, dtype)
+                flops = _counted(model, way, optimizer, dtype)
             seconds = {part: [lap.get(part, 0.0) for lap in laps[name]] for part in PARTS}
             seconds["step"] = [sum(lap.values()) for lap in laps[name]]
             costs[name] = StepCost(
@@ -198,26 +198,27 @@ def step_costs(
     return costs
 
 
-def _counted(model: PackedLlava, way: Way, optimizer: torch.optim.Optimizer) -> dict[str, float]:
+def _counted(model: PackedLlava, way: Way, optimizer: torch.optim.Optimizer, dtype: torch.dtype) -> dict[str, float]:
     """Operations of a step by part, with an attention that the counter sees."""
     seconds, attention = model.clock, model.attention
     try:
         with flop_counter() as counter:
             model.clock, model.attention = Clock(counter.get_total_flops), "sdpa_per_sample"
-            return _step(model.clock, way, optimizer)
+            return _step(model, way, optimizer, dtype)
     finally:
         model.clock, model.attention = seconds, attention
 
 
-def _step(clock: Clock, way: Way, optimizer: torch.optim.Optimizer) -> dict[str, float]:
-    loss = way.loss()
+def _step(model: PackedLlava, way: Way, optimizer: torch.optim.Optimizer, dtype: torch.dtype) -> dict[str, float]:
+    """Seconds, or what the model's clock counts, by part. Autocast ends with the loss, as in training: it holds copies
+    of trained weights."""
+    clock = model.clock
+    assert clock is not None, "a step runs under the clock"
+    with torch.autocast(model.device.type, dtype=dtype, enabled=dtype != torch.float32):
+        loss = way.loss()
     with clock.part("backward"):
         loss.backward()
     with clock.part("optimizer"):
         optimizer.step()
         optimizer.zero_grad()
     return clock.lap()
-
-
-def _computed_in(device: torch.device, dtype: torch.dtype) -> AbstractContextManager[Any]:
-    return torch.autocast(device.type, dtype=dtype, enabled=dtype != torch.float32)

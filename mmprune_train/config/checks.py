@@ -43,7 +43,7 @@ STRATEGIES = (
 UNQUANTIZED = ("deepspeed_zero3", "deepspeed_zero3_offload", "fsdp2")
 """Strategies that spread the frozen weights, which they cannot do with 4-bit ones."""
 BENCHED = ("train", "generate", "selection")
-ATTENTION = ("auto", "flash_4", "flash_3", "flash_2", "torch_varlen", "flex", "sdpa_per_sample")
+ATTENTION = ("auto", "flash_4", "flash_3", "flash_2", "torch_varlen", "flex", "cpu_flash", "sdpa_per_sample")
 CACHING_TASKS = ("train", "prepare", "plan")
 """Tasks that `trainer.feature_cache` concerns."""
 DEVICES = (

@@ -260,7 +260,8 @@ class TrainerConfig:
     """Compile the LLM's layers with torch.compile, for any length at once; the first steps take minutes more."""
     attention: str = "auto"
     """What attends inside the samples of a packed sequence: `auto` (the fastest that runs here, which is printed with
-    the reason), `flash_4`, `flash_3`, `flash_2`, `torch_varlen`, `flex` or `sdpa_per_sample`; see docs/attention.md."""
+    the reason), `flash_4`, `flash_3`, `flash_2`, `torch_varlen`, `flex`, `cpu_flash` or `sdpa_per_sample`; see
+    docs/attention.md."""
     logits_chunk: int = 1024
     """Supervised tokens whose logits exist at a time; more costs memory, not time."""
 

@@ -37,7 +37,7 @@ class AddedInPlace(LoraVariant):
 
     @staticmethod
     def forward(module: Any, active_adapter: str, x: Tensor, result: Tensor, **_: Any) -> Tensor:
-        """x [..., in] and what the frozen Linear made of it, `result` [..., out], which may be changed -> [..., out]."""
+        """x [..., in]; what the frozen Linear made of it, `result` [..., out], which may be changed -> [..., out]."""
         down, up = module.lora_A[active_adapter], module.lora_B[active_adapter]
         if not torch.is_autocast_enabled(x.device.type):  # which would cast back what is cast here
             x = x.to(down.weight.dtype)

@@ -82,6 +82,27 @@ def test_every_backend_equals_plain_attention(
     check(BY_NAME[name], heads, lengths, dtype, DEVICE, train=True)
 
 
+def test_on_a_cpu_gradients_in_bf16_are_exact_to_the_rounding_of_what_enters() -> None:
+    """torch's own backward pass in bf16 is not: its sums are rounded on the way."""
+    generator = torch.Generator().manual_seed(2)
+    drawn = [torch.randn((1, heads, 300, 64), generator=generator).bfloat16() for heads in (6, 2, 2)]
+    weights = torch.randn((1, 300, 6, 64), generator=generator).bfloat16()
+
+    def gradients(run: Callable[..., Tensor], dtype: torch.dtype) -> list[Tensor]:
+        inputs = [x.to(dtype).requires_grad_() for x in drawn]
+        run(*inputs).backward(weights.to(dtype))
+        return [x.grad.double() for x in inputs]
+
+    exact = gradients(lambda *qkv: plain(*qkv, [300], 0.125), torch.float64)
+    ours, torchs = (
+        gradients(lambda *qkv, b=BY_NAME[name]: b.run(*qkv, borders_of([300], b), 0.125, 0.0), torch.bfloat16)
+        for name in ("cpu_flash", "sdpa_per_sample")
+    )
+    for reference, mine, theirs in zip(exact, ours, torchs, strict=True):
+        off, torchs_off = ((x - reference).norm() / reference.norm() for x in (mine, theirs))
+        assert off < 0.003 and off <= torchs_off + 1e-5
+
+
 # ---------------------------------------------------------------------- FlexAttention, as far as a CPU goes
 
 
@@ -224,10 +245,14 @@ def test_names_in_the_config_are_those_of_the_backends() -> None:
     assert list(ATTENTION) == ["auto", *BY_NAME]
 
 
-def test_on_a_cpu_it_is_sdpa_and_the_others_say_what_they_lack() -> None:
-    backend, reason = choose_backend("auto", CPU, torch.float32, 64)
-    assert (backend.name, reason) == ("sdpa_per_sample", "on a CPU")
-    for name in BY_NAME.keys() - {"sdpa_per_sample"}:
+def test_on_a_cpu_it_is_torchs_kernel_and_the_others_say_what_they_lack() -> None:
+    for dtype, expected in ((torch.float32, "sdpa_per_sample"), (torch.bfloat16, "cpu_flash")):
+        backend, reason = choose_backend("auto", CPU, dtype, 64)
+        assert (backend.name, reason) == (expected, "on a CPU")
+    assert choose_backend("auto", CPU, torch.bfloat16, 64, dropout=0.1)[0].name == "sdpa_per_sample"
+    with pytest.raises(UserError, match="cpu_flash: is for bf16 and fp16"):
+        choose_backend("cpu_flash", CPU, torch.float32, 64)
+    for name in BY_NAME.keys() - {"cpu_flash", "sdpa_per_sample"}:
         with pytest.raises(UserError, match=rf"trainer\.attention={name}: .*CUDA device.*trainer\.attention=auto"):
             choose_backend(name, CPU, torch.bfloat16, 64)
 

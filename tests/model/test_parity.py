@@ -7,9 +7,9 @@ import torch
 from tiny import labels_of, packed, rows_of, tiny_inputs, tiny_llava
 
 from mmprune_train.benchmark.generation import cache_bytes
-from mmprune_train.model.cache import PrunedCache
 from mmprune_train.config.compose import load_pruner
 from mmprune_train.errors import UserError
+from mmprune_train.model.cache import PrunedCache
 from mmprune_train.model.llava import PackedLlava
 from mmprune_train.pruning import Pruner
 

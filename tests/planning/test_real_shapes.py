@@ -22,7 +22,7 @@ from mmprune_train.model.peft import add_adapters
 from mmprune_train.planning.activations import Activations
 from mmprune_train.planning.layout import LAYOUTS, numerics
 from mmprune_train.pruning import IGNORE, Kind, Pruner
-from mmprune_train.training.freezing import freeze
+from mmprune_train.training.freezing import freeze, store_frozen
 
 pytestmark = pytest.mark.slow
 
@@ -59,10 +59,11 @@ def one_batch(token: int) -> Batch:
     return collate(samples)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
 @pytest.mark.parametrize("pruner", ["none", PRUNED], ids=["dense", "pruned"])
 @pytest.mark.parametrize("trained", ["full", "lora", "frozen"])
 def test_the_plan_agrees_with_a_pass(
-    trained: str, pruner: object, untrained: tuple[LlavaForConditionalGeneration, int]
+    trained: str, pruner: object, dtype: torch.dtype, untrained: tuple[LlavaForConditionalGeneration, int]
 ) -> None:
     hf, token = untrained
     batch = one_batch(token)
@@ -72,16 +73,19 @@ def test_the_plan_agrees_with_a_pass(
         if trained == "lora":
             add_adapters(model, PeftConfig(name="lora", r=32, dropout=0.0))
         freeze(model, StageConfig(train_projector=True, train_llm=trained != "frozen"), trained == "lora")
+        store_frozen(model, dtype)
         return model
 
     model, bare = network(), network().to("meta")
     bare.hf.lm_head.weight = bare.hf.model.language_model.embed_tokens.weight  # tied, which `to` undoes
-    with flop_counter() as counted:
+    model.attention = "sdpa_per_sample"
+    with flop_counter() as counted, torch.autocast("cpu", torch.bfloat16, enabled=dtype == torch.bfloat16):
         model.forward_packed(batch.sequence, batch.pixel_values).loss_sum.backward()
     model.zero_grad()
-    peak, shape = peak_of_pass(model, batch.sequence, batch.pixel_values)
+    model.attention = "auto"
+    peak, shape = peak_of_pass(model, batch.sequence, batch.pixel_values, dtype)
     assert StepFlops(model, as_counted=True).count(shape).total == pytest.approx(counted.get_total_flops(), rel=0.02)
-    phases = Activations(bare, numerics(LAYOUTS["single"], torch.float32)).phases(shape, growing=True)
+    phases = Activations(bare, numerics(LAYOUTS["single"], dtype)).phases(shape, growing=True)
     assert batch.pixel_values is not None
     were_there = batch.pixel_values.nbytes + 72 * float(shape.stage1.sum())
     assert phases.peak - were_there == pytest.approx(peak, rel=0.15)

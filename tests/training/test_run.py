@@ -27,7 +27,7 @@ def test_kernels_are_told_with_the_reason() -> None:
 def test_a_stage_prints_them_and_ends_where_they_cannot_run(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     root = write_dataset(tmp_path / "squares")
     command = [*overrides(root, tmp_path), "stages=[pretrain]", "stage.pretrain.max_steps=1", "trainer.accelerator=cpu"]
-    command += ["evaluate.after_train=false", "trainer.logits_chunk=7"]
+    command += ["evaluate.after_train=false", "trainer.logits_chunk=7", "trainer.precision=fp32"]
     with pytest.raises(UserError, match="trainer.attention=flash_2: needs a CUDA device"):
         train.run(compose_config([*command, "trainer.attention=flash_2"]))
     train.run(compose_config(command))
