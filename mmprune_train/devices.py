@@ -17,8 +17,8 @@ class Device:
     name: str
     memory_bytes: int
     """What a process can allocate, as the driver reports it: a little less than the name says."""
-    bf16_tflops: float | None
-    """Dense bf16 matrix products with fp32 accumulation, 1e12 FLOPs a second; None: not known."""
+    tflops: float | None
+    """Dense matrix products, 1e12 FLOPs a second, in bf16 with fp32 accumulation; None: not known."""
 
 
 def _device(name: str, gib: float, tflops: float) -> Device:
@@ -46,8 +46,6 @@ DEVICES = {
 """By the name that `plan.device` takes. Throughput is the data sheets' without sparsity, of the SXM form where a name
 does not say another."""
 CPU = "cpu"
-CPU_CORE_TFLOPS = 0.08
-"""A rough figure, no data sheet's: two 8-wide fp32 FMA units at 2.5 GHz."""
 
 _PATTERNS = {
     r"\bB200\b": "b200_180gb",
@@ -75,13 +73,13 @@ def known_device(name: str) -> Device | None:
 
 
 def device_peak(name: str) -> Device:
-    """The device of a name of `DEVICES`, `cpu` for this machine's processor, or of a name that torch gives.
+    """The device of a name of `DEVICES`, `cpu` for this machine's processor, whose throughput must be measured, or of a
+    name that torch gives.
 
     Raises UserError where the table does not have it.
     """
     if name == CPU:
-        cores = os.cpu_count() or 1
-        return Device(CPU, os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"), CPU_CORE_TFLOPS * cores)
+        return Device(CPU, os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"), None)
     device = known_device(name)
     if device is None:
         raise UserError(unknown_name("plan.device", name, (*DEVICES, CPU)))
@@ -89,7 +87,7 @@ def device_peak(name: str) -> Device:
 
 
 def present_device() -> Device | None:
-    """The GPU of this process with the memory it really has, `bf16_tflops` None where the table does not know it; None
+    """The GPU of this process with the memory it really has, `tflops` None where the table does not know it; None
     where there is no GPU."""
     import torch
 
@@ -98,4 +96,4 @@ def present_device() -> Device | None:
     name = torch.cuda.get_device_name()
     known = known_device(name)
     memory = torch.cuda.get_device_properties(torch.cuda.current_device()).total_memory
-    return Device(known.name if known else name, memory, known.bf16_tflops if known else None)
+    return Device(known.name if known else name, memory, known.tflops if known else None)

@@ -68,7 +68,7 @@ class Cost:
 
     def seconds(self, device: Device, mfu: float, world: int) -> float | None:
         """Of one optimizer step; None where the device's throughput is not known."""
-        return None if device.bf16_tflops is None else self.flops.hardware / (device.bf16_tflops * 1e12 * mfu * world)
+        return None if device.tflops is None else self.flops.hardware / (device.tflops * 1e12 * mfu * world)
 
 
 @dataclass(frozen=True)

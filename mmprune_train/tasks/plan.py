@@ -20,6 +20,7 @@ from mmprune_train.planning.samples import StageSamples, stage_samples
 from mmprune_train.quiet import quiet
 from mmprune_train.training.files import read_jsonl, write_json
 from mmprune_train.training.precision import choose_precision
+from mmprune_train.training.throughput import measured_tflops
 
 HEADLINE = 0.22
 """Share of tokens that the method's authors keep on average."""
@@ -33,8 +34,10 @@ def run(config: Config) -> dict[str, Any]:
     """Write `plan/result.json` to the run directory. Nothing is downloaded, no weights are read."""
     device = chosen_device(config)
     compute = planned_dtype(config, device)
-    if device.name != CPU and compute != torch.bfloat16:
-        device = replace(device, bf16_tflops=None)  # the table knows bf16 alone
+    if device.name == CPU:
+        device = replace(device, tflops=measured_tflops(torch.device(CPU), compute))
+    elif compute != torch.bfloat16:
+        device = replace(device, tflops=None)  # the table knows bf16 alone
     told = {name: told_stage(config, name, device, compute) for name in config.stages}
     hours = [entry["hours"] for _, entry in told.values()]
     result = {
@@ -46,8 +49,11 @@ def run(config: Config) -> dict[str, Any]:
     }
     folder = run_dir(config) / "plan"
     write_json(folder / "result.json", result)
-    peak = "throughput not known" if device.bf16_tflops is None else f"{device.bf16_tflops:g} TFLOP/s bf16"
-    print(f"{device.name} ({peak} at most, {config.plan.mfu:g} of it assumed), {result['precision']}")
+    peak = "throughput not known"
+    if device.tflops is not None:
+        source = "measured now" if device.name == CPU else "at most"
+        peak = f"{device.tflops:.4g} TFLOP/s {source}, {config.plan.mfu:g} of it assumed"
+    print(f"{device.name}, {result['precision']} ({peak})")
     for text, _ in told.values():
         print(f"\n{text}")
     if result["hours"] is not None:

@@ -24,13 +24,13 @@ def peak(device: torch.device, dtype: torch.dtype) -> Peak:
     """The device's dense matrix throughput in `dtype`: the data sheet's where it is known, else measured."""
     if device.type == "cuda" and dtype == torch.bfloat16:
         known = present_device()
-        if known is not None and known.bf16_tflops is not None:
-            return Peak(known.bf16_tflops, f"{known.name}'s data sheet")
-    return Peak(_measured(device, dtype), "a matrix product measured now")
+        if known is not None and known.tflops is not None:
+            return Peak(known.tflops, f"{known.name}'s data sheet")
+    return Peak(measured_tflops(device, dtype), "a matrix product measured now")
 
 
-def _measured(device: torch.device, dtype: torch.dtype, size: int = 1536, repeats: int = 4) -> float:
-    """Best of some products of two square matrices."""
+def measured_tflops(device: torch.device, dtype: torch.dtype, size: int = 1536, repeats: int = 4) -> float:
+    """1e12 FLOPs a second: best of some products of two square matrices."""
     left, right = (torch.randn(size, size, device=device, dtype=dtype) for _ in range(2))
     best = float("inf")
     for _ in range(repeats + 1):

@@ -6,10 +6,12 @@ import json
 from pathlib import Path
 
 import pytest
+import torch
 
 from mmprune_train.config.compose import compose_config
 from mmprune_train.config.identity import run_dir
 from mmprune_train.config.paths import options
+from mmprune_train.tasks import plan
 from mmprune_train.tasks.plan import run
 
 
@@ -57,3 +59,22 @@ def test_a_run_of_the_same_settings_says_what_it_kept(tmp_path: Path) -> None:
     assert "measured" in stages["instruct"]["kept"]
     assert stages["instruct"]["pruned"]["visual_keep_ratio"] == pytest.approx(0.6, abs=0.03)
     assert "ASSUMED" in stages["pretrain"]["kept"]
+
+
+def test_hours_on_a_cpu_follow_its_measured_throughput(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A data sheet says nothing of this machine, and bf16 is much faster than fp32 on some and slower on others."""
+    asked = []
+
+    def measured(device: torch.device, dtype: torch.dtype) -> float:
+        asked.append((device.type, dtype))
+        return 0.5
+
+    monkeypatch.setattr(plan, "measured_tflops", measured)
+    command = ["+experiment=smoke", f"runs_dir={tmp_path}", "plan.samples=32", "plan.device=cpu", "stages=[instruct]"]
+    result = run(compose_config([*command, "trainer.precision=bf16", "plan.mfu=0.25"]))
+    assert asked == [("cpu", torch.bfloat16)]
+    assert "cpu, bfloat16 (0.5 TFLOP/s measured now, 0.25 of it assumed)" in capsys.readouterr().out
+    dense = result["stages"]["instruct"]["dense"]
+    assert dense["step_seconds"] == pytest.approx(sum(dense["flops_per_step"].values()) / 0.5e12 / 0.25)
