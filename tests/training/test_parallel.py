@@ -22,7 +22,7 @@ STAGES = ("pretrain", "instruct")
 SETTINGS = (
     "evaluate.after_train=false", "data.pretrain.annotations=instruct.json", "stage.pretrain.train_llm=true",
     "stage.pretrain.template=auto", "stage.pretrain.group_by_modality=true", "stage.pretrain.image_aspect_ratio=pad",
-    "optim.eps=0.003", "optim.grad_clip=0.5", "trainer.checkpoint_every_steps=100",
+    "optim.eps=0.003", "optim.grad_clip=0.5", "trainer.checkpoint_every_steps=100", "trainer.precision=fp32",
 )  # fmt: skip
 BIG = (
     "llm.arch.hidden_size=1024", "llm.arch.intermediate_size=2816", "llm.arch.num_hidden_layers=12",
@@ -60,6 +60,7 @@ def trained(root: Path, runs: Path, *more: str, steps: int) -> Trained:
 
 
 def assert_equal(found: Trained, wanted: Trained) -> None:
+    """Within what another order of the same fp32 sums changes."""
     for stage in STAGES:
         assert found.losses[stage] == pytest.approx(wanted.losses[stage], rel=1e-5), stage
         assert found.weights[stage].keys() == wanted.weights[stage].keys()
@@ -84,6 +85,24 @@ def test_twenty_steps_of_two_processes_equal_those_of_one(
     """One by one: what is left over of text and of images is text alone for one rank, an image for the other."""
     more = ("trainer.devices=2", "trainer.logits_chunk=3", *both("batch_size=1"))  # unequal chunks on the ranks
     assert_equal(trained(root, tmp_path, f"strategy={strategy}", *more, steps=20), in_pairs)
+
+
+@pytest.fixture(scope="module")
+def rounded(root: Path, tmp_path_factory: pytest.TempPathFactory) -> Trained:
+    more = ("trainer.precision=bf16", *both("batch_size=2"))
+    return trained(root, tmp_path_factory.mktemp("rounded"), *more, steps=4)
+
+
+@pytest.mark.parametrize("strategy", ["ddp", "fsdp2", "deepspeed_zero2", "deepspeed_zero3"])
+def test_two_processes_in_bf16_differ_from_one_by_rounding(
+    strategy: str, root: Path, tmp_path: Path, rounded: Trained
+) -> None:
+    """bf16 has 8 bits, 4e-3 of a value, and a loss is a mean over some hundred of them."""
+    more = ("trainer.precision=bf16", f"strategy={strategy}", "trainer.devices=2", *both("batch_size=1"))
+    found = trained(root, tmp_path, *more, steps=4)
+    for stage in STAGES:
+        assert found.losses[stage] == pytest.approx(rounded.losses[stage], rel=1e-3), stage
+        assert found.weights[stage].keys() == rounded.weights[stage].keys()
 
 
 @pytest.fixture(scope="module")
