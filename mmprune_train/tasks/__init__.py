@@ -37,7 +37,10 @@ TASKS = {
     "generate": Task(
         "mmprune_train.tasks.generate:run", "answer one question about images (ckpt=FOLDER generate.images=[FILE])"
     ),
-    "bench": Task("mmprune_train.tasks.bench:run", "what pruners cost beside the encoder (bench.pruners=[NAME,...])"),
+    "bench": Task(
+        "mmprune_train.tasks.bench:run",
+        "seconds, memory, FLOPs of a step, beside Hugging Face (bench.pruners=[NAME,...])",
+    ),
     "inspect": Task(
         "mmprune_train.tasks.inspect:run", "draw what both stages kept (ckpt=FOLDER generate.images=[FILE])"
     ),

@@ -57,7 +57,8 @@ def run(config: Config) -> dict[str, Any]:
     for text, _ in told.values():
         print(f"\n{text}")
     if result["hours"] is not None:
-        print(f"\nall stages: {result['hours']:.1f} hours at that throughput, data loading and evaluation left out")
+        total = f"all stages with pruner={config.pruner.name}: {result['hours']:.1f} hours at that throughput"
+        print(f"\n{total}, data loading and evaluation left out")
     print(f"\n{folder / 'result.json'}", flush=True)
     return result
 

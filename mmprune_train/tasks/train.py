@@ -37,7 +37,7 @@ def run(config: Config) -> dict[str, Any]:
     found = RunDirectory(run_dir(config), writable=False)
     todo = [name for name in config.stages if config.restart or not found.finished(name)]
     result = None if todo else found.result
-    if result is None or result.get("evaluated_with") != asked:  # other questions than a finished run was asked
+    if result is None or asked not in (None, result.get("evaluated_with")):  # other questions than it was asked
         result = _make(config, todo, asked, main)
     else:
         directory = open_run(config, writable=main)  # says where the settings are not the run's

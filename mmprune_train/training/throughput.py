@@ -29,7 +29,7 @@ def peak(device: torch.device, dtype: torch.dtype) -> Peak:
     return Peak(measured_tflops(device, dtype), "a matrix product measured now")
 
 
-def measured_tflops(device: torch.device, dtype: torch.dtype, size: int = 1536, repeats: int = 4) -> float:
+def measured_tflops(device: torch.device, dtype: torch.dtype, size: int = 1536, repeats: int = 20) -> float:
     """1e12 FLOPs a second: best of some products of two square matrices."""
     left, right = (torch.randn(size, size, device=device, dtype=dtype) for _ in range(2))
     best = float("inf")

@@ -106,6 +106,9 @@ def test_a_finished_run_prints_its_table_again_and_trains_nothing(
     train.run(other)
     idle = "trainer.feature_cache=True, trainer.attention=flash_3, logger=['csv'] has no effect"
     assert f"nothing is trained, {idle} (" in capsys.readouterr().out
+    without = replace(config, evaluate=replace(config.evaluate, after_train=False))
+    assert train.run(without)["evaluate"] == result["evaluate"], "what was evaluated is kept"
+    assert "nothing is trained (" in capsys.readouterr().out
 
 
 def test_evaluate_again_gives_the_same_answers_and_another_pruner_keeps_other_tokens(
