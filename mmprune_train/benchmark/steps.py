@@ -49,8 +49,9 @@ class StepCost:
 
     @property
     def language_seconds(self) -> float:
-        """Forward and backward, without the vision tower and the choosing of tokens."""
-        return self.seconds["forward"] + self.seconds["backward"]
+        """Forward and backward, without the vision tower and the choosing of tokens: the median of each round's sum."""
+        rounds = zip(self.seconds_all["forward"], self.seconds_all["backward"], strict=True)
+        return median(forward + backward for forward, backward in rounds)
 
     @property
     def language_flops(self) -> float:
