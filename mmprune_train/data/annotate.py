@@ -13,10 +13,14 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
-from mmprune_train.data.records import IMAGE_PLACEHOLDER
+from mmprune_train.data.encode import tokenise
+from mmprune_train.data.records import IMAGE_PLACEHOLDER, Turn
 from mmprune_train.data.templates import Template, lead_spans
 from mmprune_train.data.tokens import Pieces, bos_prefix, special_pattern, special_tokens
 from mmprune_train.pruning.packed import Kind
+
+_PROBES = (Turn("Why?", "So."), Turn(f"{IMAGE_PLACEHOLDER}\nWhy?", "So."), Turn(IMAGE_PLACEHOLDER, "So."))
+"""Questions of every kind: what stands beside a role marker decides its tokens."""
 
 
 class Annotator:
@@ -26,6 +30,7 @@ class Annotator:
     """
 
     def __init__(self, template: Template, tokenizer: PreTrainedTokenizerBase, image_token_id: int) -> None:
+        self._tokenizer = tokenizer
         self._pieces = Pieces(tokenizer)
         self._image_id = image_token_id
         self._special_ids = np.array(sorted(special_tokens(tokenizer)))
@@ -33,10 +38,11 @@ class Annotator:
         self._special = re.compile(self._special_text.pattern.encode())
         self._bos = b"".join(self._pieces(bos_prefix(tokenizer)))
         self._image_gap = re.compile(re.escape(IMAGE_PLACEHOLDER.encode()) + rb"(\s+)")
-        marks = template.marks
-        self._header = self._flexible(marks.system) if marks and marks.system else None
-        self._question = self._any(marks.question) if marks else None
-        self._answer = self._any(marks.answer) if marks else None
+        self._header = self._question = self._answer = None
+        if marks := template.marks:
+            self._header = re.compile(re.escape(self._system(marks.system))) if marks.system else None
+            self._question = self._any(template, (marks.question,), b" ?")
+            self._answer = self._any(template, marks.answer, b"")
 
     def __call__(self, ids: Tensor) -> tuple[Tensor, Tensor]:
         """ids [L] of one sequence without padding -> kind [L], turn [L], int64 on the device of `ids`."""
@@ -98,16 +104,24 @@ class Annotator:
             kind[at : at + size] = int(span.kind)
             at += size
 
-    def _any(self, literals: tuple[str, ...]) -> re.Pattern[bytes]:
-        patterns = (self._flexible(literal).pattern for literal in sorted(literals, key=len, reverse=True))
-        return re.compile(b" ?(?:" + b"|".join(patterns) + b")")
+    def _any(self, template: Template, literals: tuple[str, ...], behind: bytes) -> re.Pattern[bytes]:
+        """Matches any of a template's role markers as they stand in ids, where case, spaces and line ends may differ
+        from the template's: a tokenizer normalises them, or its special tokens swallow them."""
+        found = set()
+        for turn in _PROBES:
+            spans = template.spans([turn, turn])
+            ids, owner = tokenise(spans, self._tokenizer)
+            parts = [b""] * len(spans)
+            for number, piece in zip(owner.tolist(), self._pieces(ids.tolist()), strict=True):
+                parts[number] += piece
+            found |= {part.strip(b" ") for part, span in zip(parts, spans, strict=True) if span.text in literals}
+        for literal in literals:  # one that opens only a generated answer stands in no conversation
+            found.add(b"".join(self._pieces(self._ids(literal))).strip(b" "))
+        patterns = sorted(filter(None, found), key=len, reverse=True)
+        return re.compile(b" ?(?:" + b"|".join(map(re.escape, patterns)) + b")" + behind)
 
-    def _flexible(self, literal: str) -> re.Pattern[bytes]:
-        """The literal, with the space that some tokenizers put after a special token allowed."""
-        parts = []
-        at = 0
-        for match in self._special_text.finditer(literal):
-            parts.append(re.escape(literal[at : match.end()]))
-            at = match.end()
-        parts.append(re.escape(literal[at:]))
-        return re.compile(" ?".join(parts).encode() if len(parts) > 1 else parts[0].encode())
+    def _system(self, header: str) -> bytes:
+        return b"".join(self._pieces(self._ids(header))).rstrip(b" ")
+
+    def _ids(self, text: str) -> list[int]:
+        return list(self._tokenizer(text, add_special_tokens=False)["input_ids"])

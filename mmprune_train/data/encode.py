@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -11,7 +12,7 @@ from transformers import PreTrainedTokenizerBase
 
 from mmprune_train.data.records import IMAGE_PLACEHOLDER, Record
 from mmprune_train.data.templates import Span, Template
-from mmprune_train.data.tokens import bos_prefix, special_tokens
+from mmprune_train.data.tokens import bos_prefix, greedy_tokens, special_tokens
 from mmprune_train.errors import UserError
 from mmprune_train.pruning.packed import IGNORE, Kind
 
@@ -41,7 +42,8 @@ class Example:
 def encode(
     record: Record, template: Template, tokenizer: PreTrainedTokenizerBase, image_tokens: int, max_length: int
 ) -> Example:
-    """Render, tokenise as one string, and map tokens to spans by the place of their last character.
+    """Render, tokenise as one string, and map tokens to spans by the place of their last character (of an added token:
+    the last of its own text, not of the white space that it swallows).
 
     Every `<image>` becomes `image_tokens` visual tokens; what lies beyond `max_length` is cut. Raises UserError, with
     the sample's id, when nothing trained on is left or an image is cut in two.
@@ -50,7 +52,7 @@ def encode(
         spans = template.spans(record.turns)
     except UserError as error:
         raise UserError(f"{record.where} (id {record.id}): {error}") from None
-    written, owner = _tokenise(spans, tokenizer)
+    written, owner = tokenise(spans, tokenizer)
     image_id = int(tokenizer.convert_tokens_to_ids(IMAGE_PLACEHOLDER))
     span_kind = np.array([int(span.kind) for span in spans])
     span_turn = np.array([span.turn for span in spans])
@@ -74,19 +76,23 @@ def encode(
     return example
 
 
-def _tokenise(spans: list[Span], tokenizer: PreTrainedTokenizerBase) -> tuple[np.ndarray, np.ndarray]:
+def tokenise(spans: Sequence[Span], tokenizer: PreTrainedTokenizerBase) -> tuple[np.ndarray, np.ndarray]:
     """Ids of the joined spans and the span of each token, both [S]."""
+    text = "".join(span.text for span in spans)
     encoding = tokenizer(
-        "".join(span.text for span in spans),
-        add_special_tokens=False,
-        return_offsets_mapping=True,
-        return_attention_mask=False,
-        verbose=False,
+        text, add_special_tokens=False, return_offsets_mapping=True, return_attention_mask=False, verbose=False
     )
+    ids = np.array(encoding["input_ids"], dtype=np.int64)
+    starts, stops = np.array(encoding["offset_mapping"], dtype=np.int64).reshape(-1, 2).T
+    last = np.clip(stops - 1, 0, None)
+    greedy = greedy_tokens(tokenizer)
+    for place in np.flatnonzero(np.isin(ids, list(greedy))):  # takes spaces of the span behind it, or before it
+        content = greedy[int(ids[place])]
+        found = text.find(content, starts[place], stops[place])
+        last[place] = found + len(content) - 1 if found >= 0 else last[place]
     ends = np.cumsum([len(span.text) for span in spans])
-    stops = np.array(encoding["offset_mapping"], dtype=np.int64).reshape(-1, 2)[:, 1]
-    last = np.maximum.accumulate(np.clip(stops - 1, 0, None))  # a token of no width stays with the one before it
-    return np.array(encoding["input_ids"], dtype=np.int64), np.searchsorted(ends, last, side="right")
+    last = np.maximum.accumulate(last)  # a token of no width stays with the one before it
+    return ids, np.searchsorted(ends, last, side="right")
 
 
 def _check(example: Example, record: Record, image_tokens: int, max_length: int, dense: int) -> None:

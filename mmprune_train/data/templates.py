@@ -6,17 +6,20 @@ Labels come from these spans, so no tokenizer surprise can mask a whole sample. 
 - `v1` (Vicuna): system text, `USER: q ASSISTANT: a</s>`; with another tokenizer its own EOS.
 - `chat`: the tokenizer's own chat template.
 
-In all of them the images of a turn move to its start, each followed by a newline (in `plain` by nothing).
+In all of them the images of a turn move to its start, each followed by a newline (in `plain` by nothing). The last two
+are Jinja texts, and `chat_template` is what a model's folder gets: it renders messages to the very text trained on.
 """
 
 from __future__ import annotations
 
 import difflib
+import json
 import re
 import secrets
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import takewhile
+from pathlib import Path
 from typing import Protocol
 
 import jinja2
@@ -27,10 +30,9 @@ from mmprune_train.data.tokens import bos_prefix, special_pattern
 from mmprune_train.errors import UserError
 from mmprune_train.pruning.packed import Kind
 
-V1_SYSTEM = (
-    "A chat between a curious user and an artificial intelligence assistant. "
-    "The assistant gives helpful, detailed, and polite answers to the user's questions."
-)
+FILES = Path(__file__).parent / "chat_templates"
+SAVED = re.compile(r"\{#- mmprune_train template (\w+):")
+"""How a chat template begins that this module has written."""
 
 
 @dataclass(frozen=True)
@@ -49,8 +51,8 @@ class Marks:
 
     system: str
     """Opens the system text; empty where that stands bare."""
-    question: tuple[str, ...]
-    """Role markers that open a question."""
+    question: str
+    """Role marker that opens a question."""
     answer: tuple[str, ...]
     """What closes the question and opens the answer."""
 
@@ -59,6 +61,8 @@ class Template(Protocol):
     tokenizer: PreTrainedTokenizerBase
     marks: Marks | None
     """None: a text has no parts to tell apart (`plain`)."""
+    end: str
+    """The special token that ends every answer; empty: none does (`plain`)."""
 
     def spans(self, turns: Sequence[Turn]) -> list[Span]:
         """The conversation as spans, without the BOS that the tokenizer adds on its own."""
@@ -75,11 +79,37 @@ class Template(Protocol):
 def get_template(name: str, tokenizer: PreTrainedTokenizerBase) -> Template:
     """The template `plain`, `v1` or `chat` for this tokenizer. Raises UserError for another name."""
     kinds: dict[str, Callable[[PreTrainedTokenizerBase], Template]]
-    kinds = {"plain": PlainTemplate, "v1": V1Template, "chat": ChatTemplate}
+    kinds = {"plain": PlainTemplate, "v1": _v1, "chat": _own}
     if name not in kinds:
         near = difflib.get_close_matches(name, kinds, 1) or ["chat"]
         raise UserError(f"unknown template {name!r}; did you mean {near[0]!r}? ({', '.join(kinds)})")
     return kinds[name](tokenizer)
+
+
+def template_name(chat_template: str | None) -> str:
+    """The template behind a model folder's chat template: the one it was saved with, else `v1` where it writes LLaVA's
+    roles or there is none, else `chat`."""
+    if chat_template and (saved := SAVED.match(chat_template)):
+        return saved[1]
+    return "chat" if chat_template and "USER:" not in chat_template and "upper()" not in chat_template else "v1"
+
+
+def _v1(tokenizer: PreTrainedTokenizerBase) -> ChatTemplate:
+    if not tokenizer.eos_token:
+        raise UserError("template v1 needs a tokenizer with an EOS token; set one or use template chat")
+    return ChatTemplate("v1", tokenizer, (FILES / "v1.jinja").read_text(encoding="utf-8").removesuffix("\n"))
+
+
+def _own(tokenizer: PreTrainedTokenizerBase) -> ChatTemplate:
+    if not tokenizer.chat_template:
+        raise UserError("template chat needs a tokenizer with a chat template; set llm.template=v1")
+    own = tokenizer.get_chat_template()
+    if (saved := SAVED.match(own)) and saved[1] != "chat":
+        raise UserError(
+            f"template chat: this folder was saved with template {saved[1]}, which stands in the place of its "
+            f"tokenizer's own chat template; use template {saved[1]}"
+        )
+    return ChatTemplate("chat", tokenizer, own)
 
 
 class _Rendered:
@@ -101,6 +131,7 @@ class _Rendered:
 
 class PlainTemplate(_Rendered):
     marks: Marks | None = None
+    end = ""
 
     def spans(self, turns: Sequence[Turn]) -> list[Span]:
         if len(turns) != 1:
@@ -112,39 +143,42 @@ class PlainTemplate(_Rendered):
         ]
 
 
-class V1Template(_Rendered):
-    marks: Marks | None = Marks(system="", question=("USER: ", "USER:"), answer=(" ASSISTANT:", "ASSISTANT:"))
-
-    def __init__(self, tokenizer: PreTrainedTokenizerBase) -> None:
-        super().__init__(tokenizer)
-        if not tokenizer.eos_token:
-            raise UserError("template v1 needs a tokenizer with an EOS token; set one or use template chat")
-
-    def spans(self, turns: Sequence[Turn]) -> list[Span]:
-        spans = [Span(V1_SYSTEM, Kind.PROMPT, 0)]
-        for k, turn in enumerate(turns, 1):
-            spans += [
-                Span(" USER: " if k == 1 else "USER: ", Kind.SPECIAL, k),
-                *question_spans(turn.question, k),
-                Span(" ASSISTANT:", Kind.SPECIAL, k),
-                Span(f" {turn.answer}{self.tokenizer.eos_token}", Kind.ANSWER, k, supervised=True),
-            ]
-        return spans
-
-
 class ChatTemplate(_Rendered):
-    """The tokenizer's Jinja template, taken apart by rendering it around contents that cannot occur by chance."""
+    """A Jinja template, taken apart by rendering it around contents that cannot occur by chance.
 
-    def __init__(self, tokenizer: PreTrainedTokenizerBase) -> None:
+    Args:
+        name: `v1` or `chat`.
+        jinja: the template; it may take contents as text, or only as lists of parts.
+    """
+
+    def __init__(self, name: str, tokenizer: PreTrainedTokenizerBase, jinja: str) -> None:
         super().__init__(tokenizer)
-        if not tokenizer.chat_template:
-            raise UserError("template chat needs a tokenizer with a chat template; set llm.template=v1")
+        self.name = name
+        self._jinja = jinja
         self._special = special_pattern(tokenizer)
         self._literals_of: dict[int, list[str]] = {}
-        self._opening = ""
-        self.marks = self._find_marks()
-        if self.marks:
-            self._opening = self.marks.question[0]
+        self._in_parts = self._takes_parts_alone()
+        self.marks: Marks | None = self._find_marks()
+        self._ending = self._find_ending()
+        self.end = self._special.findall(self._ending)[-1] if self._ending else str(tokenizer.eos_token)
+
+    @property
+    def chat_template(self) -> str:
+        """Jinja for the model's folder, by which any library renders messages to what `spans` and `prompt` write.
+
+        Contents may be strings with `<image>` in them, or lists of image and text parts.
+        """
+        if SAVED.match(self._jinja):
+            return self._jinja
+        parts = {
+            "NAME": self.name,
+            "CONTENT": "[{'type': 'text', 'text': turn.text}]" if self._in_parts else "turn.text",
+            "ANSWER_END": json.dumps("" if self._ending else self.end),
+            "ADDED_BOS": json.dumps(self._added_bos),
+            "BODY": self._jinja.removesuffix("\n"),
+        }
+        text = (FILES / "saved.jinja").read_text(encoding="utf-8").removesuffix("\n")
+        return re.sub("|".join(parts), lambda found: parts[found[0]], text)
 
     def spans(self, turns: Sequence[Turn]) -> list[Span]:
         lead, *others = self._literals(len(turns))
@@ -153,23 +187,33 @@ class ChatTemplate(_Rendered):
         spans.append(Span(opening, Kind.SPECIAL, 1))
         for k, turn in enumerate(turns, 1):
             close, gap = _before_the_gap(others[2 * k - 2])
-            after = others[2 * k - 1]
+            after, opening = self._cut_opening(others[2 * k - 1])
             spans += [*question_spans(turn.question, k), Span(close, Kind.SPECIAL, k)]
-            end = self._special.search(after)
-            if end:
-                ending, rest = after[: end.end()], after[end.end() :]
-            else:  # a template without an end of turn: the model must still learn to stop
-                ending, rest = after + (self.tokenizer.eos_token or ""), ""
-            spans.append(Span(gap + turn.answer + ending, Kind.ANSWER, k, supervised=True))
-            rest, opening = self._cut_opening(rest)
+            found = self._special.search(after) if self._ending else None
+            ending = after[: found.end()] if found else self._ending if k == len(turns) else ""
+            spans.append(Span(gap + turn.answer + (ending or self.end), Kind.ANSWER, k, supervised=True))
             if k < len(turns):  # what the template writes after the last answer's end teaches nothing
+                rest = after[len(ending) :]
                 spans += [Span(rest, Kind.SPECIAL, k), Span(opening, Kind.SPECIAL, k + 1)]
         return [span for span in spans if span.text]
 
     def _cut_opening(self, literal: str) -> tuple[str, str]:
-        if self._opening and literal.endswith(self._opening):
-            return literal[: -len(self._opening)], self._opening
-        return literal, ""
+        opening = self.marks.question if self.marks else ""
+        return (literal.removesuffix(opening), opening) if literal.endswith(opening) else (literal, "")
+
+    def _find_ending(self) -> str:
+        """What the template writes from an answer to the special token that ends it; empty where it writes none, so
+        that EOS must be put there for the model to learn to stop."""
+        after = self._cut_opening(self._literals(2)[2])[0]
+        found = self._special.search(after)
+        if found is None and not self.tokenizer.eos_token:
+            raise UserError("the tokenizer's chat template ends no answer, and there is no EOS token to do it; set one")
+        return after[: found.end()] if found else ""
+
+    @property
+    def _added_bos(self) -> str:
+        """The BOS that the tokenizer puts before any text, which the template must not write, too."""
+        return "".join(self.tokenizer.convert_ids_to_tokens(bos_prefix(self.tokenizer)))
 
     def _literals(self, turns: int) -> list[str]:
         """The 2 * turns + 1 pieces of template text around the questions and answers of a conversation."""
@@ -180,11 +224,7 @@ class ChatTemplate(_Rendered):
 
     def _render_around(self, names: list[str], roles: list[str], generate: bool = False) -> list[str]:
         contents = [f"c{secrets.token_hex(6)}{name}" for name in names]
-        messages = [{"role": role, "content": content} for role, content in zip(roles, contents, strict=True)]
-        text = self.tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=generate)
-        bos = self.tokenizer.bos_token
-        if bos and bos_prefix(self.tokenizer) and text.startswith(bos):
-            text = text[len(bos) :]  # the tokenizer adds it again
+        text = self._render(contents, roles, generate).removeprefix(self._added_bos)
         pieces = []
         for name, content in zip(names, contents, strict=True):
             before, found, text = text.partition(content)
@@ -192,6 +232,32 @@ class ChatTemplate(_Rendered):
                 raise UserError(f"the tokenizer's chat template drops or reorders the {name}; set llm.template=v1")
             pieces.append(before)
         return [*pieces, text]
+
+    def _render(self, contents: list[str], roles: list[str], generate: bool = False) -> str:
+        def content(text: str) -> str | list[dict[str, str]]:
+            return [{"type": "text", "text": text}] if self._in_parts else text
+
+        messages = [{"role": role, "content": content(text)} for role, text in zip(roles, contents, strict=True)]
+        try:
+            text = self.tokenizer.apply_chat_template(
+                messages, chat_template=self._jinja, tokenize=False, add_generation_prompt=generate
+            )
+        except (jinja2.TemplateError, TypeError) as error:
+            raise UserError(
+                f"the tokenizer's chat template cannot be rendered ({error}); set llm.template=v1, or mend it"
+            ) from error
+        return str(text)
+
+    def _takes_parts_alone(self) -> bool:
+        """Whether a content is only written where it is a list of parts, as in the templates of llava-hf folders."""
+        return not self._writes(in_parts=False) and self._writes(in_parts=True)
+
+    def _writes(self, in_parts: bool) -> bool:
+        self._in_parts, probe = in_parts, f"c{secrets.token_hex(6)}"
+        try:
+            return self._render([probe, "a"], ["user", "assistant"]).count(probe) == 1
+        except UserError:
+            return False
 
     def _find_marks(self) -> Marks | None:
         lead, close, _ = self._literals(1)
@@ -203,9 +269,9 @@ class ChatTemplate(_Rendered):
             return None
         try:
             system = self._render_around(["system", "question0"], ["system", "user"])[0]
-        except (jinja2.TemplateError, UserError):  # the template has no system role
+        except UserError:  # the template has no system role
             system = ""
-        return Marks(system, (opening,), tuple(sorted(closes, key=len, reverse=True)))
+        return Marks(system, opening, tuple(sorted(closes, key=len, reverse=True)))
 
 
 def _before_the_gap(close: str) -> tuple[str, str]:

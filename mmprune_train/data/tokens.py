@@ -7,18 +7,42 @@ import re
 from functools import lru_cache
 from typing import Any
 
+from tokenizers import Tokenizer
 from transformers import PreTrainedTokenizerBase
 
 
 def bos_prefix(tokenizer: PreTrainedTokenizerBase) -> list[int]:
-    """The ids that `tokenizer(text)` puts in front on its own: [bos] or nothing. Never an EOS at the end."""
-    ids = tokenizer("")["input_ids"]
-    return [ids[0]] if ids and ids[0] == tokenizer.bos_token_id else []
+    """The ids that `tokenizer(text)` puts in front on its own: [bos] or nothing, as a rule. Never an EOS at the end."""
+    bare = tokenizer("a", add_special_tokens=False)["input_ids"]
+    whole = tokenizer("a")["input_ids"]
+    ahead = (n for n in range(len(whole)) if whole[n : n + len(bare)] == bare)
+    return list(whole[: next(ahead, 0)])
+
+
+def add_no_eos(tokenizer: PreTrainedTokenizerBase) -> None:
+    """Let `tokenizer(text)` put no EOS behind the text (in place): a prompt that ends is no prompt."""
+    if getattr(tokenizer, "add_eos_token", False):
+        tokenizer.add_eos_token = False
+    if tokenizer("")["input_ids"] == bos_prefix(tokenizer):
+        return
+    parts = json.loads(tokenizer.backend_tokenizer.to_str())
+    for processor in _each(parts["post_processor"], "TemplateProcessing", "processors"):
+        for form in ("single", "pair"):
+            items = processor[form]
+            added = [item.get("SpecialToken", {}).get("id") == tokenizer.eos_token for item in items]
+            processor[form] = [item for n, item in enumerate(items) if n == 0 or not added[n]]
+    tokenizer.backend_tokenizer.post_processor = Tokenizer.from_str(json.dumps(parts)).post_processor
 
 
 def special_tokens(tokenizer: PreTrainedTokenizerBase) -> dict[int, str]:
     """id -> text of every special token: BOS, EOS, padding, turn marks, the image token."""
     return {int(id): token.content for id, token in tokenizer.added_tokens_decoder.items() if token.special}
+
+
+def greedy_tokens(tokenizer: PreTrainedTokenizerBase) -> dict[int, str]:
+    """id -> text of the added tokens that swallow white space beside them, as Phi-3's turn marks do."""
+    added = tokenizer.added_tokens_decoder.items()
+    return {int(id): token.content for id, token in added if token.rstrip or token.lstrip}
 
 
 def special_pattern(tokenizer: PreTrainedTokenizerBase) -> re.Pattern[str]:
@@ -36,7 +60,8 @@ class Pieces:
     def __init__(self, tokenizer: PreTrainedTokenizerBase) -> None:
         self._tokenizer = tokenizer
         self._added = {int(id): token.content for id, token in tokenizer.added_tokens_decoder.items()}
-        self._byte_level = "ByteLevel" in _types(json.loads(tokenizer.backend_tokenizer.to_str())["decoder"])
+        decoder = json.loads(tokenizer.backend_tokenizer.to_str())["decoder"]
+        self._byte_level = bool(_each(decoder, "ByteLevel", "decoders"))
         self._known: dict[int, bytes] = {}
 
     def __call__(self, ids: list[int]) -> list[bytes]:
@@ -58,10 +83,12 @@ class Pieces:
         return str(token).replace("\u2581", " ").encode()
 
 
-def _types(decoder: Any) -> set[str]:
-    if not decoder:
-        return set()
-    return {decoder["type"]}.union(*(_types(inner) for inner in decoder.get("decoders", [])))
+def _each(part: Any, kind: str, inside: str) -> list[dict[str, Any]]:
+    """The parts of that type in a tokenizer's description; a sequence of parts holds them under `inside`."""
+    if not part:
+        return []
+    inner = [found for one in part.get(inside, []) for found in _each(one, kind, inside)]
+    return [part, *inner] if part["type"] == kind else inner
 
 
 @lru_cache(maxsize=1)

@@ -26,10 +26,10 @@ from transformers import (
 from mmprune_train.config.compose import load_pruner
 from mmprune_train.config.pruner_schema import PrunerConfig
 from mmprune_train.config.schema import Config, EncoderConfig, LlmConfig, TextTowerConfig
-from mmprune_train.data.annotate import Annotator
 from mmprune_train.data.images import image_processor
-from mmprune_train.data.templates import get_template
+from mmprune_train.data.templates import template_name
 from mmprune_train.errors import UserError
+from mmprune_train.model.conversation import converse
 from mmprune_train.model.llava import PackedLlava
 from mmprune_train.model.projector import new_projector
 from mmprune_train.model.question import find_question_encoder, new_question_encoder, question_encoder_on_meta
@@ -39,15 +39,6 @@ from mmprune_train.pruning import Pruner
 
 VOCAB_MULTIPLE = 64
 """A vocabulary that must grow for the image token grows to a multiple of this, as llava-hf's folders do."""
-
-V1_CHAT_TEMPLATE = (
-    "{% for message in messages %}{{ message['role'].upper() + ': ' }}"
-    "{% if message['content'] is string %}{{ message['content'] }}{% else %}"
-    "{% for part in message['content'] if part['type'] == 'image' %}{{ '<image>\n' }}{% endfor %}"
-    "{% for part in message['content'] if part['type'] == 'text' %}{{ part['text'] }}{% endfor %}{% endif %}"
-    "{{ '</s>' if message['role'] == 'assistant' else ' ' }}{% endfor %}"
-    "{% if add_generation_prompt %}{{ 'ASSISTANT:' }}{% endif %}"
-)
 
 
 def _vision_config(folder: Path | None, arch: dict[str, Any]) -> PreTrainedConfig:
@@ -136,7 +127,7 @@ def assemble(
 
 
 def make_processor(
-    encoder: EncoderConfig, tokenizer: PreTrainedTokenizerBase, template: str, aspect_ratio: str = "square"
+    encoder: EncoderConfig, tokenizer: PreTrainedTokenizerBase, aspect_ratio: str = "square"
 ) -> LlavaProcessor:
     """The llava-hf processor: images and text in, image tokens already repeated, padding on the left for `generate`."""
     tokenizer.padding_side = "left"
@@ -145,7 +136,6 @@ def make_processor(
         tokenizer=tokenizer,
         patch_size=encoder.patch_size,
         vision_feature_select_strategy="default" if encoder.has_cls else "full",
-        chat_template=V1_CHAT_TEMPLATE if template == "v1" else tokenizer.chat_template,
         image_token=IMAGE_TOKEN,
         num_additional_image_tokens=1 if encoder.has_cls else 0,
     )
@@ -188,12 +178,13 @@ def build(
         language = language_model(config.llm, folder, tokenizer, dtype, empty)
         hf_config = llava_config(config.encoder, vision.config, language.config, config.projector.name, image_token)
         hf = assemble(hf_config, vision, language, config.projector.init)
-    processor = make_processor(config.encoder, tokenizer, config.llm.template)
-    annotate = Annotator(get_template(config.llm.template, tokenizer), tokenizer, image_token)
+    processor = make_processor(config.encoder, tokenizer)
     chunk, pruner, question = config.trainer.vision_chunk, Pruner(config.pruner), None
     if pruner.reads_text and config.encoder.text is not None:
         question = new_question_encoder(config.encoder, text_folder(config.encoder.text), dtype)
-    return PackedLlava(hf, pruner, annotate, config.llm.template, chunk, question, annotate.words), processor
+    model = PackedLlava(hf, pruner, vision_chunk=chunk, question=question)
+    converse(model, processor, config.llm.template)
+    return model, processor
 
 
 def model_folder(path: str | Path) -> Path | str:
@@ -213,6 +204,14 @@ def model_folder(path: str | Path) -> Path | str:
     if str(path).startswith(("/", ".", "~")) or str(path).count("/") != 1:
         raise UserError(f"{path}: no such folder; give a run directory, an exported folder or a llava-hf folder")
     return str(path)
+
+
+def _template_of(processor: LlavaProcessor) -> str:
+    """The conversation template of a folder that does not name one, by its chat template, which becomes the
+    tokenizer's."""
+    own = processor.chat_template or processor.tokenizer.chat_template
+    processor.tokenizer.chat_template = own = own.get("default") if isinstance(own, dict) else own
+    return template_name(own)
 
 
 def load_model(
@@ -253,13 +252,10 @@ def load_model(
         settings = pruner
     else:
         settings = load_pruner(saved.get("pruner", "none") if pruner is None else pruner)
-    tokenizer = processor.tokenizer
-    own = getattr(tokenizer, "chat_template", None)
-    template = saved.get("template") or ("chat" if own and "USER:" not in own and "upper()" not in own else "v1")
-    annotate = Annotator(get_template(template, tokenizer), tokenizer, hf.config.image_token_id)
     chosen, question = Pruner(settings), None
     if chosen.reads_text:
         tower = TextTowerConfig(path=str(text)) if isinstance(text, str | Path) else text
         question = find_question_encoder(Path(folder), tower, dtype)
-    model = PackedLlava(hf, chosen, annotate, template, question=question, words=annotate.words)
+    model = PackedLlava(hf, chosen, question=question)
+    converse(model, processor, saved.get("template") or _template_of(processor))
     return (model if empty else model.to(device)).eval(), processor

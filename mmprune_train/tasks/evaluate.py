@@ -16,6 +16,7 @@ from mmprune_train.errors import UserError
 from mmprune_train.evaluation.questions import read_questions
 from mmprune_train.evaluation.run import evaluate
 from mmprune_train.model.build import load_model
+from mmprune_train.model.conversation import converse
 from mmprune_train.quiet import quiet
 from mmprune_train.reporting.evaluation import result_table
 from mmprune_train.tasks.prepare import prepare_data
@@ -112,8 +113,9 @@ def evaluate_folder(config: Config, source: str | Path, folder: Path, pruner: An
 
 def prompt_template(model: Any, processor: Any, config: Config) -> Any:
     """The template the model was trained with; `plain` asks nothing, so the LLM's own is used then."""
-    name = config.llm.template if model.template == "plain" else model.template
-    return get_template(name, processor.tokenizer)
+    if model.template == "plain":
+        converse(model, processor, config.llm.template)
+    return get_template(model.template, processor.tokenizer)
 
 
 def training_answers(config: Config) -> list[tuple[str, str]]:

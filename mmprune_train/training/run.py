@@ -16,6 +16,7 @@ from mmprune_train.config.schema import Config, StageConfig
 from mmprune_train.data.images import image_processor
 from mmprune_train.model.attention import backend_for
 from mmprune_train.model.build import build, load_model
+from mmprune_train.model.conversation import converse
 from mmprune_train.model.language import checkpoint_layers, compile_layers
 from mmprune_train.model.llava import PackedLlava
 from mmprune_train.model.loss import loss_kernel
@@ -164,7 +165,7 @@ def load_stage(
         parts = make_trainable(model, config, name, precision)
     model.vision_chunk = config.trainer.vision_chunk
     model.attention, model.logits_chunk = config.trainer.attention, config.trainer.logits_chunk
-    model.template = template_of(config, name)
+    converse(model, processor, template_of(config, name))
     return model, processor, parts
 
 

@@ -4,14 +4,20 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
-from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, processors, trainers
+from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
 from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 from mmprune_train.data.records import Record, Turn
-from mmprune_train.data.templates import V1_SYSTEM
+from mmprune_train.data.tokens import add_no_eos
 from mmprune_train.model.tokenizer import add_image_token, tiny_tokenizer
 
+V1_SYSTEM = (
+    "A chat between a curious user and an artificial intelligence assistant. "
+    "The assistant gives helpful, detailed, and polite answers to the user's questions."
+)
+"""Vicuna's."""
 CHATML = (
     "{% for m in messages %}{% if loop.first and m['role'] != 'system' %}"
     "{{ '<|im_start|>system\nYou are helpful.<|im_end|>\n' }}{% endif %}"
@@ -39,12 +45,40 @@ BRACKETS = (
 )
 """Mistral: markers of plain text, and no system role."""
 
+PHI3 = (
+    "{% for m in messages %}{{ '<|' + m['role'] + '|>\n' + m['content'] + '<|end|>\n' }}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|assistant|>\n' }}{% endif %}"
+)
+"""Its special tokens swallow the white space behind them."""
+PARTS = (
+    "{% for m in messages %}{{ '[INST] ' if m['role'] == 'user' else ' ' }}"
+    "{% for part in m['content'] if part['type'] == 'text' %}{{ part['text'] }}{% endfor %}"
+    "{{ ' [/INST]' if m['role'] == 'user' else eos_token }}{% endfor %}"
+)
+"""llava-hf's: contents are lists of parts, and text is not read."""
+NAMED = (
+    "{% for m in messages %}{{ m['role'] | capitalize + ': ' + m['content'] + '\n' }}{% endfor %}"
+    "{% if add_generation_prompt %}{{ 'Assistant: ' }}{% endif %}"
+)
+"""No special token anywhere: nothing ends an answer. And what is asked for ends with a space."""
+OPENED = (
+    "{% for m in messages %}{{ '<|' + m['role'] + '|>\n' + m['content'] + '\n' }}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|assistant|>\n' }}{% endif %}"
+)
+"""Special tokens open the parts and end none."""
+
 STYLES = {
     "chatml": (CHATML, ["<|im_start|>", "<|im_end|>"]),
     "thinking": (THINKING, ["<|im_start|>", "<|im_end|>"]),
     "headers": (HEADERS, ["<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>"]),
     "brackets": (BRACKETS, []),
+    "phi3": (PHI3, ["<|user|>", "<|assistant|>", "<|end|>", "<|system|>"]),
+    "parts": (PARTS, []),
+    "named": (NAMED, []),
+    "opened": (OPENED, ["<|user|>", "<|assistant|>"]),
 }
+ENDS = {"headers": "<|eot_id|>", "phi3": "<|end|>", **dict.fromkeys(("chatml", "thinking"), "<|im_end|>")}
+"""What ends an answer, where it is not EOS."""
 
 
 def styled(style: str) -> PreTrainedTokenizerBase:
@@ -52,7 +86,26 @@ def styled(style: str) -> PreTrainedTokenizerBase:
     template, specials = STYLES[style]
     tokenizer = tiny_tokenizer()
     tokenizer.chat_template = template
-    tokenizer.add_tokens([AddedToken(s, special=True, normalized=False) for s in specials], special_tokens=True)
+    tokens = [AddedToken(s, special=True, normalized=False, rstrip=style == "phi3") for s in specials]
+    tokenizer.add_tokens(tokens, special_tokens=True)
+    return tokenizer
+
+
+def rebuilt(tokenizer: PreTrainedTokenizerBase, **backend: Any) -> PreTrainedTokenizerBase:
+    """The same tokenizer with other parts."""
+    for name, part in backend.items():
+        setattr(tokenizer.backend_tokenizer, name, part)
+    return tokenizer
+
+
+def lower_casing(style: str) -> PreTrainedTokenizerBase:
+    return rebuilt(styled(style) if style in STYLES else tiny_tokenizer(), normalizer=normalizers.Lowercase())
+
+
+def eos_adding(tokenizer: PreTrainedTokenizerBase) -> PreTrainedTokenizerBase:
+    """What a training stage makes of a tokenizer that ends every text with EOS, as `add_eos_token` does."""
+    both = processors.TemplateProcessing(single="<s> $A </s>", special_tokens=[("<s>", 1), ("</s>", 2)])
+    add_no_eos(rebuilt(tokenizer, post_processor=processors.Sequence([processors.ByteLevel(trim_offsets=False), both])))
     return tokenizer
 
 
@@ -82,10 +135,30 @@ def sentencepiece_like() -> PreTrainedTokenizerBase:
     return fast
 
 
+def llama2_like() -> PreTrainedTokenizerBase:
+    """The same in its older form: a space is put before every text and behind every special token."""
+    tokenizer = sentencepiece_like()
+    spaces = normalizers.Sequence([normalizers.Prepend("\u2581"), normalizers.Replace(" ", "\u2581")])
+    rebuilt(tokenizer, normalizer=spaces).backend_tokenizer.pre_tokenizer = None
+    tokenizer.chat_template = BRACKETS
+    return tokenizer
+
+
 def setups() -> dict[str, tuple[str, PreTrainedTokenizerBase]]:
     """Name -> (template, tokenizer), for the templates that hold a conversation."""
     chats = {style: ("chat", styled(style)) for style in STYLES}
-    return {"v1": ("v1", tiny_tokenizer()), "v1-sentencepiece": ("v1", sentencepiece_like()), **chats}
+    return {
+        "v1": ("v1", tiny_tokenizer()),
+        "v1-sentencepiece": ("v1", sentencepiece_like()),
+        "v1-llama2": ("v1", llama2_like()),
+        "v1-lower-case": ("v1", lower_casing("v1")),
+        "v1-phi3": ("v1", styled("phi3")),
+        "v1-add-eos": ("v1", eos_adding(tiny_tokenizer())),
+        **chats,
+        "llama2": ("chat", llama2_like()),
+        "chatml-lower-case": ("chat", lower_casing("chatml")),
+        "headers-add-eos": ("chat", eos_adding(styled("headers"))),
+    }
 
 
 SETUPS = setups()

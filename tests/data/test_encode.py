@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import pytest
 import torch
-from data.conversations import MANY, SETUPS, record
+from data.conversations import MANY, SETUPS, V1_SYSTEM, record
 
 from mmprune_train.data.annotate import Annotator
 from mmprune_train.data.encode import Example, encode
 from mmprune_train.data.records import Record
-from mmprune_train.data.templates import V1_SYSTEM, get_template
+from mmprune_train.data.templates import get_template
 from mmprune_train.errors import UserError
 from mmprune_train.model.tokenizer import tiny_tokenizer
 from mmprune_train.pruning.packed import IGNORE, Kind
@@ -24,6 +24,10 @@ def encoded(name: str, sample: Record = MANY, max_length: int = 4096) -> Example
 
 def words(name: str, example: Example, mask: torch.Tensor) -> str:
     return SETUPS[name][1].decode(example.ids[mask], clean_up_tokenization_spaces=False)
+
+
+def as_read(name: str, text: str) -> str:
+    return text.lower() if "lower-case" in name else text
 
 
 @pytest.mark.parametrize("name", SETUPS)
@@ -42,7 +46,7 @@ def test_labels_are_the_answers_and_their_ends_and_nothing_else(name: str) -> No
     assert torch.equal(trained, example.kind == Kind.ANSWER)
     end = SETUPS[name][1].decode(example.ids[-1:])
     for k, turn in enumerate(MANY.turns, 1):
-        assert words(name, example, trained & (example.turn == k)).strip() == turn.answer + end
+        assert words(name, example, trained & (example.turn == k)).strip() == as_read(name, turn.answer) + end
 
 
 @pytest.mark.parametrize("name", SETUPS)
@@ -50,9 +54,9 @@ def test_question_words_and_only_they_are_prompt_text_of_their_turn(name: str) -
     example = encoded(name)
     prompt = example.kind == Kind.PROMPT
     found = [words(name, example, prompt & (example.turn == k)).strip() for k in range(1, 5)]
-    assert found == ["What is this?", "Is it red?", "and", ""]
-    system = {"v1": V1_SYSTEM, "v1-sentencepiece": V1_SYSTEM, "chatml": "You are helpful."}.get(name, "")
-    assert words(name, example, prompt & (example.turn == 0)).strip() == system
+    assert found == [as_read(name, "What is this?"), as_read(name, "Is it red?"), "and", ""]
+    system = V1_SYSTEM if name.startswith("v1") else "You are helpful." if name.startswith("chatml") else ""
+    assert words(name, example, prompt & (example.turn == 0)).strip() == as_read(name, system)
 
 
 @pytest.mark.parametrize("name", SETUPS)

@@ -1,0 +1,36 @@
+"""The conversation format of a model: what its prompts are, how it reads them, and where its answers end."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from transformers import GenerationConfig
+
+from mmprune_train.data.annotate import Annotator
+from mmprune_train.data.templates import ChatTemplate, get_template, template_name
+from mmprune_train.data.tokens import add_no_eos
+from mmprune_train.model.llava import PackedLlava
+
+
+def converse(model: PackedLlava, processor: Any, template: str) -> None:
+    """Let a model and its processor (in place) hold conversations in the format that `template` names.
+
+    The processor gets the chat template that writes this format, the generation config the token that ends an answer.
+    `plain` asks nothing: with it they go on conversing as they did.
+    """
+    model.template = template
+    tokenizer = processor.tokenizer
+    add_no_eos(tokenizer)
+    spoken = get_template(template_name(processor.chat_template) if template == "plain" else template, tokenizer)
+    assert isinstance(spoken, ChatTemplate)
+    processor.chat_template = spoken.chat_template
+    annotate = Annotator(spoken, tokenizer, model.config.image_token_id)
+    model.annotate, model.words = annotate, annotate.words
+    _stop_at(model.generation_config, int(tokenizer.convert_tokens_to_ids(spoken.end)))
+
+
+def _stop_at(config: GenerationConfig, token: int) -> None:
+    known = config.eos_token_id
+    stops = [] if known is None else [known] if isinstance(known, int) else list(known)
+    if token not in stops:
+        config.eos_token_id = [*stops, token] if stops else token
