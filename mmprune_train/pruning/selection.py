@@ -58,8 +58,15 @@ def max_min(scores: Scores, counts: Counts, features: Features, known: Counts | 
     The first token is the one farthest from its nearest neighbour; each next one is farthest from all chosen so far.
     """
     unit = normalize(features.float(), dim=-1)
-    nearest = torch.stack([(1 - row @ row.T).fill_diagonal_(torch.inf).amin(1) for row in unit])  # [B, N], N x N once
+    nearest = torch.stack([_to_nearest(row) for row in unit])  # [B, N], N x N once
     return _greedy(nearest, counts, unit, _most(counts, known))
+
+
+def _to_nearest(unit: Tensor) -> Tensor:
+    """Distance [N] from each of N unit vectors [N, D] to its nearest other one. Of two that are each other's nearest it
+    is the same number: a product's two halves differ by rounding, which would decide between them otherwise."""
+    distance = 1 - unit @ unit.T
+    return torch.minimum(distance, distance.T).fill_diagonal_(torch.inf).amin(1)
 
 
 def _most(counts: Counts, known: Counts | None) -> int:
