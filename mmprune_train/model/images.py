@@ -14,7 +14,7 @@ from mmprune_train.errors import UserError
 from mmprune_train.model.clock import Clock, timed
 from mmprune_train.model.language import looking
 from mmprune_train.model.question import Asked, Looks, QuestionEncoder
-from mmprune_train.model.vision import encode
+from mmprune_train.model.vision import encode, features_of
 from mmprune_train.pruning import Pruner
 from mmprune_train.pruning.host import fetch
 from mmprune_train.pruning.patches import Patches
@@ -60,6 +60,10 @@ class ImageSide:
     def _blank(self) -> Tensor:
         size = self.config.vision_config.image_size
         return torch.zeros((1, 3, size, size), device=self.device)
+
+    def features_of(self, pixel_values: Tensor) -> int:
+        """N, what the LLM gets of each of the images [I, 3, H, W]."""
+        return features_of(self.config, *pixel_values.shape[-2:])
 
     def encode_images(self, pixel_values: Tensor) -> tuple[Tensor, VisionView]:
         """Features [I, N, D] of images [I, 3, H, W] for the projector, and what stage 1 looks at."""

@@ -13,7 +13,6 @@ import torch
 from torch import Tensor
 
 from mmprune_train.config.schema import Config, StageConfig
-from mmprune_train.data.images import image_processor
 from mmprune_train.model.attention import backend_for
 from mmprune_train.model.build import build, load_model
 from mmprune_train.model.language import checkpoint_layers, compile_layers
@@ -29,7 +28,14 @@ from mmprune_train.training.cluster import environment
 from mmprune_train.training.features import stage_features, without_tower
 from mmprune_train.training.files import read_jsonl, whole_folder
 from mmprune_train.training.freezing import Part, freeze, freezing_table, image_side, store_frozen
-from mmprune_train.training.inputs import spread_images, spread_paths, stage_loader, stage_records, template_of
+from mmprune_train.training.inputs import (
+    spread_images,
+    spread_paths,
+    stage_image_processor,
+    stage_loader,
+    stage_records,
+    template_of,
+)
 from mmprune_train.training.loggers import build_loggers, open_loggers
 from mmprune_train.training.module import MODULES
 from mmprune_train.training.precision import Precision, choose_accelerator, choose_precision
@@ -130,7 +136,7 @@ def run_stage(
     if trainer.global_step < steps:
         raise RuntimeError(f"stage {name} stopped at step {trainer.global_step} of {steps}")
 
-    processor.image_processor = image_processor(config.encoder, stage.image_aspect_ratio)
+    processor.image_processor = stage_image_processor(config, name)
     with whole_weights(trainer.strategy, model), quiet():
         if trainer.is_global_zero:
             save_stage(model, processor, folder, start_from, uses_adapters(config, name))

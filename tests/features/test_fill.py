@@ -63,7 +63,7 @@ class Counted:
 
     def fill(self, root: Path, images: dict[Path, str], **more: Any) -> tuple[ImageFeatures, Report]:
         dtype = torch.float32
-        settings = feature_settings(self.model, ENCODER, "square", dtype)
+        settings = feature_settings(self.model, READER.processor.to_dict(), dtype)
         more = {"shard_bytes": 1500, **more}  # a few images of a few hundred bytes
         return fill(self.model, settings, "tiny", root, images, READER, dtype, torch.device("cpu"), **more)
 
@@ -165,7 +165,7 @@ def with_pruner(**vision: Any) -> Callable[[PackedLlava], None]:
 def key(
     model: PackedLlava, encoder: EncoderConfig = ENCODER, aspect: str = "square", dtype: Any = torch.float32
 ) -> str:
-    return folder_name("tiny", feature_settings(model, encoder, aspect, dtype))
+    return folder_name("tiny", feature_settings(model, image_processor(encoder, aspect).to_dict(), dtype))
 
 
 @pytest.mark.parametrize(
