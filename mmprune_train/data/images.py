@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import stat
 import warnings
 from collections.abc import Callable
@@ -69,12 +70,12 @@ def unreadable(path: Path, asked_by: str, error: Exception) -> UserError:
     return UserError(f"{who}image {path} cannot be read ({why}); replace it or leave it out")
 
 
-def regular_file(path: Path) -> Path:
-    """`path`, if it is a file: a pipe or a device would keep its reader waiting. Raises OSError."""
-    mode = path.stat().st_mode
-    if not stat.S_ISREG(mode):
-        raise OSError("a folder, not a file" if stat.S_ISDIR(mode) else "not a regular file")
-    return path
+def status_of(path: Path) -> os.stat_result:
+    """Size and times of a file; OSError for what is none: a pipe or a device would keep its reader waiting."""
+    status = path.stat()
+    if not stat.S_ISREG(status.st_mode):
+        raise OSError("a folder, not a file" if stat.S_ISDIR(status.st_mode) else "not a regular file")
+    return status
 
 
 def read_image(path: Path, asked_by: str = "", orientation: bool = True) -> Image.Image:
@@ -89,8 +90,11 @@ def read_image(path: Path, asked_by: str = "", orientation: bool = True) -> Imag
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # Pillow's do not name the file; what matters ends in an error
-            with Image.open(regular_file(path)) as file:
+            status_of(path)
+            with Image.open(path) as file:
                 file.load()
+                if 0 in file.size:
+                    raise ValueError(f"it has {file.width} x {file.height} pixels")
                 image = to_rgb(file)
                 turn = UPRIGHT.get(_orientation(file)) if orientation else None
                 return image if turn is None else image.transpose(turn)

@@ -92,11 +92,13 @@ class ImageSide:
             first: number of the first of these images among those of `asked`.
             scores: [I, N] of an earlier call, which need not be computed again.
         """
-        if states.shape[1] != view.patches.shape[1]:  # "full" on an encoder with CLS: no patch grid to prune on
+        if states.shape[1] != view.patches.shape[1]:  # no patch grid to prune on
             if self.pruner.settings.vision.enabled:
+                full = states.shape[1] > view.patches.shape[1]
                 raise UserError(
-                    "vision_feature_select_strategy='full' feeds the CLS token to the LLM, which stage 1 cannot "
-                    "prune; use 'default', or pruner=language_only"
+                    f"vision_feature_select_strategy={self.config.vision_feature_select_strategy!r} "
+                    f"{'feeds the CLS token to the LLM' if full else 'leaves out a patch of an encoder without CLS'}, "
+                    f"which stage 1 cannot prune; use {'default' if full else 'full'!r}, or pruner=language_only"
                 )
             view.patches = states
         projected = partial(self._project_to_look, states)

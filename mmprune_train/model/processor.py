@@ -108,8 +108,8 @@ def _features(hf: LlavaForConditionalGeneration, height: int, width: int, folder
         states = embedded(tower, height, width)
     except (ValueError, RuntimeError) as error:
         raise UserError(
-            f"{folder}: images are prepared as {width} x {height} pixels (crop_size or size in preprocessor_config.json "
-            f"or processor_config.json), its vision tower reads {stated} x {stated} (image_size in config.json)"
+            f"{folder}: crop_size or size in preprocessor_config.json or processor_config.json makes images of {width} "
+            f"x {height} pixels, image_size of the vision tower in config.json is {stated}; correct the wrong one"
         ) from error
     return states - (hf.config.vision_feature_select_strategy == "default")
 

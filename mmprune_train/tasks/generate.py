@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -55,8 +56,10 @@ def run(config: Config) -> dict[str, Any]:
 
 
 def given_images(paths: Sequence[str]) -> list[Path]:
-    """The files of `generate.images`; UserError for one that is no image, before a model is loaded."""
+    """The files of `generate.images`; UserError for one that is missing or no image, before a model is loaded."""
     images = [Path(path) for path in paths]
     for path in images:
+        if not os.path.lexists(path):
+            raise UserError(f"{IMAGES}: there is no file {path}")
         read_image(path, IMAGES)
     return images

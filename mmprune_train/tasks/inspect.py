@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 from typing import Any
 
@@ -55,7 +56,12 @@ def trace_prompt(model: Any, processor: Any, inputs: Any) -> tuple[list[PrunedIm
         model(**inputs, logits_to_keep=1)
     trace = model.last_pruning
     ids = inputs["input_ids"][0]
-    grid = round(model.config.image_seq_length**0.5)
+    grid = math.isqrt(model.config.image_seq_length)
+    if grid**2 != model.config.image_seq_length:
+        raise UserError(
+            f"task=inspect draws a square of patches, and vision_feature_select_strategy="
+            f"{model.config.vision_feature_select_strategy!r} makes {model.config.image_seq_length} of an image"
+        )
     visual = (ids == model.config.image_token_id).tolist()
     entered: list[tuple[int, int] | int] = []  # what entered the LLM: (image, patch) or a place in the prompt
     seen = 0
