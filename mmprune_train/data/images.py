@@ -78,7 +78,7 @@ def status_of(path: Path) -> os.stat_result:
     return status
 
 
-def read_image(path: Path, asked_by: str = "", orientation: bool = True) -> Image.Image:
+def read_image(path: str | Path, asked_by: str = "", orientation: bool = True) -> Image.Image:
     """The picture in a file, RGB: the first where there are several, the way a viewer shows it.
 
     Args:
@@ -87,6 +87,7 @@ def read_image(path: Path, asked_by: str = "", orientation: bool = True) -> Imag
     Raises:
         UserError: the file is missing, broken, no image, or its values say no brightness.
     """
+    path = Path(path)
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # Pillow's do not name the file; what matters ends in an error

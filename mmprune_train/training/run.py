@@ -20,6 +20,7 @@ from mmprune_train.model.llava import PackedLlava
 from mmprune_train.model.loss import loss_kernel
 from mmprune_train.model.peft import add_adapters, merge_adapters, save_adapters
 from mmprune_train.model.projector import match_features
+from mmprune_train.model.vision import check_patches
 from mmprune_train.quiet import quiet
 from mmprune_train.training.callbacks import MetricsWriter, progress
 from mmprune_train.training.checkpoint_files import STATE, check_written_by, data_alone, last_checkpoint, step_of
@@ -167,6 +168,7 @@ def load_stage(
             model, processor = build(config, empty=empty)
         else:
             model, processor = load_model(start_from, pruner=config.pruner, text=config.encoder.text, empty=empty)
+            check_patches(model.hf.model.vision_tower, config.encoder)
         parts = make_trainable(model, config, name, precision)
     model.vision_chunk = config.trainer.vision_chunk
     model.attention, model.logits_chunk = config.trainer.attention, config.trainer.logits_chunk
