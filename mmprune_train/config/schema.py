@@ -113,6 +113,9 @@ class DataConfig:
     """Folder of the data; null: a folder of this data set's name in the cache."""
     source: str | None = None
     """A built-in source that `task=prepare` can fetch (`easy_vqa`); null: files the user supplies."""
+    exif_orientation: bool = True
+    """Turn photos as their EXIF orientation says, as viewers show them; false: as they are stored, as LLaVA's own code
+    reads them. Saved with the model, whose evaluation and answers follow it; see docs/images.md."""
     how_to_get: str = ""
     """One line for the error message when a file is missing."""
     pretrain: SplitConfig = field(default_factory=SplitConfig)

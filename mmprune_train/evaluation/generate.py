@@ -4,13 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
 from PIL import Image
 
+from mmprune_train.data.images import ImageReader, read_image
 from mmprune_train.data.templates import Template
-from mmprune_train.errors import UserError
 from mmprune_train.evaluation.questions import Question
 from mmprune_train.progress import progress
 
@@ -26,16 +28,9 @@ class Prediction:
     """Tokens of the prompt after each stage, the trace's per-sample names."""
 
 
-def load_images(question: Question) -> list[Image.Image]:
+def load_images(question: Question, read: Callable[[Path, str], Image.Image] = read_image) -> list[Image.Image]:
     """The question's images, RGB; UserError for one that is missing or broken."""
-    images = []
-    for path in question.images:
-        try:
-            with Image.open(path) as image:
-                images.append(image.convert("RGB"))
-        except OSError as error:
-            raise UserError(f"question {question.id}: cannot read image {path} ({error}); mend or remove it") from error
-    return images
+    return [read(path, question.where or f"question {question.id}") for path in question.images]
 
 
 def blank_images(mean: Sequence[float], side: int) -> Callable[[Question], list[Image.Image]]:
@@ -56,7 +51,7 @@ def answer(
     questions: Sequence[Question],
     batch_size: int,
     max_new_tokens: int,
-    images_of: Callable[[Question], list[Image.Image]] = load_images,
+    images_of: Callable[[Question], list[Image.Image]] | None = None,
     title: str = "evaluate",
     dtype: torch.dtype = torch.float32,
 ) -> list[Prediction]:
@@ -65,10 +60,12 @@ def answer(
     Args:
         model, processor: as `load_model` returns them.
         template: puts a question into the conversation format.
-        images_of: loads a question's images.
+        images_of: a question's images; None: those in its files, read as the processor asks for.
         dtype: bfloat16 computes under autocast.
     """
     model.eval()
+    if images_of is None:
+        images_of = partial(load_images, read=ImageReader(processor.image_processor).open)
     processor.tokenizer.padding_side = "left"
     device = next(model.parameters()).device
     predictions = []

@@ -21,6 +21,8 @@ class Question:
     answer: str
     kind: str
     """`open` or `yes_no`."""
+    where: str = ""
+    """The sample or key that it comes from, for errors."""
 
     @property
     def plain(self) -> str:
@@ -53,4 +55,5 @@ def question_of(record: Record) -> Question:
     """The question of a record's first turn."""
     turn = record.turns[0]
     guessed = "yes_no" if normalise(turn.answer) in ("yes", "no") else "open"
-    return Question(record.id, list(record.images), turn.question, turn.answer, record.kind or guessed)
+    where = f"{record.where} (id {record.id})"
+    return Question(record.id, list(record.images), turn.question, turn.answer, record.kind or guessed, where)

@@ -17,8 +17,6 @@ from torch import nn
 from mmprune_train.assets import sha256_of
 from mmprune_train.config.pruner import projects
 from mmprune_train.config.pruner_schema import VisionStageConfig
-from mmprune_train.config.schema import EncoderConfig
-from mmprune_train.data.images import image_processor
 from mmprune_train.errors import UserError
 from mmprune_train.model.images import ImageSide
 
@@ -40,15 +38,12 @@ CODE = tuple(
 """Modules that make the features; a change in any of them may change those."""
 
 
-def feature_settings(
-    model: ImageSide, encoder: EncoderConfig, aspect_ratio: str, dtype: torch.dtype
-) -> dict[str, object]:
+def feature_settings(model: ImageSide, preparation: Mapping[str, Any], dtype: torch.dtype) -> dict[str, object]:
     """Everything that the features of an image depend on, besides the image.
 
     Args:
         model: its encoder as it computes: frozen weights already in `dtype`.
-        encoder: how images are prepared for it.
-        aspect_ratio: `square` or `pad`.
+        preparation: of images, the settings of their image processor.
         dtype: what is computed in, and what features are stored in.
     """
     tower: Any = model.hf.model.vision_tower
@@ -59,7 +54,7 @@ def feature_settings(
         "encoder_weights_sha256": weights_hash(tower),
         "feature_layer": model.config.vision_feature_layer,
         "patches_without_cls": model.config.vision_feature_select_strategy == "default",
-        "image_preparation": _plain(image_processor(encoder, aspect_ratio).to_dict()),
+        "image_preparation": _plain(preparation),
         "stage_1": stage_settings(stage),
         "stage_1_code_sha256": {name: _source_hash(name) for name in _functions(asdict(stage))},
         "projector_weights_sha256": weights_hash(model.hf.model.multi_modal_projector) if projects(stage) else None,

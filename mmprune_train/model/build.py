@@ -14,7 +14,6 @@ from transformers import (
     AutoConfig,
     AutoModel,
     AutoModelForCausalLM,
-    AutoProcessor,
     LlavaConfig,
     LlavaForConditionalGeneration,
     LlavaProcessor,
@@ -31,9 +30,11 @@ from mmprune_train.data.templates import template_name
 from mmprune_train.errors import UserError
 from mmprune_train.model.conversation import converse
 from mmprune_train.model.llava import PackedLlava
+from mmprune_train.model.processor import load_processor
 from mmprune_train.model.projector import new_projector
 from mmprune_train.model.question import find_question_encoder, new_question_encoder, question_encoder_on_meta
 from mmprune_train.model.tokenizer import IMAGE_TOKEN, load_tokenizer
+from mmprune_train.model.vision import check_patches
 from mmprune_train.model.weights import REPORT, complete, encoder_folder, llm_folder, text_folder
 from mmprune_train.pruning import Pruner
 
@@ -55,7 +56,9 @@ def vision_tower(cfg: EncoderConfig, folder: Path | None, dtype: torch.dtype, em
     """
     config = _vision_config(folder, cfg.arch)
     if folder is None or empty:
-        return AutoModel.from_config(config, dtype=dtype)
+        model = AutoModel.from_config(config, dtype=dtype)
+        check_patches(model, cfg)
+        return model
     if config.hidden_size != cfg.arch["hidden_size"] or config.num_hidden_layers != cfg.arch["num_hidden_layers"]:
         raise UserError(
             f"encoder.path: {folder} holds a {config.model_type} of width {config.hidden_size} and "
@@ -70,6 +73,7 @@ def vision_tower(cfg: EncoderConfig, folder: Path | None, dtype: torch.dtype, em
     extra = [key for key in info["unexpected_keys"] if not key.startswith(foreign)]
     missing = [key for key in info["missing_keys"] if not key.startswith("pooler.")]
     complete({**info, "unexpected_keys": extra, "missing_keys": missing}, folder)
+    check_patches(model, cfg)
     return model
 
 
@@ -150,6 +154,7 @@ def build_on_meta(config: Config) -> PackedLlava:
         hf = LlavaForConditionalGeneration(
             llava_config(config.encoder, vision, text, config.projector.name, image_token)
         )
+        check_patches(hf.model.vision_tower, config.encoder)
         if config.projector.name == "linear":
             hf.model.multi_modal_projector.linear_2.requires_grad_(False)
         pruner = Pruner(config.pruner)
@@ -242,11 +247,10 @@ def load_model(
                 hf, info = LlavaForConditionalGeneration._from_config(config, dtype=dtype), {}
         else:
             hf, info = LlavaForConditionalGeneration.from_pretrained(folder, dtype=dtype, **REPORT)
-        processor = AutoProcessor.from_pretrained(folder)
-        processor.tokenizer.padding_side = "left"
     except (OSError, ValueError, SafetensorError) as error:
         raise UserError(f"{path}: not a whole model folder: {str(error).strip().splitlines()[0]}") from error
     complete(info, folder)
+    processor = load_processor(folder, hf)
     saved = getattr(hf.config, "mmprune", None) or {}
     if isinstance(pruner, PrunerConfig):
         settings = pruner

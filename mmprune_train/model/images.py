@@ -14,7 +14,7 @@ from mmprune_train.errors import UserError
 from mmprune_train.model.clock import Clock, timed
 from mmprune_train.model.language import looking
 from mmprune_train.model.question import Asked, Looks, QuestionEncoder
-from mmprune_train.model.vision import encode
+from mmprune_train.model.vision import encode, features_of
 from mmprune_train.pruning import Pruner
 from mmprune_train.pruning.host import fetch
 from mmprune_train.pruning.patches import Patches
@@ -61,6 +61,10 @@ class ImageSide:
         size = self.config.vision_config.image_size
         return torch.zeros((1, 3, size, size), device=self.device)
 
+    def features_of(self, pixel_values: Tensor) -> int:
+        """N, what the LLM gets of each of the images [I, 3, H, W]."""
+        return features_of(self.config, *pixel_values.shape[-2:])
+
     def encode_images(self, pixel_values: Tensor) -> tuple[Tensor, VisionView]:
         """Features [I, N, D] of images [I, 3, H, W] for the projector, and what stage 1 looks at."""
         tower: Any = self.hf.model.vision_tower
@@ -88,11 +92,13 @@ class ImageSide:
             first: number of the first of these images among those of `asked`.
             scores: [I, N] of an earlier call, which need not be computed again.
         """
-        if states.shape[1] != view.patches.shape[1]:  # "full" on an encoder with CLS: no patch grid to prune on
+        if states.shape[1] != view.patches.shape[1]:  # no patch grid to prune on
             if self.pruner.settings.vision.enabled:
+                full = states.shape[1] > view.patches.shape[1]
                 raise UserError(
-                    "vision_feature_select_strategy='full' feeds the CLS token to the LLM, which stage 1 cannot "
-                    "prune; use 'default', or pruner=language_only"
+                    f"vision_feature_select_strategy={self.config.vision_feature_select_strategy!r} "
+                    f"{'feeds the CLS token to the LLM' if full else 'leaves out a patch of an encoder without CLS'}, "
+                    f"which stage 1 cannot prune; use {'default' if full else 'full'!r}, or pruner=language_only"
                 )
             view.patches = states
         projected = partial(self._project_to_look, states)

@@ -23,6 +23,8 @@ def pack(
     image_token: int,
     labels: Tensor | None = None,
     annotate: Annotate | None = None,
+    *,
+    features: int,
 ) -> PackedSequence:
     """Leave out the padding and name each token's sample, image and patch. All on the host.
 
@@ -32,6 +34,7 @@ def pack(
         image_token: id that stands for one patch.
         labels: [B, L] ids to predict, IGNORE elsewhere (not shifted); None: no targets.
         annotate: kinds and turns of a sample's tokens; None: all text is the first turn's prompt.
+        features: what the model's encoder makes of one image, each with an image token of its own.
     Raises:
         UserError: image tokens and images do not match.
     """
@@ -39,12 +42,22 @@ def pack(
     ids = input_ids[valid]
     visual = ids == image_token
     tokens = int(visual.sum())
-    per_image = max(tokens // images, 1) if images else 1
-    if tokens != images * per_image:
-        raise UserError(f"{tokens} image tokens in input_ids do not match {images} images in pixel_values")
+    if tokens and not images:
+        raise UserError(f"input_ids has {tokens} image tokens, but there are no pixel_values: pass the images, too")
+    if tokens != images * features:
+        raise UserError(
+            f"{tokens} image tokens in input_ids do not match {images * features} image features, {features} of each "
+            f"of {images} images in pixel_values; make both with one call of the model's processor"
+        )
+    cut = torch.bincount(segment[visual], minlength=1) % features if images else visual.new_zeros(1)
+    if bool(cut.any()):
+        raise UserError(
+            f"sample {int(cut.nonzero()[0])} of input_ids holds only a part of an image's {features} image tokens; do "
+            "not cut texts after the processor has written them"
+        )
     count = visual.cumsum(0) - 1
-    image = torch.where(visual, count // per_image, -1)
-    patch = torch.where(visual, count % per_image, -1)
+    image = torch.where(visual, count // features, -1)
+    patch = torch.where(visual, count % features, -1)
     kind = torch.where(visual, Kind.VISUAL, Kind.PROMPT)
     turn = torch.ones_like(ids)
     if annotate is not None:

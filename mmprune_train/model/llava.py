@@ -185,6 +185,9 @@ class PackedLlava(ImageSide, PreTrainedModel, GenerationMixin):
         if patches is not None:
             kept = patches.kept
             visual = sequence.visual
+            written = int(sequence.patch.max()) + 1
+            if written not in (0, kept.shape[1]):
+                raise UserError(f"{written} image tokens are written for an image of {kept.shape[1]} image features")
             mask = torch.ones_like(visual)
             mask[visual] = kept[sequence.image[visual], sequence.patch[visual]]
             sequence = _in_order(sequence.keep(mask), kept, patches.order)
@@ -322,8 +325,9 @@ class PackedLlava(ImageSide, PreTrainedModel, GenerationMixin):
         if asks and self.annotate is None:
             raise UserError("this pruner must know question text from role markers: pass `annotate` (load_model does)")
         images = 0 if pixel_values is None else len(pixel_values)
-        token = self.config.image_token_id
-        sequence = pack(input_ids, valid, images, token, labels, self.annotate if asks else None)
+        token, annotate = self.config.image_token_id, self.annotate if asks else None
+        features = self.config.image_seq_length if pixel_values is None else self.features_of(pixel_values)
+        sequence = pack(input_ids, valid, images, token, labels, annotate, features=features)
         entered_at = valid.flatten().nonzero().squeeze(1)  # [T] flat place of each dense token
         if cache is None and use_cache:
             cache = PrunedCache()
@@ -386,7 +390,7 @@ class PackedLlava(ImageSide, PreTrainedModel, GenerationMixin):
         pixels = kwargs.pop("pixel_values", None)
         if pixels is not None and expand_size > 1:
             visual = (input_ids == self.config.image_token_id).sum(1)  # [B]
-            images = (visual // (visual.sum() // len(pixels))).tolist()
+            images = (visual // self.features_of(pixels)).tolist()
             blocks = [block.repeat(expand_size, 1, 1, 1) for block in pixels.split(images)]
             pixels = torch.cat(blocks)
         input_ids, kwargs = super()._expand_inputs_for_generation(

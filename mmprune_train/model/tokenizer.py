@@ -75,6 +75,7 @@ def load_tokenizer(folder: Path | None) -> PreTrainedTokenizerBase:
 
 def add_image_token(tokenizer: PreTrainedTokenizerBase) -> int:
     """Make `<image>` one special token of `tokenizer` (in place) and return its id, which may be a new last one."""
-    if IMAGE_TOKEN not in tokenizer.get_vocab():
+    known = tokenizer.get_vocab().get(IMAGE_TOKEN)
+    if known is None or tokenizer.encode(IMAGE_TOKEN, add_special_tokens=False) != [known]:
         tokenizer.add_tokens([AddedToken(IMAGE_TOKEN, special=True, normalized=False)], special_tokens=True)
     return int(tokenizer.convert_tokens_to_ids(IMAGE_TOKEN))

@@ -10,7 +10,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import linear
+from transformers import LlavaConfig
 
+from mmprune_train.config.schema import EncoderConfig
 from mmprune_train.errors import UserError
 from mmprune_train.pruning.scores import VisionView
 
@@ -70,6 +72,45 @@ def family_of(model_type: str) -> Family:
         known = ", ".join(sorted(FAMILIES))
         raise UserError(f"encoder of type {model_type!r} is not supported; supported: {known}{why}")
     return FAMILIES[model_type]
+
+
+@torch.no_grad()
+def embedded(tower: Any, height: int, width: int) -> int:
+    """How many states, CLS among them, a tower makes of an image: measured on blank pixels, on any device.
+
+    Raises:
+        ValueError, RuntimeError: it reads images of another size.
+    """
+    pixels = torch.zeros((1, 3, height, width), dtype=tower.dtype, device=tower.device)
+    return int(family_of(tower.config.model_type).embed(tower, pixels).shape[1])
+
+
+def features_of(config: LlavaConfig, height: int, width: int) -> int:
+    """Features that the LLM gets of an image of this size, by the config alone."""
+    vision = config.vision_config
+    states = (height // vision.patch_size) * (width // vision.patch_size) + family_of(vision.model_type).has_cls
+    return states - (config.vision_feature_select_strategy == "default")
+
+
+def check_patches(tower: Any, encoder: EncoderConfig) -> None:
+    """Raise UserError where a tower gives other patches than its keys say."""
+    kind, has_cls = tower.config.model_type, family_of(tower.config.model_type).has_cls
+    if encoder.has_cls != has_cls:
+        raise UserError(
+            f"encoder.has_cls={str(encoder.has_cls).lower()}: a {kind} has {'a' if has_cls else 'no'} CLS token; set "
+            f"encoder.has_cls={str(has_cls).lower()}"
+        )
+    keys = f"encoder.image_size={encoder.image_size}, encoder.patch_size={encoder.patch_size}"
+    own = f"image_size={tower.config.image_size}, patch_size={tower.config.patch_size}"
+    try:
+        patches = embedded(tower, encoder.image_size, encoder.image_size) - has_cls
+    except (ValueError, RuntimeError):
+        raise UserError(f"{keys}: encoder {encoder.name}, a {kind}, has {own}; set the keys to these") from None
+    if patches != encoder.patches:
+        raise UserError(
+            f"{keys} are {encoder.patches} patches an image, but encoder {encoder.name}, a {kind} with {own}, makes "
+            f"{patches}; set the keys to these"
+        )
 
 
 def feature_indices(feature_layer: int | list[int], blocks: int) -> list[int]:

@@ -20,6 +20,7 @@ from mmprune_train.config.pruner import reads_text
 from mmprune_train.config.pruner_schema import PrunerConfig
 from mmprune_train.config.schema import Config
 from mmprune_train.data.batch import Batch
+from mmprune_train.data.images import ImageReader
 from mmprune_train.data.loader import TrainLoader
 from mmprune_train.data.templates import get_template
 from mmprune_train.errors import UserError
@@ -36,7 +37,7 @@ from mmprune_train.reporting.tables import table
 from mmprune_train.tasks.prepare import prepare_data
 from mmprune_train.training.features import fill_for
 from mmprune_train.training.files import write_json
-from mmprune_train.training.inputs import spread_images, stage_loader, template_of
+from mmprune_train.training.inputs import spread_images, stage_image_processor, stage_loader, template_of
 from mmprune_train.training.precision import Precision, choose_accelerator, choose_precision
 from mmprune_train.training.run import kernel_lines, make_trainable
 from mmprune_train.training.rundir import git_commit, versions
@@ -59,7 +60,7 @@ def run(config: Config) -> dict[str, Any]:
         model, processor = build(replace(config, pruner=reads[0]) if reads else config)
         make_trainable(model, config, name, precision)
     model.to(accelerator)
-    model.template = template_of(config, name)
+    model.template, processor.image_processor = template_of(config, name), stage_image_processor(config, name)
     loader = stage_loader(
         _one_batch(config, name), name, processor.tokenizer, model.config.image_seq_length, rank=0, world=1
     )
@@ -261,8 +262,9 @@ def _generate(
     template = get_template(config.llm.template, processor.tokenizer)
     questions = [question_of(record) for record in loader.dataset.records[:size]]
     processor.tokenizer.padding_side = "left"
+    read = ImageReader(processor.image_processor).open
     inputs = processor(
-        images=[image for question in questions for image in load_images(question)] or None,
+        images=[image for question in questions for image in load_images(question, read)] or None,
         text=[template.prompt(question.text, len(question.images)) for question in questions],
         return_tensors="pt",
         padding=True,

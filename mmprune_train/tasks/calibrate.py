@@ -16,7 +16,7 @@ from mmprune_train.config.identity import run_dir
 from mmprune_train.config.pruner import KNEE_METHODS
 from mmprune_train.config.pruner_schema import PrunerConfig
 from mmprune_train.config.schema import CalibrateConfig, Config
-from mmprune_train.data.images import ImageReader, image_processor
+from mmprune_train.data.images import ImageReader
 from mmprune_train.data.records import Record, read_records
 from mmprune_train.data.sources import split_files
 from mmprune_train.data.templates import get_template
@@ -40,10 +40,10 @@ from mmprune_train.pruning.calibration import ScoredImages, knob_of
 from mmprune_train.quiet import quiet
 from mmprune_train.reporting.budget_figure import KeptTokens, draw_budgets
 from mmprune_train.reporting.calibration import WHAT, outcome, sentence, share, summary, text
-from mmprune_train.tasks.evaluate import command_line, group_of, with_run_settings
+from mmprune_train.tasks.evaluate import choose_orientation, command_line, group_of, with_run_settings
 from mmprune_train.tasks.prepare import prepare_data, prepare_weights
 from mmprune_train.training.files import write_atomically, write_json
-from mmprune_train.training.inputs import template_of
+from mmprune_train.training.inputs import stage_reader, template_of
 from mmprune_train.training.precision import choose_accelerator, choose_precision
 from mmprune_train.training.run import MATCHED_IMAGES, fit_projector
 
@@ -134,7 +134,7 @@ def load_subject(config: Config, pruner: PrunerConfig | None) -> Subject:
     """
     asked = config.calibrate
     device = torch.device(choose_accelerator(config.trainer.accelerator))
-    reader = ImageReader(image_processor(config.encoder, config.stage[asked.split].image_aspect_ratio))
+    reader = stage_reader(config, asked.split)
     with quiet():
         if not config.ckpt and asked.measure == "vision":
             assert pruner is not None
@@ -150,6 +150,7 @@ def load_subject(config: Config, pruner: PrunerConfig | None) -> Subject:
             return Subject(pruner, encoder, reader, device)
         if config.ckpt:
             model, processor = load_model(config.ckpt, pruner=pruner, device=device)
+            choose_orientation(processor.image_processor, config.data.exif_orientation)
             reader = ImageReader(processor.image_processor)
         else:
             prepare_weights(config)

@@ -72,6 +72,18 @@ def named_groups() -> set[str]:
     return {group_of(override) for override in command_line()}
 
 
+def choose_orientation(image_processor: Any, configured: bool) -> None:
+    """Let images be read as the command line says, else as the model was trained, else, where its folder does not say,
+    as configured.
+
+    Args:
+        configured: `data.exif_orientation`.
+    """
+    named = any(key_of(override) == "data.exif_orientation" for override in command_line())
+    if named or not hasattr(image_processor, "exif_orientation"):
+        image_processor.exif_orientation = configured
+
+
 def command_line() -> list[str]:
     """The overrides as they were typed; empty outside of the command line."""
     from hydra.core.hydra_config import HydraConfig
@@ -81,7 +93,12 @@ def command_line() -> list[str]:
 
 def group_of(override: str) -> str:
     """First part of an override's key: `pruner` of `+pruner.vision.score=random`."""
-    return override.split("=", 1)[0].lstrip("+~").split(".", 1)[0].split("@", 1)[0]
+    return key_of(override).split(".", 1)[0].split("@", 1)[0]
+
+
+def key_of(override: str) -> str:
+    """An override's key: `pruner.vision.score` of `+pruner.vision.score=random`."""
+    return override.split("=", 1)[0].lstrip("+~")
 
 
 def evaluate_folder(config: Config, source: str | Path, folder: Path, pruner: Any = None) -> dict[str, Any]:
@@ -97,6 +114,7 @@ def evaluate_folder(config: Config, source: str | Path, folder: Path, pruner: An
     questions = read_questions(*split_files(config.data, "evaluate"), config.data.evaluate.limit)
     with quiet():
         model, processor = load_model(source, pruner=pruner, device=accelerator, text=config.encoder.text)
+    choose_orientation(processor.image_processor, config.data.exif_orientation)
     model.vision_chunk, model.attention = config.trainer.vision_chunk, config.trainer.attention
     result = evaluate(
         model,

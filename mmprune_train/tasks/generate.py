@@ -2,37 +2,40 @@
 
 from __future__ import annotations
 
+import os
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from mmprune_train.config.identity import run_dir
 from mmprune_train.config.schema import Config
+from mmprune_train.data.images import read_image
 from mmprune_train.errors import UserError
 from mmprune_train.evaluation.generate import answer
 from mmprune_train.evaluation.questions import Question
 from mmprune_train.model.build import load_model
 from mmprune_train.quiet import quiet
 from mmprune_train.reporting.tables import table
-from mmprune_train.tasks.evaluate import prompt_template, with_run_settings
+from mmprune_train.tasks.evaluate import choose_orientation, prompt_template, with_run_settings
 from mmprune_train.training.files import write_json
 from mmprune_train.training.precision import choose_accelerator, choose_precision
+
+IMAGES = "generate.images"
 
 
 def run(config: Config) -> dict[str, Any]:
     """Print the answer and how many tokens it was read from."""
     if not config.ckpt:
         raise UserError("task=generate needs ckpt=FOLDER: a run directory, an exported folder or a llava-hf folder")
-    images = [Path(path) for path in config.generate.images]
-    for path in images:
-        if not path.is_file():
-            raise UserError(f"generate.images: there is no file {path}")
+    images = given_images(config.generate.images)
     chosen, pruner = with_run_settings(config, Path(config.ckpt))
     accelerator = choose_accelerator(config.trainer.accelerator)
     precision = choose_precision(config.trainer.precision, accelerator)
     with quiet():
         model, processor = load_model(config.ckpt, pruner=pruner, device=accelerator, text=chosen.encoder.text)
+    choose_orientation(processor.image_processor, chosen.data.exif_orientation)
     model.attention = config.trainer.attention
-    question = Question("generate", images, config.generate.question, "", "open")
+    question = Question("generate", images, config.generate.question, "", "open", IMAGES)
     template = prompt_template(model, processor, chosen)
     prediction = answer(
         model,
@@ -50,3 +53,13 @@ def run(config: Config) -> dict[str, Any]:
     result = {"question": config.generate.question, "prediction": prediction.text, "tokens": counts}
     write_json(run_dir(config) / "generate" / "result.json", result)
     return result
+
+
+def given_images(paths: Sequence[str]) -> list[Path]:
+    """The files of `generate.images`; UserError for one that is missing or no image, before a model is loaded."""
+    images = [Path(path) for path in paths]
+    for path in images:
+        if not os.path.lexists(path):
+            raise UserError(f"{IMAGES}: there is no file {path}")
+        read_image(path, IMAGES)
+    return images

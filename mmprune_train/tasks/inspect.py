@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +11,7 @@ import torch
 
 from mmprune_train.config.identity import run_dir
 from mmprune_train.config.schema import Config
+from mmprune_train.data.images import ImageReader
 from mmprune_train.errors import UserError
 from mmprune_train.evaluation.generate import load_images
 from mmprune_train.evaluation.questions import Question
@@ -17,7 +19,8 @@ from mmprune_train.model.build import load_model
 from mmprune_train.quiet import quiet
 from mmprune_train.reporting.figures import PrunedImage, PrunedText, draw
 from mmprune_train.reporting.tables import table
-from mmprune_train.tasks.evaluate import prompt_template, with_run_settings
+from mmprune_train.tasks.evaluate import choose_orientation, prompt_template, with_run_settings
+from mmprune_train.tasks.generate import IMAGES, given_images
 from mmprune_train.training.files import write_json
 
 
@@ -25,16 +28,18 @@ def run(config: Config) -> dict[str, Any]:
     """Write `inspect/pruning.png` and `inspect/result.json` to the run directory."""
     if not config.ckpt:
         raise UserError("task=inspect needs ckpt=FOLDER: a run directory, an exported folder or a llava-hf folder")
-    images = [Path(path) for path in config.generate.images]
+    images = given_images(config.generate.images)
     if not images:
         raise UserError("task=inspect needs generate.images=[FILE,...]: the images to draw")
     chosen, pruner = with_run_settings(config, Path(config.ckpt))
-    question = Question("inspect", images, config.generate.question, "", "open")
+    question = Question("inspect", images, config.generate.question, "", "open", IMAGES)
     with quiet():
         model, processor = load_model(config.ckpt, pruner=pruner, text=chosen.encoder.text)
         model.attention = config.trainer.attention
+    choose_orientation(processor.image_processor, chosen.data.exif_orientation)
+    read = ImageReader(processor.image_processor).open
     prompt = prompt_template(model, processor, chosen).prompt(question.text, n_images=len(images))
-    inputs = processor(images=load_images(question), text=[prompt], return_tensors="pt")
+    inputs = processor(images=load_images(question, read), text=[prompt], return_tensors="pt")
     drawn, text, result = trace_prompt(model, processor, inputs)
     folder = run_dir(config) / "inspect"
     draw(drawn, text, f"{model.pruner.settings.name}: {question.plain}", folder / "pruning.png")
@@ -51,7 +56,12 @@ def trace_prompt(model: Any, processor: Any, inputs: Any) -> tuple[list[PrunedIm
         model(**inputs, logits_to_keep=1)
     trace = model.last_pruning
     ids = inputs["input_ids"][0]
-    grid = round(model.config.image_seq_length**0.5)
+    grid = math.isqrt(model.config.image_seq_length)
+    if grid**2 != model.config.image_seq_length:
+        raise UserError(
+            f"task=inspect draws a square of patches, and vision_feature_select_strategy="
+            f"{model.config.vision_feature_select_strategy!r} makes {model.config.image_seq_length} of an image"
+        )
     visual = (ids == model.config.image_token_id).tolist()
     entered: list[tuple[int, int] | int] = []  # what entered the LLM: (image, patch) or a place in the prompt
     seen = 0

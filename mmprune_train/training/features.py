@@ -18,7 +18,7 @@ from mmprune_train.features.ranks import Ranks
 from mmprune_train.features.settings import feature_settings
 from mmprune_train.features.store import ImageFeatures
 from mmprune_train.model.images import ImageSide
-from mmprune_train.training.inputs import stage_reader
+from mmprune_train.training.inputs import stage_image_processor, stage_reader
 from mmprune_train.training.processes import ranks_of
 
 
@@ -51,10 +51,9 @@ def fill_for(
     Args:
         model: its encoder frozen, the weights in `dtype`.
     """
-    aspect_ratio = config.stage[stage].image_aspect_ratio
     return fill(
         model,
-        feature_settings(model, config.encoder, aspect_ratio, dtype),
+        feature_settings(model, stage_image_processor(config, stage).to_dict(), dtype),
         config.encoder.name,
         features_root(config),
         images,

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from torch import Tensor
+from transformers.models.llava.image_processing_pil_llava import LlavaImageProcessorPil
 
 from mmprune_train.config.pruner_schema import PrunerConfig
 from mmprune_train.config.schema import Config
@@ -30,9 +31,14 @@ def stage_records(config: Config, name: str) -> list[Record]:
     return read_records(*split_files(config.data, name), getattr(config.data, name).limit)
 
 
+def stage_image_processor(config: Config, name: str) -> LlavaImageProcessorPil:
+    """Prepares images as stage `name` is trained with them."""
+    return image_processor(config.encoder, config.stage[name].image_aspect_ratio, config.data.exif_orientation)
+
+
 def stage_reader(config: Config, name: str) -> ImageReader:
     """Reads images as stage `name` prepares them."""
-    return ImageReader(image_processor(config.encoder, config.stage[name].image_aspect_ratio))
+    return ImageReader(stage_image_processor(config, name))
 
 
 def stage_loader(

@@ -13,7 +13,6 @@ import torch
 from torch import Tensor
 
 from mmprune_train.config.schema import Config, StageConfig
-from mmprune_train.data.images import image_processor
 from mmprune_train.model.attention import backend_for
 from mmprune_train.model.build import build, load_model
 from mmprune_train.model.conversation import converse
@@ -22,6 +21,7 @@ from mmprune_train.model.llava import PackedLlava
 from mmprune_train.model.loss import loss_kernel
 from mmprune_train.model.peft import add_adapters, merge_adapters, save_adapters
 from mmprune_train.model.projector import match_features
+from mmprune_train.model.vision import check_patches
 from mmprune_train.quiet import quiet
 from mmprune_train.training.callbacks import MetricsWriter, progress
 from mmprune_train.training.checkpoint_files import STATE, check_written_by, data_alone, last_checkpoint, step_of
@@ -30,7 +30,14 @@ from mmprune_train.training.cluster import environment
 from mmprune_train.training.features import stage_features, without_tower
 from mmprune_train.training.files import read_jsonl, whole_folder
 from mmprune_train.training.freezing import Part, freeze, freezing_table, image_side, store_frozen
-from mmprune_train.training.inputs import spread_images, spread_paths, stage_loader, stage_records, template_of
+from mmprune_train.training.inputs import (
+    spread_images,
+    spread_paths,
+    stage_image_processor,
+    stage_loader,
+    stage_records,
+    template_of,
+)
 from mmprune_train.training.loggers import build_loggers, open_loggers
 from mmprune_train.training.module import MODULES
 from mmprune_train.training.precision import Precision, choose_accelerator, choose_precision
@@ -131,7 +138,7 @@ def run_stage(
     if trainer.global_step < steps:
         raise RuntimeError(f"stage {name} stopped at step {trainer.global_step} of {steps}")
 
-    processor.image_processor = image_processor(config.encoder, stage.image_aspect_ratio)
+    processor.image_processor = stage_image_processor(config, name)
     with whole_weights(trainer.strategy, model), quiet():
         if trainer.is_global_zero:
             save_stage(model, processor, folder, start_from, uses_adapters(config, name))
@@ -162,6 +169,7 @@ def load_stage(
             model, processor = build(config, empty=empty)
         else:
             model, processor = load_model(start_from, pruner=config.pruner, text=config.encoder.text, empty=empty)
+            check_patches(model.hf.model.vision_tower, config.encoder)
         parts = make_trainable(model, config, name, precision)
     model.vision_chunk = config.trainer.vision_chunk
     model.attention, model.logits_chunk = config.trainer.attention, config.trainer.logits_chunk

@@ -28,7 +28,8 @@ def test_settings_that_do_not_change_the_training_keep_the_run(smoke, override):
 @pytest.mark.parametrize(
     "override",
     ["seed=1", "knee=max_chord", "pruner=none", "stage.instruct.lr=0.1", "peft=none", "trainer.precision=fp32",
-     "data.instruct.limit=9", "optim.warmup_ratio=0.1", "pruner.vision.knee.min_tokens=2"],
+     "data.instruct.limit=9", "optim.warmup_ratio=0.1", "data.exif_orientation=false",
+     "pruner.vision.knee.min_tokens=2"],
 )  # fmt: skip
 def test_settings_that_change_the_training_make_another_run(smoke, override):
     assert run_id(smoke(override)) != run_id(smoke())

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import pickle
 import shutil
 import threading
@@ -63,7 +64,7 @@ class Counted:
 
     def fill(self, root: Path, images: dict[Path, str], **more: Any) -> tuple[ImageFeatures, Report]:
         dtype = torch.float32
-        settings = feature_settings(self.model, ENCODER, "square", dtype)
+        settings = feature_settings(self.model, READER.processor.to_dict(), dtype)
         more = {"shard_bytes": 1500, **more}  # a few images of a few hundred bytes
         return fill(self.model, settings, "tiny", root, images, READER, dtype, torch.device("cpu"), **more)
 
@@ -163,9 +164,13 @@ def with_pruner(**vision: Any) -> Callable[[PackedLlava], None]:
 
 
 def key(
-    model: PackedLlava, encoder: EncoderConfig = ENCODER, aspect: str = "square", dtype: Any = torch.float32
+    model: PackedLlava,
+    encoder: EncoderConfig = ENCODER,
+    aspect: str = "square",
+    dtype: Any = torch.float32,
+    upright: bool = True,
 ) -> str:
-    return folder_name("tiny", feature_settings(model, encoder, aspect, dtype))
+    return folder_name("tiny", feature_settings(model, image_processor(encoder, aspect, upright).to_dict(), dtype))
 
 
 @pytest.mark.parametrize(
@@ -200,13 +205,14 @@ def test_changed_preparation_precision_and_format_miss(monkeypatch: pytest.Monke
         key(model, replace(ENCODER, image_mean=[0.5, 0.5, 0.5])),
         key(model, replace(ENCODER, image_std=[0.5, 0.5, 0.5])),
         key(model, aspect="pad"),
+        key(model, upright=False),
         key(model, dtype=torch.bfloat16),
     ]
     monkeypatch.setattr(settings_module, "FORMAT", settings_module.FORMAT + 1)
     keys.append(key(model))
     monkeypatch.setattr(settings_module, "version", lambda name: "0")
     keys.append(key(model))
-    assert len(set(keys)) == 8
+    assert len(set(keys)) == 9
 
 
 def test_the_projector_counts_where_stage_1_looks_through_it_and_only_there() -> None:
@@ -328,6 +334,8 @@ def test_a_slow_fill_writes_before_a_shard_is_full(
     [
         (Path.unlink, r"sample 5: image .*5\.png is missing"),
         (lambda path: path.write_bytes(b"no image"), r"sample 5: image .*5\.png cannot be read"),
+        (lambda path: (path.unlink(), path.mkdir()), r"sample 5: image .*5\.png cannot be read \(a folder"),
+        (lambda path: (path.unlink(), os.mkfifo(path)), r"sample 5: image .*5\.png cannot be read \(not a reg"),
     ],
 )
 @pytest.mark.parametrize("workers", [0, 1])

@@ -109,7 +109,9 @@ def test_no_key_may_be_missing_unexpected_or_of_another_shape(
 def test_a_vit_classifiers_folder_gives_its_tower(tmp_path: Path) -> None:
     classifier = ViTForImageClassification(VISION["vit"]())
     classifier.save_pretrained(tmp_path)
-    tower = vision_tower(EncoderConfig(arch=VISION["vit"]().to_dict()), tmp_path, torch.float32)
+    tower = vision_tower(
+        EncoderConfig(arch=VISION["vit"]().to_dict(), image_size=24, patch_size=8), tmp_path, torch.float32
+    )
     kept = {name: tensor for name, tensor in tower.state_dict().items() if "pooler" not in name}
     saved = classifier.vit.state_dict()
     assert kept.keys() == saved.keys() and all(torch.equal(kept[name], saved[name]) for name in saved)

@@ -91,6 +91,7 @@ def test_an_image_has_the_question_of_its_own_turn_in_training_and_in_a_prompt()
         len(inputs["pixel_values"]),
         model.config.image_token_id,
         annotate=model.annotate,
+        features=model.config.image_seq_length,
     )
     assert looks_of(packed_prompt, model.words).question == ["What color is the shape?"]
 

@@ -409,7 +409,8 @@ def test_batches_may_share_images() -> None:
     model = packed(hf, "twostage")
     inputs = tiny_inputs([1, 1], [7, 7])
     same = torch.cat([inputs["pixel_values"][:1]] * 2)
-    sequence = pack(inputs["input_ids"], inputs["attention_mask"].bool(), len(same), IMAGE_TOKEN, annotate=annotate)
+    ids, valid = inputs["input_ids"], inputs["attention_mask"].bool()
+    sequence = pack(ids, valid, len(same), IMAGE_TOKEN, annotate=annotate, features=PATCHES)
     shared = PackedSequence(**{**sequence.__dict__, "image": sequence.image.clamp(max=0)})
     with torch.no_grad():
         twice = model.forward_packed(sequence, same)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 from pathlib import Path
 
+from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from mmprune_train.model.tokenizer import add_image_token, load_tokenizer, tiny_tokenizer
@@ -41,6 +42,15 @@ def test_the_image_token_is_added_once_and_is_never_split() -> None:
     plain = PreTrainedTokenizerFast(tokenizer_object=tokenizer.backend_tokenizer, eos_token="</s>")
     assert add_image_token(plain) == add_image_token(plain) == 3
     assert plain("x<image>y", add_special_tokens=False)["input_ids"].count(3) == 1
+
+
+def test_an_image_token_that_is_an_ordinary_word_of_the_vocabulary_becomes_one_token() -> None:
+    words = Tokenizer(models.WordLevel({"<unk>": 0, "<": 1, "image": 2, ">": 3, "<image>": 4}, unk_token="<unk>"))
+    words.pre_tokenizer = pre_tokenizers.Whitespace()
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=words, unk_token="<unk>")
+    assert tokenizer("<image>")["input_ids"] == [1, 2, 3]
+    assert add_image_token(tokenizer) == 4 and len(tokenizer) == 5
+    assert tokenizer("image<image>")["input_ids"] == [2, 4]
 
 
 def test_a_loaded_tokenizer_can_pad() -> None:

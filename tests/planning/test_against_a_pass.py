@@ -7,7 +7,7 @@ import copy
 import pytest
 import torch
 from planning.measured import peak_of_pass
-from tiny import IMAGE_TOKEN, annotate, labels_of, packed, tiny_inputs, tiny_llava
+from tiny import IMAGE_TOKEN, PATCHES, annotate, labels_of, packed, tiny_inputs, tiny_llava
 
 from mmprune_train.benchmark.flops import flop_counter
 from mmprune_train.config.schema import PeftConfig, StageConfig
@@ -52,7 +52,8 @@ def batch() -> tuple[PackedSequence, torch.Tensor]:
     inputs = tiny_inputs(images, text)
     labels = labels_of(inputs)
     labels[:, :40] = -100
-    sequence = pack(inputs["input_ids"], inputs["attention_mask"].bool(), sum(images), IMAGE_TOKEN, labels, annotate)
+    ids, valid = inputs["input_ids"], inputs["attention_mask"].bool()
+    sequence = pack(ids, valid, sum(images), IMAGE_TOKEN, labels, annotate, features=PATCHES)
     return sequence, inputs["pixel_values"]
 
 

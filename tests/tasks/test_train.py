@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
@@ -16,7 +18,8 @@ from mmprune_train.config.compose import compose_config
 from mmprune_train.config.schema import Config
 from mmprune_train.errors import UserError
 from mmprune_train.model.build import load_model
-from mmprune_train.tasks import evaluate, generate, prepare, train
+from mmprune_train.tasks import evaluate, generate, inspect, prepare, train
+from mmprune_train.training.inputs import stage_image_processor
 
 
 @pytest.fixture(scope="module")
@@ -134,6 +137,36 @@ def test_generate_answers_about_an_image(
     assert result["prediction"] in capsys.readouterr().out
     with pytest.raises(UserError, match="no file absent.png"):
         generate.run(replace(config, ckpt=str(folder), generate=replace(asked, images=["absent.png"])))
+
+
+@pytest.mark.parametrize("task", [generate, inspect])
+def test_a_picture_that_cannot_be_read_is_named_before_a_model_is_loaded(task: Any, tmp_path: Path) -> None:
+    config = compose_config(["+experiment=smoke", f"ckpt={tmp_path}/no_model"])
+    (tmp_path / "x.png").write_bytes(b"no picture")
+    for path, why in ((tmp_path / "x.png", "not an image of a format"), (tmp_path, "a folder, not a file")):
+        asked = replace(config.generate, images=[str(path)])
+        with pytest.raises(UserError, match=f"^generate.images: image {path} cannot be read .{why}"):
+            task.run(replace(config, generate=asked))
+
+
+def test_orientation_is_the_command_lines_else_the_models_else_the_configs(
+    finished: tuple[Config, dict, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config, _, folder = finished
+    turned = replace(config, data=replace(config.data, exif_orientation=False))
+    trained = load_model(folder)[1].image_processor
+    assert trained.exif_orientation and not stage_image_processor(turned, "instruct").exif_orientation
+    asked: list[str] = []
+    monkeypatch.setattr(evaluate, "command_line", lambda: asked)
+    evaluate.choose_orientation(trained, False)
+    assert trained.exif_orientation, "as it was trained"
+    asked += ["data.root=x", "++data.exif_orientation=false"]
+    evaluate.choose_orientation(trained, False)
+    assert not trained.exif_orientation, "as it is asked for"
+    asked.clear()
+    of_others = SimpleNamespace()
+    evaluate.choose_orientation(of_others, False)
+    assert not of_others.exif_orientation, "where the folder does not say"
 
 
 def test_a_mistake_in_the_second_stages_data_is_told_before_the_first_is_trained(tmp_path: Path) -> None:

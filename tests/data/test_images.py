@@ -1,0 +1,337 @@
+"""Every kind of image file is seen as a viewer shows it, or is refused by name."""
+
+from __future__ import annotations
+
+import os
+import struct
+import warnings
+import zlib
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image, ImageOps
+
+from mmprune_train.config.schema import EncoderConfig
+from mmprune_train.data.images import UPRIGHT, ImageReader, image_processor, read_image
+from mmprune_train.errors import UserError
+from mmprune_train.evaluation.generate import load_images
+from mmprune_train.evaluation.questions import Question
+
+SIDE = 32
+RAMP = np.tile(np.linspace(0, 1, SIDE), (SIDE, 1))
+GREY = np.round(RAMP * 255).astype(np.uint8)
+WORDS = np.round(RAMP * 65535).astype(np.uint16)
+ENCODER = EncoderConfig(name="t", image_size=16, patch_size=8)
+
+
+def chunk(kind: bytes, data: bytes) -> bytes:
+    return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
+
+
+def png(path: Path, array: np.ndarray, colour: int, *chunks: bytes, side: int | None = None) -> Path:
+    """A PNG with the array's own depth, which Pillow does not write; `colour` is PNG's colour type, `side` what its
+    header says instead of its size."""
+    bits = array.dtype.itemsize * 8
+    header = struct.pack(">IIBBBBB", side or array.shape[1], side or array.shape[0], bits, colour, 0, 0, 0)
+    rows = b"".join(b"\0" + row.astype(array.dtype.newbyteorder(">")).tobytes() for row in array)
+    body = [chunk(b"IHDR", header), *chunks, chunk(b"IDAT", zlib.compress(rows)), chunk(b"IEND", b"")]
+    path.write_bytes(b"\x89PNG\r\n\x1a\n" + b"".join(body))
+    return path
+
+
+def pixels(path: Path, **settings: bool) -> np.ndarray:
+    image = read_image(path, "sample", **settings)
+    assert image.mode == "RGB"
+    return np.asarray(image).astype(float)
+
+
+# -- more than 8 bits ------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("ending", "array"),
+    [
+        (".png", WORDS),
+        (".tif", WORDS),
+        (".tif", WORDS.astype(">u2")),
+        (".pgm", WORDS),
+        (".jp2", WORDS),
+        (".tif", WORDS.astype(np.int32)),
+        (".tif", GREY.astype(np.int32)),
+        (".tif", WORDS.astype(np.int32) - 32768),
+        (".tif", WORDS.astype(np.int32) * 1000),
+        (".tif", RAMP.astype(np.float32)),
+        (".tif", RAMP.astype(np.float32) * 255),
+        (".tif", RAMP.astype(np.float32) * 65535),
+        (".tif", RAMP.astype(np.float32) * 2 - 1),
+        (".tif", RAMP.astype(np.float32) * 8 + 0.5),  # depth in metres
+        (".tif", RAMP.astype(np.float32) * 1e30),
+        (".pfm", RAMP.astype(np.float32)),
+    ],
+)
+def test_more_than_8_bits_look_like_8(ending: str, array: np.ndarray, tmp_path: Path) -> None:
+    Image.fromarray(array).save(tmp_path / f"x{ending}")
+    assert np.abs(pixels(tmp_path / f"x{ending}") - GREY[..., None]).max() <= 1
+
+
+def test_a_dark_image_of_16_bits_stays_dark(tmp_path: Path) -> None:
+    for name, array in {"x.png": WORDS // 8, "x.pgm": WORDS // 8, "dark.tif": RAMP.astype(np.float32) / 8}.items():
+        Image.fromarray(array).save(tmp_path / name)
+        assert np.abs(pixels(tmp_path / name) - GREY[..., None] / 8).max() <= 1
+
+
+@pytest.mark.parametrize(("colour", "channels"), [(0, 1), (2, 3), (4, 2), (6, 4)])
+def test_pngs_of_16_bits_a_channel(colour: int, channels: int, tmp_path: Path) -> None:
+    array = np.repeat(WORDS[..., None], channels, 2)
+    alpha = 32768 if channels in (2, 4) else 65535
+    if channels in (2, 4):
+        array[..., -1] = alpha
+    seen = pixels(png(tmp_path / "x.png", array.squeeze(), colour))
+    expected = 255 - (255 - GREY.astype(float)) * alpha / 65535
+    assert np.abs(seen - expected[..., None]).max() <= 2
+
+
+def test_tiffs_of_12_bits_and_of_white_as_zero(tmp_path: Path) -> None:
+    def tiff(bits: int, photometric: int, data: bytes) -> np.ndarray:
+        tags = {256: SIDE, 257: SIDE, 258: bits, 259: 1, 262: photometric, 273: 8, 277: 1, 278: SIDE, 279: len(data)}
+        entries = b"".join(struct.pack("<HHII", tag, 4, 1, value) for tag, value in tags.items())
+        offset = struct.pack("<I", 8 + len(data))
+        (tmp_path / "x.tif").write_bytes(b"II*\0" + offset + data + struct.pack("<H", len(tags)) + entries + bytes(4))
+        return pixels(tmp_path / "x.tif")
+
+    twelve = np.round(RAMP * 4095).astype(int)
+    first, second = twelve[:, ::2], twelve[:, 1::2]
+    packed = np.stack([first >> 4, (first & 15) << 4 | second >> 8, second & 255], 2).astype(np.uint8)
+    assert np.abs(tiff(12, 1, packed.tobytes()) - GREY[..., None]).max() <= 1
+    assert np.abs(tiff(16, 0, (65535 - WORDS).astype("<u2").tobytes()) - GREY[..., None]).max() <= 1
+
+
+@pytest.mark.parametrize(("value", "grey"), [(0.0, 0), (0.5, 128), (1.0, 255), (7.0, 0), (128.0, 128), (-3.0, 0)])
+def test_a_float_image_of_one_value(value: float, grey: int, tmp_path: Path) -> None:
+    Image.fromarray(np.full((4, 4), value, np.float32)).save(tmp_path / "x.tif")
+    assert (pixels(tmp_path / "x.tif") == grey).all()
+
+
+@pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])
+def test_values_that_are_no_numbers_are_refused(value: float, tmp_path: Path) -> None:
+    array = RAMP.astype(np.float32)
+    array[3, 3] = value
+    Image.fromarray(array).save(tmp_path / "x.tif")
+    with pytest.raises(UserError, match=r"a\.json\[0\]: image .*x\.tif cannot be read \(.*NaN or infinite"):
+        read_image(tmp_path / "x.tif", "a.json[0]")
+
+
+# -- transparency and colour -----------------------------------------------------------------------------------------
+
+
+def red_and_nothing(mode: str) -> Image.Image:
+    """Left half opaque red (grey in grey modes), right half transparent, with black under it."""
+    image = Image.new("RGBA", (8, 8), (0, 0, 0, 0))
+    image.paste((200, 0, 0, 255), (0, 0, 4, 8))
+    return image.convert(mode)
+
+
+@pytest.mark.parametrize("kind", ["RGBA.png", "LA.png", "RGBA.webp", "RGBA.tif", "P.gif", "P.png", "RGBA.avif", "PA"])
+def test_what_is_transparent_is_white(kind: str, tmp_path: Path) -> None:
+    mode, _, ending = kind.partition(".")
+    path = tmp_path / f"x.{ending or 'png'}"
+    if kind == "P.png":  # transparency of every palette entry, in bytes
+        image = Image.new("P", (8, 8), 1)
+        image.putpalette([200, 0, 0, 0, 0, 0])
+        image.paste(0, (0, 0, 4, 8))
+        image.save(path, transparency=bytes([255, 0]))
+    elif kind == "P.gif":
+        red_and_nothing("RGBA").save(path)
+    elif kind == "PA":
+        red_and_nothing("RGBA").quantize(4).convert("PA").convert("LA").save(path)
+    else:
+        red_and_nothing(mode).save(path, **({"lossless": True} if ending == "webp" else {}))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        seen = pixels(path)
+    assert (seen[:, 5:] > 250).all() and seen[:, :3, 1].max() < 80
+
+
+@pytest.mark.parametrize(
+    ("array", "colour", "clear"),
+    [
+        (np.array([[7, 0, 200]], np.uint8), 0, struct.pack(">H", 0)),
+        (np.array([[7 << 8, 0, 200 << 8]], np.uint16), 0, struct.pack(">H", 0)),
+        (np.repeat(np.array([[7, 100, 200]], np.uint8)[..., None], 3, 2), 2, struct.pack(">HHH", 100, 100, 100)),
+        (np.repeat(np.array([[7, 100, 200]], np.uint16)[..., None] << 8, 3, 2), 2, struct.pack(">HHH", *[25600] * 3)),
+    ],
+)
+def test_a_transparent_colour_is_white(array: np.ndarray, colour: int, clear: bytes, tmp_path: Path) -> None:
+    seen = pixels(png(tmp_path / "x.png", array, colour, chunk(b"tRNS", clear)))[0, :, 0]
+    assert abs(seen[0] - 7) <= 1 and seen[1] == 255 and abs(seen[2] - 200) <= 1
+
+
+def test_a_transparent_colour_of_one_bit_is_white(tmp_path: Path) -> None:
+    image = Image.new("1", (8, 8), 1)
+    image.paste(0, (0, 0, 4, 8))
+    image.save(tmp_path / "x.png", transparency=0)
+    assert (pixels(tmp_path / "x.png") == 255).all()
+    image.save(tmp_path / "y.png")
+    assert (pixels(tmp_path / "y.png")[:, :4] == 0).all() and (pixels(tmp_path / "y.png")[:, 4:] == 255).all()
+
+
+@pytest.mark.parametrize("kind", ["CMYK.jpg", "YCbCr.jpg", "L.jpg", "RGB.jpg", "P.png", "LAB.tif", "CMYK.tif"])
+def test_other_colours_become_rgb(kind: str, tmp_path: Path) -> None:
+    colour = (90, 90, 90) if kind.startswith("L.") else (200, 30, 60)
+    image = Image.new("RGB", (16, 16), colour)
+    image = image.quantize(2) if kind.startswith("P") else image.convert(kind.split(".")[0])
+    image.save(tmp_path / kind, **({"quality": 98} if kind.endswith("jpg") else {}))
+    assert np.abs(pixels(tmp_path / kind) - colour).max() <= 4
+
+
+@pytest.mark.parametrize("ending", ["gif", "webp", "tif", "png"])
+def test_of_several_pictures_the_first_is_read(ending: str, tmp_path: Path) -> None:
+    frames = [Image.new("RGB", (8, 8), colour) for colour in ("red", "lime", "blue")]
+    frames[0].save(tmp_path / f"x.{ending}", save_all=True, append_images=frames[1:])
+    assert np.abs(pixels(tmp_path / f"x.{ending}") - (255, 0, 0)).max() <= 4
+
+
+# -- orientation -----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("ending", ["jpg", "png", "webp", "tif", "avif"])
+@pytest.mark.parametrize("orientation", [1, *UPRIGHT])
+def test_a_photo_is_turned_as_its_exif_orientation_says(orientation: int, ending: str, tmp_path: Path) -> None:
+    stored = Image.new("RGB", (32, 16))
+    stored.paste("red", (0, 0, 16, 8))
+    stored.paste("lime", (16, 0, 32, 8))
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    path = tmp_path / f"x.{ending}"
+    stored.save(path, exif=exif, **({} if ending in ("png", "tif") else {"quality": 95}))
+    with Image.open(path) as file:
+        upright = np.asarray(ImageOps.exif_transpose(file).convert("RGB")).astype(float)
+    seen = pixels(path)
+    assert seen.shape == ((32, 16, 3) if orientation >= 5 else (16, 32, 3))
+    assert np.abs(seen - upright).max() == 0
+    if ending != "tif":  # Pillow turns these on its own
+        assert np.abs(pixels(path, orientation=False) - np.asarray(stored)).mean() < 12
+
+
+def test_exif_data_that_is_broken_or_out_of_range_turns_nothing(tmp_path: Path) -> None:
+    exif = Image.Exif()
+    exif[0x0112] = 9
+    for name, data in {"nine": exif.tobytes(), "broken": b"Exif\0\0MM\0*\xff\xff\xff", "none": b"Exif\0\0??"}.items():
+        Image.new("RGB", (8, 4), "red").save(tmp_path / f"{name}.jpg", exif=data)
+        assert read_image(tmp_path / f"{name}.jpg").size == (8, 4)
+
+
+def test_the_processor_says_whether_orientation_counts_for_training_and_for_answers_alike(tmp_path: Path) -> None:
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    Image.new("RGB", (8, 4), "red").save(tmp_path / "x.jpg", exif=exif)
+    question = Question("q", [tmp_path / "x.jpg"], "", "", "open")
+    for upright, size in ((True, (4, 8)), (False, (8, 4))):
+        image_processor(ENCODER, "pad", upright).save_pretrained(tmp_path / "saved")
+        reader = ImageReader(type(image_processor(ENCODER, "pad")).from_pretrained(tmp_path / "saved"))
+        assert reader.open(tmp_path / "x.jpg").size == size
+        assert load_images(question, reader.open)[0].size == size
+        blank = reader(tmp_path / "x.jpg")[0, :, 0] < 0.1  # of the mean colour, where the image is narrow
+        assert bool(blank.all()) == upright
+    assert load_images(question)[0].size == (4, 8)
+
+
+# -- what cannot be read ---------------------------------------------------------------------------------------------
+
+
+def broken_files(folder: Path) -> dict[str, Path]:
+    rng = np.random.default_rng(0)
+    noise = Image.fromarray(rng.integers(0, 255, (64, 64, 3), dtype=np.uint8))
+    for ending in ("png", "jpg", "gif", "webp", "tif", "bmp", "jp2", "avif", "ppm"):
+        noise.save(folder / f"cut.{ending}")
+        whole = (folder / f"cut.{ending}").read_bytes()
+        (folder / f"cut.{ending}").write_bytes(whole[: len(whole) // 2])
+    noise.save(folder / "whole.png")
+    whole = (folder / "whole.png").read_bytes()
+    text = chunk(b"zTXt", b"k\0\0" + zlib.compress(b"a" * (2 << 20)))
+    (folder / "text_chunk.png").write_bytes(whole[:33] + text + whole[33:])
+    noise.save(folder / "zeroed.avif")
+    data = bytearray((folder / "zeroed.avif").read_bytes())
+    place = data.find(b"mdat") + 4
+    data[place : place + 64] = bytes(64)
+    (folder / "zeroed.avif").write_bytes(data)
+    (folder / "words.ppm").write_bytes(b"P6\n64 sixty 255\n" + bytes(64))
+    (folder / "flat.pgm").write_bytes(b"P5\n0 4\n255\n")
+    (folder / "empty.png").write_bytes(b"")
+    (folder / "text.jpg").write_text("<html>404 Not Found</html>")
+    png(folder / "huge.png", np.zeros((1, 1), np.uint8), 0, side=20000)
+    (folder / "folder.png").mkdir()
+    (folder / "loop.png").symlink_to(folder / "loop.png")
+    os.mkfifo(folder / "pipe.png")
+    names = [path.name for path in folder.iterdir() if path.name != "whole.png"]
+    return {name: folder / name for name in names} | {"zero byte": folder / "a\0.png", "long": folder / ("a" * 300)}
+
+
+def test_whatever_cannot_be_read_is_one_line_that_names_file_and_asker(tmp_path: Path) -> None:
+    for name, path in broken_files(tmp_path).items():
+        with pytest.raises(UserError) as caught, warnings.catch_warnings():
+            warnings.simplefilter("error")
+            read_image(path, "a.json[3] (id x)")
+        told = str(caught.value)
+        assert told.startswith(f"a.json[3] (id x): image {path} cannot be read ("), name
+        assert "\n" not in told and "read ()" not in told and "replace it or leave it out" in told, name
+
+
+@pytest.mark.parametrize("error", [RuntimeError(""), KeyError("x"), zlib.error("bad"), struct.error("s"), EOFError()])
+def test_any_error_of_a_decoder_is_told(error: Exception, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def broken(*_: object) -> None:
+        raise error
+
+    Image.new("RGB", (4, 4)).save(tmp_path / "x.png")
+    monkeypatch.setattr(Image, "open", broken)
+    with pytest.raises(UserError, match=r"image .*x\.png cannot be read \(\S+"):
+        read_image(tmp_path / "x.png")
+
+
+@pytest.mark.parametrize("error", [MemoryError, KeyboardInterrupt])
+def test_what_is_no_fault_of_the_file_is_not_told_as_one(
+    error: type[BaseException], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(*_: object) -> None:
+        raise error
+
+    Image.new("RGB", (4, 4)).save(tmp_path / "x.png")
+    monkeypatch.setattr(Image, "open", full)
+    with pytest.raises(error):
+        read_image(tmp_path / "x.png")
+
+
+def test_a_missing_image_of_a_question_names_the_question_or_its_sample(tmp_path: Path) -> None:
+    for where, who in (("", "question 7"), ("e.json[0] (id 7)", r"e\.json\[0\] \(id 7\)")):
+        with pytest.raises(UserError, match=f"^{who}: image .*none.png is missing; correct the path"):
+            load_images(Question("7", [tmp_path / "none.png"], "", "", "open", where))
+
+
+def test_a_large_photo_is_read_without_a_warning(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    Image.new("RGB", (30, 40), "red").save(tmp_path / "x.png")
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 1000)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert read_image(tmp_path / "x.png").size == (30, 40)
+
+
+# -- strips ----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("ratio", ["square", "pad"])
+@pytest.mark.parametrize("size", [(1, 1), (3, 3), (1, 40), (40, 1), (3, 50), (50, 3), (1, 1000)])
+def test_tiny_and_narrow_images_keep_their_colour(ratio: str, size: tuple[int, int], tmp_path: Path) -> None:
+    Image.new("RGB", size, "red").save(tmp_path / "x.png")
+    seen = ImageReader(image_processor(ENCODER, ratio))(tmp_path / "x.png", "s")
+    assert seen.shape == (3, 16, 16) and seen.isfinite().all()
+    if ratio == "square" or max(size) <= 50 * min(size):  # else padding takes all but a part of a row
+        red, green, _ = seen.amax((1, 2))
+        assert red > green
+
+
+@pytest.mark.parametrize(("ratio", "size"), [("square", (1, 1200000)), ("pad", (20000, 2))])
+def test_a_strip_that_would_fill_the_memory_is_refused(ratio: str, size: tuple[int, int], tmp_path: Path) -> None:
+    Image.new("1", size).save(tmp_path / "x.png")
+    with pytest.raises(UserError, match=f"s: image .*{size[0]} x {size[1]} pixels are too long a strip"):
+        ImageReader(image_processor(ENCODER, ratio))(tmp_path / "x.png", "s")
