@@ -34,7 +34,7 @@ from mmprune_train.model.processor import load_processor
 from mmprune_train.model.projector import new_projector
 from mmprune_train.model.question import find_question_encoder, new_question_encoder, question_encoder_on_meta
 from mmprune_train.model.tokenizer import IMAGE_TOKEN, load_tokenizer
-from mmprune_train.model.vision import check_patches
+from mmprune_train.model.vision import check_patches, family_of
 from mmprune_train.model.weights import REPORT, complete, encoder_folder, llm_folder, text_folder
 from mmprune_train.pruning import Pruner
 
@@ -55,25 +55,25 @@ def vision_tower(cfg: EncoderConfig, folder: Path | None, dtype: torch.dtype, em
     `empty`: the weights are not read.
     """
     config = _vision_config(folder, cfg.arch)
-    if folder is None or empty:
-        model = AutoModel.from_config(config, dtype=dtype)
-        check_patches(model, cfg)
-        return model
-    if config.hidden_size != cfg.arch["hidden_size"] or config.num_hidden_layers != cfg.arch["num_hidden_layers"]:
+    family_of(config.model_type)
+    found = {"hidden_size": config.hidden_size, "num_hidden_layers": config.num_hidden_layers}
+    if {**found, **cfg.arch} != {**cfg.arch, **found}:
         raise UserError(
             f"encoder.path: {folder} holds a {config.model_type} of width {config.hidden_size} and "
             f"{config.num_hidden_layers} layers, encoder={cfg.name} describes another; choose the fitting encoder="
         )
     with torch.device("meta"):
-        model_class = type(AutoModel.from_config(config))
-    model, info = model_class.from_pretrained(folder, config=config, dtype=dtype, **REPORT)
+        outline = AutoModel.from_config(config)
+    check_patches(outline, cfg)
+    if folder is None or empty:
+        return AutoModel.from_config(config, dtype=dtype)
+    model, info = type(outline).from_pretrained(folder, config=config, dtype=dtype, **REPORT)
     # A whole CLIP or SigLIP folder also holds the text tower, a ViT or DINOv2 folder may hold a classifier instead of
     # ViT's pooler; this model runs none of them.
     foreign = ("text_model", "text_projection", "visual_projection", "logit_", "classifier")
     extra = [key for key in info["unexpected_keys"] if not key.startswith(foreign)]
     missing = [key for key in info["missing_keys"] if not key.startswith("pooler.")]
     complete({**info, "unexpected_keys": extra, "missing_keys": missing}, folder)
-    check_patches(model, cfg)
     return model
 
 

@@ -45,7 +45,10 @@ def prepare_data(config: Config, splits: list[str]) -> dict[str, Path]:
 def prepare_weights(config: Config) -> dict[str, Path | None]:
     """Folders of the encoder's, the LLM's and, where the pruner reads text, the text tower's weights, downloaded and
     converted where needed; None: random."""
+    import torch
+
     from mmprune_train.config.pruner import reads_text
+    from mmprune_train.model.build import vision_tower
     from mmprune_train.model.weights import encoder_folder, llm_folder, text_folder
 
     for name, part in (("encoder", config.encoder), ("llm", config.llm)):
@@ -54,6 +57,8 @@ def prepare_weights(config: Config) -> dict[str, Path | None]:
     found = {"encoder": encoder_folder(config.encoder), "llm": llm_folder(config.llm)}
     if config.encoder.text is not None and reads_text(config.pruner.vision):
         found["encoder.text"] = text_folder(config.encoder.text)
+    with torch.device("meta"):  # keys that do not fit the encoder are told before anything is made
+        vision_tower(config.encoder, found["encoder"], torch.float32, empty=True)
     return found
 
 

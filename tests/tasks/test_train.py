@@ -12,7 +12,7 @@ import pytest
 import torch
 from PIL import Image
 from training.synthetic import overrides, write_dataset
-from transformers import LlavaForConditionalGeneration
+from transformers import AutoConfig, AutoModel, LlavaForConditionalGeneration
 
 from mmprune_train.config.compose import compose_config
 from mmprune_train.config.schema import Config
@@ -167,6 +167,15 @@ def test_orientation_is_the_command_lines_else_the_models_else_the_configs(
     of_others = SimpleNamespace()
     evaluate.choose_orientation(of_others, False)
     assert not of_others.exif_orientation, "where the folder does not say"
+
+
+def test_an_encoder_of_other_patches_is_named_before_a_run_directory_is_made(root: Path, tmp_path: Path) -> None:
+    arch = {**compose_config(["+experiment=smoke"]).encoder.arch, "patch_size": 16}
+    AutoModel.from_config(AutoConfig.for_model(**arch)).save_pretrained(tmp_path / "clip")
+    config = compose_config([*overrides(root, tmp_path / "runs"), f"encoder.path={tmp_path}/clip"])
+    with pytest.raises(UserError, match=r"encoder.image_size=48, encoder.patch_size=8 are 36 .*patch_size=16, makes 9"):
+        train.run(config)
+    assert not (tmp_path / "runs").exists()
 
 
 def test_a_mistake_in_the_second_stages_data_is_told_before_the_first_is_trained(tmp_path: Path) -> None:
