@@ -58,8 +58,8 @@ def is_address(path: str) -> bool:
 
 def foreign_placeholder(text: str) -> str | None:
     """What another format writes in a text where a picture stands; None: there is none."""
-    found = _WRITTEN.search(text)
-    return found and found.group()
+    found = "<" in text and _WRITTEN.search(text)
+    return found.group() if found else None
 
 
 Leaf = tuple[tuple[str, ...], Any, bool]

@@ -153,6 +153,8 @@ def _check_extras(key: str, extras: dict[str, Any], images: list[str], root: Pat
 
 def _check_text(what: str, text: str, wrong: Wrong) -> None:
     """Raise where a text is none that can be written as UTF-8, which tokenizers and files need."""
+    if text.isascii():
+        return
     try:
         text.encode()
     except UnicodeEncodeError as error:
@@ -189,8 +191,9 @@ def _turns(item: dict[str, Any], images: list[str], root: Path, wrong: Wrong, re
                 f"message {position} has another format's picture ({_printable(written[:60])})",
                 "write <image> in its place, and name the picture under `image`",
             )
-        extras = {key: message[key] for key in message.keys() - {"from", "value"}}
-        _check_extras(f"`{{}}` of message {position}", extras, images, root, wrong)
+        if len(message) > 2:
+            extras = {key: message[key] for key in message.keys() - {"from", "value"}}
+            _check_extras(f"`{{}}` of message {position}", extras, images, root, wrong)
     if conversation[0]["from"] != "human":
         conversation = conversation[1:]
     for position, message in enumerate(conversation):
