@@ -36,8 +36,15 @@ def register_schema() -> None:
 
     ConfigStore.instance().store(name=SCHEMA_NAME, node=Config, provider="mmprune_train")
     OmegaConf.register_new_resolver("sweep_name", sweep_name, use_cache=True, replace=True)  # cached: a job has its own
+    OmegaConf.register_new_resolver("with_data", with_data, replace=True)
     register_launchers()
     register_sweepers()
+
+
+def with_data(name: str, value: Any, *, _root_: DictConfig) -> Any:
+    """`${with_data:easy_vqa,800}`: 800 where `data.name` is easy_vqa, else null. An experiment's limits and step counts
+    are made for its own data; other data are used whole."""
+    return value if OmegaConf.select(_root_, "data.name") == name else None
 
 
 def config_from(cfg: DictConfig) -> Config:

@@ -63,6 +63,8 @@ class Batch:
     """Tokens that count in the loss."""
     patches: Patches | None = None
     """With the feature cache, what stage 1 left of the images; of none in a batch of text alone."""
+    truncated: tuple[int, int] = (0, 0)
+    """Samples that were cut to the maximum length, and tokens that they lost."""
     place: Place = ALONE
     """Set by who knows the optimizer step."""
 
@@ -124,6 +126,7 @@ def collate(samples: Sequence[Sample]) -> Batch:
         images=[str(path) for path in rows],
         supervised=int((target != IGNORE).sum()),
         patches=Patches.cat(patches) if patches else None,
+        truncated=(sum(example.truncated > 0 for example in examples), sum(example.truncated for example in examples)),
     )
 
 

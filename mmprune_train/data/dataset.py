@@ -13,7 +13,7 @@ from transformers import PreTrainedTokenizerBase
 from mmprune_train.data.batch import Sample
 from mmprune_train.data.encode import encode
 from mmprune_train.data.images import ImageReader
-from mmprune_train.data.records import Record
+from mmprune_train.data.records import IMAGE_PLACEHOLDER, Record
 from mmprune_train.data.templates import Template
 from mmprune_train.pruning.patches import Patches
 
@@ -28,6 +28,19 @@ class Features(Protocol):
     def kept(self, image: Path) -> int:
         """Tokens that stage 1 leaves of an image."""
         ...
+
+
+TEMPLATE_TOKENS = 256
+"""What a template adds before the first answer, at most: a system text, role markers."""
+
+
+def _at_most(record: Record, image_tokens: int) -> int:
+    """Tokens up to the first answer and the last image, at most: one a byte."""
+    shows = [k for k, turn in enumerate(record.turns) if IMAGE_PLACEHOLDER in turn.question]
+    turns = record.turns[: 1 + (shows[-1] if shows else 0)]
+    text = sum(len(turn.question.encode()) + len(turn.answer.encode()) for turn in turns)
+    text -= len(turns[-1].answer.encode())
+    return TEMPLATE_TOKENS * len(turns) + text + len(record.images) * image_tokens
 
 
 class ConversationDataset(Dataset[Sample]):
@@ -53,6 +66,15 @@ class ConversationDataset(Dataset[Sample]):
         self.image_tokens = image_tokens
         self.max_length = max_length
         self.features = features
+
+    def check_cuts(self) -> None:
+        """Raise UserError at the first sample that the template does not take, of which `max_length` leaves nothing to
+        train on, or whose image it cuts in two: told before training, not in the middle of an epoch. Samples that are
+        surely short enough up to their first answer and last image are not tokenised."""
+        for record in self.records:
+            several = self.template.marks is None and len(record.turns) > 1  # which `plain` refuses
+            if several or _at_most(record, self.image_tokens) > self.max_length:
+                encode(record, self.template, self.tokenizer, self.image_tokens, self.max_length)
 
     def __len__(self) -> int:
         return len(self.records)

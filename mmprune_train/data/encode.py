@@ -32,6 +32,8 @@ class Example:
     """[L] int64: the token's own id where it is trained on, else IGNORE."""
     n_images: int
     """Images that are left after cutting to the maximum length: the first ones of the record."""
+    truncated: int = 0
+    """Tokens that were cut."""
 
     @property
     def supervised(self) -> int:
@@ -71,7 +73,7 @@ def encode(
     dense = columns.shape[1]
     ids, kind, turn, labels = torch.from_numpy(columns[:, :max_length].astype(np.int64)).unbind()
     n_images = int((kind == Kind.VISUAL).sum()) // image_tokens
-    example = Example(record.id, ids, kind, turn, labels, n_images)
+    example = Example(record.id, ids, kind, turn, labels, n_images, dense - len(ids))
     _check(example, record, image_tokens, max_length, dense)
     return example
 

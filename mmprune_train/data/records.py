@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from mmprune_train.data.extras import foreign_placeholder, is_address, unread_picture
 from mmprune_train.errors import UserError
 
 IMAGE_PLACEHOLDER = "<image>"
+KNOWN = frozenset({"id", "image", "conversations", "kind"})
+"""Keys of a record. Others may hold metadata, never a picture."""
 
 
 @dataclass(frozen=True)
@@ -33,6 +36,15 @@ class Record:
     """Optional class of the question (`open`, `yes_no`), by which evaluation reports."""
 
 
+@dataclass(frozen=True)
+class Annotations:
+    """What is used of an annotation file."""
+
+    records: list[Record]
+    available: int
+    """Samples in the file, of which `records` are the first."""
+
+
 def read_records(
     annotations: Path, image_root: Path, limit: int | None = None, require_answers: bool = True
 ) -> list[Record]:
@@ -41,15 +53,30 @@ def read_records(
     A first turn that is not human is dropped, as in LLaVA. Images are not opened here. `require_answers=False` lets the
     last question stand without an answer. Raises UserError at the first malformed sample.
     """
-    records = []
-    for index, item in enumerate(_items(Path(annotations), limit)):
-        records.append(parse_record(item, f"{annotations}[{index}]", Path(image_root), require_answers))
+    return read_annotations(annotations, image_root, limit, require_answers).records
+
+
+def read_annotations(
+    annotations: Path, image_root: Path, limit: int | None = None, require_answers: bool = True
+) -> Annotations:
+    """As `read_records`, with the number of samples that the file has."""
+    records: list[Record] = []
+    available = 0
+    for available, item in enumerate(_items(Path(annotations), limit), 1):
+        if limit is None or available <= limit:
+            records.append(parse_record(item, f"{annotations}[{available - 1}]", Path(image_root), require_answers))
     if not records:
         raise UserError(f"{annotations} holds no samples; check the file or the split's `limit`")
-    return records
+    return Annotations(records, available)
+
+
+def count_samples(annotations: Path) -> int:
+    """Samples in a file, none of them looked into. Raises UserError where it is no JSON."""
+    return sum(1 for _ in _items(Path(annotations), 0))
 
 
 def _items(file: Path, limit: int | None) -> Iterator[Any]:
+    """Each sample; lines behind `limit` of a JSONL file, which are only counted, as None."""
     if not file.is_file():
         raise UserError(f"there is no annotation file {file}; correct the split's `annotations` or run `task=prepare`")
     try:
@@ -57,10 +84,8 @@ def _items(file: Path, limit: int | None) -> Iterator[Any]:
             if file.suffix == ".jsonl":
                 lines = ((number, line) for number, line in enumerate(stream, 1) if line.strip())
                 for taken, (number, line) in enumerate(lines):
-                    if limit is not None and taken >= limit:
-                        return
                     try:
-                        item = json.loads(line)
+                        item = json.loads(line) if limit is None or taken < limit else None
                     except json.JSONDecodeError as error:
                         raise UserError(f"{file}, line {number}: not JSON ({error}); correct that line") from None
                     yield item
@@ -70,8 +95,8 @@ def _items(file: Path, limit: int | None) -> Iterator[Any]:
         hint = "; name a file of one object a line .jsonl" if isinstance(error, json.JSONDecodeError) else ""
         raise UserError(f"{file}: not JSON ({error}); correct the file{hint}") from None
     if not isinstance(items, list):
-        raise UserError(f"{file}: expected a list of samples, found {type(items).__name__}; see LLaVA's format")
-    yield from items[:limit]
+        raise UserError(f"{file}: expected a list of samples, found {type(items).__name__}; see docs/data.md")
+    yield from items
 
 
 def parse_record(item: Any, where: str, image_root: Path, require_answers: bool = True) -> Record:
@@ -81,32 +106,94 @@ def parse_record(item: Any, where: str, image_root: Path, require_answers: bool 
     name = str(item.get("id", where.rsplit("/", 1)[-1]))
 
     def wrong(reason: str, remedy: str) -> UserError:
-        return UserError(f"{where} (id {name}): {reason}; {remedy}")
+        return UserError(f"{where} (id {_printable(name)}): {reason}; {remedy}")
 
-    turns = _turns(item.get("conversations"), wrong, require_answers)
     images = item.get("image")
     paths = [] if images is None else [images] if isinstance(images, str) else images
     if not isinstance(paths, list) or not all(isinstance(path, str) and path for path in paths):
         raise wrong("`image` must be a path or a list of paths", "leave the key out for a text-only sample")
+    for path in paths:
+        if is_address(path):
+            raise wrong(f"`image` is an address ({path[:60]})", "save the picture as a file below the image folder")
+        if "\0" in path:
+            raise wrong("a path in `image` contains a NUL character", "correct it")
+    kind = str(item.get("kind") or "")
+    for what, text in (("the id", name), ("a path in `image`", "".join(paths)), ("`kind`", kind)):
+        _check_text(what, text, wrong)
+    _check_extras("`{}`", {key: item[key] for key in item.keys() - KNOWN}, paths, image_root, wrong)
+    turns = _turns(item, paths, image_root, wrong, require_answers)
     if any(IMAGE_PLACEHOLDER in turn.answer for turn in turns):
         raise wrong(f"an answer contains {IMAGE_PLACEHOLDER}", "move it into the question")
     placeholders = sum(turn.question.count(IMAGE_PLACEHOLDER) for turn in turns)
     if placeholders != len(paths):
         raise wrong(
             f"{placeholders} {IMAGE_PLACEHOLDER} for {len(paths)} image(s)",
-            "write one placeholder for each image into the questions",
+            "write one placeholder for each image into the questions, and name each picture under `image`",
         )
-    return Record(name, [image_root / path for path in paths], turns, where, str(item.get("kind", "")))
+    return Record(name, [image_root / path for path in paths], turns, where, kind)
 
 
-def _turns(conversation: Any, wrong: Any, require_answers: bool) -> list[Turn]:
+Wrong = Callable[[str, str], UserError]
+"""(reason, remedy) -> the error that names the sample."""
+
+
+def _check_extras(key: str, extras: dict[str, Any], images: list[str], root: Path, wrong: Wrong) -> None:
+    """Raise where what is not read holds a picture, or a system text."""
+    if not extras:
+        return
+    if found := unread_picture(extras, images, root):
+        raise wrong(
+            f"{key.format(found[0])} names a picture, a video or a sound ({_printable(found[1])}) and is not read",
+            "name pictures under `image`, a path or a list of paths, with one <image> for each in the questions; "
+            "remove the key if it is none",
+        )
+    if isinstance(text := extras.get("system"), str) and text.strip():
+        raise wrong(f"{key.format('system')} is not read", "write its text into the first question, or remove the key")
+
+
+def _check_text(what: str, text: str, wrong: Wrong) -> None:
+    """Raise where a text is none that can be written as UTF-8, which tokenizers and files need."""
+    if text.isascii():
+        return
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        half = _printable(text[error.start])
+        raise wrong(
+            f"{what} has half of a surrogate pair ({half}) at character {error.start}",
+            "write the whole character, or remove it",
+        ) from None
+
+
+def _printable(text: str) -> str:
+    return text.encode(errors="backslashreplace").decode()
+
+
+def _turns(item: dict[str, Any], images: list[str], root: Path, wrong: Wrong, require_answers: bool) -> list[Turn]:
+    conversation = item.get("conversations")
     if not isinstance(conversation, list) or not conversation:
-        raise wrong("`conversations` is missing or empty", "give a list of {from, value}")
-    for message in conversation:
+        hint = "; `messages` with role and content are not read: rename them" if item.get("messages") else ""
+        raise wrong("`conversations` is missing or empty", f"give a list of {{from, value}}{hint}")
+    for position, message in enumerate(conversation):
+        if isinstance(message, dict) and isinstance(parts := message.get("value", message.get("content")), list):
+            raise wrong(
+                f"message {position} is a list of {len(parts)} parts",
+                "write its text as one string with <image> where a picture stands, and name the pictures under `image`",
+            )
         if not isinstance(message, dict) or not isinstance(message.get("value"), str):
             raise wrong("a message is not {from, value} with a text value", "correct it")
         if message.get("from") not in ("human", "gpt"):
-            raise wrong(f"unknown role {message.get('from')!r}", "use human or gpt")
+            raise wrong(f"unknown role {_printable(repr(message.get('from')))}", "use human or gpt")
+        text = message["value"]
+        _check_text(f"message {position}", text, wrong)
+        if written := foreign_placeholder(text):
+            raise wrong(
+                f"message {position} has another format's picture ({_printable(written[:60])})",
+                "write <image> in its place, and name the picture under `image`",
+            )
+        if len(message) > 2:
+            extras = {key: message[key] for key in message.keys() - {"from", "value"}}
+            _check_extras(f"`{{}}` of message {position}", extras, images, root, wrong)
     if conversation[0]["from"] != "human":
         conversation = conversation[1:]
     for position, message in enumerate(conversation):

@@ -112,7 +112,9 @@ def _from_file(config: Config, name: str, image_tokens: int, count: int, file: P
     rendering = get_template(template, tokenizer)
     examples = [encode(record, rendering, tokenizer, image_tokens, stage.max_length) for record in drawn]
     samples = [_without_pixels(example, record.images) for example, record in zip(examples, drawn, strict=True)]
-    return StageSamples(samples, len(records), images, f"{many}, tokenised")
+    cut = sum(example.truncated > 0 for example in examples)
+    told = f"; max_length={stage.max_length} cuts {cut} of them" if cut else ""
+    return StageSamples(samples, len(records), images, f"{many}, tokenised{told}")
 
 
 def _tokenizer(config: Config) -> Any:

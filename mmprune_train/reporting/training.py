@@ -9,7 +9,12 @@ from mmprune_train.reporting.tables import table
 
 STAGE_NUMBERS = {
     "steps": "steps",
-    "samples": "samples",
+    "samples_available": "samples in the data",
+    "samples_used": "of them used",
+    "passes": "passes over those",
+    "samples": "samples trained on",
+    "samples_truncated": "of them cut to max_length",
+    "tokens_truncated": "tokens cut off",
     "loss": "loss (last 10 steps)",
     "step_seconds": "seconds per step (median)",
     "samples_per_second": "samples per second",

@@ -18,6 +18,7 @@ from mmprune_train.tasks.prepare import prepare_data, prepare_weights
 from mmprune_train.training.cluster import is_next_turn, join, rank_here
 from mmprune_train.training.lock import alone_in
 from mmprune_train.training.rundir import RunDirectory, open_run
+from mmprune_train.training.sources import check_sources, told
 
 if TYPE_CHECKING:
     from mmprune_train.training.preemption import Preemption
@@ -41,6 +42,7 @@ def run(config: Config) -> dict[str, Any]:
         result = _make(config, todo, asked, main)
     else:
         directory = open_run(config, writable=main)  # says where the settings are not the run's
+        check_sources(config, directory)
         if main:
             idle = without_effect(config_from_file(directory.path / "config.yaml"), config)
             more = f", {', '.join(idle)} has no effect" if idle else ""
@@ -73,6 +75,8 @@ def _make(config: Config, todo: list[str], asked: dict[str, Any] | None, main: b
         _check_inputs(config, todo, asked is not None)
         with alone_in(run_dir(config)) if main else nullcontext():
             directory = open_run(config, writable=main)
+            if not config.restart:
+                check_sources(config, directory)
             if todo:
                 _train(config, directory, todo, main, preemption)
             return _evaluated(config, directory, asked) if main else {}
@@ -144,8 +148,15 @@ def start_of(config: Config, directory: RunDirectory, stage: str) -> Path | None
     return directory.model(before[-1]) if before else None
 
 
+NOT_TOLD = ("state", "start", "data", "components")
+"""What the manifest keeps of a stage for its own use."""
+
+
 def stage_summaries(directory: RunDirectory, stages: list[str]) -> dict[str, Any]:
     """What the manifest says of each stage."""
-    return {
-        name: {k: v for k, v in directory.stage_state(name).items() if k not in ("state", "start")} for name in stages
-    }
+    summaries = {}
+    for name in stages:
+        state = directory.stage_state(name)
+        data = {"data": told(state["data"])} if "data" in state else {}
+        summaries[name] = {**{k: v for k, v in state.items() if k not in NOT_TOLD}, **data}
+    return summaries

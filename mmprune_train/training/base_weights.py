@@ -12,6 +12,7 @@ from mmprune_train.config.pruner import reads_text
 from mmprune_train.config.schema import Config
 from mmprune_train.errors import UserError
 from mmprune_train.model.weights import encoder_folder, llm_folder, text_folder
+from mmprune_train.training.files import stamp_of
 
 WEIGHTS = ("*.safetensors", "*.bin")
 LONG = 4 << 30
@@ -56,7 +57,7 @@ def unchanged(part: str, folder: Path, recorded: Mapping[str, Any] | None, say: 
         UserError: they are not those recorded.
     """
     files = weight_files(folder)
-    stamps = {file.name: _stamp(file) for file in files}
+    stamps = {file.name: stamp_of(file) for file in files}
     recorded = recorded or {}
     if "sha256" in recorded and recorded.get("stamps") == stamps:
         return {"source": folder.name, "sha256": recorded["sha256"], "stamps": stamps}
@@ -85,8 +86,3 @@ def hash_of(files: list[Path]) -> str:
             while block := stream.read(1 << 22):
                 digest.update(block)
     return digest.hexdigest()
-
-
-def _stamp(file: Path) -> list[Any]:
-    found = file.stat()
-    return [str(file.resolve()), found.st_size, found.st_ino, found.st_mtime_ns, found.st_ctime_ns]

@@ -113,7 +113,7 @@ class PlainProgress(StepWatch):
             print(
                 f"{self.stage} {step}/{self.total_steps}  loss {row['loss']:.4f}  lr {row['lr']:.2e}  "
                 f"kept {row['keep_ratio']:.3f}  {each:.2f} s/step{waiting(row)}  MFU {row['mfu']:.2f}  "
-                f"{(self.total_steps - step) * each:.0f} s left",
+                f"{cut(row)}{(self.total_steps - step) * each:.0f} s left",
                 flush=True,
             )
 
@@ -122,6 +122,11 @@ def waiting(row: dict[str, Any]) -> str:
     """The step's share of waiting for data, where it is worth a word."""
     share = row["data_seconds"] / row["step_seconds"]
     return f" ({100 * share:.0f} % waiting for data)" if share >= 0.05 else ""
+
+
+def cut(row: dict[str, Any]) -> str:
+    """Samples of the step that `max_length` cut, where there are any."""
+    return f"{row['samples_truncated']} of {row['samples']} samples cut  " if row["samples_truncated"] else ""
 
 
 class StepBar(TQDMProgressBar):

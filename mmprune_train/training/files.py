@@ -42,6 +42,12 @@ def whole_folder(folder: Path) -> Iterator[Path]:
     os.replace(temporary, folder)
 
 
+def stamp_of(file: Path) -> list[Any]:
+    """By what the very same file is known: place, size, inode and both times, of which a copy has a new one."""
+    found = file.stat()
+    return [str(file.resolve()), found.st_size, found.st_ino, found.st_mtime_ns, found.st_ctime_ns]
+
+
 def write_json(path: Path, value: Any) -> None:
     write_atomically(path, json.dumps(value, indent=2, ensure_ascii=False) + "\n")
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -15,9 +16,10 @@ from mmprune_train.data.dataset import Features
 from mmprune_train.data.images import ImageReader, image_processor
 from mmprune_train.data.lengths import VisualTokens
 from mmprune_train.data.loader import TrainLoader, train_loader
-from mmprune_train.data.records import Record, read_records
+from mmprune_train.data.records import Annotations, Record, read_annotations
 from mmprune_train.data.sources import split_files
 from mmprune_train.data.templates import get_template
+from mmprune_train.training.stream import steps_of
 
 
 def template_of(config: Config, name: str) -> str:
@@ -26,9 +28,49 @@ def template_of(config: Config, name: str) -> str:
     return config.llm.template if template == "auto" else template
 
 
+def stage_annotations(config: Config, name: str) -> Annotations:
+    """What stage `name` uses of its annotation file."""
+    return read_annotations(*split_files(config.data, name), getattr(config.data, name).limit)
+
+
 def stage_records(config: Config, name: str) -> list[Record]:
     """The records of stage `name`."""
-    return read_records(*split_files(config.data, name), getattr(config.data, name).limit)
+    return stage_annotations(config, name).records
+
+
+@dataclass(frozen=True)
+class Extent:
+    """How much of its annotation file a stage sees."""
+
+    steps: int
+    """Optimizer steps."""
+    used: int
+    """Samples."""
+    available: int
+    """Samples in the file."""
+    passes: float
+    """Over the used samples."""
+    text: str
+    """All this in words, with the keys that limit it."""
+
+
+def stage_extent(config: Config, name: str, data: Annotations) -> Extent:
+    """What stage `name` sees of `data`, its annotation file."""
+    stage, limit, used = config.stage[name], getattr(config.data, name).limit, len(data.records)
+    size = stage.global_batch_size
+    whole = steps_of(used, stage.epochs, size, None)
+    steps = whole if stage.max_steps is None else stage.max_steps
+    passes = steps * size / used
+    decimals = 1 if round(passes, 1) == round(passes, 2) or passes >= 10 else 2
+    lines = [
+        f"{used:,} of {data.available:,} samples, {steps:,} steps of {size}: {passes:.{decimals}f} passes over the data"
+    ]
+    if used < data.available:
+        lines.append(f"samples are limited by data.{name}.limit={limit} (set it to null for all)")
+    if steps != whole:
+        epochs = f"stage.{name}.epochs={stage.epochs}, {whole:,} steps"
+        lines.append(f"steps are set by stage.{name}.max_steps={steps} (set it to null for {epochs})")
+    return Extent(steps, used, data.available, passes, "\n".join(lines))
 
 
 def stage_image_processor(config: Config, name: str) -> LlavaImageProcessorPil:

@@ -36,6 +36,8 @@ TOTALS = (
     "micro_batches",
     "overruns",
     "held",
+    "samples_truncated",
+    "tokens_truncated",
 )
 """What is summed over the micro-batches and ranks of one optimizer step; `held`: tokens that batches had room for."""
 
@@ -145,6 +147,8 @@ class MultimodalModule(pl.LightningModule):
         self.loss_sum = self.loss_sum + output.loss_sum.detach().double()
         self.totals["supervised"] += int(output.supervised)
         self.totals["samples"] += batch.sequence.samples
+        self.totals["samples_truncated"] += batch.truncated[0]
+        self.totals["tokens_truncated"] += batch.truncated[1]
         self.totals["flops"] += float(self.flops(output.trace, output.trace.encoded, int(output.supervised)))
         if self.token_budget is not None:
             self.totals["micro_batches"] += 1
@@ -181,6 +185,8 @@ class MultimodalModule(pl.LightningModule):
             "keep_ratio": total["layer_mean"] / max(1.0, total["dense"]),
             "visual_keep_ratio": visual,
             "supervised_tokens": int(total["supervised"]),
+            "samples_truncated": int(total["samples_truncated"]),
+            "tokens_truncated": int(total["tokens_truncated"]),
             "flops": total["flops"],
             "images": (samples, total["visual_dense"] / self._patches, total["visual_stage1"], squares),
         }

@@ -13,6 +13,8 @@ import torch
 from torch import Tensor
 
 from mmprune_train.config.schema import Config, StageConfig
+from mmprune_train.data.sources import split_files
+from mmprune_train.errors import UserError
 from mmprune_train.model.attention import backend_for
 from mmprune_train.model.build import build, load_model
 from mmprune_train.model.conversation import converse
@@ -33,9 +35,10 @@ from mmprune_train.training.freezing import Part, freeze, freezing_table, image_
 from mmprune_train.training.inputs import (
     spread_images,
     spread_paths,
+    stage_annotations,
+    stage_extent,
     stage_image_processor,
     stage_loader,
-    stage_records,
     template_of,
 )
 from mmprune_train.training.loggers import build_loggers, open_loggers
@@ -44,9 +47,10 @@ from mmprune_train.training.precision import Precision, choose_accelerator, choo
 from mmprune_train.training.preemption import EndWhenAsked, Preemption
 from mmprune_train.training.processes import ranks_of
 from mmprune_train.training.rundir import RunDirectory
+from mmprune_train.training.sources import component_hashes, file_entry, with_advice
 from mmprune_train.training.spread import share, spreads, whole_weights
 from mmprune_train.training.strategies import build_strategy, start_processes
-from mmprune_train.training.stream import BatchStream, steps_of
+from mmprune_train.training.stream import BatchStream
 from mmprune_train.training.throughput import STARVED, peak
 
 MATCHED_IMAGES = 64
@@ -86,10 +90,15 @@ def run_stage(
     )
     trainer.loggers = loggers
     empty = spreads(trainer.strategy) and not trainer.is_global_zero  # gets its part when the weights are spread
+    components = component_hashes(config.pruner)  # as they are imported
     model, processor, parts = load_stage(config, name, start_from, precision, empty)
     kernels = kernel_lines(model, torch.device(accelerator), precision.dtype)
 
-    records, features = stage_records(config, name), None
+    annotations = split_files(config.data, name)[0]
+    source = file_entry(annotations) if run.writable else {}
+    data, features = stage_annotations(config, name), None
+    records, extent = data.records, stage_extent(config, name, data)
+    steps = extent.steps
     if config.trainer.feature_cache:
         if spreads(trainer.strategy):
             for side in image_side(model):
@@ -97,12 +106,12 @@ def run_stage(
         features = stage_features(config, name, model, records, precision.dtype, trainer)
     tokenizer, image_tokens = processor.tokenizer, model.config.image_seq_length
     loader = stage_loader(config, name, tokenizer, image_tokens, trainer.global_rank, world, records, features)
+    loader.dataset.check_cuts()
     if start_from is None and config.projector.init == "matched" and not empty:
         if features is None:
             match_projector(model, list(spread_images(loader, MATCHED_IMAGES)))
         else:
             fit_projector(model, features.read([path for path, _ in spread_paths(records, MATCHED_IMAGES)]).chosen)
-    steps = steps_of(len(records), stage.epochs, stage.global_batch_size, stage.max_steps)
     stream = BatchStream(loader, steps)
     module = MODULES[name](model, parts, config.optim, steps, config.seed, stage.token_budget)
     limit = peak(trainer.strategy.root_device, precision.dtype)
@@ -123,18 +132,21 @@ def run_stage(
 
     if trainer.is_global_zero:
         packs = f"packs to {stage.token_budget} tokens" if stage.token_budget else f"{stage.batch_size} samples"
-        title = f"\nStage {name}: {steps} steps of {stage.global_batch_size} samples, {packs} a forward pass"
-        print(freezing_table(parts, title), flush=True)
+        print(freezing_table(parts, f"\nStage {name}: {extent.text}\n{packs} a forward pass"), flush=True)
         print(f"{accelerator}, {precision.name} ({precision.reason}), {config.trainer.devices} device(s)", flush=True)
         print(f"MFU is of {limit.tflops:.3g} TFLOP/s: {limit.source}", flush=True)
         print(kernels, flush=True)
         if resume:
             print(f"continues after step {resumed_step}", flush=True)
-    run.update_stage(name, state="running", steps=steps)
+    source |= {"samples": extent.available, "used": extent.used}
+    run.update_stage(name, state="running", steps=steps, data=source, components=components)
     began = time.perf_counter()
     state = resume and resume / STATE
     with quiet(), data_alone(), open_loggers(loggers), nullcontext() if features is None else without_tower(model):
-        trainer.fit(module, train_dataloaders=stream, ckpt_path=state, weights_only=True if state else None)
+        try:
+            trainer.fit(module, train_dataloaders=stream, ckpt_path=state, weights_only=True if state else None)
+        except UserError as error:
+            raise with_advice(error, run, name, annotations) from None
     if trainer.global_step < steps:
         raise RuntimeError(f"stage {name} stopped at step {trainer.global_step} of {steps}")
 
@@ -144,6 +156,14 @@ def run_stage(
             save_stage(model, processor, folder, start_from, uses_adapters(config, name))
     trainer.strategy.barrier("model saved")
     found = summary(folder / "metrics.jsonl") if trainer.is_global_zero else {}
+    seen = {"samples_used": extent.used, "samples_available": extent.available, "passes": extent.passes}
+    found = {**seen, **found}
+    if cut := found.get("samples_truncated"):
+        print(
+            f"{name}: stage.{name}.max_length={stage.max_length} cut {cut:,} of {found['samples']:,} samples, "
+            f"{found['tokens_truncated']:,} tokens were not trained on",
+            flush=True,
+        )
     if found.get("data_share", 0.0) >= STARVED:
         print(
             f"{name}: {found['data_share']:.0%} of the time went into waiting for data; raise trainer.num_workers "
@@ -286,6 +306,8 @@ def summary(metrics: Path) -> dict[str, float]:
         "step_seconds": median(row["step_seconds"] for row in rows),
         "keep_ratio": sum(r["tokens_layer_mean"] for r in rows) / sum(r["tokens_dense"] for r in rows),
         "samples": sum(row["samples"] for row in rows),
+        "samples_truncated": sum(row.get("samples_truncated", 0) for row in rows),
+        "tokens_truncated": sum(row.get("tokens_truncated", 0) for row in rows),
         "samples_per_second": sum(row["samples"] for row in rows) / seconds,
         "data_share": sum(row["data_seconds"] for row in rows) / seconds,
         "mfu": sum(row["mfu"] * row["step_seconds"] for row in rows) / seconds,

@@ -6,6 +6,7 @@ micro-batches a step has is the loader's choice; each knows its place, and `Mult
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
@@ -35,9 +36,10 @@ class StepLoader(Protocol):
 def steps_of(samples: int, epochs: int, global_batch_size: int, max_steps: int | None) -> int:
     """Optimizer steps of a stage: `max_steps` over as many epochs as that takes, or those of `epochs`.
 
-    At least one; a remainder smaller than a global batch at the end of the stage is left out.
+    A last step that the samples do not fill takes the rest of its batch from the epoch that would follow, so that none
+    is left out.
     """
-    return max(1, epochs * samples // global_batch_size) if max_steps is None else max_steps
+    return math.ceil(epochs * samples / global_batch_size) if max_steps is None else max_steps
 
 
 class BatchStream:

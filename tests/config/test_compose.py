@@ -125,6 +125,21 @@ def test_the_global_batch_does_not_depend_on_the_devices():
     assert config.stage["pretrain"].global_batch_size == 256
 
 
+@pytest.mark.parametrize("name", ["demo", "smoke", "throughput"])
+@pytest.mark.parametrize("data", ["files", "llava_v1_5"])
+def test_limits_and_step_counts_of_an_experiment_belong_to_its_own_data(name, data):
+    own = compose_config([f"+experiment={name}"])
+    assert all(getattr(own.data, part).limit and own.stage[part].max_steps for part in own.stages)
+    files = [f"data.{part}.annotations=x.json" for part in own.stages]
+    other = compose_config([f"+experiment={name}", f"data={data}", *files])
+    assert all(getattr(other.data, part).limit is None for part in (*other.stages, "evaluate"))
+    assert all(other.stage[part].max_steps is None for part in other.stages) and other.evaluate.limit is None
+    asked = compose_config(
+        [f"+experiment={name}", f"data={data}", *files, "data.instruct.limit=7", "stage.instruct.max_steps=3"]
+    )
+    assert (asked.data.instruct.limit, asked.stage["instruct"].max_steps) == (7, 3)
+
+
 def test_yaml_of_a_run_reads_back_equal(tmp_path: Path):
     config = compose_config(["+experiment=demo", "logger=[wandb,csv]", "pruner.language.layer=[2,8]"])
     (tmp_path / "config.yaml").write_text(to_yaml(config))

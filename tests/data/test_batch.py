@@ -47,11 +47,40 @@ def folder(tmp_path: Path) -> Path:
     return tmp_path
 
 
-def dataset(folder: Path) -> ConversationDataset:
+def dataset(folder: Path, max_length: int = 512, template: str = "v1") -> ConversationDataset:
     tokenizer = tiny_tokenizer()
     reader = ImageReader(image_processor(ENCODER, "square"))
     records = read_records(folder / "a.json", folder)
-    return ConversationDataset(records, get_template("v1", tokenizer), tokenizer, reader, PATCHES, 512)
+    return ConversationDataset(records, get_template(template, tokenizer), tokenizer, reader, PATCHES, max_length)
+
+
+def test_what_is_cut_is_counted(folder: Path) -> None:
+    lengths = [
+        len(example.ids) for example in (sample.example for sample in dataset(folder).__getitems__([0, 1, 2, 3]))
+    ]
+    longest = max(lengths)
+    batch = collate(dataset(folder, longest - 1).__getitems__([0, 1, 2, 3]))
+    assert batch.truncated == (lengths.count(longest), lengths.count(longest))
+    assert collate(dataset(folder, longest).__getitems__([0, 1])).truncated == (0, 0)
+
+
+def test_samples_that_cannot_be_trained_are_told_beforehand_and_few_are_tokenised(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def talk(*texts: str) -> dict[str, object]:
+        turns = [{"from": ("human", "gpt")[k % 2], "value": text} for k, text in enumerate(texts)]
+        return {"id": texts[0], "conversations": turns}
+
+    long = [talk("short", "answer " * 400), talk("question " * 200, "a"), talk("q", "a", "r", "b")]
+    (folder / "a.json").write_text(json.dumps(long))
+    with pytest.raises(UserError, match=r"\[1\] .* exceed max_length=512, and nothing that is trained on is left"):
+        dataset(folder).check_cuts()
+    with pytest.raises(UserError, match=r"\[2\] .*the plain template takes one turn, found 2"):
+        dataset(folder, template="plain").check_cuts()
+    read: list[str] = []
+    monkeypatch.setattr("mmprune_train.data.dataset.encode", lambda record, *_: read.append(record.where))
+    dataset(folder).check_cuts()
+    assert read == [f"{folder / 'a.json'}[1]"]
 
 
 def test_a_batch_is_its_samples_one_after_the_other(folder: Path) -> None:

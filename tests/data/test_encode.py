@@ -130,6 +130,7 @@ def test_a_cut_keeps_what_fits_and_counts_the_images_that_are_left() -> None:
     third = int((whole.turn == 3).nonzero()[0])
     cut = encoded("chatml", max_length=third)
     assert cut.n_images == 2 and torch.equal(cut.ids, whole.ids[:third])
+    assert (whole.truncated, cut.truncated) == (0, len(whole.ids) - third)
 
 
 def test_a_sample_with_nothing_left_to_learn_is_an_error_with_its_id() -> None:

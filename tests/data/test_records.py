@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from mmprune_train.data.records import Turn, read_records
+from mmprune_train.data.records import Turn, count_samples, read_annotations, read_records
 from mmprune_train.errors import UserError
 
 
@@ -47,6 +47,7 @@ def test_turns_images_and_text_only_samples(tmp_path: Path, name: str) -> None:
 def test_the_limit_takes_the_first_and_reads_no_further(tmp_path: Path, name: str) -> None:
     file = written(tmp_path, [GOOD[0], {"conversations": "broken"}], name)
     assert len(read_records(file, tmp_path, limit=1)) == 1
+    assert read_annotations(file, tmp_path, limit=1).available == count_samples(file) == 2
 
 
 @pytest.mark.parametrize(
@@ -72,6 +73,87 @@ def test_a_malformed_sample_is_named(tmp_path: Path, sample: Any, reason: str) -
     name = r".*\(id x\): " if isinstance(sample, dict) else ".*"
     with pytest.raises(UserError, match=rf"a\.json\[1\]{name}{reason}"):
         read_records(file, tmp_path)
+
+
+PICTURES = [
+    {"images": ["0.png"]}, {"image_path": "a/0.png"}, {"video": "clip.mp4"}, {"audio": "a.wav"}, {"file": "x.JPG"},
+    {"image_url": "https://host/x"}, {"url": "https://host/x.png?w=3"}, {"img": "0"}, {"imageFile": "0"},
+    {"images": [{"bytes": "AAA", "path": None}]}, {"picture": {"url": "x"}}, {"meta": {"videos": ["v"]}},
+    {"image_base64": "iVBOR"}, {"x": "data:image/png;base64,AA"}, {"pixel_values": [[0.5, 1.0]]},
+    {"image_id": 42}, {"image_name": "cat"}, {"source": "known.bin"}, {"video_frames": ["a", "b"]},
+]  # fmt: skip
+HARMLESS = [
+    {"model": "gpt4", "dataset": "coco", "data_source": "m4", "height": 480, "width": 640, "url": None, "images": []},
+    {"image_size": [640, 480], "num_images": "2", "image_width": 3, "has_image": True, "images": [None], "video": ""},
+    {"domain": {"chest_xray": True}, "caption": "a picture.\nsaved as a.png", "clip_score": 0.3, "source": "folder"},
+    {"modality": "image", "source": "https://host/page", "question_type": "photo", "objects": {"bbox": [[1, 2]]}},
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("more", PICTURES, ids=str)
+@pytest.mark.parametrize("inside", ["sample", "message"])
+def test_a_picture_that_would_not_be_read_is_refused(tmp_path: Path, more: dict[str, Any], inside: str) -> None:
+    (tmp_path / "known.bin").touch()
+    conversation: list[dict[str, Any]] = [*talk("q", "a")]
+    conversation[0] |= more if inside == "message" else {}
+    sample = {"id": "x", "conversations": conversation, **(more if inside == "sample" else {})}
+    message = rf"\[0\] \(id x\): `{next(iter(more))}.* is not read; name pictures under `image`"
+    with pytest.raises(UserError, match=message):
+        read_records(written(tmp_path, [sample]), tmp_path)
+
+
+@pytest.mark.parametrize("more", HARMLESS, ids=str)
+def test_metadata_are_left_alone(tmp_path: Path, more: dict[str, Any]) -> None:
+    (tmp_path / "folder").mkdir()
+    assert read_records(written(tmp_path, [{"conversations": talk("q", "a"), **more}]), tmp_path)
+
+
+@pytest.mark.parametrize("key", ["image_path", "file_name", "url", "coco_url", "image_id", "images"])
+def test_the_same_picture_may_be_named_again_but_no_other(tmp_path: Path, key: str) -> None:
+    sample = {"id": "x", "image": "coco/1.jpg", "conversations": talk("<image>", "a")}
+    same = {"url": "https://host/0.jpg", "coco_url": "https://host/0.jpg", "image_id": 7}.get(key, "/data/coco/1.jpg")
+    assert read_records(written(tmp_path, [{**sample, key: same}]), tmp_path)
+    if "url" not in key and key != "image_id":
+        with pytest.raises(UserError, match=f"`{key}` names a picture"):
+            read_records(written(tmp_path, [{**sample, key: "coco/2.jpg"}]), tmp_path)
+
+
+HALF = "\ud83d"
+
+
+@pytest.mark.parametrize(
+    ("change", "reason"),
+    [
+        ({"conversations": talk("q", f"broken {HALF} half")}, r"message 1 has half of a .* \(\\ud83d\) at character 7"),
+        ({"conversations": talk(f"{HALF}?", "a")}, "message 0 has half of a surrogate pair"),
+        ({"id": f"x{HALF}"}, "the id has half of a surrogate pair"),
+        ({"image": f"{HALF}.png", "conversations": talk("<image>", "a")}, "a path in `image` has half"),
+        ({"image": "a\0.png", "conversations": talk("<image>", "a")}, "a path in `image` contains a NUL"),
+        ({"image": "https://host/a.png", "conversations": talk("<image>", "a")}, "`image` is an address"),
+        ({"image": "data:image/png;base64,AA", "conversations": talk("<image>", "a")}, "`image` is an address"),
+        ({"system": "You are a pirate."}, "`system` is not read; write its text into"),
+        ({"conversations": [], "messages": [{"role": "user"}]}, "`messages` with role and content are not read"),
+        ({"conversations": talk("Picture 1: <img>a.png</img>", "a")}, "another format's picture .*write <image> in"),
+        (
+            {"conversations": [{"from": "human", "value": [{"type": "image"}]}]},
+            "a list of 1 parts; write its text as one",
+        ),
+    ],
+)
+def test_what_cannot_be_trained_as_it_is_written_is_named(tmp_path: Path, change: dict[str, Any], reason: str) -> None:
+    sample = {"id": "x", "conversations": talk("q", "a"), **change}
+    for require_answers in (True, False):
+        with pytest.raises(UserError, match=rf"a\.json\[0\] \(id x.*\): .*{reason}") as caught:
+            read_records(written(tmp_path, [sample]), tmp_path, require_answers=require_answers)
+        str(caught.value).encode()
+
+
+def test_a_whole_surrogate_pair_is_a_character(tmp_path: Path) -> None:
+    file = tmp_path / "a.json"
+    file.write_text(
+        '[{"conversations": [{"from": "human", "value": "q"}, {"from": "gpt", "value": "\\ud83d\\ude00"}]}]'
+    )
+    assert read_records(file, tmp_path)[0].turns[0].answer == "\U0001f600"
 
 
 def test_evaluation_may_ask_without_knowing_the_answer(tmp_path: Path) -> None:

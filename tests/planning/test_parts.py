@@ -78,6 +78,12 @@ def test_lengths_are_exact_where_files_and_tokenizer_are_and_say_so_where_not(tm
     assert {s.example.id: len(s.example.ids) for s in found.samples} == wanted
     assert found.total == len(records) == 18 and found.images == 16 and "tokenised" in found.source
     assert len(stage_samples(config, "instruct", 36, 5).samples) == 5
+    short = max(wanted.values()) - 1
+    cut = stage_samples(
+        compose_config([*overrides(root, tmp_path), f"stage.instruct.max_length={short}"]), "instruct", 36, 100
+    )
+    assert f"; max_length={short} cuts {sum(n > short for n in wanted.values())} of them" in cut.source
+    assert "cuts" not in found.source
 
     elsewhere = replace(config, llm=replace(config.llm, path="nobody/nothing"))
     guessed = stage_samples(elsewhere, "instruct", 36, 100)
@@ -85,9 +91,10 @@ def test_lengths_are_exact_where_files_and_tokenizer_are_and_say_so_where_not(tm
     for one in guessed.samples:  # text of the small tokenizer is finer cut than English; images are exact
         assert (one.example.kind == Kind.VISUAL).sum() == 36 * len(one.images)
 
-    absent = replace(config, data=replace(config.data, root=str(tmp_path / "nowhere")))
+    few = compose_config([*overrides(root, tmp_path), "data.instruct.limit=9"])
+    absent = replace(few, data=replace(few.data, root=str(tmp_path / "nowhere")))
     made = stage_samples(absent, "instruct", 36, 100)
-    assert "ASSUMED" in made.source and made.total == config.data.instruct.limit
+    assert "ASSUMED" in made.source and made.total == 9
 
 
 def test_devices_are_those_of_the_config_and_known_by_torchs_names() -> None:

@@ -114,6 +114,21 @@ def test_a_finished_run_prints_its_table_again_and_trains_nothing(
     assert "nothing is trained (" in capsys.readouterr().out
 
 
+def test_a_finished_run_is_not_shown_as_another_files(finished: tuple[Config, dict, Path], root: Path) -> None:
+    config, result, _ = finished
+    file = root / "instruct.json"
+    before = file.read_text()
+    told = result["stages"]["instruct"]["data"]
+    assert (told["file"], told["samples"], told["used"]) == ("instruct.json", 18, 18) and "stamp" not in told
+    file.write_text(json.dumps(json.loads(before)[1:]))
+    with pytest.raises(
+        UserError, match=r"instruct\.json has changed since .* trained on it \(18 samples then, 17 now\)"
+    ):
+        train.run(config)
+    file.write_text(before)
+    assert train.run(config) == json.loads(json.dumps(result))
+
+
 def test_evaluate_again_gives_the_same_answers_and_another_pruner_keeps_other_tokens(
     finished: tuple[Config, dict, Path],
 ) -> None:

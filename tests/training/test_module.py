@@ -46,7 +46,8 @@ def test_metrics_have_the_contracts_keys(tmp_path: Path) -> None:
     rows, _ = fit(tmp_path, batch_size=4, window=2, pruner="twostage")
     keys = (
         "step epoch loss lr samples tokens_dense tokens_stage1 tokens_stage2 tokens_layer_mean keep_ratio "
-        "visual_keep_ratio supervised_tokens step_seconds data_seconds samples_per_second tflops mfu"
+        "visual_keep_ratio supervised_tokens samples_truncated tokens_truncated step_seconds data_seconds "
+        "samples_per_second tflops mfu"
     )
     assert list(rows[0]) == keys.split()
     assert [row["step"] for row in rows] == [1, 2, 3] and [row["epoch"] for row in rows] == [0.5, 1.0, 1.5]
@@ -101,9 +102,10 @@ def test_a_stream_goes_on_where_it_was() -> None:
 @pytest.mark.parametrize(
     ("samples", "epochs", "size", "limit", "steps"),
     [
-        (10, 1, 4, None, 2),
+        (10, 1, 4, None, 3),
         (10, 2, 4, None, 5),
         (3, 1, 4, None, 1),
+        (8, 1, 4, None, 2),
         (10, 1, 1, 4, 4),
         (2, 1, 1, 100, 100),
     ],

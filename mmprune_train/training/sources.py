@@ -1,0 +1,114 @@
+"""Which annotation files, and which code of the user's own, a stage was trained with: recorded in the manifest, and the
+same at every later start of the run, or it is said."""
+
+from __future__ import annotations
+
+import importlib.util
+import re
+from collections.abc import Iterator, Mapping
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from mmprune_train.assets import sha256_of
+from mmprune_train.config.pruner_schema import PrunerConfig
+from mmprune_train.config.schema import Config
+from mmprune_train.data.records import count_samples
+from mmprune_train.data.sources import data_root
+from mmprune_train.errors import UserError
+from mmprune_train.training.files import stamp_of
+from mmprune_train.training.rundir import RunDirectory
+
+Entry = dict[str, Any]
+
+ASIDE = "start over with restart=true (this run is moved aside) or another run_id="
+
+
+def file_entry(file: Path) -> Entry:
+    """Name, SHA-256 and bytes of an annotation file, and by what the very same file is known."""
+    stamp = stamp_of(file)
+    return {"file": file.name, "sha256": sha256_of(file), "bytes": file.stat().st_size, "stamp": stamp}
+
+
+def told(entry: Mapping[str, Any]) -> Entry:
+    """Of such an entry what is true on every machine."""
+    return {key: value for key, value in entry.items() if key != "stamp"}
+
+
+def changed(file: Path, known: Mapping[str, Any]) -> str | None:
+    """What a file is now and was when `known` was made of it; None: the same, or there is none to compare."""
+    if not file.is_file() or known.get("stamp") == stamp_of(file) or known["sha256"] == sha256_of(file):
+        return None
+    samples = count_samples(file)
+    if samples == known["samples"]:
+        return f"{samples} samples then and now, other contents"
+    return f"{known['samples']} samples then, {samples} now"
+
+
+def component_files(pruner: PrunerConfig) -> dict[str, Path]:
+    """The source file of each `module:function` that a pruner names; those that cannot be found are left out."""
+    found = {}
+    for name in sorted(set(_names(asdict(pruner)))):
+        try:
+            spec = importlib.util.find_spec(name.partition(":")[0])
+        except (ImportError, ValueError):  # told by name when the component is looked for
+            continue
+        if spec is not None and spec.origin and Path(spec.origin).is_file():
+            found[name] = Path(spec.origin)
+    return found
+
+
+def component_hashes(pruner: PrunerConfig) -> dict[str, str]:
+    """SHA-256 of those files."""
+    return {name: sha256_of(file) for name, file in component_files(pruner).items()}
+
+
+def check_sources(config: Config, run: RunDirectory) -> None:
+    """Hold what the stages of a run were trained with against what is there now. Every process must call it.
+
+    Of a stage without a checkpoint nothing is lost, so it may begin with other files.
+
+    Raises:
+        UserError: an annotation file or a component of the user's own is another one.
+    """
+    for name in config.stages:
+        state = run.stage_state(name)
+        if not (run.finished(name) or _checkpoints(run, name)):
+            continue
+        did = f"stage {name} of {run.path} was {'trained' if run.finished(name) else 'begun'}"
+        if known := state.get("data"):
+            file = data_root(config.data) / Path(getattr(config.data, name).annotations or "").expanduser()
+            if how := changed(file, known):
+                raise UserError(
+                    f"data.{name}.annotations: {file} has changed since {did} on it ({how}): put the earlier file back "
+                    f"to go on with this run (images may be replaced), or {ASIDE}"
+                )
+        for component, file in component_files(config.pruner).items():
+            if state.get("components", {}).get(component, now := sha256_of(file)) != now:
+                raise UserError(
+                    f"{component}: {file} has changed since {did} with it: put the earlier code back to go on with "
+                    f"this run, or {ASIDE}"
+                )
+
+
+def with_advice(error: UserError, run: RunDirectory, stage: str, file: Path) -> UserError:
+    """What ended a stage while it trained, with what may be changed before it goes on, where it has a checkpoint."""
+    steps = [int(path.stem.removeprefix("step-")) for path in _checkpoints(run, stage)]
+    if not steps:
+        return error
+    return UserError(
+        f"{error}\nThe same command goes on after step {max(steps)}, also with other image files; with a changed "
+        f"{file.name} it does not: {ASIDE}"
+    )
+
+
+def _checkpoints(run: RunDirectory, stage: str) -> list[Path]:
+    return list((run.stage(stage) / "checkpoints").glob("step-*.ckpt"))
+
+
+def _names(tree: Any) -> Iterator[str]:
+    if isinstance(tree, Mapping):
+        for value in tree.values():
+            yield from _names(value)
+    elif isinstance(tree, str) and re.fullmatch(r"[\w.]+:\w+", tree):
+        yield tree
