@@ -10,7 +10,7 @@ from typing import Any
 from mmprune_train.config.explain import nearest
 from mmprune_train.errors import UserError
 
-ASKED = ("evaluated_with",)
+ASKED = ("evaluated_with", "asked")
 """Parts of a result that say what was asked, not what was found."""
 FIRST = "evaluate."
 """Numbers that a short name means first: what a trained model reaches, not what was seen while it trained."""
@@ -20,7 +20,7 @@ def numbers(result: Mapping[str, Any], prefix: str = "") -> dict[str, float]:
     """Dotted key -> value of every number in a result; lists and words are left out."""
     found: dict[str, float] = {}
     for key, value in result.items():
-        if prefix == "" and key in ASKED:
+        if key in ASKED:
             continue
         if isinstance(value, Mapping):
             found |= numbers(value, f"{prefix}{key}.")

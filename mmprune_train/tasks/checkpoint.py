@@ -1,0 +1,97 @@
+"""The model that a task asks: which folder `ckpt=` means, the settings that go with it, and where results go."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from omegaconf import OmegaConf
+
+from mmprune_train.config.compose import config_from_file
+from mmprune_train.config.identity import run_dir
+from mmprune_train.config.pruner_schema import PrunerConfig
+from mmprune_train.config.schema import Config
+from mmprune_train.config.typed import command_line, key_of
+from mmprune_train.errors import UserError
+from mmprune_train.model.build import load_model, model_folder
+from mmprune_train.quiet import quiet
+from mmprune_train.training.precision import Precision, choose_accelerator, choose_precision
+from mmprune_train.training.rundir import free_name
+
+KEPT = ("data", "encoder", "llm", "stage", "peft")
+"""Sections of a run's own config that hold for it unless the command line says otherwise."""
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """A model folder and what belongs to it."""
+
+    model: Path | str
+    """What `load_model` takes: a folder, or a hub id."""
+    home: Path
+    """Where a task's folder goes: the run directory that the model belongs to, else this config's."""
+    config: Config
+    """The command's; of a run, its own settings in `KEPT`, except for what the command line names."""
+    pruner: PrunerConfig | None
+    """Instead of the model's own, where the command line names one."""
+    trained: Config | None = None
+    """The config of the run; None: this is no run directory."""
+    stage: str | None = None
+    """Training stage of the run, where another than the last finished one is named."""
+
+
+def find_checkpoint(config: Config) -> Checkpoint:
+    """What `ckpt=` means, by default this config's own run. Nothing is loaded.
+
+    Raises UserError where there is no such folder, or no model in it.
+    """
+    source = Path(config.ckpt).expanduser() if config.ckpt else run_dir(config)
+    if not config.ckpt and not (source / "manifest.json").is_file():
+        raise UserError(f"ckpt= is not given and {source} has no run; give ckpt=FOLDER or train first")
+    model = model_folder(config.ckpt or source)
+    given = {key_of(override) for override in command_line()}
+    groups = {key.split(".", 1)[0] for key in given}
+    pruner = config.pruner if groups & {"pruner", "knee"} else None
+    if not (source / "config.yaml").is_file():
+        is_run = (source / "manifest.json").is_file()
+        return Checkpoint(model, source if is_run else run_dir(config), config, pruner)
+    trained = config_from_file(source / "config.yaml")
+    stage = None
+    if "stages" in given and Path(model) != (wanted := source / config.stages[-1] / "model"):
+        if not (wanted / "config.json").is_file():
+            raise UserError(f"stages={config.stages}: {source} has no finished stage {config.stages[-1]}; leave it out")
+        model, stage = wanted, config.stages[-1]
+    pruner = None if pruner == trained.pruner else pruner
+    return Checkpoint(model, source, _settled(trained, config, given), pruner, trained, stage)
+
+
+def _settled(trained: Config, asked: Config, given: set[str]) -> Config:
+    """The command's config with the run's own `KEPT`, in which keys of the command line have the command's values."""
+    own, typed = OmegaConf.structured(trained), OmegaConf.structured(asked)
+    named = KEPT if "experiment" in given else [key for key in given if key.split(".", 1)[0] in KEPT]
+    for key in sorted(named):  # a group's choice comes before single keys in it
+        OmegaConf.update(own, key, OmegaConf.select(typed, key), merge=False)
+    settled = OmegaConf.to_object(own)
+    return replace(asked, **{name: getattr(settled, name) for name in KEPT})
+
+
+def load(found: Checkpoint) -> tuple[Any, Any, Precision]:
+    """The model, its processor, and the precision to compute in."""
+    trainer = found.config.trainer
+    accelerator = choose_accelerator(trainer.accelerator)
+    precision = choose_precision(trainer.precision, accelerator)
+    with quiet():
+        model, processor = load_model(
+            found.model, pruner=found.pruner, device=accelerator, text=found.config.encoder.text
+        )
+    model.vision_chunk, model.attention = trainer.vision_chunk, trainer.attention
+    return model, processor, precision
+
+
+def keep_earlier(folder: Path) -> None:
+    """Move the folder of an earlier run of a task aside: what was once found is not lost."""
+    if folder.is_dir() and any(folder.iterdir()):
+        aside = free_name(folder)
+        folder.rename(aside)
+        print(f"moved the earlier {folder.name} to {aside}", flush=True)
