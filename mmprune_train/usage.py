@@ -46,7 +46,8 @@ def usage(arguments: Sequence[str] = ()) -> str:
 def task_usage(name: str) -> str:
     """Where a task writes, what it does, the keys that it reads, an example."""
     task = task_named(name)
-    lines = [f"task={name} writes {task.writes}", "", f"It does: {task.help}", "", "Keys it reads:"]
+    lines = textwrap.wrap(f"task={name} writes {task.writes}", 112, break_on_hyphens=False)
+    lines += ["", f"It does: {task.help}", "", "Keys it reads:"]
     sections = []
     for reads in task.reads or ():
         first, *below = describe(reads) if reads in KEYS else [Key(reads, None, "", True)]
@@ -55,12 +56,17 @@ def task_usage(name: str) -> str:
             continue
         for key in below or [first]:
             lines.append(f"  {key.name}={_value(key.default)}")
-            lines += textwrap.wrap(key.says, width=108, initial_indent=" " * 6, subsequent_indent=" " * 6)
+            lines += textwrap.wrap(
+                key.says, 108, initial_indent=" " * 6, subsequent_indent=" " * 6, break_on_hyphens=False
+            )
     if sections:
-        lines.append(f"  and those of {', '.join(sections)} (--cfg job prints them)")
+        lines += textwrap.wrap(
+            f"and those of {', '.join(sections)} (--cfg job prints them)", initial_indent="  ", subsequent_indent="  "
+        )
     more = [reads for reads in task.without_ckpt if reads not in (task.reads or ()) and reads in KEYS]
     if more:
-        lines.append(f"  without ckpt= also {', '.join(more)}: they say what is built, or which run is meant")
+        says = f"without ckpt= also {', '.join(more)}: they say what is built, or which run is meant"
+        lines += textwrap.wrap(says, 112, initial_indent="  ", subsequent_indent="  ")
     lines.append(f"  as every task: +experiment=NAME, {', '.join(key for key in ANYWHERE if key != 'experiment')}")
     lines += ["", "Example:", f"  {task.example}", "", "mmprune --help lists all tasks and config groups."]
     return "\n".join(lines)

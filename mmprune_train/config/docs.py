@@ -23,12 +23,12 @@ class Key(NamedTuple):
     """Whether it has keys below it."""
 
 
-def describe(name: str, cls: type = Config, prefix: str = "") -> list[Key]:
+def describe(name: str, cls: Any = Config, prefix: str = "") -> list[Key]:
     """A key; of a section itself and then those directly in it."""
     head, _, rest = name.partition(".")
     item = {field.name: field for field in dataclasses.fields(cls)}[head]
     hint = _without_none(get_type_hints(cls)[head])
-    inner = hint if dataclasses.is_dataclass(hint) else None
+    inner: Any = hint if dataclasses.is_dataclass(hint) else None
     if rest:
         assert inner is not None
         return describe(rest, inner, f"{prefix}{head}.")
@@ -46,7 +46,7 @@ def _without_none(hint: Any) -> Any:
     return hint
 
 
-def _has_doc(cls: type | None) -> bool:
+def _has_doc(cls: Any) -> bool:
     return cls is not None and not (cls.__doc__ or "").startswith(f"{cls.__name__}(")  # dataclass writes one itself
 
 

@@ -126,8 +126,8 @@ def find_task(name: str) -> Run:
     return getattr(importlib.import_module(module), function)
 
 
-def check_keys(name: str, overrides: Sequence[str], sweeping: bool) -> None:
-    """Raise UserError for a key of the command line that the task does not read: it would change nothing.
+def unread(name: str, overrides: Sequence[str], sweeping: bool = False) -> list[str]:
+    """Those overrides whose keys the task does not read, so that they would change nothing.
 
     Args:
         overrides: as they were typed; what an experiment sets is not judged.
@@ -135,11 +135,15 @@ def check_keys(name: str, overrides: Sequence[str], sweeping: bool) -> None:
     """
     task, given = task_named(name), [key_of(override) for override in overrides]
     if task.reads is None:
-        return
+        return []
     known = (*ANYWHERE, *task.reads, *(() if "ckpt" in given else task.without_ckpt), *(("sweep",) if sweeping else ()))
-    for key, override in zip(given, overrides, strict=True):
-        if not _covers(known, key):
-            raise UserError(f"{override}: {_no_effect(name, key)}")
+    return [override for key, override in zip(given, overrides, strict=True) if not _covers(known, key)]
+
+
+def check_keys(name: str, overrides: Sequence[str], sweeping: bool) -> None:
+    """Raise UserError for an override that the task does not read. Arguments as of `unread`."""
+    for override in unread(name, overrides, sweeping):
+        raise UserError(f"{override}: {_no_effect(name, key_of(override))}")
 
 
 def _covers(known: Sequence[str], key: str) -> bool:

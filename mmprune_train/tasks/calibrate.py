@@ -40,6 +40,7 @@ from mmprune_train.pruning.calibration import ScoredImages, knob_of
 from mmprune_train.quiet import quiet
 from mmprune_train.reporting.budget_figure import KeptTokens, draw_budgets
 from mmprune_train.reporting.calibration import WHAT, outcome, sentence, share, summary, text
+from mmprune_train.tasks import unread
 from mmprune_train.tasks.checkpoint import Checkpoint, find_checkpoint, keep_earlier, load
 from mmprune_train.tasks.prepare import prepare_data, prepare_weights
 from mmprune_train.training.files import write_atomically, write_json
@@ -237,7 +238,8 @@ def next_command(config: Config, folder: Path) -> str:
     """The command that uses the preset: evaluates the checkpoint with it, or trains."""
     kept = [override for override in command_line() if group_of(override) not in LEFT_OUT]
     task = ["task=evaluate", f"ckpt={config.ckpt}"] if config.ckpt else []
-    arguments = ["--config-dir", str(folder), *task, *kept, f"pruner={PRESET}"]
+    idle = unread("evaluate" if task else "train", [*task, *kept])
+    arguments = ["--config-dir", str(folder), *task, *(one for one in kept if one not in idle), f"pruner={PRESET}"]
     return shlex.join(["python", "-m", "mmprune_train", *arguments])
 
 

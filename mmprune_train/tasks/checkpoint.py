@@ -9,7 +9,7 @@ from typing import Any
 from omegaconf import OmegaConf
 
 from mmprune_train.config.compose import config_from_file
-from mmprune_train.config.identity import run_dir
+from mmprune_train.config.identity import home_dir, run_dir, run_of
 from mmprune_train.config.pruner_schema import PrunerConfig
 from mmprune_train.config.schema import Config
 from mmprune_train.config.typed import command_line, key_of
@@ -46,24 +46,22 @@ def find_checkpoint(config: Config) -> Checkpoint:
 
     Raises UserError where there is no such folder, or no model in it.
     """
-    source = Path(config.ckpt).expanduser() if config.ckpt else run_dir(config)
-    if not config.ckpt and not (source / "manifest.json").is_file():
-        raise UserError(f"ckpt= is not given and {source} has no run; give ckpt=FOLDER or train first")
-    model = model_folder(config.ckpt or source)
+    run = run_of(config.ckpt or str(run_dir(config)))
+    if run is None and not config.ckpt:
+        raise UserError(f"ckpt= is not given and {run_dir(config)} has no run; give ckpt=FOLDER or train first")
     given = {key_of(override) for override in command_line()}
-    groups = {key.split(".", 1)[0] for key in given}
-    pruner = config.pruner if groups & {"pruner", "knee"} else None
-    if not (source / "config.yaml").is_file():
-        is_run = (source / "manifest.json").is_file()
-        return Checkpoint(model, source if is_run else run_dir(config), config, pruner)
-    trained = config_from_file(source / "config.yaml")
-    stage = None
-    if "stages" in given and Path(model) != (wanted := source / config.stages[-1] / "model"):
-        if not (wanted / "config.json").is_file():
-            raise UserError(f"stages={config.stages}: {source} has no finished stage {config.stages[-1]}; leave it out")
-        model, stage = wanted, config.stages[-1]
+    pruner = config.pruner if {key.split(".", 1)[0] for key in given} & {"pruner", "knee"} else None
+    model = model_folder(config.ckpt or str(run))
+    if run is None or not (run / "config.yaml").is_file():
+        return Checkpoint(model, home_dir(config), config, pruner)
+    trained = config_from_file(run / "config.yaml")
+    if "stages" in given:
+        model = run / config.stages[-1] / "model"
+        if not (model / "config.json").is_file():
+            raise UserError(f"stages={config.stages}: {run} has no finished stage {config.stages[-1]}; leave it out")
+    stage = None if model == model_folder(run) else Path(model).parent.name
     pruner = None if pruner == trained.pruner else pruner
-    return Checkpoint(model, source, _settled(trained, config, given), pruner, trained, stage)
+    return Checkpoint(model, run, _settled(trained, config, given), pruner, trained, stage)
 
 
 def _settled(trained: Config, asked: Config, given: set[str]) -> Config:

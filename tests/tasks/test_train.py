@@ -12,11 +12,12 @@ from PIL import Image
 from training.synthetic import overrides, write_dataset
 from transformers import LlavaForConditionalGeneration
 
-from mmprune_train.config.compose import compose_config
+from mmprune_train.config.compose import compose_config, load_pruner
 from mmprune_train.config.schema import Config
 from mmprune_train.errors import UserError
 from mmprune_train.model.build import load_model
 from mmprune_train.tasks import evaluate, generate, prepare, train
+from mmprune_train.tasks.checkpoint import find_checkpoint
 
 
 @pytest.fixture(scope="module")
@@ -120,7 +121,8 @@ def test_evaluate_again_gives_the_same_answers_and_another_pruner_keeps_other_to
     assert (folder / "evaluate.old1/predictions.jsonl").read_text() == earlier
     same = ("accuracy", "accuracy_blank", "blind_majority", "keep_ratio", "tokens_stage2")
     assert {key: again[key] for key in same} == {key: result["evaluate"][key] for key in same}
-    dense = evaluate.evaluate_folder(config, folder, folder / "dense", pruner="none")
+    found = replace(find_checkpoint(replace(config, ckpt=str(folder))), pruner=load_pruner("none"))
+    dense = evaluate.evaluate_checkpoint(found, evaluate.question_set(config), folder / "dense")
     assert dense["keep_ratio"] == 1.0 and dense["tokens_stage1"] == dense["tokens_dense"]
 
 
