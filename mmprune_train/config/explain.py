@@ -97,8 +97,8 @@ def explain(error: BaseException) -> str:
     if match := re.search(r"Multiple values for (\S+?)\.", text):
         return f"+{match.group(1)}=...: the group is chosen already; write it without the plus"
     if match := re.search(r"Ambiguous value for argument '([^']+)'", text):
-        key = match.group(1)
-        return f"{key}: ambiguous; write a list as [a,b], quote a comma as '{key}=\"a,b\"', or add -m for a sweep"
+        remedy = "write a list as [a,b], a comma of a text as 'KEY=\"a,b\"', or add -m for a sweep over the values"
+        return f"{match.group(1)}: ambiguous; {remedy}"
     if match := re.search(r"Sweep parameters '([^']+)' requires --multirun", text):
         return f"{match.group(1)}: a sweep needs -m (--multirun)"
     if match := re.search(r"Error merging override ([^=\s]+)=?(.*)", text):
