@@ -8,6 +8,7 @@ from typing import Any
 
 from omegaconf import OmegaConf
 
+from mmprune_train.config.checks import check_pruner_fits
 from mmprune_train.config.compose import config_from_file
 from mmprune_train.config.identity import home_dir, run_dir, run_of
 from mmprune_train.config.pruner_schema import PrunerConfig
@@ -19,7 +20,7 @@ from mmprune_train.quiet import quiet
 from mmprune_train.training.precision import Precision, choose_accelerator, choose_precision
 from mmprune_train.training.rundir import free_name
 
-KEPT = ("data", "encoder", "llm", "stage", "peft")
+KEPT = ("data", "encoder", "llm", "stage", "peft", "evaluate")
 """Sections of a run's own config that hold for it unless the command line says otherwise."""
 
 
@@ -44,7 +45,7 @@ class Checkpoint:
 def find_checkpoint(config: Config) -> Checkpoint:
     """What `ckpt=` means, by default this config's own run. Nothing is loaded.
 
-    Raises UserError where there is no such folder, or no model in it.
+    Raises UserError where there is no such folder, or no model in it, or where the pruner does not fit it.
     """
     run = run_of(config.ckpt or str(run_dir(config)))
     if run is None and not config.ckpt:
@@ -61,7 +62,10 @@ def find_checkpoint(config: Config) -> Checkpoint:
             raise UserError(f"stages={config.stages}: {run} has no finished stage {config.stages[-1]}; leave it out")
     stage = None if model == model_folder(run) else Path(model).parent.name
     pruner = None if pruner == trained.pruner else pruner
-    return Checkpoint(model, run, _settled(trained, config, given), pruner, trained, stage)
+    settled = _settled(trained, config, given)
+    if pruner is not None:
+        check_pruner_fits(settled)
+    return Checkpoint(model, run, settled, pruner, trained, stage)
 
 
 def _settled(trained: Config, asked: Config, given: set[str]) -> Config:

@@ -19,6 +19,7 @@ from mmprune_train.training.files import read_json, read_jsonl
 
 Command = Callable[..., tuple[int, str, str]]
 SHORT = ("evaluate.max_new_tokens=2", "evaluate.blank=false", "trainer.precision=fp32")
+ALL = ("evaluate.limit=null", "trainer.precision=fp32")
 ASKED = ("stages=[instruct]", "stage.instruct.max_steps=1", "evaluate.limit=2", *SHORT)
 
 
@@ -82,7 +83,7 @@ def test_after_training_the_table_says_how_many_of_how_many(
 
 def test_turns_of_other_data_are_asked_beside_the_runs_own(run: Path, mmprune: Command) -> None:
     own = snapshot(run / "evaluate")
-    code, out, err = mmprune("task=evaluate", f"ckpt={run}", "data.evaluate.annotations=talks.json", *SHORT)
+    code, out, err = mmprune("task=evaluate", f"ckpt={run}", "data.evaluate.annotations=talks.json", *ALL)
     assert code == 0, err
     assert "3 of 3 open, 1 of 1 yes/no questions" in out and str(run / "evaluate-talks") in out
     rows = read_jsonl(run / "evaluate-talks/predictions.jsonl")
@@ -90,12 +91,12 @@ def test_turns_of_other_data_are_asked_beside_the_runs_own(run: Path, mmprune: C
     assert told == [("two", 1, 36, "red"), ("later", 1, 0, "hi"), ("later", 2, 36, "red"), ("two", 2, 72, "no")]
     assert snapshot(run / "evaluate") == own
     first = ["data.evaluate.annotations=talks.json", "evaluate.turns=first", "evaluate.name=firsts"]
-    assert mmprune("task=evaluate", f"ckpt={run}", *first, *SHORT)[0] == 0
+    assert mmprune("task=evaluate", f"ckpt={run}", *first)[0] == 0
     assert [row["turn"] for row in read_jsonl(run / "evaluate-firsts/predictions.jsonl")] == [1, 1]
 
 
 def test_records_without_answers_give_predictions(run: Path, mmprune: Command) -> None:
-    bare = ["data.evaluate.annotations=bare.json", "evaluate.name=bare", "evaluate.max_new_tokens=2"]
+    bare = ["data.evaluate.annotations=bare.json", "evaluate.name=bare", "evaluate.blank=true"]
     code, out, err = mmprune("task=evaluate", f"ckpt={run}", *bare)
     assert code == 0, err
     assert "not scored, without an answer: 1 open" in out
@@ -127,10 +128,11 @@ def test_what_cannot_be_asked_leaves_the_earlier_evaluation(
 
 def test_an_evaluation_made_again_moves_the_earlier_one_aside(run: Path, mmprune: Command) -> None:
     model = run / "instruct/model"  # the same model by its folder
-    again = ("task=evaluate", f"ckpt={model}", "evaluate.name=again", "evaluate.limit=1", *SHORT)
+    again = ("task=evaluate", f"ckpt={model}", "evaluate.name=again", "evaluate.limit=1")
     assert mmprune(*again)[0] == 0
     before = snapshot(run / "evaluate-again")
     code, out, _ = mmprune(*again)
+    assert "1 of 4 open, 1 of 4 yes/no" in out
     assert code == 0 and "moved the earlier evaluate-again" in out
     assert snapshot(run / "evaluate-again.old1") == before
 
