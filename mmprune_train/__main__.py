@@ -13,7 +13,8 @@ import traceback
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from mmprune_train.tasks import find_task
+from mmprune_train.config.typed import command_line, readable
+from mmprune_train.tasks import check_keys, find_task
 from mmprune_train.usage import usage
 
 if TYPE_CHECKING:
@@ -52,9 +53,10 @@ def execute(config: Config) -> Any:
     from mmprune_train.training.cluster import has_part
 
     sweeping = HydraConfig.get().mode == RunMode.MULTIRUN
+    check_keys(config.task, command_line(), sweeping)
     if not has_part(config.task, config.trainer.devices, config.trainer.num_nodes, sweeping):
         return None
-    chosen = [o for o in HydraConfig.get().overrides.task if o.startswith(("knee=", "knee."))]
+    chosen = [override for override in command_line() if override.startswith(("knee=", "knee."))]
     if chosen and (note := idle_knee(config.pruner, config.knee)):
         print(f"note: {note}", file=sys.stderr, flush=True)
     return find_task(config.task)(config)
@@ -84,12 +86,13 @@ def compose_and_run() -> None:
 def main() -> None:
     """Entry of `python -m mmprune_train` and of `mmprune`."""
     arguments = sys.argv[1:]
-    if "--help" in arguments or "-h" in arguments:
-        print(usage())
-        return
     if (here := str(Path.cwd())) not in sys.path:  # `mmprune` finds a user's module:function where `python -m` does
         sys.path.insert(0, here)
     try:
+        if "--help" in arguments or "-h" in arguments:
+            print(usage(arguments))
+            return
+        sys.argv[1:] = readable(arguments)
         compose_and_run()
     except KeyboardInterrupt:
         print("interrupted; the same command continues it", file=sys.stderr)

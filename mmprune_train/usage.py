@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import textwrap
+from collections.abc import Sequence
 
+from mmprune_train.config.docs import Key, describe
+from mmprune_train.config.explain import all_keys
 from mmprune_train.config.paths import conf_dir, default_options, options
-from mmprune_train.tasks import TASKS
+from mmprune_train.tasks import ANYWHERE, TASKS, task_named
 
 GROUPS = (
     "experiment", "encoder", "llm", "projector", "pruner", "knee", "data", "stage", "strategy", "peft", "optim",
@@ -31,12 +34,64 @@ Exit codes: 0 done, 2 wrong input (config, data, checkpoint; debug=true adds the
 asks a run to save (USR1, USR2, TERM; the same command continues), 1 anything else."""
 
 
-def usage() -> str:
-    """Everything `--help` prints."""
+def usage(arguments: Sequence[str] = ()) -> str:
+    """Everything `--help` prints: of one task, where `task=` is among the arguments, else of all.
+
+    Raises UserError for an unknown task.
+    """
+    named = [argument.partition("=")[2] for argument in arguments if argument.startswith("task=")]
+    return task_usage(named[-1]) if named else all_tasks()
+
+
+def task_usage(name: str) -> str:
+    """Where a task writes, what it does, the keys that it reads, an example."""
+    task = task_named(name)
+    lines = textwrap.wrap(f"task={name} writes {task.writes}", 112, break_on_hyphens=False)
+    lines += ["", f"It does: {task.help}", "", "Keys it reads:"]
+    sections = []
+    for reads in task.reads or ():
+        first, *below = describe(reads) if reads in KEYS else [Key(reads, None, "", True)]
+        if first.section and reads not in OWN:
+            sections.append(reads)
+            continue
+        for key in below or [first]:
+            lines.append(f"  {key.name}={_value(key.default)}")
+            lines += textwrap.wrap(
+                key.says, 108, initial_indent=" " * 6, subsequent_indent=" " * 6, break_on_hyphens=False
+            )
+    if sections:
+        lines += textwrap.wrap(
+            f"and those of {', '.join(sections)} (--cfg job prints them)", initial_indent="  ", subsequent_indent="  "
+        )
+    more = [reads for reads in task.without_ckpt if reads not in (task.reads or ()) and reads in KEYS]
+    if more:
+        says = f"without ckpt= also {', '.join(more)}: they say what is built, or which run is meant"
+        lines += textwrap.wrap(says, 112, initial_indent="  ", subsequent_indent="  ")
+    lines.append(f"  as every task: +experiment=NAME, {', '.join(key for key in ANYWHERE if key != 'experiment')}")
+    lines += ["", "Example:", f"  {task.example}", "", "mmprune --help lists all tasks and config groups."]
+    return "\n".join(lines)
+
+
+OWN = ("evaluate", "generate", "bench", "calibrate", "plan", "report", "sweep")
+"""Sections whose keys are told one by one."""
+KEYS = frozenset(all_keys())
+
+
+def _value(default: object) -> str:
+    if isinstance(default, bool) or default is None:
+        return {True: "true", False: "false", None: "null"}[default]
+    if isinstance(default, list):
+        return f"[{','.join(map(str, default))}]"
+    return str(default)
+
+
+def all_tasks() -> str:
+    """Tasks, config groups with their options, examples."""
     lines = ["Train LLaVA-style models with dynamic two-stage visual token pruning.", ""]
     lines += ["usage: mmprune [task=TASK] [+experiment=NAME] [GROUP=OPTION ...] [KEY=VALUE ...]"]
     lines += ["       (or python -m mmprune_train ...)", "", "Tasks:"]
     lines += [f"  {name:<12}{task.help}{' (default)' if name == 'train' else ''}" for name, task in TASKS.items()]
+    lines += ["", "mmprune task=TASK --help says where a task writes and which keys it reads."]
     lines += ["", f"Config groups (* default), from {conf_dir()}:"]
     chosen = default_options()
     for group in GROUPS:

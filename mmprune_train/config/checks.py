@@ -283,6 +283,7 @@ def _check_run(config: Config) -> None:
             at_least(f"data.{split}.limit", limit, 1)
     if evaluate.limit is not None:
         at_least("evaluate.limit", evaluate.limit, 1)
+    one_of("evaluate.turns", evaluate.turns, ("all", "first"))
     at_least("evaluate.batch_size", evaluate.batch_size, 1)
     at_least("evaluate.max_new_tokens", evaluate.max_new_tokens, 1)
     at_least("generate.max_new_tokens", config.generate.max_new_tokens, 1)
@@ -293,10 +294,10 @@ def _check_run(config: Config) -> None:
     _check_report(config.report)
     if config.logger.wandb is not None:
         one_of("logger.wandb.mode", config.logger.wandb.mode, ("auto", "online", "offline"))
-    for key in ("experiment_name", "run_id"):
-        name = getattr(config, key)
+    folders = {"experiment_name": config.experiment_name, "run_id": config.run_id, "evaluate.name": evaluate.name}
+    for key, name in folders.items():
         if name is not None and (not name or name in (".", "..") or "/" in name or "\\" in name):
-            raise UserError(f"{key}={name} names a folder: no slashes, not empty; runs_dir= says where it goes")
+            raise UserError(f"{key}={name} names a folder: no slashes, not empty; runs_dir= says where runs go")
 
 
 def _check_bench(config: Config) -> None:

@@ -23,6 +23,7 @@ from mmprune_train.config.pruner import check_pruner
 from mmprune_train.config.pruner_schema import KneeConfig, PrunerConfig
 from mmprune_train.config.schema import Config
 from mmprune_train.config.sweepers import register_sweepers
+from mmprune_train.config.typed import readable
 from mmprune_train.errors import UserError
 
 SCHEMA_NAME = "mmprune_schema"
@@ -84,7 +85,7 @@ def compose_config(overrides: list[str]) -> Config:
     register_schema()
     with initialize_config_dir(config_dir=str(conf_dir()), version_base="1.3", job_name="mmprune"):
         try:
-            cfg = compose(config_name="config", overrides=overrides)
+            cfg = compose(config_name="config", overrides=readable(overrides))
         except (HydraException, OmegaConfBaseException) as error:
             raise UserError(explain(error)) from error
     return config_from(cfg)

@@ -6,12 +6,14 @@ import dataclasses
 import difflib
 import functools
 import re
+import shlex
 import types
 from collections.abc import Iterable
 from typing import Union, get_args, get_origin, get_type_hints
 
 from mmprune_train.config.paths import options
 from mmprune_train.config.schema import STAGES, Config
+from mmprune_train.config.typed import quoted
 from mmprune_train.errors import UserError
 
 _PLUS_GROUPS = ("experiment", "sweep", "hydra/launcher", "hydra/sweeper")
@@ -95,7 +97,8 @@ def explain(error: BaseException) -> str:
     if match := re.search(r"Multiple values for (\S+?)\.", text):
         return f"+{match.group(1)}=...: the group is chosen already; write it without the plus"
     if match := re.search(r"Ambiguous value for argument '([^']+)'", text):
-        return f"{match.group(1)}: ambiguous; write a list as [a,b], or add -m for a sweep over the values"
+        remedy = "write a list as [a,b], a comma of a text as 'KEY=\"a,b\"', or add -m for a sweep over the values"
+        return f"{match.group(1)}: ambiguous; {remedy}"
     if match := re.search(r"Sweep parameters '([^']+)' requires --multirun", text):
         return f"{match.group(1)}: a sweep needs -m (--multirun)"
     if match := re.search(r"Error merging override ([^=\s]+)=?(.*)", text):
@@ -105,7 +108,9 @@ def explain(error: BaseException) -> str:
     if match := re.search(r"Missing mandatory value: (\S+)", text):
         return f"{match.group(1)} is not set; give it a value, {match.group(1)}=VALUE"
     if override:
-        return f"{override}: not readable as KEY=VALUE; put quotes around special characters, 'KEY=\"VALUE\"'"
+        key, equals, value = str(override).partition("=")
+        how = shlex.quote(f"{key}={quoted(value)}") if equals and key else "'KEY=\"VALUE\"'"
+        return f"{override}: not readable as KEY=VALUE; put quotes around special characters: {how}"
     full_key = getattr(error, "full_key", None)
     if full_key and re.search(r"not in '|not in struct", text):
         return unknown_key(str(full_key))

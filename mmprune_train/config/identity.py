@@ -69,6 +69,18 @@ def run_dir(config: Config) -> Path:
     return Path(config.runs_dir) / config.experiment_name / run_id(config)
 
 
+def run_of(ckpt: str | None) -> Path | None:
+    """The run directory that `ckpt=` names, itself or by a stage's `model/` in it; None: it names no run."""
+    folder = Path(ckpt or "").expanduser()
+    runs = [folder, *([folder.parent.parent] if folder.name == "model" else [])]
+    return next((run for run in runs if ckpt and (run / "manifest.json").is_file()), None)
+
+
+def home_dir(config: Config) -> Path:
+    """Where results go: the run directory that `ckpt=` names, else the config's own."""
+    return run_of(config.ckpt) or run_dir(config)
+
+
 def differences(old: Config | Mapping[str, Any], new: Config | Mapping[str, Any]) -> list[str]:
     """Decisive settings in which two configs differ, as `key: old -> new` lines; either may be a plain mapping."""
     before, after = decisive(old), decisive(new)

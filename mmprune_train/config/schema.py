@@ -273,19 +273,29 @@ class TrainerConfig:
 class EvaluateConfig:
     after_train: bool = False
     """Evaluate when the last stage has ended, and print the table."""
+    name: str | None = None
+    """Of this evaluation set, where a run is asked several: each has its folder `evaluate-NAME`; null: `evaluate`."""
+    turns: str = "all"
+    """`all`: every turn of a conversation is a question, asked after the turns before it with their reference answers;
+    `first`: the first alone."""
     limit: int | None = None
     """First N questions of each kind; null: all."""
     batch_size: int = 32
     max_new_tokens: int = 16
     blank: bool = True
     """Also measure with the image blanked (the mean colour), which shows what the text alone gives away."""
-    kinds: list[str] = field(default_factory=lambda: ["open", "yes_no"])
+    kinds: list[str] = field(default_factory=list)
+    """Kinds of questions to ask, by which accuracy is told; empty: every kind that the file has."""
 
 
 @dataclass
 class GenerateConfig:
     images: list[str] = field(default_factory=list)
+    """Image files, `[a.png,b.png]`. A file name with a comma wants quotes of its own: '["a, b.png"]'."""
     question: str = "What is in the image?"
+    """Everything behind the `=`; `-` reads standard input. Images stand where it says `<image>`, else before it."""
+    question_file: str | None = None
+    """Text file with the question, in place of `question`."""
     max_new_tokens: int = 64
 
 
@@ -385,7 +395,8 @@ class Config:
     seed: int = 42
     stages: list[str] = field(default_factory=lambda: ["pretrain", "instruct"])
     ckpt: str | None = None
-    """For evaluate, generate, inspect and calibrate: a run directory, an exported folder or a llava-hf folder."""
+    """For evaluate, generate, inspect, calibrate and bench: a run directory, an exported folder or a llava-hf folder.
+    Of a run directory the last finished stage's model, or that of the last of `stages`, where they are named."""
     restart: bool = False
     """Start over: an existing run directory is moved aside, never deleted."""
     debug: bool = False

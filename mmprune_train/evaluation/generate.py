@@ -71,7 +71,7 @@ def answer(
     predictions = []
     for batch in progress(list(batches(questions, batch_size)), title):
         images = [image for question in batch for image in images_of(question)]
-        texts = [template.prompt(q.text, n_images=len(q.images)) for q in batch]
+        texts = [question.prompt(template) for question in batch]
         inputs = processor(images=images or None, text=texts, return_tensors="pt", padding=True).to(device)
         with torch.autocast(device.type, dtype=dtype, enabled=dtype != torch.float32):
             out = model.generate(**inputs, max_new_tokens=max_new_tokens, do_sample=False)

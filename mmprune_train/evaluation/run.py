@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Sequence
-from dataclasses import replace
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from statistics import fmean
 from typing import Any
@@ -15,7 +14,7 @@ from mmprune_train.config.schema import EvaluateConfig
 from mmprune_train.data.templates import Template
 from mmprune_train.evaluation.generate import Prediction, answer, blank_images
 from mmprune_train.evaluation.metrics import accuracy_by_kind, blind_majority
-from mmprune_train.evaluation.questions import Question, choose
+from mmprune_train.evaluation.questions import Question
 
 
 def evaluate(
@@ -25,36 +24,36 @@ def evaluate(
     questions: Sequence[Question],
     training: Iterable[tuple[str, str]],
     settings: EvaluateConfig,
-    folder: Path,
+    save: Callable[[Sequence[Prediction]], None],
     dtype: torch.dtype = torch.float32,
 ) -> dict[str, Any]:
-    """Evaluate and write predictions.jsonl.
+    """Ask the questions and score what is answered.
 
     Args:
         model, processor: as `load_model` returns them.
         template: conversation format of the prompts.
-        questions: the evaluation set; `settings.kinds` and `settings.limit` choose from it.
+        questions: what is asked.
         training: (question, answer) of the training split, for the blind majority; may be empty.
-        folder: where predictions.jsonl goes.
+        save: keeps the answers, as soon as they are there.
     Returns:
-        Numbers for result.json, by kind where they are accuracies.
+        Numbers for result.json, by kind where they are accuracies; None for a kind of which no answer is known.
     """
-    chosen = choose(list(questions), settings.kinds, settings.limit)
     generate: dict[str, Any] = {
         "batch_size": settings.batch_size,
         "max_new_tokens": settings.max_new_tokens,
         "dtype": dtype,
     }
-    seen = answer(model, processor, template, chosen, **generate)
-    write_predictions(folder / "predictions.jsonl", seen)
-    result: dict[str, Any] = {"questions": len(chosen), **token_counts(seen)}
+    seen = answer(model, processor, template, questions, **generate)
+    save(seen)
+    result: dict[str, Any] = {"questions": len(questions), **token_counts(seen)}
     known = [p for p in seen if p.question.answer]
-    result["accuracy"] = accuracy_by_kind((p.question.kind, p.text, p.question.answer) for p in known)
-    pairs = list(training)
+    scored = accuracy_by_kind((p.question.kind, p.text, p.question.answer) for p in known)
+    result["accuracy"] = {kind: scored.get(kind) for kind in dict.fromkeys(q.kind for q in questions)}
+    pairs = list(training) if known else []
     if pairs:
         test = [(p.question.kind, p.question.plain, p.question.answer) for p in known]
         result["blind_majority"] = blind_majority(pairs, test)
-    if settings.blank:
+    if settings.blank and known:
         result["accuracy_blank"] = _blank(model, processor, template, [p.question for p in known], generate)
     return result
 
@@ -62,15 +61,20 @@ def evaluate(
 def _blank(
     model: Any, processor: Any, template: Template, questions: list[Question], generate: dict
 ) -> dict[str, float]:
-    """With nothing to see, equal words get equal answers: each wording is asked once."""
-    wordings = {(q.text, len(q.images)): replace(q, id=str(i)) for i, q in enumerate(questions)}
+    """With nothing to see, equal words after an equal history get equal answers: each wording is asked once."""
+    wordings = {_wording(question): question for question in questions}
     image_processor = processor.image_processor
     size = image_processor.crop_size or image_processor.size
     images_of = blank_images(image_processor.image_mean, size.get("height") or size.get("shortest_edge"))
     asked = list(wordings.values())
     answers = answer(model, processor, template, asked, images_of=images_of, title="blank", **generate)
-    told = {(p.question.text, len(p.question.images)): p.text for p in answers}
-    return accuracy_by_kind((q.kind, told[q.text, len(q.images)], q.answer) for q in questions)
+    told = {_wording(p.question): p.text for p in answers}
+    return accuracy_by_kind((q.kind, told[_wording(q)], q.answer) for q in questions)
+
+
+def _wording(question: Question) -> tuple[Any, ...]:
+    """What is left of a question when its images are not seen."""
+    return question.text, len(question.images), question.history
 
 
 def token_counts(predictions: Sequence[Prediction]) -> dict[str, float]:
@@ -89,11 +93,14 @@ def token_counts(predictions: Sequence[Prediction]) -> dict[str, float]:
 
 
 def write_predictions(path: Path, predictions: Sequence[Prediction]) -> None:
-    """One object a question; `answer` only where it is known."""
+    """One object a question; `answer` only where it is known, `turn` only where a record has several."""
     path.parent.mkdir(parents=True, exist_ok=True)
     with path.open("w", encoding="utf-8") as file:
         for p in predictions:
-            row: dict[str, Any] = {"id": p.question.id, "question": p.question.plain, "prediction": p.text}
+            row: dict[str, Any] = {"id": p.question.id}
+            if p.question.turn is not None:
+                row["turn"] = p.question.turn
+            row |= {"question": p.question.plain, "prediction": p.text}
             if p.question.answer:
                 row["answer"] = p.question.answer
             row |= {f"visual_tokens_{s}": int(p.counts[f"visual_{s}"]) for s in ("dense", "stage1", "stage2")}

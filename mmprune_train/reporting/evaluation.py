@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 from mmprune_train.reporting.tables import table
+
+KIND_NAMES = {"yes_no": "yes/no"}
 
 
 def result_table(result: dict[str, Any], title: str = "Evaluation") -> str:
@@ -18,9 +21,7 @@ def result_table(result: dict[str, Any], title: str = "Evaluation") -> str:
     ):
         if key in result:
             rows.append([name, *(result[key].get(kind) for kind in kinds)])
-    scores = table(
-        rows, ["", *(kind.replace("yes_no", "yes/no") for kind in kinds)], f"{title}: {result['questions']:,} questions"
-    )
+    scores = table(rows, ["", *(KIND_NAMES.get(kind, kind) for kind in kinds)], f"{title}: {asked_text(result)}")
     names = {
         "tokens_dense": "tokens, dense",
         "tokens_stage1": "tokens after stage 1",
@@ -30,3 +31,25 @@ def result_table(result: dict[str, Any], title: str = "Evaluation") -> str:
     }
     tokens = table([[name, float(result[key])] for key, name in names.items()], ["per question (mean)", ""])
     return f"{scores}\n\n{tokens}"
+
+
+def asked_text(result: Mapping[str, Any]) -> str:
+    """How many questions of how many, why not more, and what could not be scored."""
+    asked = result.get("asked")
+    if asked is None:  # of a run from before this was recorded
+        return f"{result['questions']:,} questions"
+    counts = {KIND_NAMES.get(kind, kind): count for kind, count in asked["questions"].items()}
+    parts = [f"{count['asked']:,} of {count['available']:,} {kind}" for kind, count in counts.items()]
+    notes = []
+    if any(0 < count["asked"] < count["available"] for count in counts.values()):
+        notes.append("evaluate.limit=null asks all")
+    if left := [kind for kind, count in counts.items() if not count["asked"]]:
+        notes.append(f"evaluate.kinds leaves out {', '.join(left)}")
+    if asked["turns"] == "first":
+        notes.append("first turns alone (evaluate.turns)")
+    if asked["records"] is not None:
+        notes.append(f"the first {asked['records']:,} records (data.evaluate.limit)")
+    unknown = [f"{count['without_answer']:,} {kind}" for kind, count in counts.items() if count["without_answer"]]
+    if unknown:
+        notes.append(f"not scored, without an answer: {', '.join(unknown)}")
+    return "; ".join([f"{', '.join(parts)} questions", *notes])

@@ -16,6 +16,7 @@ from markupsafe import Markup
 from mmprune_train.errors import UserError
 from mmprune_train.progress import progress
 from mmprune_train.reporting import charts
+from mmprune_train.reporting.evaluation import asked_text
 from mmprune_train.reporting.results import front, numbers, pick
 from mmprune_train.reporting.runs import Run, telling_keys
 from mmprune_train.reporting.tables import cell
@@ -370,4 +371,7 @@ def _evaluation(result: Mapping[str, Any]) -> dict[str, Any]:
     named = {"accuracy": "accuracy", "blind_majority": "blind majority", "accuracy_blank": "image blanked"}
     rows = [[text, *(cell(result[key].get(kind)) for kind in kinds)] for key, text in named.items() if key in result]
     others = {key: value for key, value in numbers(result).items() if key.split(".")[0] not in named}
-    return {"kinds": kinds, "rows": rows, "others": [[key, cell(value)] for key, value in others.items()]}
+    told = [[key, cell(value)] for key, value in others.items()]
+    if asked := result.get("asked"):
+        told = [["asked", asked_text(result)], ["of", asked["annotations"]], *told]
+    return {"kinds": kinds, "rows": rows, "others": told}

@@ -10,7 +10,7 @@ from typing import Any
 from mmprune_train.config.explain import nearest
 from mmprune_train.errors import UserError
 
-ASKED = ("evaluated_with", "data")
+ASKED = ("evaluated_with", "asked", "data")
 """Parts of a result, wherever they stand, that say what was asked, not what was found."""
 FIRST = "evaluate."
 """Numbers that a short name means first: what a trained model reaches, not what was seen while it trained."""

@@ -16,7 +16,7 @@ from omegaconf import DictConfig
 
 from mmprune_train.config.compose import config_from
 from mmprune_train.config.explain import user_mistake
-from mmprune_train.config.identity import run_dir
+from mmprune_train.config.identity import home_dir, run_dir
 from mmprune_train.config.schema import Config
 from mmprune_train.errors import UserError
 from mmprune_train.reporting.results import numbers, pick
@@ -44,10 +44,10 @@ def run_job(cfg: DictConfig, execute: Callable[[Config], Any]) -> Any:
         try:
             config = config_from(cfg)
             run = run_dir(config)
-            record.run = relative(run, sweep)
-            print(f"\n== job {record.job}: {changed(record, sweep)} -> {run}", flush=True)
+            record.run = relative(home_dir(config), sweep)
+            print(f"\n== job {record.job}: {changed(record, sweep)} -> {home_dir(config)}", flush=True)
             held.enter_context(alone_in(run, wait=True))
-            record.note = same_run(record, sweep)
+            record.note = same_run(record, sweep) if config.task == "train" else None
             record.write(sweep)
             result = execute(config)
             record.numbers = numbers(result if isinstance(result, Mapping) else {config.task: result})

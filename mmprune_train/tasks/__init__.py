@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import importlib
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from mmprune_train.config.explain import unknown_name
+from mmprune_train.config.typed import key_of
 from mmprune_train.errors import UserError
 
 if TYPE_CHECKING:
@@ -14,44 +15,148 @@ if TYPE_CHECKING:
 
     Run = Callable[[Config], dict[str, Any] | float | None]
 
+ANYWHERE = ("task", "experiment", "experiment_name", "run_id", "runs_dir", "seed", "debug")
+"""Keys that every task reads."""
+BUILT = ("encoder", "llm", "projector", "knee", "pruner", "data", "stage", "stages", "peft", "init_from")
+TRAINED = (*BUILT, "strategy", "optim", "logger", "trainer", "evaluate", "restart")
+COMPUTED = ("trainer.accelerator", "trainer.precision", "trainer.attention", "trainer.vision_chunk")
+ASKED = ("ckpt", "stages", "pruner", "knee", "llm.template", "encoder.text", *COMPUTED)
+STEPS = (*COMPUTED, "trainer.logits_chunk", "trainer.compile", "trainer.num_workers")
+HERE = "in the run directory that ckpt= names, else in this config's"
+QUESTION = ("generate.images", "generate.question", "generate.question_file")
+
 
 class Task(NamedTuple):
     where: str
     """`module:function`; the function takes the Config and returns what a sweeper may optimise."""
     help: str
     """One line for `--help`."""
+    writes: str = ""
+    """What it writes, and where."""
+    reads: tuple[str, ...] | None = None
+    """Keys, or sections of keys, that it reads beside `ANYWHERE` (and `sweep`, where there is one); None: all."""
+    without_ckpt: tuple[str, ...] = ()
+    """More that it reads where `ckpt=` is not given: what builds the model, or finds this config's own run."""
+    example: str = ""
 
 
 TASKS = {
     "train": Task(
-        "mmprune_train.tasks.train:run", "run the experiment's stages in order; continues an interrupted run"
+        "mmprune_train.tasks.train:run",
+        "run the experiment's stages in order; continues an interrupted run",
+        "result.json, manifest.json, evaluate/ and a folder a stage, in runs/EXPERIMENT/RUN_ID",
+        TRAINED,
+        example="mmprune +experiment=demo pruner.language.layer=3",
     ),
-    "prepare": Task("mmprune_train.tasks.prepare:run", "get and convert the data and weights an experiment needs"),
+    "prepare": Task(
+        "mmprune_train.tasks.prepare:run",
+        "get and convert the data and weights an experiment needs",
+        "data and weights to this project's cache, prepare/result.json to the run directory of the training command",
+        TRAINED,
+        example="mmprune task=prepare +experiment=demo",
+    ),
     "plan": Task(
-        "mmprune_train.tasks.plan:run", "tokens, FLOPs, memory, hours and disk of a run, before it is started"
+        "mmprune_train.tasks.plan:run",
+        "tokens, FLOPs, memory, hours and disk of a run, before it is started",
+        "plan/result.json, in the run directory of the training command",
+        ("plan", *TRAINED),
+        example="mmprune task=plan +experiment=llava7b_twostage plan.device=a100_80gb",
     ),
     "calibrate": Task(
-        "mmprune_train.tasks.calibrate:run", "tokens each budget would keep of a sample, and the parameter for a target"
+        "mmprune_train.tasks.calibrate:run",
+        "tokens each budget would keep of a sample, and the parameter for a target",
+        f"calibrate/ (result.json, budgets.png, presets), {HERE}",
+        ("calibrate", "ckpt", "stages", "knee", "pruner", "data", "stage", "llm.template", *COMPUTED),
+        TRAINED,
+        "mmprune task=calibrate +experiment=demo calibrate.target=0.22",
     ),
-    "evaluate": Task("mmprune_train.tasks.evaluate:run", "generate answers and score them (ckpt=FOLDER)"),
+    "evaluate": Task(
+        "mmprune_train.tasks.evaluate:run",
+        "generate answers and score them (ckpt=FOLDER)",
+        "evaluate/ (result.json, predictions.jsonl; with evaluate.name=NAME evaluate-NAME/, with another pruner "
+        f"evaluate-PRUNER/), {HERE}",
+        ("evaluate", "data", *ASKED),
+        (*BUILT, "strategy", "optim", "trainer"),
+        "mmprune task=evaluate ckpt=runs/demo/RUN_ID data.evaluate.annotations=held_out.json evaluate.name=held_out",
+    ),
     "generate": Task(
-        "mmprune_train.tasks.generate:run", "answer one question about images (ckpt=FOLDER generate.images=[FILE])"
+        "mmprune_train.tasks.generate:run",
+        "answer one question about images (ckpt=FOLDER generate.images=[FILE])",
+        f"generate/ (answers.jsonl, a line a question; result.json, the last), {HERE}",
+        (*QUESTION, "generate.max_new_tokens", *ASKED),
+        example="mmprune task=generate ckpt=runs/demo/RUN_ID generate.images=[photo.png] "
+        'generate.question="what\'s in it, a (red) shape?"',
     ),
     "bench": Task(
         "mmprune_train.tasks.bench:run",
         "seconds, memory, FLOPs of a step, beside Hugging Face (bench.pruners=[NAME,...])",
+        f"bench/ (result.json, bench.png), {HERE}",
+        ("bench", "ckpt", "stages", "knee", "pruner", "data", "stage", "peft", "llm.template", "encoder.text", *STEPS),
+        BUILT,
+        "mmprune task=bench +experiment=throughput bench.pruners=[none,twostage,fastv]",
     ),
     "inspect": Task(
-        "mmprune_train.tasks.inspect:run", "draw what both stages kept (ckpt=FOLDER generate.images=[FILE])"
+        "mmprune_train.tasks.inspect:run",
+        "draw what both stages kept (ckpt=FOLDER generate.images=[FILE])",
+        f"inspect/ (pruning.png, result.json; earlier ones move to inspect.old1), {HERE}",
+        (*QUESTION, *ASKED),
+        example="mmprune task=inspect ckpt=runs/demo/RUN_ID generate.images=[photo.png]",
     ),
-    "report": Task("mmprune_train.tasks.report:run", "one HTML page over runs or a sweep (report.runs=[FOLDER,...])"),
+    "report": Task(
+        "mmprune_train.tasks.report:run",
+        "one HTML page over runs or a sweep (report.runs=[FOLDER,...])",
+        "report/ (report.html, result.json), in the one folder given, else the experiment's, or report.output=",
+        ("report", "sweep"),
+        example="mmprune task=report +experiment=smoke",
+    ),
 }
-"""Every task by the name that `task=` takes. A new task is one line here and one module beside this file."""
+"""Every task by the name that `task=` takes. A new task is one entry here and one module beside this file."""
+
+
+def task_named(name: str) -> Task:
+    """Raises UserError for an unknown name."""
+    if name not in TASKS:
+        raise UserError(unknown_name("task", name, TASKS))
+    return TASKS[name]
 
 
 def find_task(name: str) -> Run:
     """The function of a task, importing its module. Raises UserError for an unknown name."""
-    if name not in TASKS:
-        raise UserError(unknown_name("task", name, TASKS))
-    module, function = TASKS[name].where.split(":")
+    module, function = task_named(name).where.split(":")
     return getattr(importlib.import_module(module), function)
+
+
+def unread(name: str, overrides: Sequence[str], sweeping: bool = False) -> list[str]:
+    """Those overrides whose keys the task does not read, so that they would change nothing.
+
+    Args:
+        overrides: as they were typed; what an experiment sets is not judged.
+        sweeping: whether this is a sweep, or a job of one.
+    """
+    task, given = task_named(name), [key_of(override) for override in overrides]
+    if task.reads is None:
+        return []
+    known = (*ANYWHERE, *task.reads, *(() if "ckpt" in given else task.without_ckpt), *(("sweep",) if sweeping else ()))
+    return [override for key, override in zip(given, overrides, strict=True) if not _covers(known, key)]
+
+
+def check_keys(name: str, overrides: Sequence[str], sweeping: bool) -> None:
+    """Raise UserError for an override that the task does not read. Arguments as of `unread`."""
+    for override in unread(name, overrides, sweeping):
+        raise UserError(f"{override}: {_no_effect(name, key_of(override))}")
+
+
+def _covers(known: Sequence[str], key: str) -> bool:
+    """Whether one of the known keys is the key, holds it, or lies in it: a group's option sets all below it."""
+    return any(key == one or key.startswith(f"{one}.") or one.startswith(f"{key}.") for one in known)
+
+
+def _no_effect(name: str, key: str) -> str:
+    where = " where ckpt= is given" if _covers(TASKS[name].without_ckpt, key) else ""
+    readers = [other for other, task in TASKS.items() if _covers((*(task.reads or ()), *task.without_ckpt), key)]
+    if key.split(".")[0] == "sweep":
+        readers.append("every sweep (-m)")
+    more = "; the weights that training starts from are init_from=PATH" if key == "ckpt" else ""
+    others = [reader for reader in readers if reader != name]
+    read = f"{', '.join(others)} {'do' if len(others) > 1 else 'does'}" if others else "no other task does"
+    return f"task={name} does not read {key}{where}, so it would change nothing; leave it out ({read}){more}"

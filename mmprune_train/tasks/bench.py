@@ -25,7 +25,7 @@ from mmprune_train.data.loader import TrainLoader
 from mmprune_train.data.templates import get_template
 from mmprune_train.errors import UserError
 from mmprune_train.evaluation.generate import load_images
-from mmprune_train.evaluation.questions import question_of
+from mmprune_train.evaluation.questions import questions_of
 from mmprune_train.model.build import build
 from mmprune_train.model.llava import PackedLlava
 from mmprune_train.model.quantize import check_quantization
@@ -34,6 +34,7 @@ from mmprune_train.pruning.patches import Patches
 from mmprune_train.quiet import quiet
 from mmprune_train.reporting.bench_figure import draw_steps
 from mmprune_train.reporting.tables import table
+from mmprune_train.tasks.checkpoint import find_checkpoint, keep_earlier, load
 from mmprune_train.tasks.prepare import prepare_data
 from mmprune_train.training.features import fill_for
 from mmprune_train.training.files import write_json
@@ -48,6 +49,13 @@ DENSE = "none"
 
 def run(config: Config) -> dict[str, Any]:
     """Write `bench/result.json` and the figure to the run directory; returns the result."""
+    found = find_checkpoint(config) if config.ckpt else None
+    if found is not None and found.trained is None:
+        raise UserError(
+            f"ckpt={config.ckpt}: task=bench needs a run directory, whose config says how samples are prepared"
+        )
+    folder = (found.home if found else run_dir(config)) / "bench"
+    config = found.config if found else config
     accelerator = choose_accelerator(config.trainer.accelerator)
     precision = choose_precision(config.trainer.precision, accelerator)
     name = config.bench.stage or config.stages[-1]
@@ -57,7 +65,10 @@ def run(config: Config) -> dict[str, Any]:
     prepare_data(config, [name])
     reads = [pruner for pruner in pruners.values() if reads_text(pruner.vision)]
     with quiet():
-        model, processor = build(replace(config, pruner=reads[0]) if reads else config)
+        if found is None:
+            model, processor = build(replace(config, pruner=reads[0]) if reads else config)
+        else:
+            model, processor, _ = load(replace(found, pruner=reads[0]) if reads else found)
         make_trainable(model, config, name, precision)
     model.to(accelerator)
     model.template, processor.image_processor = template_of(config, name), stage_image_processor(config, name)
@@ -69,6 +80,7 @@ def run(config: Config) -> dict[str, Any]:
     kernels = kernel_lines(model, torch.device(accelerator), precision.dtype)
     print(kernels, flush=True)
     result: dict[str, Any] = {
+        "ckpt": str(found.model) if found else None,
         "encoder": config.encoder.name,
         "image_size": config.encoder.image_size,
         "llm": config.llm.name,
@@ -83,7 +95,7 @@ def run(config: Config) -> dict[str, Any]:
         "versions": versions(),
         "git_commit": git_commit(),
     }
-    folder = run_dir(config) / "bench"
+    keep_earlier(folder)
     if "train" in config.bench.measure:
         batch = next(loader.steps(0, 1))[0].to(accelerator)
         result["samples"], result["batch_ids"] = batch.sequence.samples, batch.ids
@@ -260,12 +272,12 @@ def _generate(
 ) -> dict[str, Any]:
     size = loader.batches.size
     template = get_template(config.llm.template, processor.tokenizer)
-    questions = [question_of(record) for record in loader.dataset.records[:size]]
+    questions = [questions_of(record, "first")[0] for record in loader.dataset.records[:size]]
     processor.tokenizer.padding_side = "left"
     read = ImageReader(processor.image_processor).open
     inputs = processor(
         images=[image for question in questions for image in load_images(question, read)] or None,
-        text=[template.prompt(question.text, len(question.images)) for question in questions],
+        text=[question.prompt(template) for question in questions],
         return_tensors="pt",
         padding=True,
     ).to(model.device)

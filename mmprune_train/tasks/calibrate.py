@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import shlex
-import shutil
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -16,6 +15,7 @@ from mmprune_train.config.identity import run_dir
 from mmprune_train.config.pruner import KNEE_METHODS
 from mmprune_train.config.pruner_schema import PrunerConfig
 from mmprune_train.config.schema import CalibrateConfig, Config
+from mmprune_train.config.typed import command_line, group_of
 from mmprune_train.data.images import ImageReader
 from mmprune_train.data.records import Record, read_records
 from mmprune_train.data.sources import split_files
@@ -31,7 +31,7 @@ from mmprune_train.evaluation.calibration import (
     pack,
     with_knee,
 )
-from mmprune_train.model.build import build, load_model, vision_tower
+from mmprune_train.model.build import build, vision_tower
 from mmprune_train.model.llava import PackedLlava
 from mmprune_train.model.vision import encode
 from mmprune_train.model.weights import encoder_folder
@@ -40,7 +40,8 @@ from mmprune_train.pruning.calibration import ScoredImages, knob_of
 from mmprune_train.quiet import quiet
 from mmprune_train.reporting.budget_figure import KeptTokens, draw_budgets
 from mmprune_train.reporting.calibration import WHAT, outcome, sentence, share, summary, text
-from mmprune_train.tasks.evaluate import choose_orientation, command_line, group_of, with_run_settings
+from mmprune_train.tasks import unread
+from mmprune_train.tasks.checkpoint import Checkpoint, find_checkpoint, keep_earlier, load
 from mmprune_train.tasks.prepare import prepare_data, prepare_weights
 from mmprune_train.training.files import write_atomically, write_json
 from mmprune_train.training.inputs import stage_reader, template_of
@@ -62,16 +63,16 @@ def run(config: Config) -> dict[str, Any]:
         UserError: the run's own budget cannot meet the target; the report is written nevertheless.
     """
     asked = config.calibrate
-    source = Path(config.ckpt) if config.ckpt else None
-    chosen, pruner = with_run_settings(config, source) if source else (config, config.pruner)
-    trained = source is not None and (source / "manifest.json").is_file()
-    folder = (source if source and trained else run_dir(config)) / "calibrate"
+    found = find_checkpoint(config) if config.ckpt else None
+    chosen, pruner = (found.config, found.pruner) if found else (config, config.pruner)
+    folder = (found.home if found else run_dir(config)) / "calibrate"
     if pruner is not None:
         check_subject(pruner, asked)
     prepare_data(chosen, [asked.split])
-    subject = load_subject(chosen, pruner)
+    subject = load_subject(chosen, pruner, found)
     check_subject(subject.pruner, asked)
     report, images = measure(chosen, subject)
+    keep_earlier(folder)
     written = write_presets(folder / "conf", report, chosen)
     result = {**summary(report), "seed": config.seed, "ckpt": config.ckpt}
     result["presets"] = sorted(written)
@@ -126,17 +127,18 @@ class Subject:
     processor: Any = None
 
 
-def load_subject(config: Config, pruner: PrunerConfig | None) -> Subject:
+def load_subject(config: Config, pruner: PrunerConfig | None, found: Checkpoint | None) -> Subject:
     """The model, or its encoder alone where that is enough.
 
     Args:
         pruner: None: the checkpoint's own.
+        found: the checkpoint; None: the base weights.
     """
     asked = config.calibrate
     device = torch.device(choose_accelerator(config.trainer.accelerator))
     reader = stage_reader(config, asked.split)
     with quiet():
-        if not config.ckpt and asked.measure == "vision":
+        if found is None and asked.measure == "vision":
             assert pruner is not None
             torch.manual_seed(config.seed)  # random weights are to be those of a run
             tower = vision_tower(config.encoder, encoder_folder(config.encoder), torch.float32).to(device).eval()
@@ -148,9 +150,8 @@ def load_subject(config: Config, pruner: PrunerConfig | None) -> Subject:
                 layer=pruner.vision.layer,
             )
             return Subject(pruner, encoder, reader, device)
-        if config.ckpt:
-            model, processor = load_model(config.ckpt, pruner=pruner, device=device)
-            choose_orientation(processor.image_processor, config.data.exif_orientation)
+        if found is not None:
+            model, processor, _ = load(found)
             reader = ImageReader(processor.image_processor)
         else:
             prepare_weights(config)
@@ -205,8 +206,7 @@ def sample_passes(
 
 def write_presets(folder: Path, report: Report, config: Config) -> dict[str, Path]:
     """`pruner/calibrated.yaml` for the run's own budget and `pruner/calibrated_NAME.yaml` for every other one that was
-    solved; those of an earlier calibration are removed. By name."""
-    shutil.rmtree(folder, ignore_errors=True)
+    solved. By name."""
     written = {}
     for row in report.rows:
         if row.solved is not None:
@@ -238,7 +238,8 @@ def next_command(config: Config, folder: Path) -> str:
     """The command that uses the preset: evaluates the checkpoint with it, or trains."""
     kept = [override for override in command_line() if group_of(override) not in LEFT_OUT]
     task = ["task=evaluate", f"ckpt={config.ckpt}"] if config.ckpt else []
-    arguments = ["--config-dir", str(folder), *task, *kept, f"pruner={PRESET}"]
+    idle = unread("evaluate" if task else "train", [*task, *kept])
+    arguments = ["--config-dir", str(folder), *task, *(one for one in kept if one not in idle), f"pruner={PRESET}"]
     return shlex.join(["python", "-m", "mmprune_train", *arguments])
 
 

@@ -2,131 +2,109 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from mmprune_train.config.compose import config_from_file
-from mmprune_train.config.identity import run_dir
+from mmprune_train.assets import sha256_of
 from mmprune_train.config.schema import Config
 from mmprune_train.data.records import IMAGE_PLACEHOLDER, read_records
-from mmprune_train.data.sources import split_files
+from mmprune_train.data.sources import data_root, split_files
 from mmprune_train.data.templates import get_template
 from mmprune_train.errors import UserError
-from mmprune_train.evaluation.questions import read_questions
-from mmprune_train.evaluation.run import evaluate
-from mmprune_train.model.build import load_model
+from mmprune_train.evaluation.questions import Question, check_images, choose, counts_by_kind, read_questions
+from mmprune_train.evaluation.run import evaluate, write_predictions
 from mmprune_train.model.conversation import converse
-from mmprune_train.quiet import quiet
 from mmprune_train.reporting.evaluation import result_table
+from mmprune_train.tasks.checkpoint import Checkpoint, find_checkpoint, keep_earlier, load
 from mmprune_train.tasks.prepare import prepare_data
-from mmprune_train.training.files import write_json
-from mmprune_train.training.precision import choose_accelerator, choose_precision
-from mmprune_train.training.rundir import free_name
+from mmprune_train.training.files import read_json, write_json
+
+FOLDER = "evaluate"
+"""Of an evaluation in its run directory; what is not the run's own case adds to the name."""
+
+
+@dataclass(frozen=True)
+class QuestionSet:
+    """The questions that are asked, and what they were chosen from."""
+
+    chosen: list[Question]
+    asked: dict[str, Any]
+    """For result.json: the file with its checksum, turns, and questions of each kind."""
 
 
 def run(config: Config) -> dict[str, Any]:
     """Evaluate `ckpt=` (a run directory, an exported or a llava-hf folder), by default this config's own run."""
-    source = Path(config.ckpt) if config.ckpt else run_dir(config)
-    if not config.ckpt and not (source / "manifest.json").is_file():
-        raise UserError(f"ckpt= is not given and {source} has no run; give ckpt=FOLDER or train first")
-    chosen, pruner = with_run_settings(config, source)
-    name = f"evaluate-{chosen.pruner.name}" if pruner else "evaluate"
-    folder = source / name if (source / "manifest.json").is_file() else run_dir(config) / name
-    prepare_data(chosen, ["evaluate"])
-    keep_earlier(folder)
-    result = evaluate_folder(chosen, config.ckpt or source, folder, pruner)
-    write_json(folder / "result.json", result)
+    found = find_checkpoint(config)
+    questions = question_set(found.config)
+    folder = found.home / folder_name(found, questions.asked["annotations"])
+    result = evaluate_checkpoint(found, questions, folder)
     print(f"\n{result_table(result)}\n\n{folder}", flush=True)
     return result
 
 
-def keep_earlier(folder: Path) -> None:
-    """Move an earlier evaluation's folder aside; what a run was once found to answer is not lost."""
-    if (folder / "predictions.jsonl").is_file():
-        aside = free_name(folder)
-        folder.rename(aside)
-        print(f"moved the earlier evaluation to {aside}", flush=True)
+def question_set(config: Config) -> QuestionSet:
+    """The questions of `data.evaluate` that `evaluate.kinds`, `turns` and `limit` choose; UserError for what is missing
+    or malformed, images that are not there included. No model is needed."""
+    prepare_data(config, ["evaluate"])
+    annotations, images = split_files(config.data, "evaluate")
+    settings, records = config.evaluate, config.data.evaluate.limit
+    questions = read_questions(annotations, images, records, settings.turns)
+    chosen = choose(questions, settings.kinds, settings.limit)
+    check_images(chosen)
+    asked = {
+        "annotations": str(annotations),
+        "sha256": sha256_of(annotations),
+        "records": records,
+        "turns": settings.turns,
+        "limit": settings.limit,
+        "questions": counts_by_kind(questions, chosen),
+    }
+    return QuestionSet(chosen, asked)
 
 
-def with_run_settings(config: Config, source: Path) -> tuple[Config, Any]:
-    """Settings a trained run is evaluated with, and the pruner to use instead of its own (None: its own).
-
-    What the command line does not name is taken from the run directory's config. A folder that is no run directory is
-    evaluated with this config's data, and its own pruner unless one is named.
-    """
-    named = named_groups()
-    pruner = config.pruner if named & {"pruner", "knee"} else None
-    if not (source / "config.yaml").is_file():
-        return config, pruner
-    trained = config_from_file(source / "config.yaml")
-    groups = ("data", "encoder", "llm", "stage")
-    kept = {group: getattr(trained, group) for group in groups if not named & {group, "experiment"}}
-    if pruner == trained.pruner:
-        pruner = None
-    return replace(config, **kept), pruner
+def folder_name(found: Checkpoint, annotations: str) -> str:
+    """`evaluate`, with what makes this another evaluation than the run's own: its name, else that of another file, the
+    training stage, the pruner."""
+    parts = [FOLDER, found.config.evaluate.name or _other_case(found, annotations), found.stage]
+    parts.append(None if found.pruner is None else found.pruner.name)
+    return "-".join(part for part in parts if part)
 
 
-def named_groups() -> set[str]:
-    """First parts of the keys that the command line gives, e.g. {"pruner", "evaluate"}; empty outside of it."""
-    return {group_of(override) for override in command_line()}
+def _other_case(found: Checkpoint, annotations: str) -> str | None:
+    """A name for what is not the run's own case: the file that it was trained to be asked or, where there is none, the
+    file and model of the evaluation that lies in `evaluate`. None: this is it."""
+    data, model = found.config.data, Path(found.model)
+    own = (read_json(found.home / FOLDER / "result.json") or {}).get("asked", {})
+    if found.trained is not None:
+        file = found.trained.data.evaluate.annotations
+        kept = str(data_root(found.trained.data) / Path(file).expanduser()) if file else own.get("annotations")
+        own = {"annotations": kept}
+    names = []
+    if Path(own.get("ckpt") or model) != model:
+        names.append(model.name)
+    if (kept := own.get("annotations")) and Path(kept).resolve() != Path(annotations).resolve():
+        names.append(data.name if Path(annotations).name == Path(kept).name else Path(annotations).stem)
+    return "-".join(names) or None
 
 
-def choose_orientation(image_processor: Any, configured: bool) -> None:
-    """Let images be read as the command line says, else as the model was trained, else, where its folder does not say,
-    as configured.
+def evaluate_checkpoint(found: Checkpoint, questions: QuestionSet, folder: Path) -> dict[str, Any]:
+    """Ask a model the questions. predictions.jsonl and result.json go to `folder`; an earlier evaluation there is moved
+    aside when the answers are there, not before."""
+    config = found.config
+    answers = training_answers(config)
+    model, processor, precision = load(found)
 
-    Args:
-        configured: `data.exif_orientation`.
-    """
-    named = any(key_of(override) == "data.exif_orientation" for override in command_line())
-    if named or not hasattr(image_processor, "exif_orientation"):
-        image_processor.exif_orientation = configured
+    def save(predictions: Any) -> None:
+        keep_earlier(folder)
+        write_predictions(folder / "predictions.jsonl", predictions)
 
-
-def command_line() -> list[str]:
-    """The overrides as they were typed; empty outside of the command line."""
-    from hydra.core.hydra_config import HydraConfig
-
-    return list(HydraConfig.get().overrides.task) if HydraConfig.initialized() else []
-
-
-def group_of(override: str) -> str:
-    """First part of an override's key: `pruner` of `+pruner.vision.score=random`."""
-    return key_of(override).split(".", 1)[0].split("@", 1)[0]
-
-
-def key_of(override: str) -> str:
-    """An override's key: `pruner.vision.score` of `+pruner.vision.score=random`."""
-    return override.split("=", 1)[0].lstrip("+~")
-
-
-def evaluate_folder(config: Config, source: str | Path, folder: Path, pruner: Any = None) -> dict[str, Any]:
-    """Load a model and evaluate it; predictions.jsonl goes to `folder`.
-
-    Args:
-        config: data, and settings of `evaluate` and `trainer`.
-        source: what `load_model` takes.
-        pruner: instead of the one the folder was trained with.
-    """
-    accelerator = choose_accelerator(config.trainer.accelerator)
-    precision = choose_precision(config.trainer.precision, accelerator)
-    questions = read_questions(*split_files(config.data, "evaluate"), config.data.evaluate.limit)
-    with quiet():
-        model, processor = load_model(source, pruner=pruner, device=accelerator, text=config.encoder.text)
-    choose_orientation(processor.image_processor, config.data.exif_orientation)
-    model.vision_chunk, model.attention = config.trainer.vision_chunk, config.trainer.attention
-    result = evaluate(
-        model,
-        processor,
-        prompt_template(model, processor, config),
-        questions,
-        training_answers(config),
-        config.evaluate,
-        folder,
-        precision.dtype,
-    )
-    return {"pruner": model.pruner.settings.name, **result}
+    template = prompt_template(model, processor, config)
+    scores = evaluate(model, processor, template, questions.chosen, answers, config.evaluate, save, precision.dtype)
+    asked = {"ckpt": str(found.model), **questions.asked}
+    result = {"pruner": model.pruner.settings.name, "asked": asked, **scores}
+    write_json(folder / "result.json", result)
+    return result
 
 
 def prompt_template(model: Any, processor: Any, config: Config) -> Any:

@@ -2,45 +2,31 @@
 
 from __future__ import annotations
 
-import os
-from collections.abc import Sequence
-from pathlib import Path
+import json
+import time
 from typing import Any
 
-from mmprune_train.config.identity import run_dir
 from mmprune_train.config.schema import Config
-from mmprune_train.data.images import read_image
 from mmprune_train.errors import UserError
 from mmprune_train.evaluation.generate import answer
-from mmprune_train.evaluation.questions import Question
-from mmprune_train.model.build import load_model
-from mmprune_train.quiet import quiet
 from mmprune_train.reporting.tables import table
-from mmprune_train.tasks.evaluate import choose_orientation, prompt_template, with_run_settings
+from mmprune_train.tasks.checkpoint import find_checkpoint, load
+from mmprune_train.tasks.evaluate import prompt_template
+from mmprune_train.tasks.question import typed_question
 from mmprune_train.training.files import write_json
-from mmprune_train.training.precision import choose_accelerator, choose_precision
-
-IMAGES = "generate.images"
 
 
 def run(config: Config) -> dict[str, Any]:
-    """Print the answer and how many tokens it was read from."""
+    """Print the answer and how many tokens it was read from; add a line to `generate/answers.jsonl`."""
     if not config.ckpt:
         raise UserError("task=generate needs ckpt=FOLDER: a run directory, an exported folder or a llava-hf folder")
-    images = given_images(config.generate.images)
-    chosen, pruner = with_run_settings(config, Path(config.ckpt))
-    accelerator = choose_accelerator(config.trainer.accelerator)
-    precision = choose_precision(config.trainer.precision, accelerator)
-    with quiet():
-        model, processor = load_model(config.ckpt, pruner=pruner, device=accelerator, text=chosen.encoder.text)
-    choose_orientation(processor.image_processor, chosen.data.exif_orientation)
-    model.attention = config.trainer.attention
-    question = Question("generate", images, config.generate.question, "", "open", IMAGES)
-    template = prompt_template(model, processor, chosen)
+    question = typed_question(config.generate, "generate")
+    found = find_checkpoint(config)
+    model, processor, precision = load(found)
     prediction = answer(
         model,
         processor,
-        template,
+        prompt_template(model, processor, found.config),
         [question],
         1,
         config.generate.max_new_tokens,
@@ -50,16 +36,20 @@ def run(config: Config) -> dict[str, Any]:
     counts = {name: int(prediction.counts[name]) for name in ("dense", "stage1", "stage2")}
     print(f"\n{prediction.text}\n")
     print(table([list(counts.values())], ["tokens, dense", "after stage 1", "after stage 2"]))
-    result = {"question": config.generate.question, "prediction": prediction.text, "tokens": counts}
-    write_json(run_dir(config) / "generate" / "result.json", result)
+    result = {
+        "asked": {
+            "ckpt": str(found.model),
+            "images": [str(path) for path in question.images],
+            "when": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
+        },
+        "pruner": model.pruner.settings.name,
+        "question": question.text,
+        "prediction": prediction.text,
+        "tokens": counts,
+    }
+    folder = found.home / "generate"
+    write_json(folder / "result.json", result)
+    with (folder / "answers.jsonl").open("a", encoding="utf-8") as file:
+        file.write(json.dumps(result, ensure_ascii=False) + "\n")
+    print(f"\n{folder / 'answers.jsonl'}", flush=True)
     return result
-
-
-def given_images(paths: Sequence[str]) -> list[Path]:
-    """The files of `generate.images`; UserError for one that is missing or no image, before a model is loaded."""
-    images = [Path(path) for path in paths]
-    for path in images:
-        if not os.path.lexists(path):
-            raise UserError(f"{IMAGES}: there is no file {path}")
-        read_image(path, IMAGES)
-    return images

@@ -3,48 +3,47 @@
 from __future__ import annotations
 
 import math
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 
-from mmprune_train.config.identity import run_dir
 from mmprune_train.config.schema import Config
 from mmprune_train.data.images import ImageReader
 from mmprune_train.errors import UserError
 from mmprune_train.evaluation.generate import load_images
-from mmprune_train.evaluation.questions import Question
-from mmprune_train.model.build import load_model
-from mmprune_train.quiet import quiet
 from mmprune_train.reporting.figures import PrunedImage, PrunedText, draw
 from mmprune_train.reporting.tables import table
-from mmprune_train.tasks.evaluate import choose_orientation, prompt_template, with_run_settings
-from mmprune_train.tasks.generate import IMAGES, given_images
+from mmprune_train.tasks.checkpoint import find_checkpoint, keep_earlier, load
+from mmprune_train.tasks.evaluate import prompt_template
+from mmprune_train.tasks.question import typed_question
 from mmprune_train.training.files import write_json
 
 
 def run(config: Config) -> dict[str, Any]:
-    """Write `inspect/pruning.png` and `inspect/result.json` to the run directory."""
+    """Write `inspect/pruning.png` and `inspect/result.json`; those of an earlier question are moved aside."""
     if not config.ckpt:
         raise UserError("task=inspect needs ckpt=FOLDER: a run directory, an exported folder or a llava-hf folder")
-    images = given_images(config.generate.images)
-    if not images:
+    if not config.generate.images:
         raise UserError("task=inspect needs generate.images=[FILE,...]: the images to draw")
-    chosen, pruner = with_run_settings(config, Path(config.ckpt))
-    question = Question("inspect", images, config.generate.question, "", "open", IMAGES)
-    with quiet():
-        model, processor = load_model(config.ckpt, pruner=pruner, text=chosen.encoder.text)
-        model.attention = config.trainer.attention
-    choose_orientation(processor.image_processor, chosen.data.exif_orientation)
+    question = typed_question(config.generate, "inspect")
+    found = find_checkpoint(config)
+    model, processor, precision = load(found)
     read = ImageReader(processor.image_processor).open
-    prompt = prompt_template(model, processor, chosen).prompt(question.text, n_images=len(images))
-    inputs = processor(images=load_images(question, read), text=[prompt], return_tensors="pt")
-    drawn, text, result = trace_prompt(model, processor, inputs)
-    folder = run_dir(config) / "inspect"
+    prompt = question.prompt(prompt_template(model, processor, found.config))
+    inputs = processor(images=load_images(question, read), text=[prompt], return_tensors="pt").to(model.device)
+    with torch.autocast(model.device.type, dtype=precision.dtype, enabled=precision.dtype != torch.float32):
+        drawn, text, traced = trace_prompt(model, processor, inputs)
+    asked = {"ckpt": str(found.model), "images": [str(path) for path in question.images], "question": question.text}
+    result = {"asked": asked, "pruner": model.pruner.settings.name, **traced}
+    folder = found.home / "inspect"
+    keep_earlier(folder)
     draw(drawn, text, f"{model.pruner.settings.name}: {question.plain}", folder / "pruning.png")
     write_json(folder / "result.json", result)
-    rows = [[file.name, one.grid**2, len(one.stage1), len(one.stage2)] for file, one in zip(images, drawn, strict=True)]
+    rows = [
+        [file.name, one.grid**2, len(one.stage1), len(one.stage2)]
+        for file, one in zip(question.images, drawn, strict=True)
+    ]
     print(table(rows, ["image", "patches", "after stage 1", "after stage 2"]))
     print(f"\n{folder / 'pruning.png'}", flush=True)
     return result
@@ -55,7 +54,7 @@ def trace_prompt(model: Any, processor: Any, inputs: Any) -> tuple[list[PrunedIm
     with torch.inference_mode():
         model(**inputs, logits_to_keep=1)
     trace = model.last_pruning
-    ids = inputs["input_ids"][0]
+    ids = inputs["input_ids"][0].cpu()
     grid = math.isqrt(model.config.image_seq_length)
     if grid**2 != model.config.image_seq_length:
         raise UserError(
@@ -83,7 +82,7 @@ def trace_prompt(model: Any, processor: Any, inputs: Any) -> tuple[list[PrunedIm
         scores = None if trace.vision_scores is None else trace.vision_scores[image]
         second = [token[1] for token in left if isinstance(token, tuple) and token[0] == image]
         pixels = visible(inputs["pixel_values"][image], processor.image_processor)
-        curve = None if scores is None else scores.double().numpy()
+        curve = None if scores is None else scores.double().cpu().numpy()
         drawn.append(PrunedImage(pixels, grid, kept.tolist(), second, curve))
     text = PrunedText([repr(processor.decode([ids[w]]))[1:-1] for w in words], [w in stayed for w in words])
     result = {

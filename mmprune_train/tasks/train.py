@@ -7,11 +7,12 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from mmprune_train.assets import sha256_of
 from mmprune_train.config.compose import config_from_file
 from mmprune_train.config.identity import run_dir, without_effect
 from mmprune_train.config.schema import Config
 from mmprune_train.data.records import read_records
-from mmprune_train.data.sources import split_files
+from mmprune_train.data.sources import data_root, split_files
 from mmprune_train.errors import UserError
 from mmprune_train.reporting.training import result_text
 from mmprune_train.tasks.prepare import prepare_data, prepare_weights
@@ -38,7 +39,7 @@ def run(config: Config) -> dict[str, Any]:
     found = RunDirectory(run_dir(config), writable=False)
     todo = [name for name in config.stages if config.restart or not found.finished(name)]
     result = None if todo else found.result
-    if result is None or asked not in (None, result.get("evaluated_with")):  # other questions than it was asked
+    if result is None or (asked is not None and _asked_otherwise(config, asked, result)):
         result = _make(config, todo, asked, main)
     else:
         directory = open_run(config, writable=main)  # says where the settings are not the run's
@@ -64,6 +65,15 @@ def _questions(config: Config, main: bool) -> dict[str, Any] | None:
     return {"evaluate": asdict(config.evaluate), "data": asdict(config.data.evaluate)}
 
 
+def _asked_otherwise(config: Config, asked: dict[str, Any], result: dict[str, Any]) -> bool:
+    """Whether a finished run was evaluated with other settings or questions; those of a lost file were the same."""
+    if asked != result.get("evaluated_with"):
+        return True
+    file = data_root(config.data) / Path(config.data.evaluate.annotations or "").expanduser()
+    known = result["evaluate"].get("asked", {}).get("sha256")
+    return known is not None and file.is_file() and sha256_of(file) != known
+
+
 def _make(config: Config, todo: list[str], asked: dict[str, Any] | None, main: bool) -> dict[str, Any]:
     """Train and evaluate; what is imported here takes seconds, and a finished run is shown without."""
     from mmprune_train.training.preemption import Preemption
@@ -86,10 +96,13 @@ def _evaluated(config: Config, directory: RunDirectory, asked: dict[str, Any] | 
     """The result of a trained run, after the evaluation that is asked for."""
     result: dict[str, Any] = {"run": str(directory.path), "stages": stage_summaries(directory, config.stages)}
     if asked is not None:
-        from mmprune_train.tasks.evaluate import evaluate_folder
+        from mmprune_train.tasks.checkpoint import Checkpoint
+        from mmprune_train.tasks.evaluate import evaluate_checkpoint, folder_name, question_set
 
-        trained = directory.model(config.stages[-1])
-        result["evaluate"] = evaluate_folder(config, trained, directory.path / "evaluate")
+        trained = Checkpoint(directory.model(config.stages[-1]), directory.path, config, None, config)
+        questions = question_set(config)
+        folder = directory.path / folder_name(trained, questions.asked["annotations"])
+        result["evaluate"] = evaluate_checkpoint(trained, questions, folder)
         result["evaluated_with"] = asked
     directory.write_result(result)
     return result
@@ -102,7 +115,11 @@ def _check_inputs(config: Config, todo: list[str], evaluates: bool) -> None:
 
     if config.peft.name == "qlora" and any(config.stage[name].use_peft for name in todo):
         check_quantization(choose_accelerator(config.trainer.accelerator))
-    prepare_data(config, [*todo, *(["evaluate"] if evaluates else [])])
+    prepare_data(config, todo)
+    if evaluates:
+        from mmprune_train.tasks.evaluate import question_set
+
+        question_set(config)  # a mistake in it is told now, not after hours of training
     for name in todo:  # a mistake in a later stage's data would show after the stages before it were trained
         read_records(*split_files(config.data, name), getattr(config.data, name).limit)
     prepare_weights(config)

@@ -14,11 +14,12 @@ from PIL import Image
 from training.synthetic import overrides, write_dataset
 from transformers import AutoConfig, AutoModel, LlavaForConditionalGeneration
 
-from mmprune_train.config.compose import compose_config
+from mmprune_train.config.compose import compose_config, load_pruner
 from mmprune_train.config.schema import Config
 from mmprune_train.errors import UserError
 from mmprune_train.model.build import load_model
-from mmprune_train.tasks import evaluate, generate, inspect, prepare, train
+from mmprune_train.tasks import checkpoint, evaluate, generate, inspect, prepare, train
+from mmprune_train.tasks.checkpoint import find_checkpoint
 from mmprune_train.training.inputs import stage_image_processor
 
 
@@ -138,7 +139,8 @@ def test_evaluate_again_gives_the_same_answers_and_another_pruner_keeps_other_to
     assert (folder / "evaluate.old1/predictions.jsonl").read_text() == earlier
     same = ("accuracy", "accuracy_blank", "blind_majority", "keep_ratio", "tokens_stage2")
     assert {key: again[key] for key in same} == {key: result["evaluate"][key] for key in same}
-    dense = evaluate.evaluate_folder(config, folder, folder / "dense", pruner="none")
+    found = replace(find_checkpoint(replace(config, ckpt=str(folder))), pruner=load_pruner("none"))
+    dense = evaluate.evaluate_checkpoint(found, evaluate.question_set(config), folder / "dense")
     assert dense["keep_ratio"] == 1.0 and dense["tokens_stage1"] == dense["tokens_dense"]
 
 
@@ -172,15 +174,15 @@ def test_orientation_is_the_command_lines_else_the_models_else_the_configs(
     trained = load_model(folder)[1].image_processor
     assert trained.exif_orientation and not stage_image_processor(turned, "instruct").exif_orientation
     asked: list[str] = []
-    monkeypatch.setattr(evaluate, "command_line", lambda: asked)
-    evaluate.choose_orientation(trained, False)
+    monkeypatch.setattr(checkpoint, "command_line", lambda: asked)
+    checkpoint.choose_orientation(trained, False)
     assert trained.exif_orientation, "as it was trained"
     asked += ["data.root=x", "++data.exif_orientation=false"]
-    evaluate.choose_orientation(trained, False)
+    checkpoint.choose_orientation(trained, False)
     assert not trained.exif_orientation, "as it is asked for"
     asked.clear()
     of_others = SimpleNamespace()
-    evaluate.choose_orientation(of_others, False)
+    checkpoint.choose_orientation(of_others, False)
     assert not of_others.exif_orientation, "where the folder does not say"
 
 

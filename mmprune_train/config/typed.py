@@ -1,0 +1,99 @@
+"""The command line as it was typed: which keys it gives, and words that Hydra's grammar would not let through."""
+
+from __future__ import annotations
+
+import functools
+import re
+from collections.abc import Sequence
+from typing import Any
+
+WORDS = ("generate.question",)
+"""Keys whose value is the rest of the argument, whatever it holds."""
+FILES = ("generate.images", "report.runs")
+"""Keys that take a list of files: `[a (1).png, b.png]`, or one file without brackets."""
+PATHS = frozenset(
+    {
+        "ckpt", "init_from", "runs_dir", "root", "annotations", "images", "blind", "path", "output", "question_file",
+        "feature_cache_dir",
+    }
+)  # fmt: skip
+"""Last parts of the keys that take one path."""
+
+
+def readable(arguments: Sequence[str]) -> list[str]:
+    """The command line with quotes, as Hydra's grammar wants them, around the words and paths that lack them.
+
+    Of paths only those that Hydra could not read are touched. What is quoted already keeps its meaning, so that a
+    command line that went through here may do so again.
+    """
+    return [_readable(argument) for argument in arguments]
+
+
+def _readable(argument: str) -> str:
+    match = re.fullmatch(r"(\+{0,2}([\w.]+)=)(.*)", argument, flags=re.DOTALL)
+    if not match:
+        return argument
+    head, key, value = match.groups()
+    if key in WORDS:
+        return argument if value[:1] in ("'", '"') and _parsed(argument) else head + quoted(value)
+    if key in FILES and value:
+        return head + _file_list(argument, value)
+    if key.rpartition(".")[2] in PATHS and not value.startswith("[") and not _parsed(argument):
+        return head + quoted(value)
+    return argument
+
+
+def _file_list(argument: str, value: str) -> str:
+    parsed = _parsed(argument)
+    if parsed is not None:
+        single = not parsed.is_sweep_override() and isinstance(parsed.value(), str | int | float)
+        return f"[{value}]" if single else value
+    if not (value.startswith("[") and value.endswith("]")):
+        return f"[{quoted(value)}]"
+    parts = re.findall(r"""\s*("(?:[^"\\]|\\.)*"|'(?:[^'\\]|\\.)*'|[^,]+?)\s*(?:,|$)""", value[1:-1])
+    return f"[{','.join(part if part[0] in _QUOTES and part[-1] == part[0] else quoted(part) for part in parts)}]"
+
+
+_QUOTES = ("'", '"')
+
+
+@functools.cache
+def _parser() -> Any:
+    from hydra.core.override_parser.overrides_parser import OverridesParser
+
+    return OverridesParser.create()
+
+
+def _parsed(argument: str) -> Any:
+    """Hydra's own reading of an argument; None where it has none."""
+    from hydra.errors import HydraException
+
+    try:
+        return _parser().parse_override(argument)
+    except HydraException:
+        return None
+
+
+def quoted(text: str) -> str:
+    """Words in the quotes from which Hydra, and OmegaConf after it, read exactly these words."""
+    from hydra.core.override_parser.types import Quote, QuotedString
+
+    literal = re.sub(r"(\\*)\$\{", r"\1\1\\${", text)  # else an interpolation
+    return QuotedString(literal, Quote.double).with_quotes()
+
+
+def command_line() -> list[str]:
+    """The overrides of this run, or of this job of a sweep; empty outside of the command line."""
+    from hydra.core.hydra_config import HydraConfig
+
+    return list(HydraConfig.get().overrides.task) if HydraConfig.initialized() else []
+
+
+def key_of(override: str) -> str:
+    """Key of an override: `pruner.vision.score` of `+pruner.vision.score=random`."""
+    return override.split("=", 1)[0].lstrip("+~").split("@", 1)[0]
+
+
+def group_of(override: str) -> str:
+    """First part of an override's key: `pruner` of `+pruner.vision.score=random`."""
+    return key_of(override).split(".", 1)[0]

@@ -1,0 +1,112 @@
+"""The model that a task asks: which folder `ckpt=` means, the settings that go with it, and where results go."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from omegaconf import OmegaConf
+
+from mmprune_train.config.checks import check_pruner_fits
+from mmprune_train.config.compose import config_from_file
+from mmprune_train.config.identity import home_dir, run_dir, run_of
+from mmprune_train.config.pruner_schema import PrunerConfig
+from mmprune_train.config.schema import Config
+from mmprune_train.config.typed import command_line, key_of
+from mmprune_train.errors import UserError
+from mmprune_train.model.build import load_model, model_folder
+from mmprune_train.quiet import quiet
+from mmprune_train.training.precision import Precision, choose_accelerator, choose_precision
+from mmprune_train.training.rundir import free_name
+
+KEPT = ("data", "encoder", "llm", "stage", "peft", "evaluate")
+"""Sections of a run's own config that hold for it unless the command line says otherwise."""
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """A model folder and what belongs to it."""
+
+    model: Path | str
+    """What `load_model` takes: a folder, or a hub id."""
+    home: Path
+    """Where a task's folder goes: the run directory that the model belongs to, else this config's."""
+    config: Config
+    """The command's; of a run, its own settings in `KEPT`, except for what the command line names."""
+    pruner: PrunerConfig | None
+    """Instead of the model's own, where the command line names one."""
+    trained: Config | None = None
+    """The config of the run; None: this is no run directory."""
+    stage: str | None = None
+    """Training stage of the run, where another than the last finished one is named."""
+
+
+def find_checkpoint(config: Config) -> Checkpoint:
+    """What `ckpt=` means, by default this config's own run. Nothing is loaded.
+
+    Raises UserError where there is no such folder, or no model in it, or where the pruner does not fit it.
+    """
+    run = run_of(config.ckpt or str(run_dir(config)))
+    if run is None and not config.ckpt:
+        raise UserError(f"ckpt= is not given and {run_dir(config)} has no run; give ckpt=FOLDER or train first")
+    given = {key_of(override) for override in command_line()}
+    pruner = config.pruner if {key.split(".", 1)[0] for key in given} & {"pruner", "knee"} else None
+    model = model_folder(config.ckpt or str(run))
+    if run is None or not (run / "config.yaml").is_file():
+        return Checkpoint(model, home_dir(config), config, pruner)
+    trained = config_from_file(run / "config.yaml")
+    if "stages" in given:
+        model = run / config.stages[-1] / "model"
+        if not (model / "config.json").is_file():
+            raise UserError(f"stages={config.stages}: {run} has no finished stage {config.stages[-1]}; leave it out")
+    stage = None if model == model_folder(run) else Path(model).parent.name
+    pruner = None if pruner == trained.pruner else pruner
+    settled = _settled(trained, config, given)
+    if pruner is not None:
+        check_pruner_fits(settled)
+    return Checkpoint(model, run, settled, pruner, trained, stage)
+
+
+def _settled(trained: Config, asked: Config, given: set[str]) -> Config:
+    """The command's config with the run's own `KEPT`, in which keys of the command line have the command's values."""
+    own, typed = OmegaConf.structured(trained), OmegaConf.structured(asked)
+    named = KEPT if "experiment" in given else [key for key in given if key.split(".", 1)[0] in KEPT]
+    for key in sorted(named):  # a group's choice comes before single keys in it
+        OmegaConf.update(own, key, OmegaConf.select(typed, key), merge=False)
+    settled = OmegaConf.to_object(own)
+    return replace(asked, **{name: getattr(settled, name) for name in KEPT})
+
+
+def load(found: Checkpoint) -> tuple[Any, Any, Precision]:
+    """The model, its processor, and the precision to compute in."""
+    trainer = found.config.trainer
+    accelerator = choose_accelerator(trainer.accelerator)
+    precision = choose_precision(trainer.precision, accelerator)
+    with quiet():
+        model, processor = load_model(
+            found.model, pruner=found.pruner, device=accelerator, text=found.config.encoder.text
+        )
+    model.vision_chunk, model.attention = trainer.vision_chunk, trainer.attention
+    choose_orientation(processor.image_processor, found.config.data.exif_orientation)
+    return model, processor, precision
+
+
+def choose_orientation(image_processor: Any, configured: bool) -> None:
+    """Let images be read as the command line says, else as the model was trained, else, where its folder does not say,
+    as configured.
+
+    Args:
+        configured: `data.exif_orientation`.
+    """
+    named = any(key_of(override) == "data.exif_orientation" for override in command_line())
+    if named or not hasattr(image_processor, "exif_orientation"):
+        image_processor.exif_orientation = configured
+
+
+def keep_earlier(folder: Path) -> None:
+    """Move the folder of an earlier run of a task aside: what was once found is not lost."""
+    if folder.is_dir() and any(folder.iterdir()):
+        aside = free_name(folder)
+        folder.rename(aside)
+        print(f"moved the earlier {folder.name} to {aside}", flush=True)

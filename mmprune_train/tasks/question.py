@@ -1,0 +1,67 @@
+"""The one question of a command line, `generate.*`, for the tasks that ask it."""
+
+from __future__ import annotations
+
+import os
+import sys
+from pathlib import Path
+
+from mmprune_train.config.schema import GenerateConfig
+from mmprune_train.data.images import read_image
+from mmprune_train.data.records import IMAGE_PLACEHOLDER
+from mmprune_train.errors import UserError
+from mmprune_train.evaluation.questions import Question
+
+IMAGES = "generate.images"
+
+
+def typed_question(asked: GenerateConfig, name: str) -> Question:
+    """The question with its images.
+
+    Args:
+        name: of the task.
+    Raises:
+        UserError: a file is missing or cannot be read as text, standard input is empty, or placeholders and images do
+            not match.
+    """
+    images = [Path(path).expanduser() for path in asked.images]
+    for path in images:
+        if not os.path.lexists(path):
+            comma = " (a comma in a file's name wants quotes: '[\"a, b.png\"]')" if len(images) > 1 else ""
+            raise UserError(f"{IMAGES}: there is no file {path}{comma}")
+        read_image(path, IMAGES)
+    text, key = _text(asked)
+    placeholders = text.count(IMAGE_PLACEHOLDER)
+    if placeholders not in (0, len(images)):
+        raise UserError(
+            f"{key} has {placeholders} {IMAGE_PLACEHOLDER} for {len(images)} {IMAGES}: write one for each, in "
+            "their order, or none, and they stand before the question"
+        )
+    return Question(name, images, text, "", "open", where=IMAGES)
+
+
+def _text(asked: GenerateConfig) -> tuple[str, str]:
+    """The question, and the key that it comes from."""
+    key = "generate.question"
+    if asked.question_file is not None:
+        key = "generate.question_file"
+        if asked.question != GenerateConfig.question:
+            raise UserError(f"{key} and generate.question are both given: leave one out")
+        try:
+            text = Path(asked.question_file).expanduser().read_text(encoding="utf-8-sig")
+        except (OSError, UnicodeDecodeError) as error:
+            raise UserError(f"{key}={asked.question_file}: cannot be read as text ({error}); name another") from None
+    elif asked.question == "-":
+        if sys.stdin.isatty():
+            print("the question, ended by Ctrl-D on a line of its own:", file=sys.stderr, flush=True)
+        text = sys.stdin.read()
+        if not text.strip():
+            raise UserError(f"{key}=-: nothing came from standard input")
+    else:
+        text = asked.question
+    text = text.strip("\r\n")
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        raise UserError(f"{key}: the text is not valid UTF-8; write it again, or give generate.question_file") from None
+    return text, key
