@@ -7,15 +7,19 @@ import json
 import shutil
 import sys
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 from training.synthetic import entry, overrides, write_dataset
 
 from mmprune_train.__main__ import main
-from mmprune_train.config.compose import compose_config
+from mmprune_train.config.compose import compose_config, load_pruner
+from mmprune_train.config.schema import SplitConfig
 from mmprune_train.tasks import train
-from mmprune_train.training.files import read_json, read_jsonl
+from mmprune_train.tasks.checkpoint import Checkpoint
+from mmprune_train.tasks.evaluate import folder_name
+from mmprune_train.training.files import read_json, read_jsonl, write_json
 
 Command = Callable[..., tuple[int, str, str]]
 SHORT = ("evaluate.max_new_tokens=2", "evaluate.blank=false", "trainer.precision=fp32")
@@ -207,3 +211,20 @@ def test_other_questions_in_the_same_file_are_asked_again_after_training(run: Pa
     assert read_json(folder / "evaluate/result.json") == read_json(folder / "result.json")["evaluate"] == again
     (data / "evaluate.json").unlink()
     assert train.run(config)["evaluate"] == again, "what was found is shown without the file"
+
+
+def test_another_case_than_the_runs_own_has_a_folder_of_its_own(tmp_path: Path) -> None:
+    config = compose_config(["task=evaluate", "data=files", f"data.root={tmp_path}"])
+    foreign = Checkpoint(tmp_path / "llava", tmp_path, config, None)
+    assert folder_name(foreign, "a.json") == "evaluate"
+    asked = {"ckpt": str(tmp_path / "llava"), "annotations": "a.json"}
+    write_json(tmp_path / "evaluate/result.json", {"asked": asked})
+    assert folder_name(foreign, "a.json") == "evaluate"
+    assert folder_name(foreign, "b.json") == "evaluate-b"
+    assert folder_name(replace(foreign, model=tmp_path / "other"), "a.json") == "evaluate-other"
+    own = replace(config, data=replace(config.data, evaluate=SplitConfig(annotations="test.json")))
+    trained = replace(foreign, trained=own, pruner=load_pruner("none"), stage="pretrain")
+    assert folder_name(trained, str(tmp_path / "test.json")) == "evaluate-pretrain-none"
+    assert folder_name(replace(trained, stage=None), "elsewhere/test.json") == "evaluate-files-none"
+    named = replace(config, evaluate=replace(config.evaluate, name="held_out"))
+    assert folder_name(replace(trained, config=named, stage=None), "b.json") == "evaluate-held_out-none"
