@@ -185,8 +185,8 @@ class PrunedCache(DynamicCache):
             return valid
         if valid.shape[1] != self._columns + width:
             raise UserError(
-                f"attention_mask has {valid.shape[1]} columns: {width} are new and the cache holds {self._columns}, so it "
-                f"must have {width} or {self._columns + width}"
+                f"attention_mask has {valid.shape[1]} columns; {width} tokens are new and the cache holds "
+                f"{self._columns}, so it must have {width} or {self._columns + width}"
             )
         if valid[:, :-width].sum(1).tolist() != [len(row) for row in self.rows]:
             raise UserError(

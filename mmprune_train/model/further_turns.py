@@ -94,13 +94,13 @@ def check_turn(cache: PrunedCache, whole: Parts, pruner: Pruner) -> None:
     turns_of = after.turn[torch.isin(_named(after, after.slot), can)]
     if stage.turns != "first" and torch.equal(could, can):
         raise UserError(
-            f"pruner.language.turns={stage.turns}: the new question votes on what stays of earlier images, and the cache "
-            f"has dropped it; set pruner.language.turns=first, or {READ_ANEW}"
+            f"pruner.language.turns={stage.turns}: the new question votes on what stays of earlier images, and the "
+            f"cache has dropped it; set pruner.language.turns=first, or {READ_ANEW}"
         )
     if len(can) > len(could) and len(turns_of) and int(turns_of.max()) > int(before.turn.max()):
         raise UserError(
-            f"pruner.language.enabled=true: the new turn has an image, which {name} scores beside tokens that the cache "
-            f"has dropped; {READ_ANEW}"
+            f"pruner.language.enabled=true: the new turn has an image, which {name} scores beside tokens that the "
+            f"cache has dropped; {READ_ANEW}"
         )
     raise UserError(
         f"{name}: the new text changes what could be dropped of the turns before (it goes on with a question that was "

@@ -9,11 +9,11 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
-from transformers import GenerationMixin, LlavaConfig, LlavaForConditionalGeneration
+from transformers import LlavaConfig, LlavaForConditionalGeneration
 from transformers.utils.deprecation import deprecate_kwarg
 
 from mmprune_train.errors import UserError
-from mmprune_train.model.cache import READ_ANEW, PrunedCache
+from mmprune_train.model.cache import PrunedCache
 from mmprune_train.pruning.host import fetch
 
 _OWN_LAYERS = "every layer has its own tokens here"
@@ -62,17 +62,20 @@ def refuse_foreign(cache: object) -> None:
         )
 
 
-_Loops = GenerationMixin if TYPE_CHECKING else object  # transformers wants the model itself to inherit from it
+if TYPE_CHECKING:
+    from transformers import GenerationMixin as Loops
+else:
+    Loops = object  # transformers wants the model itself to inherit from it
 
 
-class Generating(_Loops):
+class Generating(Loops):
     """What a PackedLlava puts before transformers' GenerationMixin; it owns the members below."""
 
     config: LlavaConfig
 
     @deprecate_kwarg("past_key_values", "5.40.0", new_name="cache")
     def generate(self, *args: Any, **kwargs: Any) -> Any:
-        """transformers' generation loop (greedy, sampling, beams, drafts) over a cache whose layers hold what they kept.
+        """transformers' generation loops (greedy, sampling, beams, drafts) over a cache of what each layer kept.
 
         With the `cache` of an earlier turn and the whole conversation as `input_ids`, only what is new is read;
         `pixel_values` are then those of the new turn.

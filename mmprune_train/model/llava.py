@@ -361,8 +361,8 @@ class PackedLlava(Generating, ImageSide, PreTrainedModel, GenerationMixin):
         goes_on = cache is not None and cache.prompt_is_in
         if cache is not None and goes_on and cache.settings != self.pruner.settings:
             raise UserError(
-                f"the cache was filled under other pruner settings (pruner={cache.settings and cache.settings.name}) than "
-                f"pruner={self.pruner.settings.name} now; {READ_ANEW}"
+                f"the cache was filled under other pruner settings (pruner={cache.settings and cache.settings.name}) "
+                f"than pruner={self.pruner.settings.name} now; {READ_ANEW}"
             )
         if goes_on and labels is not None:
             raise UserError(f"labels go with a whole conversation; {READ_ANEW}")
