@@ -48,14 +48,13 @@ def execute(config: Config) -> Any:
     from hydra.core.hydra_config import HydraConfig
     from hydra.types import RunMode
 
-    from mmprune_train.config.pruner import idle_knee
+    from mmprune_train.config.notes import notes
     from mmprune_train.training.cluster import has_part
 
     sweeping = HydraConfig.get().mode == RunMode.MULTIRUN
     if not has_part(config.task, config.trainer.devices, config.trainer.num_nodes, sweeping):
         return None
-    chosen = [o for o in HydraConfig.get().overrides.task if o.startswith(("knee=", "knee."))]
-    if chosen and (note := idle_knee(config.pruner, config.knee)):
+    for note in notes(config, HydraConfig.get().overrides.task):
         print(f"note: {note}", file=sys.stderr, flush=True)
     return find_task(config.task)(config)
 

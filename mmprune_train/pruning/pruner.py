@@ -11,7 +11,7 @@ import torch
 from jaxtyping import Bool, Float, Int64
 from torch import Tensor
 
-from mmprune_train.config.pruner import TEXT_SCORES, projects, pruned_layers, reads_text
+from mmprune_train.config.pruner import TEXT_SCORES, projects, pruned_layers, reads_text, with_amount
 from mmprune_train.config.pruner_schema import KneeConfig, PrunerConfig
 from mmprune_train.errors import UserError
 from mmprune_train.pruning import answers
@@ -292,7 +292,11 @@ class Pruner:
                 lambda: pad(take(hidden, places), row, len(table))[0],
                 "pruner.language.knee",
             )
-            kept = unpad(top_mask(table, counts, lengths), row)  # [M]
+            ranked = table
+            if stage.min_per_image:
+                first = pad(self._first_of_images(sequence, places, scores), row, len(table))[0]
+                ranked, counts = table.masked_fill(first, torch.inf), counts.maximum(first.sum(1))
+            kept = unpad(top_mask(ranked, counts, lengths), row)  # [M]
             method = _paced(knee, pace).method
             sound = unpad(sound_rows(table, lengths, method)[:, None].expand_as(table), row)
         if stage.merge != "none":
@@ -303,6 +307,24 @@ class Pruner:
         mask = torch.ones(len(sequence), dtype=torch.bool)
         mask[places] = stays
         return hidden, mask, scores.masked_fill(upload(~candidate, scores.device), torch.nan)
+
+    def _first_of_images(
+        self, sequence: PackedSequence, places: Int64[Tensor, " M"], scores: Float[Tensor, " T"]
+    ) -> Bool[Tensor, " M"]:
+        """Which of the candidates at `places` are the best of their image, as many as `min_per_image` needs beside its
+        visual tokens that are no candidates."""
+        assert sequence.picture is not None
+        chosen = torch.zeros(len(places), dtype=torch.bool, device=scores.device)
+        index = sequence.visual[places].nonzero().squeeze(1)
+        index = index[places[index].argsort()]
+        if not len(index):
+            return chosen
+        picture, images = sequence.picture[places[index]], int(sequence.picture.max()) + 1
+        table, lengths = pad(take(scores, places[index]), picture, images)
+        safe = torch.bincount(sequence.picture[sequence.visual], minlength=images) - lengths
+        needed = (self.settings.language.min_per_image - safe).clamp(min=0).minimum(lengths)
+        best = top_mask(table, upload(needed, scores.device), upload(lengths, scores.device))
+        return chosen.index_copy(0, upload(index, scores.device), unpad(best, picture))
 
     def _recycle(
         self,
@@ -324,14 +346,7 @@ class Pruner:
     def _knee(self, place: int) -> KneeConfig:
         """The budget of stage 2 at one of its layers."""
         stage = self.settings.language
-        if stage.amounts is None:
-            return stage.knee
-        amount = stage.amounts[place]
-        return (
-            replace(stage.knee, ratio=amount)
-            if stage.knee.method == "fixed_ratio"
-            else replace(stage.knee, count=int(amount))
-        )
+        return stage.knee if stage.amounts is None else with_amount(stage.knee, stage.amounts[place])
 
 
 def _turn_rows(sequence: PackedSequence) -> Int64[Tensor, " T"]:
