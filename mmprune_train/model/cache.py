@@ -268,10 +268,12 @@ class PrunedCache(DynamicCache):
         keep = []
         for number, (ids, row, settled) in enumerate(zip(whole, self.rows, self.settled, strict=True)):
             common = _in_common(ids, row)
-            if common < min(settled, len(row)):
+            if common < max(1, min(settled, len(row))):
                 raise UserError(
                     f"input_ids must be the whole conversation: sample {number} differs from what the cache holds at "
-                    f"token {common}, and what was dropped depends on the first {settled}; {READ_ANEW}"
+                    f"token {common}"
+                    + (f", and what was dropped depends on the first {settled}" if settled else "")
+                    + f"; {READ_ANEW}"
                 )
             keep.append(min(common, len(ids) - 1))
         self._forget(keep)
@@ -339,6 +341,10 @@ class PrunedCache(DynamicCache):
         self._of.append(len(self._held) - 1)
         self._held[-1].layers.append(layer_idx)
         return key_states, value_states
+
+    def reset(self) -> None:
+        """Hold nothing, as if new."""
+        self.__init__()  # type: ignore[misc]
 
     def get_seq_length(self, layer_idx: int = 0) -> int:
         """Columns of `input_ids` that have gone through the model, whatever a layer holds of them."""

@@ -100,7 +100,7 @@ def check_turn(cache: PrunedCache, whole: Parts, pruner: Pruner) -> None:
     if len(can) > len(could) and len(turns_of) and int(turns_of.max()) > int(before.turn.max()):
         raise UserError(
             f"pruner.language.enabled=true: the new turn has an image, which {name} scores beside tokens that the "
-            f"cache has dropped; {READ_ANEW}"
+            f"cache may have dropped; {READ_ANEW}"
         )
     raise UserError(
         f"{name}: the new text changes what could be dropped of the turns before (it goes on with a question that was "

@@ -14,6 +14,7 @@ from transformers.utils.deprecation import deprecate_kwarg
 
 from mmprune_train.errors import UserError
 from mmprune_train.model.cache import PrunedCache
+from mmprune_train.pruning import Pruner
 from mmprune_train.pruning.host import fetch
 
 _OWN_LAYERS = "every layer has its own tokens here"
@@ -72,6 +73,7 @@ class Generating(Loops):
     """What a PackedLlava puts before transformers' GenerationMixin; it owns the members below."""
 
     config: LlavaConfig
+    pruner: Pruner
 
     @deprecate_kwarg("past_key_values", "5.40.0", new_name="cache")
     def generate(self, *args: Any, **kwargs: Any) -> Any:
@@ -141,7 +143,10 @@ class Generating(Loops):
         """What the next forward pass reads; of a conversation that the cache holds in part, what is new."""
         if cache is not None and cache.prompt_is_in:
             kwargs["answering"] = cache.drafting or not is_first_iteration
-            if is_first_iteration:
+            if is_first_iteration and self._shows_first(input_ids, cache):
+                cache.reset()  # stage 2 wants all tokens of the sample at hand, and text alone is soon read again
+                kwargs["answering"], next_sequence_length = False, None
+            elif is_first_iteration:
                 valid = torch.ones_like(input_ids) if attention_mask is None else attention_mask
                 new, real = cache.resume(fetch(input_ids), fetch(valid.bool()))
                 input_ids, attention_mask = (part.to(input_ids.device) for part in (new, real.long()))
@@ -156,6 +161,13 @@ class Generating(Loops):
             is_first_iteration=is_first_iteration,
             **kwargs,
         )
+
+    def _shows_first(self, input_ids: Tensor, cache: PrunedCache) -> bool:
+        """Whether a conversation has its first images in what the cache does not hold yet, and stage 2 is on."""
+        cache.settle()
+        image = self.config.image_token_id
+        held = any(bool((row == image).any()) for row in cache.rows)
+        return self.pruner.settings.language.enabled and not held and bool((input_ids == image).any())
 
     def _expand_inputs_for_generation(  # type: ignore[override]
         self, expand_size: int = 1, is_encoder_decoder: bool = False, input_ids: Tensor | None = None, **kwargs: Any

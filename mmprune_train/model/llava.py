@@ -406,6 +406,8 @@ class PackedLlava(Generating, ImageSide, PreTrainedModel, GenerationMixin):
         if pixel_values is not None and not len(pixel_values):
             pixel_values = None
         images = 0 if pixel_values is None else len(pixel_values)
+        if goes_on and images and not bool((input_ids == self.config.image_token_id).any()):
+            raise UserError("pixel_values: the new turn has no image; with a cache, give the new turn's images alone")
         annotate = self.annotate if asks and not goes_on else None
         sequence = pack(input_ids, valid, images, self.config.image_token_id, labels, annotate)
         if cache is not None and goes_on and asks:

@@ -243,6 +243,21 @@ def test_a_cropped_cache_asks_again_and_not_before_what_decided() -> None:
         same(answers(model, {"input_ids": other}, cache=out.cache), answers(model, {**inputs, **whole(other)}))
 
 
+def test_the_first_picture_may_come_after_a_turn_of_text() -> None:
+    for name in ("twostage", "fastv", "none"):
+        model = chatting(PRUNERS[name])
+        _, inputs = prompts([[(0, 4, 0)], [(0, 6, 0)]])
+        out = answers(model, inputs)
+        given = go_on(out.sequences, inputs, [3, 5], images=1) | {"pixel_values": torch.randn(2, 3, SIDE, SIDE)}
+        found = answers(model, given, cache=out.cache)
+        same(found, answers(model, given))
+        further = go_on(found.sequences, given, [2, 4])
+        same(
+            answers(model, further, cache=found.cache),
+            answers(model, further | {"pixel_values": given["pixel_values"]}),
+        )
+
+
 def whole(ids: Tensor) -> dict[str, Tensor]:
     return {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
 
