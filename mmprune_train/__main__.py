@@ -49,15 +49,14 @@ def execute(config: Config) -> Any:
     from hydra.core.hydra_config import HydraConfig
     from hydra.types import RunMode
 
-    from mmprune_train.config.pruner import idle_knee
+    from mmprune_train.config.notes import notes
     from mmprune_train.training.cluster import has_part
 
     sweeping = HydraConfig.get().mode == RunMode.MULTIRUN
     check_keys(config.task, command_line(), sweeping)
     if not has_part(config.task, config.trainer.devices, config.trainer.num_nodes, sweeping):
         return None
-    chosen = [override for override in command_line() if override.startswith(("knee=", "knee."))]
-    if chosen and (note := idle_knee(config.pruner, config.knee)):
+    for note in notes(config, command_line()):
         print(f"note: {note}", file=sys.stderr, flush=True)
     return find_task(config.task)(config)
 

@@ -94,13 +94,22 @@ def compose_config(overrides: list[str]) -> Config:
 def config_from_file(path: Path) -> Config:
     """The config that a run wrote to its `config.yaml`. Raises UserError where the file is missing or does not fit."""
     try:
-        merged = OmegaConf.merge(OmegaConf.structured(Config), OmegaConf.load(path))
+        written = OmegaConf.load(path)
+        if OmegaConf.is_dict(written) and "pruner" in written:
+            written.pruner = as_saved(written.pruner)
+        merged = OmegaConf.merge(OmegaConf.structured(Config), written)
     except FileNotFoundError as error:
         raise UserError(f"{path} is missing: is {path.parent} a run directory of mmprune_train?") from error
     except OmegaConfBaseException as error:
         raise UserError(f"{path}: {explain(error)}") from error
     assert isinstance(merged, DictConfig)
     return config_from(merged)
+
+
+def as_saved(pruner: Mapping[str, Any]) -> dict[str, Any]:
+    """Saved settings of a pruner, with what was done before a key existed where they lack it."""
+    language = {"min_per_image": 0, **(pruner.get("language") or {})}
+    return {**pruner, "language": language}
 
 
 def to_yaml(config: Config | PrunerConfig) -> str:

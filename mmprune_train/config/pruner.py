@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 from typing import Any
 
 from mmprune_train.config.pruner_schema import (
@@ -97,6 +98,7 @@ def _check_language_stage(stage: LanguageStageConfig) -> None:
     if not 0 < stage.merge_share <= 1:
         raise UserError(f"{key}.merge_share={stage.merge_share} is a share of the dropped tokens: in (0, 1]")
     at_least(f"{key}.merge_size", stage.merge_size, 1)
+    at_least(f"{key}.min_per_image", stage.min_per_image, 0)
     layers = _listed(stage.layer)
     if not layers or not all(map(_is_layer, layers)):
         raise UserError(
@@ -182,6 +184,52 @@ def idle_knee(pruner: PrunerConfig, knee: KneeConfig) -> str | None:
         return None
     keys = " or ".join(f"pruner.{key}.knee.method" for key in stages)
     return f"knee={knee.method} moves nothing: pruner={pruner.name} sets its own budgets; {keys} does"
+
+
+def idle_budgets(pruner: PrunerConfig, patches: int) -> str | None:
+    """What to tell of budgets that drop nothing of an image, in one line; None: all drop something, or may.
+
+    Args:
+        patches: of an image of the encoder.
+    """
+    vision, language, schedule = pruner.vision, pruner.language, pruner.schedule
+    whole = []
+    drawn = schedule.applies_to if schedule.name == "random" else []
+    if vision.enabled and "vision" not in drawn:
+        whole += _keeps_all("pruner.vision.knee", vision.knee, patches)
+        if vision.recover.enabled and not whole:
+            whole += _keeps_all("pruner.vision.recover.knee", vision.recover.knee, patches)
+    if language.enabled and "language" not in drawn:
+        key = "pruner.language"
+        if language.min_per_image >= patches:
+            whole.append(f"{key}.min_per_image={language.min_per_image}")
+        elif language.amounts is None:
+            whole += _keeps_all(f"{key}.knee", language.knee, patches)
+        elif all(_keeps_all("", with_amount(language.knee, amount), patches) for amount in language.amounts):
+            whole.append(f"{key}.amounts={language.amounts}")
+    if not whole:
+        return None
+    return f"{' and '.join(whole)}: nothing is dropped of an image, which has {patches} patches on this encoder"
+
+
+def _keeps_all(key: str, knee: KneeConfig, size: int) -> list[str]:
+    """The setting, as `key=value`, by which a budget keeps any row of that size whole."""
+    if knee.max_tokens is not None and knee.max_tokens < size:
+        return []
+    if knee.min_tokens >= size:
+        return [f"{key}.min_tokens={knee.min_tokens}"]
+    whole = {
+        "fixed_count": ("count", knee.count >= size),
+        "fixed_ratio": ("ratio", math.floor(knee.ratio * size + 0.5) >= size),
+        "cumulative_mass": ("mass", knee.mass == 1),
+    }
+    name, keeps = whole.get(knee.method, ("", False))
+    return [f"{key}.{name}={getattr(knee, name)}"] if keeps else []
+
+
+def with_amount(knee: KneeConfig, amount: float) -> KneeConfig:
+    """The budget with one of `amounts`."""
+    return replace(knee, ratio=amount) if knee.method == "fixed_ratio" else replace(knee, count=int(amount))
 
 
 def projects(stage: VisionStageConfig) -> bool:

@@ -111,6 +111,10 @@ class LanguageStageConfig:
     ranking: str = "per_kind"
     """`per_kind`: a turn's visual tokens have a curve and a knee of their own, its text tokens another; `joint`: both
     kinds share one, where text, which attends to its neighbours, leaves few visual tokens."""
+    min_per_image: int = 1
+    """Visual tokens of every image that stay at each pruning layer, whatever the budget: the image's best, in exchange
+    for the lowest-ranked others of its turn, or beyond the count where that is smaller. 0: a turn of several images may
+    lose all tokens of one."""
     no_text: str = "keep_all"
     """A turn without question text (the plain template): `keep_all` or `last_token_attention`."""
     merge: str = "none"

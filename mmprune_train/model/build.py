@@ -22,7 +22,7 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
-from mmprune_train.config.compose import load_pruner
+from mmprune_train.config.compose import as_saved, load_pruner
 from mmprune_train.config.pruner_schema import PrunerConfig
 from mmprune_train.config.schema import Config, EncoderConfig, LlmConfig, TextTowerConfig
 from mmprune_train.data.images import image_processor
@@ -254,8 +254,10 @@ def load_model(
     saved = getattr(hf.config, "mmprune", None) or {}
     if isinstance(pruner, PrunerConfig):
         settings = pruner
+    elif pruner is None and "pruner" in saved:
+        settings = load_pruner(as_saved(saved["pruner"]))
     else:
-        settings = load_pruner(saved.get("pruner", "none") if pruner is None else pruner)
+        settings = load_pruner(pruner)
     chosen, question = Pruner(settings), None
     if chosen.reads_text:
         tower = TextTowerConfig(path=str(text)) if isinstance(text, str | Path) else text

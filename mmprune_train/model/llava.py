@@ -6,6 +6,7 @@ import copy
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
+from inspect import signature
 from pathlib import Path
 from typing import Any
 
@@ -18,8 +19,10 @@ from transformers.utils.deprecation import deprecate_kwarg
 from mmprune_train.config.pruner_schema import PrunerConfig
 from mmprune_train.errors import UserError
 from mmprune_train.model import attention
-from mmprune_train.model.cache import PrunedCache
+from mmprune_train.model.cache import READ_ANEW, PrunedCache
 from mmprune_train.model.clock import Clock, timed
+from mmprune_train.model.further_turns import check_turn, deciding, whole_trace
+from mmprune_train.model.generation import Generating, refuse_arguments, refuse_foreign
 from mmprune_train.model.images import ImageSide
 from mmprune_train.model.inputs import Annotate, first_of_equal, pack
 from mmprune_train.model.language import ScoringKeys, check_language_model, gathered, rotary
@@ -62,7 +65,7 @@ def _in_order(sequence: PackedSequence, kept: Tensor, order: Tensor) -> PackedSe
     return replace(sequence, patch=sequence.patch.masked_scatter(visual, order[image, place]))
 
 
-class PackedLlava(ImageSide, PreTrainedModel, GenerationMixin):
+class PackedLlava(Generating, ImageSide, PreTrainedModel, GenerationMixin):
     """A `LlavaForConditionalGeneration` whose samples run packed, pruned and without padding.
 
     The Hugging Face model is a member (`hf`), so its checkpoints load and save with its own keys; beside it stands at
@@ -173,6 +176,7 @@ class PackedLlava(ImageSide, PreTrainedModel, GenerationMixin):
                 encoder does not run, not even for a batch without images.
         """
         dense, dense_visual = self._count(sequence)
+        rows = list(sequence.ids.split(dense.tolist()))
         asked, encoded = None, 0
         if patches is None and pixel_values is not None and len(pixel_values):
             if self.question is not None:
@@ -207,7 +211,10 @@ class PackedLlava(ImageSide, PreTrainedModel, GenerationMixin):
                 patches.scores,
             )
         hidden = self._embed(sequence, projected, row_of)
-        sequence, hidden = self._run_layers(replace(sequence, entry=sequence.within()), hidden, trace, cache)
+        if cache is not None and cache.prompt_is_in:
+            sequence, hidden = self._run_turn(sequence, hidden, rows, cache)
+        else:
+            sequence, hidden = self._run_layers(replace(sequence, entry=sequence.within()), hidden, trace, cache)
         supervised = (sequence.target != IGNORE).nonzero().squeeze(1)
         targets = upload(sequence.target[supervised], hidden.device)
         loss_sum = cross_entropy_sum(self.hf.lm_head, take(hidden, supervised), targets, self.logits_chunk)
@@ -287,118 +294,189 @@ class PackedLlava(ImageSide, PreTrainedModel, GenerationMixin):
         borders = attention.Borders(upload(sequence.cu_seqlens, hidden.device), counts[0].tolist(), backend)
         return position, rotation, borders, counts
 
+    def _run_turn(
+        self, sequence: PackedSequence, hidden: Tensor, rows: list[Tensor], cache: PrunedCache
+    ) -> tuple[PackedSequence, Tensor]:
+        """All decoder layers for a further turn's tokens, of which stage 2 drops none; `rows` as in `enter_turn`."""
+        place = upload(cache.enter_turn(sequence, rows), hidden.device)
+        table = hidden.new_zeros((sequence.samples * int(sequence.lengths.max()), hidden.shape[1]))
+        table = table.index_copy(0, place, hidden).view(sequence.samples, -1, hidden.shape[1])
+        states = self._run_cached(table, cache)
+        cache.end_turn()
+        return sequence, states.flatten(0, 1).index_select(0, place)
+
+    def _run_cached(self, hidden: Tensor, cache: PrunedCache) -> Tensor:
+        """All decoder layers for further tokens of each sample [B, W, D], against what each layer kept; normalised."""
+        language: Any = self.hf.model.language_model
+        prune_before = self.pruner.layers(len(language.layers))
+        for index, layer in enumerate(language.layers):
+            if index == 0 or index in prune_before:  # positions change where what is kept is renumbered
+                mask = cache.mask(index, hidden.shape[1])
+                position = cache.position(index, hidden.shape[1])
+                rotation = rotary(language, hidden, position)
+            hidden = layer(
+                hidden,
+                attention_mask=mask,
+                position_ids=position,
+                cache=cache,
+                use_cache=True,
+                position_embeddings=rotation,
+            )
+        return language.norm(hidden)
+
     # ------------------------------------------------------------------ transformers' interface
 
     @deprecate_kwarg("past_key_values", "5.40.0", new_name="cache")  # transformers' own decorator, as on its models
     def forward(
         self,
-        input_ids: Tensor,
+        input_ids: Tensor | None = None,
         attention_mask: Tensor | None = None,
         pixel_values: Tensor | None = None,
         labels: Tensor | None = None,
         cache: PrunedCache | None = None,
         use_cache: bool | None = None,
-        logits_to_keep: int = 0,
-        return_dict: bool = True,
-        **_: Any,
-    ) -> LlavaCausalLMOutputWithPast:
+        logits_to_keep: int | Tensor = 0,
+        return_dict: bool | None = True,
+        answering: bool | None = None,
+        **other: Any,
+    ) -> LlavaCausalLMOutputWithPast | tuple[Any, ...]:
         """Logits and loss as `LlavaForConditionalGeneration` returns them, from the same inputs.
 
         Args:
             input_ids: [B, L], every image as its full number of image tokens; padded on either side.
-            attention_mask: [B, L], 0 at padding; None: no padding.
+            attention_mask: [B, L], 0 at padding; None: no padding. With a filled cache also [B, held + L].
             pixel_values: [I, 3, H, W], images in the order of their tokens.
             labels: [B, L] ids to predict, -100 elsewhere (not shifted).
-            cache: filled by the prompt, then read and grown by one token of each sample at a time.
+            cache: filled by the prompt, then read and grown: by a further turn, or by tokens of the answer.
             logits_to_keep: 0: logits [B, L, V]; those of dropped tokens are NaN, of padding 0. 1: of each sample's
-                last token, [B, 1, V].
+                last token, [B, 1, V]. Another number: of the last columns; a tensor: of these columns.
+            answering: with a filled cache, whether the tokens are of the answer, without padding or images; None: they
+                are where there is one of each sample.
         Raises:
-            UserError: image tokens and images do not match.
+            UserError: image tokens and images do not match; an argument that nothing reads; a further turn after which
+                reading anew would keep other tokens than the cache holds.
         """
-        if cache is not None and cache.prompt_is_in:
-            return self._decode(input_ids, cache)
+        if other:
+            refuse_arguments(other, list(signature(PackedLlava.forward).parameters)[1:-1])
+        refuse_foreign(cache)
+        if input_ids is None:
+            raise UserError("input_ids are missing; the processor makes them from text and images")
+        goes_on = cache is not None and cache.prompt_is_in
+        if cache is not None and goes_on and cache.settings != self.pruner.settings:
+            raise UserError(
+                f"the cache was filled under other pruner settings (pruner={cache.settings and cache.settings.name}) "
+                f"than pruner={self.pruner.settings.name} now; {READ_ANEW}"
+            )
+        if goes_on and labels is not None:
+            raise UserError(f"labels go with a whole conversation; {READ_ANEW}")
+        if goes_on and pixel_values is None and (input_ids.shape[1] == 1 if answering is None else answering):
+            assert cache is not None
+            output = self._decode(input_ids, cache, logits_to_keep)
+        else:
+            output = self._read(input_ids, attention_mask, pixel_values, labels, cache, use_cache, logits_to_keep)
+        return output.to_tuple() if return_dict is False else output
+
+    def _decode(self, ids: Tensor, cache: PrunedCache, logits_to_keep: int | Tensor) -> LlavaCausalLMOutputWithPast:
+        """Further tokens of each sample's answer [B, n]."""
+        hidden = self._run_cached(self.hf.model.language_model.embed_tokens(ids), cache)
+        cache.advance(ids)
+        some = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
+        return LlavaCausalLMOutputWithPast(logits=self.hf.lm_head(hidden[:, some]), cache=cache)
+
+    def _read(
+        self,
+        input_ids: Tensor,
+        attention_mask: Tensor | None,
+        pixel_values: Tensor | None,
+        labels: Tensor | None,
+        cache: PrunedCache | None,
+        use_cache: bool | None,
+        logits_to_keep: int | Tensor,
+    ) -> LlavaCausalLMOutputWithPast:
+        """A prompt, or with a filled cache a further turn; arguments as in `forward`."""
         if attention_mask is None:
             attention_mask = torch.ones_like(input_ids)
         input_ids, valid = fetch(input_ids), fetch(attention_mask.bool())
         labels = None if labels is None else fetch(labels)
+        goes_on = cache is not None and cache.prompt_is_in
+        if cache is not None and goes_on:
+            valid = cache.mask_of_turn(valid, *input_ids.shape)
+        if not bool(valid.any(1).all()):
+            raise UserError(f"attention_mask leaves sample {int(valid.any(1).int().argmin())} without a token")
         asks = self.pruner.settings.language.enabled or self.pruner.reads_text
         if asks and self.annotate is None:
             raise UserError("this pruner must know question text from role markers: pass `annotate` (load_model does)")
+        if pixel_values is not None and not len(pixel_values):
+            pixel_values = None
         images = 0 if pixel_values is None else len(pixel_values)
-        token, annotate = self.config.image_token_id, self.annotate if asks else None
+        if goes_on and images and not bool((input_ids == self.config.image_token_id).any()):
+            raise UserError("pixel_values: the new turn has no image; with a cache, give the new turn's images alone")
+        annotate = self.annotate if asks and not goes_on else None
         features = self.config.image_seq_length if pixel_values is None else self.features_of(pixel_values)
+        token = self.config.image_token_id
         sequence = pack(input_ids, valid, images, token, labels, annotate, features=features)
-        entered_at = valid.flatten().nonzero().squeeze(1)  # [T] flat place of each dense token
+        if cache is not None and goes_on and asks:
+            sequence = self._after(sequence, cache)
         if cache is None and use_cache:
             cache = PrunedCache()
-        if pixel_values is not None and len(pixel_values):
+        if cache is not None and not goes_on:
+            cache.begin(sequence, input_ids.shape[1], self.pruner.settings)
+            cache.settled = deciding(cache.read, self.pruner)
+        entered_at = valid.flatten().nonzero().squeeze(1)  # [T] flat place of each dense token
+        dense = sequence
+        if pixel_values is not None:
             pixel_values, row_of = first_of_equal(pixel_values)
             sequence = replace(sequence, image=torch.where(sequence.visual, row_of[sequence.image], -1))
         packed = self.forward_packed(sequence, pixel_values, cache)
-        if pixel_values is not None and len(pixel_values):
+        if pixel_values is not None:
             trace, rows = packed.trace, packed.row[sequence.visual & (sequence.patch == 0)]
             trace.vision_kept = [trace.vision_kept[row] for row in rows.tolist()]
             trace.vision_order = [trace.vision_order[row] for row in rows.tolist()]
             trace.vision_scores = None if trace.vision_scores is None else take(trace.vision_scores, rows)
         self.last_pruning = packed.trace
-        if logits_to_keep == 1:
+        if cache is not None:
+            shown = zip(packed.trace.vision_kept, packed.trace.vision_order, strict=True)
+            for sample, image in zip(dense.segment[dense.patch == 0].tolist(), shown, strict=True):
+                cache.images[sample].append(image)
+            if goes_on:
+                layers = self.pruner.layers(len(cache))
+                self.last_pruning = whole_trace(cache, self.config.image_token_id, layers, packed.trace.encoded)
+        if isinstance(logits_to_keep, int) and logits_to_keep == 1:
             last = packed.sequence.cu_seqlens[1:].long() - 1
             logits = self.hf.lm_head(take(packed.hidden, last))[:, None]
         else:
-            some = self.hf.lm_head(packed.hidden)
-            logits = some.new_full((valid.numel(), some.shape[-1]), torch.nan)
-            logits = logits.masked_fill(upload(~valid.flatten(), some.device)[:, None], 0)
-            places = upload(entered_at[packed.sequence.slot], some.device)
-            logits = logits.index_copy(0, places, some).view(*valid.shape, -1)
-            logits = logits[:, -logits_to_keep:] if logits_to_keep else logits
+            logits = self._placed(packed, entered_at, valid, logits_to_keep)
         loss = None if labels is None else packed.loss_sum / packed.supervised
         return LlavaCausalLMOutputWithPast(loss=loss, logits=logits, cache=cache)
 
-    def _decode(self, input_ids: Tensor, cache: PrunedCache) -> LlavaCausalLMOutputWithPast:
-        """One further token of each sample [B, 1], against what each layer kept."""
-        language: Any = self.hf.model.language_model
-        new = input_ids.shape[1]
-        hidden = language.embed_tokens(input_ids)
-        prune_before = self.pruner.layers(len(language.layers))
-        for index, layer in enumerate(language.layers):
-            if index == 0 or index in prune_before:  # positions change where what is kept is renumbered
-                position = cache.position(index, new)
-                position_embeddings = rotary(language, hidden, position)
-            hidden = layer(
-                hidden,
-                attention_mask=cache.mask(index, new),
-                position_ids=position,
-                cache=cache,
-                use_cache=True,
-                position_embeddings=position_embeddings,
-            )
-        cache.advance(new)
-        logits = self.hf.lm_head(language.norm(hidden))
-        return LlavaCausalLMOutputWithPast(logits=logits, cache=cache)
+    def _after(self, sequence: PackedSequence, cache: PrunedCache) -> PackedSequence:
+        """A further turn's tokens with their kinds and turns, which what came before decides; UserError where what was
+        dropped of it would change."""
+        assert self.annotate is not None
+        cache.settle()
+        rows = [torch.cat(pair) for pair in zip(cache.rows, sequence.ids.split(sequence.lengths.tolist()), strict=True)]
+        whole = [(ids, *self.annotate(ids)) for ids in rows]
+        check_turn(cache, whole, self.pruner)
+        new = [slice(len(row), None) for row in cache.rows]
+        kind, turn = (torch.cat([part[at][own] for part, own in zip(whole, new, strict=True)]) for at in (1, 2))
+        return replace(sequence, kind=kind, turn=turn)
 
-    @deprecate_kwarg("past_key_values", "5.40.0", new_name="cache")
-    def generate(self, *args: Any, **kwargs: Any) -> Any:
-        """transformers' generation loop (greedy, sampling, beams) over a cache whose layers hold what they kept."""
-        if kwargs.get("use_cache", True) and kwargs.get("cache") is None:
-            kwargs["cache"] = PrunedCache()
-        return super().generate(*args, **kwargs)
+    def _placed(self, packed: PackedOutput, entered_at: Tensor, valid: Tensor, logits_to_keep: int | Tensor) -> Tensor:
+        """Logits [B, columns, V] of some columns of the inputs.
 
-    def _expand_inputs_for_generation(  # type: ignore[override]
-        self, expand_size: int = 1, is_encoder_decoder: bool = False, input_ids: Tensor | None = None, **kwargs: Any
-    ) -> tuple[Tensor, dict[str, Any]]:
-        """Beams and returned sequences repeat samples; a sample's images must be repeated as one block."""
-        pixels = kwargs.pop("pixel_values", None)
-        if pixels is not None and expand_size > 1:
-            visual = (input_ids == self.config.image_token_id).sum(1)  # [B]
-            images = (visual // self.features_of(pixels)).tolist()
-            blocks = [block.repeat(expand_size, 1, 1, 1) for block in pixels.split(images)]
-            pixels = torch.cat(blocks)
-        input_ids, kwargs = super()._expand_inputs_for_generation(
-            expand_size=expand_size, is_encoder_decoder=is_encoder_decoder, input_ids=input_ids, **kwargs
-        )
-        if pixels is not None:
-            kwargs["pixel_values"] = pixels
-        return input_ids, kwargs
+        Args:
+            entered_at: [T] flat place of each dense token. valid: [B, L] bool. All on the host.
+        """
+        size = valid.shape[1]
+        columns = torch.arange(size)
+        columns = columns[-logits_to_keep:] if isinstance(logits_to_keep, int) else columns[fetch(logits_to_keep)]
+        place = entered_at[packed.sequence.slot]
+        wanted = torch.isin(place % size, columns).nonzero().squeeze(1)
+        some = self.hf.lm_head(take(packed.hidden, wanted))
+        logits = some.new_full((valid.numel(), some.shape[-1]), torch.nan)
+        logits = logits.masked_fill(upload(~valid.flatten(), some.device)[:, None], 0)
+        logits = logits.index_copy(0, upload(place[wanted], some.device), some).view(*valid.shape, -1)
+        return logits if len(columns) == size else logits[:, upload(columns, some.device)]
 
     # ------------------------------------------------------------------ saving
 

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from mmprune_train.config.pruner import SHARE_METHODS
 from mmprune_train.errors import UserError
+from mmprune_train.pruning import answers
 from mmprune_train.pruning.components import find_component
 from mmprune_train.pruning.host import fetch, upload
 from mmprune_train.pruning.knees import (
@@ -245,14 +246,14 @@ def available_budgets() -> list[str]:
     return sorted(BUDGETS)
 
 
-def _budget(method: str) -> Callable[..., Tensor]:
-    return find_component(BUDGETS, method, "method")
+def _budget(method: str, key: str = "method") -> Callable[..., Tensor]:
+    return find_component(BUDGETS, method, key, answers.counts)
 
 
-def budget_parameters(method: str) -> list[str]:
-    """Names of the parameters a budget takes beside the curve (and the features)."""
+def budget_parameters(method: str, key: str = "method") -> list[str]:
+    """Names of the parameters a budget takes beside the curve (and the features); `key` as in `count_tokens`."""
     inputs = {"curve", "lengths", "features"}
-    return [name for name in inspect.signature(_budget(method)).parameters if name not in inputs]
+    return [name for name in inspect.signature(_budget(method, key)).parameters if name not in inputs]
 
 
 def needs_features(method: str) -> bool:
@@ -315,7 +316,7 @@ def find_knee(
         raise UserError(f"lengths must be [{batch}] with every entry in 1..{size}, got {lengths.tolist()}")
     refuse_unsound(scores, lengths, method)
     return count_tokens(
-        scores, method, lengths, features=features, min_tokens=min_tokens, max_tokens=max_tokens, **params
+        scores, method, lengths, features=features, min_tokens=min_tokens, max_tokens=max_tokens, key="method", **params
     )
 
 
@@ -327,18 +328,20 @@ def sound_rows(scores: Float[Tensor, "B N"], lengths: Lengths, method: str) -> B
     return (sound | ~valid_entries(scores, lengths)).all(dim=1)
 
 
-def refuse_unsound(scores: Float[Tensor, "B N"], lengths: Lengths, method: str) -> None:
-    """Raise UserError for a row that is not sound, and say why. Waits for the device."""
+def refuse_unsound(scores: Float[Tensor, "B N"], lengths: Lengths, method: str, told: str = "") -> None:
+    """Raise UserError for a row that is not sound, and say why, after `told`. Waits for the device."""
     sound = fetch(sound_rows(scores, lengths, method))
     if bool(sound.all()):
         return
     bad = ~scores.isfinite() & valid_entries(scores, lengths)
     if bool(bad.any()):
         row = int(bad.any(dim=1).int().argmax())
-        raise UserError(f"scores row {row} holds NaN or infinite values; check the model's precision or the score")
+        raise UserError(
+            f"{told}scores row {row} holds NaN or infinite values; check the model's precision or the score"
+        )
     raise UserError(
-        f"{method}: scores row {int(sound.int().argmin())} is negative in places and has no shares; use a softmaxed "
-        "score (pruner.vision.score=cls_attention, pruner.language.score=text_attention) or another knee"
+        f"{told}{method}: scores row {int(sound.int().argmin())} is negative in places and has no shares; use a "
+        "softmaxed score (pruner.vision.score=cls_attention, pruner.language.score=text_attention) or another knee"
     )
 
 
@@ -351,17 +354,19 @@ def count_tokens(
     features: Float[Tensor, "F ..."] | None,
     min_tokens: int,
     max_tokens: int | None,
+    key: str = "method",
     **params: object,
 ) -> Lengths:
     """`find_knee` for a caller that looks after `sound_rows` itself, so that nobody waits for the device; only `lof`
-    and `effective_rank` make the host wait. Rows that are not sound get some count."""
+    and `effective_rank` make the host wait. Rows that are not sound get some count. `key`: what `method` was given for,
+    e.g. `pruner.vision.knee.method`."""
     inside = valid_entries(scores, lengths)
     wide = scores.to(torch.float64).nan_to_num(0.0, 0.0, 0.0)
     curve = wide.masked_fill(~inside, -torch.inf).sort(dim=1, descending=True).values
     curve = curve.masked_fill(~inside, 0)  # padding sorts last, and no budget may meet an infinity
     if needs_features(method):
         params["features"] = _valid_features(features, inside, method)
-    return bounded(_budget(method)(curve, lengths, **params), lengths, min_tokens, max_tokens)
+    return bounded(_budget(method, key)(curve, lengths, **params).long(), lengths, min_tokens, max_tokens)
 
 
 def bounded(counts: Lengths, lengths: Lengths, min_tokens: int, max_tokens: int | None) -> Lengths:

@@ -7,13 +7,15 @@ import importlib
 from collections.abc import Callable, Mapping
 
 from mmprune_train.errors import UserError
+from mmprune_train.pruning.answers import Check, checked
 
 
-def find_component(table: Mapping[str, Callable], name: str, key: str) -> Callable:
-    """The function called `name` in the library's `table`, or the one that `module:function` imports.
+def find_component(table: Mapping[str, Callable], name: str, key: str, check: Check) -> Callable:
+    """The function called `name` in the library's `table`, or the one that `module:function` imports, then checked.
 
     Args:
         key: what the name was given for, e.g. `pruner.vision.score`; for the messages.
+        check: what its answers must pass where it is the user's.
     Raises:
         UserError: no such name; the module cannot be imported or has no such function.
     """
@@ -39,4 +41,4 @@ def find_component(table: Mapping[str, Callable], name: str, key: str) -> Callab
         raise UserError(f"{key}={name}: module {module} has no {function}") from error
     if not callable(found):
         raise UserError(f"{key}={name} is no function but a {type(found).__name__}")
-    return found
+    return checked(found, f"{key}={name}", check)

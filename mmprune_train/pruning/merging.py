@@ -15,6 +15,7 @@ from jaxtyping import Bool, Float, Int64
 from torch import Tensor
 from torch.nn.functional import normalize
 
+from mmprune_train.pruning import answers
 from mmprune_train.pruning.budgets import lof
 from mmprune_train.pruning.components import find_component
 from mmprune_train.pruning.selection import top_mask
@@ -166,5 +167,5 @@ MERGES: dict[str, Callable[..., tuple[Tensor, Tensor]]] = {
 def merge(name: str, count: int) -> Callable[..., tuple[Tensor, Tensor]]:
     """The merge `name`, or yours as `module:function`; with `count`, of tokens to make or of neighbours, where it takes
     one."""
-    function = find_component(MERGES, name, "pruner.vision.merge")
+    function = find_component(MERGES, name, "pruner.vision.merge", answers.merged)
     return partial(function, count=count) if "count" in signature(function).parameters else function

@@ -64,6 +64,13 @@ class PackedSequence:
     """[T] index inside the sample when it entered the LLM, absent before."""
     rater: Bool[Tensor, " T"] | None = None
     """[T] question tokens that may vote on what is dropped; absent: all."""
+    picture: Int64[Tensor, " T"] | None = None
+    """[T] number of the image by where it stands in the batch, also of one that is shown twice. Counted where the
+    sequence is made, with every image whole; means nothing at tokens that are not visual."""
+
+    def __post_init__(self) -> None:
+        if self.picture is None:
+            self.picture = ((self.visual & (self.patch == 0)).cumsum(0) - 1).clamp(min=0)
 
     def __len__(self) -> int:
         return self.ids.shape[0]

@@ -11,9 +11,10 @@ import torch
 from jaxtyping import Bool, Float, Int64
 from torch import Tensor
 
-from mmprune_train.config.pruner import TEXT_SCORES, projects, pruned_layers, reads_text
+from mmprune_train.config.pruner import TEXT_SCORES, projects, pruned_layers, reads_text, with_amount
 from mmprune_train.config.pruner_schema import KneeConfig, PrunerConfig
 from mmprune_train.errors import UserError
+from mmprune_train.pruning import answers
 from mmprune_train.pruning.budgets import (
     FIXED,
     budget_parameters,
@@ -35,13 +36,19 @@ from mmprune_train.pruning.turns import candidates_and_voters
 
 
 def counts_of(
-    scores: Tensor, lengths: Tensor | None, knee: KneeConfig, pace: Pace, features: Callable[[], Tensor]
+    scores: Tensor,
+    lengths: Tensor | None,
+    knee: KneeConfig,
+    pace: Pace,
+    features: Callable[[], Tensor],
+    key: str = "knee",
 ) -> Tensor:
     """Counts [B] of one stage, on the scores' device; rows that are not sound (`sound_rows`) get some count.
 
     Args:
         scores: [B, N]. lengths: [B], or None for all N.
         features: makes the tokens' [B, N, D], for the budgets that look at them.
+        key: of this budget, for the messages.
     """
     knee = _paced(knee, pace)
     wanted = {*budget_parameters(knee.method), "min_tokens", "max_tokens"}
@@ -49,7 +56,7 @@ def counts_of(
     seen = features() if needs_features(knee.method) else None
     if lengths is None:
         lengths = torch.full(scores.shape[:1], scores.shape[1], dtype=torch.int64, device=scores.device)
-    counts = count_tokens(scores, knee.method, lengths, features=seen, **params)
+    counts = count_tokens(scores, knee.method, lengths, features=seen, key=f"{key}.method", **params)
     return spare(counts, lengths, pace.spared, knee.max_tokens) if pace.spared else counts
 
 
@@ -72,15 +79,24 @@ class Pruner:
         self._pace = OWN
         if settings.vision.enabled:
             key, recover = "pruner.vision", settings.vision.recover
-            self._vision_score = find_component(VISION_SCORES, settings.vision.score, f"{key}.score")
+            self._vision_score = find_component(
+                VISION_SCORES, settings.vision.score, f"{key}.score", answers.vision_scores
+            )
             self._select = selection(settings.vision.selection, settings.vision.share)
-            self._recover_score = find_component(VISION_SCORES, recover.score, f"{key}.recover.score")
+            self._recover_score = find_component(
+                VISION_SCORES, recover.score, f"{key}.recover.score", answers.vision_scores
+            )
             if self.merges:
                 self._merge = merge(settings.vision.merge, settings.vision.merge_count)
-            budget_parameters(settings.vision.knee.method)
+            budget_parameters(settings.vision.knee.method, f"{key}.knee.method")
+            if recover.enabled:
+                budget_parameters(recover.knee.method, f"{key}.recover.knee.method")
         if settings.language.enabled:
-            self._language_score = find_component(LANGUAGE_SCORES, settings.language.score, "pruner.language.score")
-            budget_parameters(settings.language.knee.method)
+            key = "pruner.language"
+            self._language_score = find_component(
+                LANGUAGE_SCORES, settings.language.score, f"{key}.score", answers.language_scores
+            )
+            budget_parameters(settings.language.knee.method, f"{key}.knee.method")
 
     @contextmanager
     def paced(self, pace: Pace) -> Iterator[None]:
@@ -145,7 +161,7 @@ class Pruner:
             return torch.ones((images, patches), dtype=torch.bool, device=view.patches.device), None
         scores = self.score_patches(view) if scores is None else scores
         knee, pace = self.settings.vision.knee, self._pace_of("vision")
-        counts = counts_of(scores, None, knee, pace, lambda: view.patches)
+        counts = counts_of(scores, None, knee, pace, lambda: view.patches, "pruner.vision.knee")
         seen = projected() if self.projects and projected is not None else view.patches
         more = {}
         if "known" in signature(self._select).parameters and _paced(knee, pace).method in FIXED:
@@ -166,7 +182,8 @@ class Pruner:
     def refuse_patches(self, scores: Float[Tensor, "I N"]) -> None:
         """Raise UserError: of an image with these scores of the first pass nothing was kept."""
         whole = torch.full(scores.shape[:1], scores.shape[1], device=scores.device)
-        refuse_unsound(scores, whole, _paced(self.settings.vision.knee, self._pace_of("vision")).method)
+        method, score = _paced(self.settings.vision.knee, self._pace_of("vision")).method, self.settings.vision.score
+        refuse_unsound(scores, whole, method, f"pruner.vision.score={score}: ")
         raise UserError(
             f"pruner.vision.recover.score={self.settings.vision.recover.score} gave NaN, infinite, or negative values "
             "that its budget cannot share out; check the model's precision or the score"
@@ -185,6 +202,7 @@ class Pruner:
             stage.knee,
             OWN,
             lambda: view.patches.gather(1, order[..., None].expand_as(view.patches)),
+            "pruner.vision.recover.knee",
         ).minimum(left)
         if stage.score in TEXT_SCORES and view.asked is not None:
             counts = torch.where(view.asked, counts, 0)
@@ -266,18 +284,47 @@ class Pruner:
             table, lengths = pad(take(scores, places), row, int(row[-1]) + 1)
             lengths = upload(lengths, hidden.device)
             knee, pace = self._knee(place), self._pace_of("language")
-            counts = counts_of(table, lengths, knee, pace, lambda: pad(take(hidden, places), row, len(table))[0])
-            kept = unpad(top_mask(table, counts, lengths), row)  # [M]
+            counts = counts_of(
+                table,
+                lengths,
+                knee,
+                pace,
+                lambda: pad(take(hidden, places), row, len(table))[0],
+                "pruner.language.knee",
+            )
+            ranked = table
+            if stage.min_per_image:
+                first = pad(self._first_of_images(sequence, places, scores), row, len(table))[0]
+                ranked, counts = table.masked_fill(first, torch.inf), counts.maximum(first.sum(1))
+            kept = unpad(top_mask(ranked, counts, lengths), row)  # [M]
             method = _paced(knee, pace).method
             sound = unpad(sound_rows(table, lengths, method)[:, None].expand_as(table), row)
         if stage.merge != "none":
             hidden, kept = self._recycle(sequence, hidden, places, kept, scores)
         stays = fetch(kept & sound)
         if bool((torch.zeros(len(table)).index_add(0, row, stays.float()) == 0).any()):
-            refuse_unsound(table, lengths, method)
+            refuse_unsound(table, lengths, method, f"pruner.language.score={stage.score}: ")
         mask = torch.ones(len(sequence), dtype=torch.bool)
         mask[places] = stays
         return hidden, mask, scores.masked_fill(upload(~candidate, scores.device), torch.nan)
+
+    def _first_of_images(
+        self, sequence: PackedSequence, places: Int64[Tensor, " M"], scores: Float[Tensor, " T"]
+    ) -> Bool[Tensor, " M"]:
+        """Which of the candidates at `places` are the best of their image, as many as `min_per_image` needs beside its
+        visual tokens that are no candidates."""
+        assert sequence.picture is not None
+        chosen = torch.zeros(len(places), dtype=torch.bool, device=scores.device)
+        index = sequence.visual[places].nonzero().squeeze(1)
+        index = index[places[index].argsort()]
+        if not len(index):
+            return chosen
+        picture, images = sequence.picture[places[index]], int(sequence.picture.max()) + 1
+        table, lengths = pad(take(scores, places[index]), picture, images)
+        safe = torch.bincount(sequence.picture[sequence.visual], minlength=images) - lengths
+        needed = (self.settings.language.min_per_image - safe).clamp(min=0).minimum(lengths)
+        best = top_mask(table, upload(needed, scores.device), upload(lengths, scores.device))
+        return chosen.index_copy(0, upload(index, scores.device), unpad(best, picture))
 
     def _recycle(
         self,
@@ -299,14 +346,7 @@ class Pruner:
     def _knee(self, place: int) -> KneeConfig:
         """The budget of stage 2 at one of its layers."""
         stage = self.settings.language
-        if stage.amounts is None:
-            return stage.knee
-        amount = stage.amounts[place]
-        return (
-            replace(stage.knee, ratio=amount)
-            if stage.knee.method == "fixed_ratio"
-            else replace(stage.knee, count=int(amount))
-        )
+        return stage.knee if stage.amounts is None else with_amount(stage.knee, stage.amounts[place])
 
 
 def _turn_rows(sequence: PackedSequence) -> Int64[Tensor, " T"]:

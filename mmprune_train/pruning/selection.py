@@ -17,6 +17,7 @@ from jaxtyping import Bool, Float, Int64, Shaped
 from torch import Tensor
 from torch.nn.functional import normalize
 
+from mmprune_train.pruning import answers
 from mmprune_train.pruning.components import find_component
 from mmprune_train.pruning.host import fetch, take, upload
 
@@ -196,7 +197,7 @@ SELECTIONS: dict[str, Callable[..., Tensor]] = {
 
 def selection(name: str, share: float) -> Callable[..., Tensor]:
     """The selection `name`, or yours as `module:function`; with `share` where it divides the budget."""
-    function = find_component(SELECTIONS, name, "pruner.vision.selection")
+    function = find_component(SELECTIONS, name, "pruner.vision.selection", answers.selected)
     return partial(function, share=share) if "share" in signature(function).parameters else function
 
 

@@ -2,8 +2,9 @@
 
 import pytest
 
-from mmprune_train.config.compose import compose_config
-from mmprune_train.config.pruner import idle_knee
+from mmprune_train.config.compose import compose_config, config_from_file, to_yaml
+from mmprune_train.config.notes import notes
+from mmprune_train.config.pruner import idle_budgets, idle_knee
 from mmprune_train.errors import UserError
 
 
@@ -157,6 +158,61 @@ def test_a_knee_that_moves_nothing_is_told(smoke, overrides, words):
     config = smoke(*overrides)
     note = idle_knee(config.pruner, config.knee)
     assert (note is None) if words is None else (note is not None and words in note)
+
+
+@pytest.mark.parametrize(
+    ("overrides", "words"),
+    [
+        (["pruner=fastervlm"], "pruner.vision.knee.count=128: nothing is dropped of an image, which has 16 patches"),
+        (
+            ["pruner=twostage", "knee=fixed_ratio", "knee.ratio=1"],
+            "vision.knee.ratio=1.0 and pruner.language.knee.ratio",
+        ),
+        (["pruner=encoder_only", "knee=fixed_ratio", "knee.ratio=0.99"], "pruner.vision.knee.ratio=0.99"),
+        (["pruner=encoder_only", "knee.min_tokens=16"], "pruner.vision.knee.min_tokens=16"),
+        (["pruner=encoder_only", "knee=cumulative_mass", "knee.mass=1"], "pruner.vision.knee.mass=1.0"),
+        (["pruner=language_only", "pruner.language.min_per_image=16"], "pruner.language.min_per_image=16"),
+        (["pruner=sparsevlm"], "pruner.language.amounts=[303.0, 110.0, 36.0]"),
+        (
+            ["pruner=recoverable", "encoder=tiny_clip", "pruner.vision.recover.knee.min_tokens=99"],
+            "recover.knee.min_tok",
+        ),
+        (["pruner=fastervlm", "pruner.vision.knee.max_tokens=5"], None),
+        (["pruner=fastervlm", "pruner.vision.knee.count=15"], None),
+        (["pruner=encoder_only", "knee=fixed_ratio", "knee.ratio=1", "pruner.schedule.name=random"], None),
+        (["pruner=sparsevlm", "pruner.language.amounts=[300,100,5]"], None),
+        (["pruner=none", "knee=fixed_ratio", "knee.ratio=1"], None),
+        ([], None),
+    ],
+)
+def test_budgets_that_drop_nothing_on_this_encoder_are_told(smoke, overrides, words):
+    config = smoke(*overrides)
+    note = idle_budgets(config.pruner, 16)
+    assert (note is None) if words is None else (note is not None and words in note)
+
+
+def test_notes_are_of_the_encoder_that_runs(smoke, tmp_path):
+    whole = ["pruner=encoder_only", "knee=fixed_count"]
+    config = smoke(*whole, "knee.count=100000")
+    patches = config.encoder.patches
+    told = (
+        f"pruner.vision.knee.count=100000: nothing is dropped of an image, which has {patches} patches on this encoder"
+    )
+    assert notes(config, whole) == [told]
+    assert notes(smoke("task=evaluate", f"ckpt={tmp_path}", *whole, "knee.count=100000"), whole) == []
+    (tmp_path / "config.yaml").write_text(to_yaml(config))
+    asked = smoke("task=evaluate", f"ckpt={tmp_path}", *whole, "knee.count=100000")
+    assert notes(asked, whole) == [told] and notes(asked, ["task=evaluate"]) == []
+    other = smoke("pruner=visionzip", "knee=otsu", "pruner.vision.knee.count=2")
+    assert len(notes(other, ["knee=otsu"])) == 1 and not notes(other, [])
+
+
+def test_a_config_written_before_a_key_means_what_it_did(smoke, tmp_path):
+    file = tmp_path / "config.yaml"
+    file.write_text("".join(line for line in to_yaml(smoke()).splitlines(True) if "min_per_image" not in line))
+    assert config_from_file(file).pruner.language.min_per_image == 0
+    file.write_text(to_yaml(smoke()))
+    assert config_from_file(file).pruner.language.min_per_image == 1
 
 
 def test_the_feature_cache_concerns_training_alone(smoke):

@@ -1,0 +1,111 @@
+"""What a component of the user's own answers, held to what the pruner goes on with.
+
+The library's own are not looked at: a look at numbers waits for the device.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from mmprune_train.errors import UserError
+
+Check = Callable[..., None]
+"""Told who answered, the answer, and the arguments of the call; raises UserError for an answer of no use."""
+
+
+def checked(function: Callable, told: str, check: Check) -> Callable:
+    """The function, its answers checked; `told`: key and name, for the messages."""
+
+    @functools.wraps(function)
+    def call(*args: Any, **kwargs: Any) -> Any:
+        answer = function(*args, **kwargs)
+        check(told, answer, *args)
+        return answer
+
+    return call
+
+
+def _described(answer: object) -> str:
+    if not isinstance(answer, Tensor):
+        return f"{type(answer).__name__}"
+    return f"{str(answer.dtype).removeprefix('torch.')} {list(answer.shape)} on {answer.device}"
+
+
+def _table(told: str, answer: object, wanted: str, shape: Sequence[int], device: torch.device, fits: bool) -> Tensor:
+    """The answer, where it is a tensor of that shape on that device, and `fits` in its dtype."""
+    if isinstance(answer, Tensor) and fits and list(answer.shape) == list(shape) and answer.device == device:
+        return answer
+    raise UserError(f"{told} returned {_described(answer)}; wanted is {wanted} {list(shape)} on {device}")
+
+
+def _floating(answer: object) -> bool:
+    return isinstance(answer, Tensor) and answer.is_floating_point()
+
+
+def _bool(answer: object) -> bool:
+    return isinstance(answer, Tensor) and answer.dtype == torch.bool
+
+
+def _row(bad: Tensor) -> int:
+    """The first of the rows [B] marked; -1 where none is."""
+    return int(bad.int().argmax()) if bool(bad.any()) else -1
+
+
+def vision_scores(told: str, answer: object, view: Any) -> None:
+    """[I, N] finite scores of patches."""
+    patches = view.patches
+    scores = _table(
+        told,
+        answer,
+        "floating [images, patches], one score a patch,",
+        patches.shape[:2],
+        patches.device,
+        _floating(answer),
+    )
+    if (image := _row(~scores.isfinite().all(1))) >= 0:
+        raise UserError(
+            f"{told} returned NaN or infinite scores for image {image} of the batch; wanted are finite ones"
+        )
+
+
+def language_scores(told: str, answer: object, view: Any) -> None:
+    """[T] scores of tokens; those of candidates must be finite, which is found with what stays."""
+    shape, device = (len(view.sequence),), view.hidden.device
+    _table(told, answer, "floating [tokens], one score a token of view.sequence,", shape, device, _floating(answer))
+
+
+def counts(told: str, answer: object, curve: Tensor, *_: Any) -> None:
+    """[B] whole numbers; `min_tokens`, `max_tokens` and the row's length bound them afterwards."""
+    whole = isinstance(answer, Tensor) and answer.dtype in (torch.int64, torch.int32, torch.int16, torch.int8)
+    _table(told, answer, "integer [rows], a count a row,", curve.shape[:1], curve.device, whole)
+
+
+def selected(told: str, answer: object, scores: Tensor, *_: Any) -> None:
+    """[B, N] bool, something of every row."""
+    hint = "a bool mask [rows, patches], true at what stays (of indices: mask.scatter(1, indices, True)),"
+    mask = _table(told, answer, hint, scores.shape, scores.device, _bool(answer))
+    if (row := _row(~mask.any(1) & scores.isfinite().all(1))) >= 0:
+        raise UserError(
+            f"{told} keeps nothing of row {row} (an image, or an image and its question); at least one stays"
+        )
+
+
+def merged(told: str, answer: object, features: Tensor, kept: Tensor, *_: Any) -> None:
+    """Finite features [I, N, D] of the same dtype, and the mask [I, N] with something of every image."""
+    if not isinstance(answer, tuple | list) or len(answer) != 2:
+        size = f" of {len(answer)}" if isinstance(answer, tuple | list) else ""
+        raise UserError(f"{told} returned {_described(answer)}{size}; wanted are two: the features and the kept mask")
+    alike = isinstance(answer[0], Tensor) and answer[0].dtype == features.dtype
+    wanted = f"{str(features.dtype).removeprefix('torch.')} features [images, patches, width]"
+    changed = _table(told, answer[0], wanted, features.shape, features.device, alike)
+    mask = _table(told, answer[1], "a bool mask [images, patches]", kept.shape, kept.device, _bool(answer[1]))
+    if (image := _row(~mask.any(1) & kept.any(1))) >= 0:
+        raise UserError(f"{told} keeps nothing of image {image}; at least one token stays")
+    bad = ~changed.detach().isfinite().all(2) & features.detach().isfinite().all(2) & mask
+    if (image := _row(bad.any(1))) >= 0:
+        raise UserError(f"{told} returned NaN or infinite features for image {image} of the batch")
