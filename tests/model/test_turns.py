@@ -56,9 +56,8 @@ def batch(chats: list[list[Turn]]) -> tuple[list[Tensor], dict[str, Tensor]]:
 
 
 def chatty(hf: object, **language: object) -> PackedLlava:
-    model = packed(
-        hf, {"name": "language_only", "language": {"layer": 2, "knee": {"method": "fixed_ratio"}, **language}}
-    )
+    settings = {"layer": 2, "knee": {"method": "fixed_ratio"}, "min_per_image": 0, **language}
+    model = packed(hf, {"name": "language_only", "language": settings})
     model.annotate = read
     return model
 
