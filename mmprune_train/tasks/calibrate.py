@@ -149,7 +149,7 @@ def load_subject(config: Config, pruner: PrunerConfig | None) -> Subject:
             )
             return Subject(pruner, encoder, reader, device)
         if config.ckpt:
-            model, processor = load_model(config.ckpt, pruner=pruner, device=device)
+            model, processor = load_model(config.ckpt, pruner=pruner, device=device, key="ckpt")
             reader = ImageReader(processor.image_processor)
         else:
             prepare_weights(config)

@@ -95,7 +95,7 @@ def evaluate_folder(config: Config, source: str | Path, folder: Path, pruner: An
     precision = choose_precision(config.trainer.precision, accelerator)
     questions = read_questions(*split_files(config.data, "evaluate"), config.data.evaluate.limit)
     with quiet():
-        model, processor = load_model(source, pruner=pruner, device=accelerator, text=config.encoder.text)
+        model, processor = load_model(source, pruner=pruner, device=accelerator, text=config.encoder.text, key="ckpt")
     model.vision_chunk, model.attention = config.trainer.vision_chunk, config.trainer.attention
     result = evaluate(
         model,

@@ -30,7 +30,9 @@ def run(config: Config) -> dict[str, Any]:
     accelerator = choose_accelerator(config.trainer.accelerator)
     precision = choose_precision(config.trainer.precision, accelerator)
     with quiet():
-        model, processor = load_model(config.ckpt, pruner=pruner, device=accelerator, text=chosen.encoder.text)
+        model, processor = load_model(
+            config.ckpt, pruner=pruner, device=accelerator, text=chosen.encoder.text, key="ckpt"
+        )
     model.attention = config.trainer.attention
     question = Question("generate", images, config.generate.question, "", "open")
     template = prompt_template(model, processor, chosen)

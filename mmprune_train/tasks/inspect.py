@@ -31,7 +31,7 @@ def run(config: Config) -> dict[str, Any]:
     chosen, pruner = with_run_settings(config, Path(config.ckpt))
     question = Question("inspect", images, config.generate.question, "", "open")
     with quiet():
-        model, processor = load_model(config.ckpt, pruner=pruner, text=chosen.encoder.text)
+        model, processor = load_model(config.ckpt, pruner=pruner, text=chosen.encoder.text, key="ckpt")
         model.attention = config.trainer.attention
     prompt = prompt_template(model, processor, chosen).prompt(question.text, n_images=len(images))
     inputs = processor(images=load_images(question), text=[prompt], return_tensors="pt")
