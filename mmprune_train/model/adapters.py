@@ -19,10 +19,8 @@ from mmprune_train.model.peft import ADAPTER_FILE, PROJECTOR_FILE, fold
 from mmprune_train.model.weight_files import Tensors, read_config, read_tensors, tensors_of
 
 ADAPTER_BIN, NON_LORA = "adapter_model.bin", "non_lora_trainables.bin"
-_NAME = re.compile(r"^(.*?)(layers\.\d+\..+?)\.(lora_A|lora_B|lora_magnitude_vector)(?:\.default)?(?:\.weight)?$")
-_HERE = re.compile(
-    r"^.*language_model\.(layers\.\d+\..+?)\.(lora_A|lora_B|lora_magnitude_vector)\.default(?:\.weight)?$"
-)
+_NAME = re.compile(r"^(.*?)(layers\.\d+\..+?\.(?:lora_A|lora_B|lora_magnitude_vector))(?:\.default)?(?:\.weight)?$")
+"""What adapts, as PEFT's files and a model's parameters name it: what is before the decoder layers, and the place."""
 
 
 def adapter_tensors(key: str, folder: Path) -> Tensors:
@@ -38,7 +36,7 @@ def adapter_tensors(key: str, folder: Path) -> Tensors:
         match = _NAME.match(name)
         if match is None or "vision" in match.group(1) or "projector" in match.group(1):
             raise UserError(f"{key}: {files[0]} adapts {name}; only LoRA on the LLM's decoder layers can be taken up")
-        found[f"{match.group(2)}.{match.group(3)}"] = entry
+        found[match.group(2)] = entry
     return found
 
 
@@ -66,8 +64,8 @@ def check_adapters(key: str, folder: Path) -> None:
         wrong.append(f"modules_to_save={config['modules_to_save']}")
     if wrong:
         raise UserError(
-            f"{key}: {folder} holds adapters with {', '.join(wrong)}; only LoRA and DoRA weights can be taken up: merge "
-            "them into their model with PEFT, and start from that"
+            f"{key}: {folder} holds adapters with {', '.join(wrong)}; only LoRA and DoRA weights can be taken up: "
+            "merge them into their model with PEFT, and start from that"
         )
 
 
@@ -96,9 +94,9 @@ def load_adapters(hf: LlavaForConditionalGeneration, key: str, folder: Path) -> 
     """
     values = read_tensors(adapter_tensors(key, folder))
     here: dict[str, Tensor] = {}
-    for name, parameter in hf.named_parameters():
-        if match := _HERE.match(name):
-            here[f"{match.group(1)}.{match.group(2)}"] = parameter
+    for name, parameter in hf.model.language_model.named_parameters():
+        if match := _NAME.match(name):
+            here[match.group(2)] = parameter
     wrong = sorted(values.keys() ^ here.keys()) or [n for n in values if values[n].shape != here[n].shape]
     if wrong:
         raise UserError(

@@ -34,8 +34,8 @@ def begin(
 ) -> tuple[PackedLlava, LlavaProcessor]:
     """The network and processor that a stage starts from.
 
-    Adapters that are to be trained further are not in it: they come with `load_adapters`, once the stage has put its own
-    on the LLM.
+    Adapters that are to be trained further are not in it: they come with `load_adapters`, once the stage has put its
+    own on the LLM.
 
     Args:
         start: where the weights come from; None: the base weights.

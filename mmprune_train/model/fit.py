@@ -1,4 +1,4 @@
-"""Whether weights to start from fit the chosen encoder, LLM and projector: all that differs, by key, before building."""
+"""Whether weights to start from fit the chosen encoder, LLM and projector: all that differs, before it is built."""
 
 from __future__ import annotations
 
@@ -44,8 +44,8 @@ def check_fit(config: Config, key: str, found: Folder, tensors: Tensors) -> None
     if different:
         told = "; ".join(f"{name}={chosen}, there {there}" for name, chosen, there in different)
         raise UserError(
-            f"{key}: {found.path} does not fit what is chosen: {told}; choose the encoder=, llm= and projector= that it "
-            "was made of, or set these keys to its values"
+            f"{key}: {found.path} does not fit what is chosen: {told}; choose the encoder=, llm= and projector= that "
+            "it was made of, or set these keys to its values"
         )
 
 
@@ -86,11 +86,10 @@ def _original(config: Config, key: str, found: Folder, tensors: Tensors) -> Iter
         yield "encoder.arch.hidden_size", chosen.hidden_size, own["mm_hidden_size"]
     drops_cls = own.get("mm_vision_select_feature", "patch") == "patch"
     yield from _features(encoder, own.get("mm_vision_select_layer", -2), drops_cls or not encoder.has_cls, chosen)
-    named, asked = str(own.get("mm_vision_tower") or ""), encoder.path or ""
-    hub_ids = named.count("/") == 1 and asked.count("/") == 1 and not named.startswith((".", "/"))
-    if hub_ids and named != asked and not Path(asked).is_dir():
-        yield "encoder.path", asked, named
     tower = tower_tensors(tensors)
+    named, asked = str(own.get("mm_vision_tower") or ""), encoder.path or ""
+    if not tower and _hub_id(named) and _hub_id(asked) and named.split("/")[1] != asked.split("/")[1]:
+        yield "encoder.path", asked, named
     patch = next((e.shape for n, e in tower.items() if n.endswith("patch_embedding.weight")), None)
     if patch is not None and patch[-1] != encoder.patch_size:
         yield "encoder.patch_size", encoder.patch_size, patch[-1]
@@ -101,6 +100,10 @@ def _original(config: Config, key: str, found: Folder, tensors: Tensors) -> Iter
     if tower and len(layers) != blocks:
         yield "encoder.arch.num_hidden_layers", blocks, len(layers)
     yield from _projector_of(config, key, found, {n: e for n, e in tensors.items() if "mm_projector" in n})
+
+
+def _hub_id(path: str) -> bool:
+    return path.count("/") == 1 and not path.startswith((".", "/", "~")) and not Path(path).exists()
 
 
 def _projector_of(config: Config, key: str, found: Folder, tensors: Tensors) -> Iterator[Difference]:

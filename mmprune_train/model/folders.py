@@ -222,10 +222,8 @@ def _check_language(key: str, found: Folder) -> None:
 
 
 def _way(config: dict[str, Any]) -> str | None:
-    text = config.get("text_config")
-    settings = config.get("quantization_config") or (
-        text.get("quantization_config") if isinstance(text, dict) else None
-    )
+    parts = [config, *(part for part in map(config.get, ("text_config", "vision_config")) if isinstance(part, dict))]
+    settings = next((part["quantization_config"] for part in parts if part.get("quantization_config")), None)
     if not isinstance(settings, dict):
         return None
     way = settings.get("quant_method") or ("bitsandbytes" if any(k.startswith("load_in") for k in settings) else "")

@@ -85,8 +85,8 @@ class Start:
 
     @property
     def adapted(self) -> str | None:
-        """What adapters that are trained from here belong to, as PEFT's adapter_config.json names it and `locate` finds it
-        again; None: the chosen encoder and LLM."""
+        """What adapters that are trained from here belong to, as PEFT's adapter_config.json names it and `locate` finds
+        it again; None: the chosen encoder and LLM."""
         if self.kind == PROJECTOR:
             return None
         if self.goes_on:

@@ -56,7 +56,8 @@ def tiny_tokenizer() -> PreTrainedTokenizerFast:
 def load_tokenizer(folder: Path | None, key: str = "llm.path") -> PreTrainedTokenizerBase:
     """The tokenizer of a model folder, or the built-in one for None; with a padding token and the image token.
 
-    `key` is what gave the folder. Raises UserError where only a slow tokenizer exists: labels come from character offsets, which it does not give.
+    `key` is what gave the folder. Raises UserError where only a slow tokenizer exists: labels come from character
+    offsets, which it does not give.
     """
     try:
         tokenizer = tiny_tokenizer() if folder is None else AutoTokenizer.from_pretrained(folder)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
 
 from mmprune_train.assets import say
@@ -62,8 +62,8 @@ def find_inputs(config: Config, todo: Sequence[str], splits: Sequence[str], trai
     Args:
         todo: stages that are to be trained.
         splits: parts of the data that are read.
-        trains: this process is about to train: what it needs beside is looked for, too, and nothing is fetched for a run
-            that lacks something. False: everything that can be is fetched first.
+        trains: this process is about to train: what it needs beside is looked for, too, and nothing is fetched for a
+            run that lacks something. False: everything that can be is fetched first.
     Raises:
         UserError: something is missing or wrong; where several things are, a list of all.
     """
@@ -100,7 +100,7 @@ def _look_for_data(search: Search, config: Config, splits: Sequence[str]) -> Non
         return sources.split_files(config.data, split)[0]
 
     for split in splits:
-        search.look(f"data.{split}", lambda fetch, split=split: get(split, fetch))
+        search.look(f"data.{split}", partial(get, split))
 
 
 def _look_for_weights(search: Search, config: Config, todo: Sequence[str]) -> None:
@@ -123,12 +123,12 @@ def _look_for_weights(search: Search, config: Config, todo: Sequence[str]) -> No
     for stage in todo:
         if begins_anew(config, todo, stage):
             asked = asked_start(config, stage) or first_start(config, stage)
-            search.look(asked[0] if asked else f"start of {stage}", lambda fetch, stage=stage: get_start(stage, fetch))
+            search.look(asked[0] if asked else f"start of {stage}", partial(get_start, stage))
             search.found.pop(f"start of {stage}", None)
     if config.init_adapters != "auto" and not adapters and not search.faults and not search.away:
         search.faults.append(
-            f"init_adapters={config.init_adapters}: nothing that training starts from is an adapter folder; leave the key "
-            "out, or give one as init_from="
+            f"init_adapters={config.init_adapters}: nothing that training starts from is an adapter folder; leave the "
+            "key out, or give one as init_from="
         )
     text = config.encoder.text
     base: dict[str, tuple[str, Get]] = {
@@ -163,7 +163,7 @@ def machine_faults(config: Config, todo: Sequence[str]) -> list[str]:
     except UserError as error:
         faults.append(str(error))
     names = {config.stage[name].strategy or config.strategy.name for name in todo}
-    if deep := sorted(name for name in names if name.startswith("deepspeed")):
-        if find_spec("deepspeed") is None:
-            faults.append(f"strategy={deep[0]}: deepspeed is not installed; pip install deepspeed, or strategy=fsdp2")
+    deep = sorted(name for name in names if name.startswith("deepspeed"))
+    if deep and find_spec("deepspeed") is None:
+        faults.append(f"strategy={deep[0]}: deepspeed is not installed; pip install deepspeed, or strategy=fsdp2")
     return faults

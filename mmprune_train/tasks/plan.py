@@ -98,7 +98,7 @@ def told_stage(config: Config, name: str, device: Device, compute: torch.dtype) 
 
 
 def check_starts(config: Config) -> None:
-    """Raise UserError where what `init_from` names is not there or does not fit; a hub id may still have to be fetched."""
+    """Raise UserError where what `init_from` names is not there or does not fit; a hub id may have to be fetched."""
     for name in config.stages:
         if asked := first_start(config, name):
             with suppress(NotHere):

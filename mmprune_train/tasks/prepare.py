@@ -61,8 +61,8 @@ def prepare_weights(config: Config) -> dict[str, Path | None]:
 
 
 def prepare_features(config: Config) -> dict[str, Report]:
-    """Fill the feature cache for all stages from the weights they start with; one report for the stages that prepare images alike,
-    by their names.
+    """Fill the feature cache for all stages from the weights they start with; one report for the stages that prepare
+    images alike, by their names.
 
     The LLM is not loaded. Where stage 1 selects by a projector, it stays on the meta device, too, and the cache is left
     to the training run.

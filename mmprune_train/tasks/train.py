@@ -116,9 +116,8 @@ def _train(config: Config, directory: RunDirectory, todo: list[str], main: bool,
     for name in todo:
         start = start_of(config, directory, name)
         if main:
-            print(
-                f"\n{name} starts from {start.words() if start else 'the base weights and a new projector'}", flush=True
-            )
+            words = start.words() if start else "the base weights and a new projector"
+            print(f"\n{name} starts from {words}", flush=True)
         if main or not config.restart:  # what the others see may be the old run, on its way aside
             note_start(directory, name, start)
         run_stage(config, name, directory, start, preemption)

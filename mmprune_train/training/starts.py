@@ -101,8 +101,8 @@ def _told(how: str | None) -> str:
 
 
 def as_begun(config: Config, written: Config, directory: RunDirectory) -> Config:
-    """`config` with the paths that the run was begun with, where what lies at its own has the same content: weights that
-    have moved are the same weights.
+    """`config` with the paths that the run was begun with, where what lies at its own has the same content: weights
+    that have moved are the same weights.
 
     Raises UserError where the content is another.
     """
