@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from contextlib import nullcontext
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
 
 import torch
 from transformers import (
@@ -14,6 +15,7 @@ from transformers import (
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
+from transformers.utils import logging
 
 from mmprune_train.config.pruner import reads_text
 from mmprune_train.config.schema import Config
@@ -85,6 +87,17 @@ def _projector(start: Start) -> Tensors:
     return projector_tensors(tensors_of(start.key, start.path))
 
 
+@contextmanager
+def _no_report() -> Iterator[None]:
+    """Without transformers' table of keys that are not read: `complete` says which must not be left."""
+    before = logging.get_verbosity()
+    logging.set_verbosity_error()
+    try:
+        yield
+    finally:
+        logging.set_verbosity(before)
+
+
 def tower_of(config: Config, start: Start | None, dtype: torch.dtype = torch.float32) -> PreTrainedModel:
     """The vision tower that a stage starts with; of the LLM beside it no layer is read."""
     while start is not None and start.kind not in (LLAVA, ORIGINAL):
@@ -97,7 +110,8 @@ def tower_of(config: Config, start: Start | None, dtype: torch.dtype = torch.flo
     settings.text_config.num_hidden_layers = 0
     if getattr(settings.text_config, "layer_types", None):
         settings.text_config.layer_types = []
-    hf, info = LlavaForConditionalGeneration.from_pretrained(start.path, config=settings, dtype=dtype, **REPORT)
+    with _no_report():
+        hf, info = LlavaForConditionalGeneration.from_pretrained(start.path, config=settings, dtype=dtype, **REPORT)
     extra = [name for name in info["unexpected_keys"] if "language_model" not in name]
     complete({**info, "unexpected_keys": extra}, start.path)
     return hf.model.vision_tower
@@ -115,7 +129,8 @@ def _from_original(
         if empty:
             language = AutoModelForCausalLM.from_config(text, dtype=dtype)
         else:
-            language, info = AutoModelForCausalLM.from_pretrained(start.path, config=text, dtype=dtype, **REPORT)
+            with _no_report():
+                language, info = AutoModelForCausalLM.from_pretrained(start.path, config=text, dtype=dtype, **REPORT)
             beside = [name for name in info["unexpected_keys"] if "mm_projector" in name or "vision_tower" in name]
             complete({**info, "unexpected_keys": sorted(set(info["unexpected_keys"]) - set(beside))}, start.path)
         hf = put_together(config, vision, grown(language, tokenizer), tokenizer)

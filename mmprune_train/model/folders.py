@@ -170,8 +170,8 @@ def _unfit(found: Folder) -> str:
 def _instead(found: Folder, wanted: str) -> str:
     if found.kind == ORIGINAL and wanted == "llava":
         return (
-            "; take the same model in that format (llava-hf/llava-1.5-7b-hf for liuhaotian/llava-v1.5-7b), or start a "
-            f"training from it with init_from={found.path}"
+            "; take its llava-hf version (llava-hf/llava-1.5-7b-hf of liuhaotian/llava-v1.5-7b), or start a training from "
+            f"it with init_from={found.path}"
         )
     if found.kind in (LLAVA, ORIGINAL, ADAPTERS, PROJECTOR, RUN):
         what = {"llm": "the LLM alone", "encoder": "the encoder alone", "text": "the CLIP that the encoder comes from"}

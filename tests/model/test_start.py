@@ -215,7 +215,7 @@ def test_the_feature_cache_is_filled_with_the_sources_tower(sources: dict[str, P
         ("llava", ["encoder.image_mean=[0.5,0.5,0.5]"], r"encoder.image_mean=\[0.5, 0.5, 0.5\], there"),
         ("llava", ["projector=linear"], "projector.name=linear, there mlp2x_gelu"),
         ("original", ["llm.arch.hidden_size=32", "encoder.arch.hidden_size=48"], "=32, there 64; .*=48, there 32"),
-        ("original_without_tower", ["encoder.path=openai/clip-vit-large-patch14"], "encoder.path=.*patch14, there .*-336"),
+        ("original_without_tower", ["encoder.path=openai/clip-vit-base-patch32"], "encoder.path=.*32, there .*-336"),
         ("original", ["encoder.feature_layer=-1"], "encoder.feature_layer=-1, there -2"),
         ("original", ["encoder.arch.image_size=64", "encoder.image_size=64"], "=64, there 36"),
         ("projector", ["llm.arch.hidden_size=32"], "llm.arch.hidden_size=32, there 64"),
