@@ -140,7 +140,7 @@ def check_folder(key: str, path: Path, wanted: str, trains: bool = True) -> Tens
     found = look(key, path)
     kinds, words = WANTED[wanted]
     if found.kind not in kinds:
-        raise UserError(f"{key}: {path} holds {_unfit(found)}, where {words} is wanted{_instead(found, wanted)}")
+        raise UserError(f"{key}: {path} holds {unfit(found)}, where {words} is wanted{_instead(found, wanted)}")
     return check_whole(key, found, trains)
 
 
@@ -157,7 +157,8 @@ def check_whole(key: str, found: Folder, trains: bool = True) -> Tensors:
     return tensors
 
 
-def _unfit(found: Folder) -> str:
+def unfit(found: Folder) -> str:
+    """What a folder of the wrong kind holds, and why a model of no known kind is none."""
     if found.kind == OTHER and "auto_map" in found.config and not _known(found.config):
         return f"{found.words()}, which needs code of its own (auto_map) that is never run here"
     if found.kind == OTHER and found.config.get("model_type") and not _known(found.config):
@@ -170,8 +171,8 @@ def _unfit(found: Folder) -> str:
 def _instead(found: Folder, wanted: str) -> str:
     if found.kind == ORIGINAL and wanted == "llava":
         return (
-            "; take its llava-hf version (llava-hf/llava-1.5-7b-hf of liuhaotian/llava-v1.5-7b), or start a training from "
-            f"it with init_from={found.path}"
+            "; take its llava-hf version (llava-hf/llava-1.5-7b-hf of liuhaotian/llava-v1.5-7b), or start a training "
+            f"from it with init_from={found.path}"
         )
     if found.kind in (LLAVA, ORIGINAL, ADAPTERS, PROJECTOR, RUN):
         what = {"llm": "the LLM alone", "encoder": "the encoder alone", "text": "the CLIP that the encoder comes from"}
@@ -190,7 +191,7 @@ def _known(config: dict[str, Any]) -> bool:
 def _check_code(key: str, found: Folder) -> None:
     """Weights come without code: what needs its own is refused before transformers would ask whether to run it."""
     if found.kind != ORIGINAL and "auto_map" in found.config and not _known(found.config):
-        raise UserError(f"{key}: {found.path} holds {_unfit(found)}; give a checkpoint of an architecture it has")
+        raise UserError(f"{key}: {found.path} holds {unfit(found)}; give a checkpoint of an architecture it has")
     file = found.path / "tokenizer_config.json"
     if found.kind in (LANGUAGE, LLAVA, ORIGINAL) and file.is_file():
         import transformers

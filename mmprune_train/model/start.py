@@ -23,6 +23,7 @@ from mmprune_train.model.folders import (
     check_whole,
     look,
     model_folder,
+    unfit,
 )
 from mmprune_train.model.original import tower_tensors
 from mmprune_train.model.weight_files import tensors_of, weights_of
@@ -158,7 +159,7 @@ def locate(key: str, path: str, download: bool = True) -> Start:
     if found.kind == PROJECTOR:
         return Start(PROJECTOR, folder / PROJECTOR_BIN, key)
     hint = f"; give it as {KEYS_OF[found.kind]}" if found.kind in KEYS_OF else ""
-    raise UserError(f"{key}: {place} holds {found.words()}, where {SOURCES} is wanted{hint}")
+    raise UserError(f"{key}: {place} holds {unfit(found)}, where {SOURCES} is wanted{hint}")
 
 
 def _base(key: str, found: Folder, download: bool) -> Start | None:

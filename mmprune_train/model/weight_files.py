@@ -19,7 +19,11 @@ LEGACY = b"\x80\x02\x8a\x0al\xfc\x9cF\xf9"
 """First bytes of what torch.save wrote before it wrote zip files."""
 STEMS = (("model", "safetensors"), ("pytorch_model", "bin"))
 """Names of weights, in the order in which transformers looks for them."""
-SMALL = (".json", ".model", ".txt", ".jinja")
+SMALL = (
+    *("config", "generation_config", "tokenizer", "special_tokens", "added_tokens", "vocab", "merges", "spiece"),
+    *("sentencepiece", "chat_template", "preprocessor_config", "processor_config"),
+)
+"""How the names of config and tokenizer files begin."""
 ELSEWHERE = ("*.pth", "*.pt", "*.ckpt", "*.h5", "*.msgpack", "*.gguf", "*.safetensors", "*.bin")
 """What a folder without weights for transformers may hold instead, to be named in the message."""
 NOT_WEIGHTS = ("training_args.bin", "optimizer.bin", "scheduler.bin", "tokenizer.bin")
@@ -68,9 +72,9 @@ def refuse_pointer(key: str, file: Path) -> None:
 def check_small_files(key: str, folder: Path) -> None:
     """Raise UserError where a config or tokenizer file is a git-lfs pointer or broken JSON."""
     for file in sorted(folder.iterdir()):
-        if file.is_file() and file.suffix in SMALL:
+        if file.is_file() and file.name.startswith(SMALL):
             if file.suffix == ".json":
-                if file.name.endswith((".index.json", "config.json")):
+                if file.name.endswith("config.json"):
                     read_config(key, file)
                     continue
                 refuse_pointer(key, file)

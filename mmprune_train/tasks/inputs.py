@@ -125,7 +125,8 @@ def _look_for_weights(search: Search, config: Config, todo: Sequence[str]) -> No
             asked = asked_start(config, stage) or first_start(config, stage)
             search.look(asked[0] if asked else f"start of {stage}", partial(get_start, stage))
             search.found.pop(f"start of {stage}", None)
-    if config.init_adapters != "auto" and not adapters and not search.faults and not search.away:
+    whole = list(todo) == config.stages and not search.faults and not search.away  # else a source may be done with
+    if config.init_adapters != "auto" and not adapters and whole:
         search.faults.append(
             f"init_adapters={config.init_adapters}: nothing that training starts from is an adapter folder; leave the "
             "key out, or give one as init_from="

@@ -193,6 +193,15 @@ def test_adapters_find_the_model_they_belong_to(sources: dict[str, Path], tmp_pa
         find_start(config_of(), "init_from", str(folder), "instruct")
 
 
+@pytest.mark.parametrize("name", ["llava", "adapters", "original", "original_without_tower", "projector"])
+def test_without_weights_it_is_the_same_network(name: str, sources: dict[str, Path]) -> None:
+    start = find_start(config_of(), "init_from", str(sources[name]), "instruct")
+    full, hollow = (begin(config_of(), start, empty=empty)[0].hf for empty in (False, True))
+    assert all(parameter.is_meta for parameter in hollow.parameters())
+    shapes = [{key: value.shape for key, value in hf.named_parameters()} for hf in (full, hollow)]
+    assert shapes[0] == shapes[1]
+
+
 def test_the_feature_cache_is_filled_with_the_sources_tower(sources: dict[str, Path]) -> None:
     expected = LlavaForConditionalGeneration.from_pretrained(sources["llava"]).model.vision_tower.state_dict()
     config = config_of("seed=7")  # whose own random tower is another

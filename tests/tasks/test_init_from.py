@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 import shutil
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -134,9 +135,7 @@ def test_a_stage_that_has_begun_keeps_its_source_and_how_adapters_are_taken_up(
     merged = Start("adapters", path, "init_from", start.base)
     with pytest.raises(UserError, match="began with its adapters trained further, they would now be merged"):
         note_start(run, "instruct", merged)
-    other = Start(
-        "adapters", path, "init_from", Start("original", Path(sources["original"]), "init_from"), goes_on=True
-    )
+    other = replace(start, base=Start("original", Path(sources["original"]), "init_from"))
     with pytest.raises(UserError, match="init_from of stage instruct: the weights in .*original"):
         note_start(run, "instruct", other)
 

@@ -11,13 +11,15 @@ from typing import Any
 import pytest
 import torch
 from PIL import Image
+from safetensors.torch import load_file, save_file
 from training.synthetic import overrides, write_dataset
-from transformers import LlavaForConditionalGeneration
+from transformers import AutoConfig, LlamaForCausalLM, LlavaForConditionalGeneration
 
 from mmprune_train.config.compose import compose_config
 from mmprune_train.config.schema import Config
 from mmprune_train.errors import UserError
 from mmprune_train.model.build import load_model
+from mmprune_train.model.tokenizer import tiny_tokenizer
 from mmprune_train.tasks import evaluate, generate, prepare, train
 
 
@@ -199,6 +201,20 @@ def test_one_thing_that_is_missing_is_one_line(root: Path, tmp_path: Path) -> No
     with pytest.raises(UserError, match=r"^llm\.path: there is no folder \./absent") as caught:
         train.run(compose_config([*overrides(root, tmp_path / "runs"), "llm.path=./absent"]))
     assert "\n" not in str(caught.value) and not (tmp_path / "runs").exists()
+
+
+def test_weights_that_lack_a_tensor_leave_no_run_directory(root: Path, tmp_path: Path) -> None:
+    """Their headers are in order: it shows when they are loaded, after the run directory was made."""
+    folder, runs = tmp_path / "llm", tmp_path / "runs"
+    config = compose_config(overrides(root, runs))
+    LlamaForCausalLM(AutoConfig.for_model(**config.llm.arch)).save_pretrained(folder)
+    tiny_tokenizer().save_pretrained(folder)
+    weights = load_file(folder / "model.safetensors")
+    del weights["model.norm.weight"]
+    save_file(weights, folder / "model.safetensors", {"format": "pt"})
+    with pytest.raises(UserError, match="missing keys: model.norm.weight"):
+        train.run(replace(config, llm=replace(config.llm, path=str(folder))))
+    assert not (runs / "smoke/t").exists()
 
 
 def test_prepare_says_where_everything_lies(root: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
