@@ -3,3 +3,7 @@
 
 class UserError(ValueError):
     """Wrong input (config, data, checkpoint). The message names the key, file or sample and the remedy; exit code 2."""
+
+
+class NotHere(UserError):
+    """Weights or data that are not on this machine yet, and may be fetched."""

@@ -46,6 +46,9 @@ BENCHED = ("train", "generate", "selection")
 ATTENTION = ("auto", "flash_4", "flash_3", "flash_2", "torch_varlen", "flex", "cpu_flash", "sdpa_per_sample")
 CACHING_TASKS = ("train", "prepare", "plan")
 """Tasks that `trainer.feature_cache` concerns."""
+STARTING_TASKS = ("train", "prepare", "plan", "bench")
+"""Tasks that read `init_from`, `stage.NAME.init_from` and `init_adapters`; where a task without `ckpt=` looks for the
+run of its settings (evaluate), they belong to those."""
 DEVICES = (
     "b200_180gb", "h200_141gb", "h100_80gb", "h100_pcie_80gb", "h100_nvl_94gb", "a100_80gb", "a100_40gb", "l40s_48gb",
     "rtx_a6000_48gb", "rtx4090_24gb", "rtx3090_24gb", "l4_24gb", "a10_24gb", "cpu",
@@ -277,6 +280,7 @@ def _check_run(config: Config) -> None:
             "trainer.checkpoint_every_steps alone"
         )
     at_least("trainer.num_workers", trainer.num_workers, 0)
+    one_of("init_adapters", config.init_adapters, ("auto", "continue", "merge"))
     one_of("data.source", config.data.source, ("easy_vqa", None))
     for split in (*STAGES, "evaluate"):
         if (limit := getattr(config.data, split).limit) is not None:

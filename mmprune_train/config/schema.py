@@ -168,6 +168,9 @@ class StageConfig:
     those `after` it. Without a pruning layer all are before it."""
     strategy: str | None = None
     """Strategy of this stage alone (LLaVA: ZeRO-2, then ZeRO-3); null: the run's `strategy`."""
+    init_from: str | None = None
+    """Weights that this stage starts from, as the run's `init_from`, whatever was trained before it; null: the stage
+    trained before it, else the run's `init_from`."""
 
 
 @dataclass
@@ -397,6 +400,13 @@ class Config:
     ckpt: str | None = None
     """For evaluate, generate, inspect, calibrate and bench: a run directory, an exported folder or a llava-hf folder.
     Of a run directory the last finished stage's model, or that of the last of `stages`, where they are named."""
+    init_from: str | None = None
+    """Weights that the first trained stage starts from: a llava-hf folder (or hub id), a run directory, an exported
+    folder, a stage's `adapters/`, an original LLaVA checkpoint, or a `mm_projector.bin` beside the chosen encoder and
+    LLM; null: the encoder's and the LLM's own weights and a new projector. See docs/init_from.md."""
+    init_adapters: str = "auto"
+    """init_from of adapters: `continue` training them, `merge` them into the weights, or `auto`: continue where the
+    stage trains adapters of the same settings (`peft`), else merge."""
     restart: bool = False
     """Start over: an existing run directory is moved aside, never deleted."""
     debug: bool = False

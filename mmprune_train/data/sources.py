@@ -55,8 +55,8 @@ def split_files(data: DataConfig, part: str) -> tuple[Path, Path]:
         raise UserError(f"data.{part}.annotations is not set; {remedy}")
     root = data_root(data)
     annotations, images = root / Path(split.annotations).expanduser(), root / Path(split.images).expanduser()
-    if not annotations.is_file():
-        raise UserError(f"data.{part}.annotations: {annotations} is missing; {remedy}")
-    if not images.is_dir():
-        raise UserError(f"data.{part}.images: {images} is missing; {remedy}")
+    missing = [f"data.{part}.annotations: {annotations} is missing"] if not annotations.is_file() else []
+    missing += [f"data.{part}.images: {images} is missing"] if not images.is_dir() else []
+    if missing:
+        raise UserError(f"{'; '.join(missing)}; {remedy}")
     return annotations, images

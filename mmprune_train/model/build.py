@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from contextlib import nullcontext
 from pathlib import Path
@@ -23,19 +22,26 @@ from transformers import (
 )
 
 from mmprune_train.config.compose import as_saved, load_pruner
+from mmprune_train.config.pruner import reads_text
 from mmprune_train.config.pruner_schema import PrunerConfig
 from mmprune_train.config.schema import Config, EncoderConfig, LlmConfig, TextTowerConfig
 from mmprune_train.data.images import image_processor
 from mmprune_train.data.templates import template_name
 from mmprune_train.errors import UserError
 from mmprune_train.model.conversation import converse
+from mmprune_train.model.folders import check_folder, model_folder
 from mmprune_train.model.llava import PackedLlava
 from mmprune_train.model.processor import load_processor
 from mmprune_train.model.projector import new_projector
-from mmprune_train.model.question import find_question_encoder, new_question_encoder, question_encoder_on_meta
+from mmprune_train.model.question import (
+    QuestionEncoder,
+    find_question_encoder,
+    new_question_encoder,
+    question_encoder_on_meta,
+)
 from mmprune_train.model.tokenizer import IMAGE_TOKEN, load_tokenizer
 from mmprune_train.model.vision import check_patches, family_of
-from mmprune_train.model.weights import REPORT, complete, encoder_folder, llm_folder, text_folder
+from mmprune_train.model.weights import REPORT, complete, encoder_folder, llm_folder, local_or_hub, text_folder
 from mmprune_train.pruning import Pruner
 
 VOCAB_MULTIPLE = 64
@@ -90,6 +96,11 @@ def language_model(
     else:
         model, info = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, **REPORT)
         complete(info, folder)
+    return grown(model, tokenizer)
+
+
+def grown(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> PreTrainedModel:
+    """An LLM with its vocabulary grown, in place, where it is smaller than its tokenizer's."""
     if len(tokenizer) > model.config.vocab_size:
         model.resize_token_embeddings(len(tokenizer), pad_to_multiple_of=VOCAB_MULTIPLE, mean_resizing=False)
     return model
@@ -162,6 +173,50 @@ def build_on_meta(config: Config) -> PackedLlava:
         return PackedLlava(hf, pruner, template=config.llm.template, question=question)
 
 
+def fresh(
+    config: Config, dtype: torch.dtype = torch.float32, empty: bool = False
+) -> tuple[LlavaForConditionalGeneration, PreTrainedTokenizerBase]:
+    """The chosen encoder and LLM with their weights, and a new projector between them; the LLM's tokenizer.
+
+    Args:
+        empty: as in `build`.
+    """
+    folder = llm_folder(config.llm)
+    tower_folder = encoder_folder(config.encoder)
+    torch.manual_seed(config.seed)
+    tokenizer = load_tokenizer(folder)
+    with torch.device("meta") if empty else nullcontext():
+        vision = vision_tower(config.encoder, tower_folder, dtype, empty)
+        language = language_model(config.llm, folder, tokenizer, dtype, empty)
+        return put_together(config, vision, language, tokenizer), tokenizer
+
+
+def put_together(
+    config: Config, vision: PreTrainedModel, language: PreTrainedModel, tokenizer: PreTrainedTokenizerBase
+) -> LlavaForConditionalGeneration:
+    """A tower and an LLM as the config joins them, with a new projector."""
+    image_token = tokenizer.convert_tokens_to_ids(IMAGE_TOKEN)
+    hf_config = llava_config(config.encoder, vision.config, language.config, config.projector.name, image_token)
+    return assemble(hf_config, vision, language, config.projector.init)
+
+
+def packed(
+    config: Config,
+    hf: LlavaForConditionalGeneration,
+    tokenizer: PreTrainedTokenizerBase,
+    question: QuestionEncoder | None = None,
+) -> tuple[PackedLlava, LlavaProcessor]:
+    """A Hugging Face LLaVA as the run walks it, and its processor.
+
+    Args:
+        question: the text tower, where stage 1 reads the question.
+    """
+    processor = make_processor(config.encoder, tokenizer)
+    model = PackedLlava(hf, Pruner(config.pruner), vision_chunk=config.trainer.vision_chunk, question=question)
+    converse(model, processor, config.llm.template)
+    return model, processor
+
+
 def build(
     config: Config, dtype: torch.dtype = torch.float32, empty: bool = False
 ) -> tuple[PackedLlava, LlavaProcessor]:
@@ -173,42 +228,23 @@ def build(
     Raises:
         UserError: weights are missing or do not fit.
     """
-    folder = llm_folder(config.llm)
-    tower_folder = encoder_folder(config.encoder)
-    torch.manual_seed(config.seed)
-    tokenizer = load_tokenizer(folder)
-    image_token = tokenizer.convert_tokens_to_ids(IMAGE_TOKEN)
-    with torch.device("meta") if empty else nullcontext():
-        vision = vision_tower(config.encoder, tower_folder, dtype, empty)
-        language = language_model(config.llm, folder, tokenizer, dtype, empty)
-        hf_config = llava_config(config.encoder, vision.config, language.config, config.projector.name, image_token)
-        hf = assemble(hf_config, vision, language, config.projector.init)
-    processor = make_processor(config.encoder, tokenizer)
-    chunk, pruner, question = config.trainer.vision_chunk, Pruner(config.pruner), None
-    if pruner.reads_text and config.encoder.text is not None:
+    hf, tokenizer = fresh(config, dtype, empty)
+    question = None
+    if reads_text(config.pruner.vision) and config.encoder.text is not None:
         question = new_question_encoder(config.encoder, text_folder(config.encoder.text), dtype)
-    model = PackedLlava(hf, pruner, vision_chunk=chunk, question=question)
-    converse(model, processor, config.llm.template)
-    return model, processor
+    return packed(config, hf, tokenizer, question)
 
 
-def model_folder(path: str | Path) -> Path | str:
-    """The Hugging Face folder behind a run directory, an exported folder or a hub id."""
-    folder = Path(path).expanduser()
-    if (folder / "manifest.json").is_file():
-        stages = json.loads((folder / "manifest.json").read_text())["stages"]
-        names = list(stages) if isinstance(stages, dict) else [stage["name"] for stage in stages]
-        for name in reversed(names):
-            if (folder / name / "model" / "config.json").is_file():
-                return folder / name / "model"
-        raise UserError(f"{path}: no stage of this run has finished; run the same training command to continue it")
-    if folder.is_dir():
-        if not (folder / "config.json").is_file():
-            raise UserError(f"{path}: neither a run directory (manifest.json) nor a model folder (config.json)")
-        return folder
-    if str(path).startswith(("/", ".", "~")) or str(path).count("/") != 1:
-        raise UserError(f"{path}: no such folder; give a run directory, an exported folder or a llava-hf folder")
-    return str(path)
+def load_llava(
+    folder: Path | str, dtype: torch.dtype = torch.float32, empty: bool = False
+) -> LlavaForConditionalGeneration:
+    """A llava-hf folder's network; `empty`: on the meta device. Raises UserError unless weights and config agree."""
+    if empty:
+        with torch.device("meta"):
+            return LlavaForConditionalGeneration._from_config(AutoConfig.from_pretrained(folder), dtype=dtype)
+    hf, info = LlavaForConditionalGeneration.from_pretrained(folder, dtype=dtype, **REPORT)
+    complete(info, folder)
+    return hf
 
 
 def _template_of(processor: LlavaProcessor) -> str:
@@ -226,6 +262,7 @@ def load_model(
     device: str | torch.device = "cpu",
     text: str | Path | TextTowerConfig | None = None,
     empty: bool = False,
+    key: str = "",
 ) -> tuple[PackedLlava, LlavaProcessor]:
     """A trained model and its processor, ready to call and to generate.
 
@@ -236,20 +273,20 @@ def load_model(
         text: the CLIP checkpoint that the encoder comes from, for a pruner that reads the question, where the folder
             was not trained with one and so has no text tower.
         empty: as in `build`; `device` is left aside.
+        key: the config key that gave `path`, for messages.
     Raises:
-        UserError: no such folder, or its weights do not match its config key for key.
+        UserError: no such folder, one of another kind, or its weights do not match its config key for key.
     """
-    folder = model_folder(path)
+    folder = model_folder(path, key)
+    if isinstance(folder, str):
+        folder = local_or_hub(key or "path", folder)
+    check_folder(key or "path", folder, "llava", trains=False)
     try:
-        if empty:
-            with torch.device("meta"):
-                config = AutoConfig.from_pretrained(folder)
-                hf, info = LlavaForConditionalGeneration._from_config(config, dtype=dtype), {}
-        else:
-            hf, info = LlavaForConditionalGeneration.from_pretrained(folder, dtype=dtype, **REPORT)
+        hf = load_llava(folder, dtype, empty)
     except (OSError, ValueError, SafetensorError) as error:
+        if isinstance(error, UserError):
+            raise
         raise UserError(f"{path}: not a whole model folder: {str(error).strip().splitlines()[0]}") from error
-    complete(info, folder)
     processor = load_processor(folder, hf)
     saved = getattr(hf.config, "mmprune", None) or {}
     if isinstance(pruner, PrunerConfig):

@@ -10,6 +10,7 @@ from peft import LoraConfig, get_peft_model, get_peft_model_state_dict
 from peft.tuners.tuners_utils import BaseTunerLayer
 from safetensors.torch import save_file
 from torch import nn
+from transformers import LlavaForConditionalGeneration
 
 from mmprune_train.config.schema import PeftConfig
 from mmprune_train.errors import UserError
@@ -85,7 +86,12 @@ def merge_adapters(model: PackedLlava) -> None:
     4-bit weights are taken out of their 4 bits, the layers without adapters, too. What was rounded when they were
     quantised stays rounded.
     """
-    language = model.hf.model.language_model
+    fold(model.hf)
+
+
+def fold(hf: LlavaForConditionalGeneration) -> None:
+    """The same for the Hugging Face model alone."""
+    language = hf.model.language_model
     for name, part in list(language.named_modules()):
         if isinstance(part, BaseTunerLayer):
             language.set_submodule(name, _merged(part))
@@ -93,7 +99,7 @@ def merge_adapters(model: PackedLlava) -> None:
         if isinstance(part, nn.Linear) and is_quantized(part):
             language.set_submodule(name, _plain(part))
     for leftover in ("peft_config", "_hf_peft_config_loaded", "is_loaded_in_4bit"):  # save_pretrained would heed them
-        model.hf.__dict__.pop(leftover, None)
+        hf.__dict__.pop(leftover, None)
 
 
 def _merged(layer: Any) -> nn.Module:

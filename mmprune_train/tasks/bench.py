@@ -26,9 +26,10 @@ from mmprune_train.data.templates import get_template
 from mmprune_train.errors import UserError
 from mmprune_train.evaluation.generate import load_images
 from mmprune_train.evaluation.questions import questions_of
-from mmprune_train.model.build import build
+from mmprune_train.model.begin import begin
 from mmprune_train.model.llava import PackedLlava
 from mmprune_train.model.quantize import check_quantization
+from mmprune_train.model.start import find_start, first_start
 from mmprune_train.progress import progress
 from mmprune_train.pruning.patches import Patches
 from mmprune_train.quiet import quiet
@@ -66,7 +67,9 @@ def run(config: Config) -> dict[str, Any]:
     reads = [pruner for pruner in pruners.values() if reads_text(pruner.vision)]
     with quiet():
         if found is None:
-            model, processor = build(replace(config, pruner=reads[0]) if reads else config)
+            asked = first_start(config, name)
+            start = find_start(config, *asked, name) if asked else None
+            model, processor = begin(replace(config, pruner=reads[0]) if reads else config, start)
         else:
             model, processor, _ = load(replace(found, pruner=reads[0]) if reads else found)
         make_trainable(model, config, name, precision)

@@ -15,7 +15,8 @@ from mmprune_train.config.pruner_schema import PrunerConfig
 from mmprune_train.config.schema import Config
 from mmprune_train.config.typed import command_line, key_of
 from mmprune_train.errors import UserError
-from mmprune_train.model.build import load_model, model_folder
+from mmprune_train.model.build import load_model
+from mmprune_train.model.folders import model_folder
 from mmprune_train.quiet import quiet
 from mmprune_train.training.precision import Precision, choose_accelerator, choose_precision
 from mmprune_train.training.rundir import free_name
@@ -52,7 +53,7 @@ def find_checkpoint(config: Config) -> Checkpoint:
         raise UserError(f"ckpt= is not given and {run_dir(config)} has no run; give ckpt=FOLDER or train first")
     given = {key_of(override) for override in command_line()}
     pruner = config.pruner if {key.split(".", 1)[0] for key in given} & {"pruner", "knee"} else None
-    model = model_folder(config.ckpt or str(run))
+    model = model_folder(config.ckpt or str(run), "ckpt")
     if run is None or not (run / "config.yaml").is_file():
         return Checkpoint(model, home_dir(config), config, pruner)
     trained = config_from_file(run / "config.yaml")
@@ -85,7 +86,7 @@ def load(found: Checkpoint) -> tuple[Any, Any, Precision]:
     precision = choose_precision(trainer.precision, accelerator)
     with quiet():
         model, processor = load_model(
-            found.model, pruner=found.pruner, device=accelerator, text=found.config.encoder.text
+            found.model, pruner=found.pruner, device=accelerator, text=found.config.encoder.text, key="ckpt"
         )
     model.vision_chunk, model.attention = trainer.vision_chunk, trainer.attention
     choose_orientation(processor.image_processor, found.config.data.exif_orientation)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import suppress
 from dataclasses import replace
 from statistics import fmean
 from typing import Any
@@ -12,6 +13,8 @@ from transformers import AutoConfig
 from mmprune_train.config.identity import run_dir
 from mmprune_train.config.schema import Config
 from mmprune_train.devices import CPU, Device, device_peak, present_device
+from mmprune_train.errors import NotHere
+from mmprune_train.model.start import find_start, first_start
 from mmprune_train.planning.lengths import data_dependent, solve_share
 from mmprune_train.planning.plan import StagePlan, plan_stage
 from mmprune_train.planning.remedies import first_that_fits
@@ -32,6 +35,7 @@ SOLVED_ON = 64
 
 def run(config: Config) -> dict[str, Any]:
     """Write `plan/result.json` to the run directory. Nothing is downloaded, no weights are read."""
+    check_starts(config)
     device = chosen_device(config)
     compute = planned_dtype(config, device)
     if device.name == CPU:
@@ -91,6 +95,14 @@ def told_stage(config: Config, name: str, device: Device, compute: torch.dtype) 
         lines.append(f"{said} ({longest(cost)})")
     entry |= {"lengths": data.source, "kept": kept, "hours": entry["pruned" if plan.pruned else "dense"]["hours"]}
     return "\n".join(lines), entry
+
+
+def check_starts(config: Config) -> None:
+    """Raise UserError where what `init_from` names is not there or does not fit; a hub id may have to be fetched."""
+    for name in config.stages:
+        if asked := first_start(config, name):
+            with suppress(NotHere):
+                find_start(config, *asked, name, download=False)
 
 
 def chosen_device(config: Config) -> Device:

@@ -11,6 +11,7 @@ from mmprune_train.config.pruner import projects
 from mmprune_train.config.schema import Config
 from mmprune_train.data import sources
 from mmprune_train.reporting.tables import table
+from mmprune_train.tasks.inputs import find_inputs, machine_faults
 from mmprune_train.training.files import write_json
 
 if TYPE_CHECKING:
@@ -20,7 +21,9 @@ if TYPE_CHECKING:
 def run(config: Config) -> dict[str, Any]:
     """Everything the run needs, with the places where it lies."""
     splits = [*config.stages, *(["evaluate"] if config.data.evaluate.annotations else [])]
-    found = {**prepare_data(config, splits), **prepare_weights(config)}
+    found = find_inputs(config, config.stages, splits, trains=False)
+    for fault in machine_faults(config, config.stages):
+        say(f"note: training will need more than there is here: {fault}")
     result: dict[str, Any] = {what: str(place) if place else None for what, place in found.items()}
     rows = [[what, place or "random initialisation"] for what, place in result.items()]
     if config.trainer.feature_cache:
@@ -63,39 +66,43 @@ def prepare_weights(config: Config) -> dict[str, Path | None]:
 
 
 def prepare_features(config: Config) -> dict[str, Report]:
-    """Fill the feature cache for all stages from the base weights; one report for the stages that prepare images alike,
-    by their names.
+    """Fill the feature cache for all stages from the weights they start with; one report for the stages that prepare
+    images alike, by their names.
 
     The LLM is not loaded. Where stage 1 selects by a projector, it stays on the meta device, too, and the cache is left
     to the training run.
     """
     import torch
 
-    from mmprune_train.model.build import build_on_meta, vision_tower
-    from mmprune_train.model.weights import encoder_folder
+    from mmprune_train.model.begin import tower_of
+    from mmprune_train.model.build import build_on_meta
     from mmprune_train.quiet import quiet
     from mmprune_train.training.features import askers, fill_for
     from mmprune_train.training.freezing import store_frozen
     from mmprune_train.training.inputs import stage_records
     from mmprune_train.training.precision import choose_accelerator, choose_precision
+    from mmprune_train.training.starts import begins_anew, start_of
 
     if projects(config.pruner.vision):
         say("features: stage 1 looks at them through the projector; the cache is filled when training starts")
         return {}
     accelerator = choose_accelerator(config.trainer.accelerator)
     precision = choose_precision(config.trainer.precision, accelerator)
+    alike: dict[tuple[str, str], list[str]] = {}
+    first = config.stages[0]
+    for name in config.stages:
+        first = name if begins_anew(config, config.stages, name) else first
+        alike.setdefault((first, config.stage[name].image_aspect_ratio), []).append(name)
+    reports = {}
     with quiet():
         model = build_on_meta(config)
-        torch.manual_seed(config.seed)  # random weights are to be those of a run
-        tower = vision_tower(config.encoder, encoder_folder(config.encoder), torch.float32).eval().requires_grad_(False)
-    store_frozen(tower, precision.dtype)
-    model.hf.model.vision_tower = tower
     model.vision_chunk = config.trainer.vision_chunk
-    alike: dict[str, list[str]] = {}
-    for name in config.stages:
-        alike.setdefault(config.stage[name].image_aspect_ratio, []).append(name)
-    reports = {}
-    for names in alike.values():
+    for (begun, _), names in alike.items():
+        with quiet():
+            torch.manual_seed(config.seed)  # random weights are to be those of a run
+            tower = tower_of(config, start_of(config, None, begun)).eval().requires_grad_(False)
+        store_frozen(tower, precision.dtype)
+        model.hf.model.vision_tower = tower
         images = askers([record for name in names for record in stage_records(config, name)])
         _, report = fill_for(config, names[0], model, images, precision.dtype, torch.device(accelerator))
         reports[" and ".join(names)] = report

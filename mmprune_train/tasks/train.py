@@ -15,10 +15,10 @@ from mmprune_train.data.records import read_records
 from mmprune_train.data.sources import data_root, split_files
 from mmprune_train.errors import UserError
 from mmprune_train.reporting.training import result_text
-from mmprune_train.tasks.prepare import prepare_data, prepare_weights
+from mmprune_train.tasks.inputs import find_inputs
 from mmprune_train.training.cluster import is_next_turn, join, rank_here
 from mmprune_train.training.lock import alone_in
-from mmprune_train.training.rundir import RunDirectory, open_run
+from mmprune_train.training.rundir import RunDirectory, discard_unstarted, open_run
 from mmprune_train.training.sources import check_sources, told
 
 if TYPE_CHECKING:
@@ -84,11 +84,17 @@ def _make(config: Config, todo: list[str], asked: dict[str, Any] | None, main: b
     with Preemption(config.restart) as preemption:
         _check_inputs(config, todo, asked is not None)
         with alone_in(run_dir(config)) if main else nullcontext():
+            new = main and (config.restart or not run_dir(config).exists())
             directory = open_run(config, writable=main)
-            if not config.restart:
-                check_sources(config, directory)
-            if todo:
-                _train(config, directory, todo, main, preemption)
+            try:
+                if not config.restart:
+                    check_sources(config, directory)
+                if todo:
+                    _train(config, directory, todo, main, preemption)
+            except UserError:
+                if new:
+                    discard_unstarted(directory)
+                raise
             return _evaluated(config, directory, asked) if main else {}
 
 
@@ -110,59 +116,33 @@ def _evaluated(config: Config, directory: RunDirectory, asked: dict[str, Any] | 
 
 def _check_inputs(config: Config, todo: list[str], evaluates: bool) -> None:
     """Before the run directory is made: a run that cannot start leaves nothing behind."""
-    from mmprune_train.model.quantize import check_quantization
-    from mmprune_train.training.precision import choose_accelerator
-
-    if config.peft.name == "qlora" and any(config.stage[name].use_peft for name in todo):
-        check_quantization(choose_accelerator(config.trainer.accelerator))
-    prepare_data(config, todo)
+    find_inputs(config, todo, [*todo, *(["evaluate"] if evaluates else [])])
     if evaluates:
         from mmprune_train.tasks.evaluate import question_set
 
         question_set(config)  # a mistake in it is told now, not after hours of training
     for name in todo:  # a mistake in a later stage's data would show after the stages before it were trained
         read_records(*split_files(config.data, name), getattr(config.data, name).limit)
-    prepare_weights(config)
 
 
 def _train(config: Config, directory: RunDirectory, todo: list[str], main: bool, preemption: Preemption) -> None:
     from mmprune_train.training.base_weights import base_weights
     from mmprune_train.training.run import run_stage
+    from mmprune_train.training.starts import begins_anew, note_start, parts_of, start_of
 
     recorded = {} if config.restart else directory.manifest.get("base_weights", {})
     if main or recorded:  # all processes end where the weights are others, and one alone reads them the first time
-        directory.update(base_weights=base_weights(config, recorded))
+        anew = [name for name in todo if begins_anew(config, todo, name)]
+        parts = set().union(*(parts_of(config, start_of(config, directory, name)) for name in anew))
+        directory.update(base_weights=base_weights(config, recorded, parts))
     for name in todo:
         start = start_of(config, directory, name)
         if main:
-            print(f"\n{name} starts from {start or 'the base weights and a new projector'}", flush=True)
+            words = start.words() if start else "the base weights and a new projector"
+            print(f"\n{name} starts from {words}", flush=True)
         if main or not config.restart:  # what the others see may be the old run, on its way aside
-            _note_start(directory, name, start)
+            note_start(directory, name, start)
         run_stage(config, name, directory, start, preemption)
-
-
-def _note_start(directory: RunDirectory, name: str, start: Path | None) -> None:
-    """Record the weights that a stage starts from; UserError on all processes where its checkpoints are of others."""
-    from mmprune_train.training.base_weights import unchanged
-    from mmprune_train.training.checkpoint_files import all_checkpoints
-
-    begun = all_checkpoints(directory.stage(name) / "checkpoints")
-    known = directory.stage_state(name).get("start") if begun else None
-    if known is not None and (start is None) != ("sha256" not in known):
-        raise UserError(
-            f"stages={name}: its checkpoints began with {known['source']}, and it would now start from "
-            f"{start or 'the base weights'}: ask for the stages= as before, or start a new run with run_id="
-        )
-    if directory.writable or known is not None:
-        entry = {"source": "the base weights"} if start is None else unchanged(f"stage {name}", start, known)
-        directory.update_stage(name, start=entry)
-
-
-def start_of(config: Config, directory: RunDirectory, stage: str) -> Path | None:
-    """The `model/` of the nearest stage before this one that the run has finished; None: the base weights."""
-    order = list(config.stage)
-    before = [name for name in order[: order.index(stage)] if (directory.model(name) / "config.json").is_file()]
-    return directory.model(before[-1]) if before else None
 
 
 NOT_TOLD = ("state", "start", "data", "components")

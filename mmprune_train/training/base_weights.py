@@ -4,11 +4,10 @@ run must find the same."""
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from mmprune_train.config.pruner import reads_text
 from mmprune_train.config.schema import Config
 from mmprune_train.errors import UserError
 from mmprune_train.model.weights import encoder_folder, llm_folder, text_folder
@@ -22,19 +21,23 @@ Entry = dict[str, Any]
 """Of one part: name, source, and where it has files their SHA-256 and by what they are known (`stamps`)."""
 
 
-def base_weights(config: Config, recorded: Mapping[str, Entry]) -> dict[str, Entry]:
+def base_weights(config: Config, recorded: Mapping[str, Entry], parts: Collection[str]) -> dict[str, Entry]:
     """What is to be recorded of `encoder` and `llm`, and of `text` where the pruner reads the question.
 
     Args:
         recorded: what the manifest has of them.
+        parts: those that what is trained starts from.
     Raises:
         UserError: a part is not what the run was begun with.
     """
-    folders = {"encoder": encoder_folder(config.encoder), "llm": llm_folder(config.llm)}
+    find: dict[str, Callable[[], Path | None]] = {
+        "encoder": lambda: encoder_folder(config.encoder),
+        "llm": lambda: llm_folder(config.llm),
+        "text": lambda: None if config.encoder.text is None else text_folder(config.encoder.text),
+    }
+    folders = {part: get() for part, get in find.items() if part in parts}
     names = {"encoder": config.encoder.name, "llm": config.llm.name, "text": f"text tower of {config.encoder.name}"}
-    if config.encoder.text is not None and reads_text(config.pruner.vision):
-        folders["text"] = text_folder(config.encoder.text)
-    entries = {}
+    entries = dict(recorded)
     for part, folder in folders.items():
         if folder is None:
             entries[part] = {"name": names[part], "source": f"random, seed {config.seed}"}
@@ -43,7 +46,13 @@ def base_weights(config: Config, recorded: Mapping[str, Entry]) -> dict[str, Ent
     return entries
 
 
-def unchanged(part: str, folder: Path, recorded: Mapping[str, Any] | None, say: Callable[[str], None] = print) -> Entry:
+def unchanged(
+    part: str,
+    folder: Path,
+    recorded: Mapping[str, Any] | None,
+    say: Callable[[str], None] = print,
+    files: Sequence[Path] | None = None,
+) -> Entry:
     """Source, hash and stamps of the weights in a folder.
 
     The files are read, unless each is the very file that was: by place, size, inode and both times, of which a copy has
@@ -53,10 +62,11 @@ def unchanged(part: str, folder: Path, recorded: Mapping[str, Any] | None, say: 
         part: what they are, for the message.
         recorded: the same of an earlier start.
         say: told when reading takes long.
+        files: of weights; None: those of a Hugging Face folder.
     Raises:
         UserError: they are not those recorded.
     """
-    files = weight_files(folder)
+    files = weight_files(folder) if files is None else files
     stamps = {file.name: stamp_of(file) for file in files}
     recorded = recorded or {}
     if "sha256" in recorded and recorded.get("stamps") == stamps:
@@ -78,7 +88,7 @@ def weight_files(folder: Path) -> list[Path]:
     return sorted(path for pattern in WEIGHTS for path in folder.glob(pattern))
 
 
-def hash_of(files: list[Path]) -> str:
+def hash_of(files: Sequence[Path]) -> str:
     """SHA-256 over files one after the other."""
     digest = hashlib.sha256()
     for file in files:

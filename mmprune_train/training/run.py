@@ -15,14 +15,16 @@ from torch import Tensor
 from mmprune_train.config.schema import Config, StageConfig
 from mmprune_train.data.sources import split_files
 from mmprune_train.errors import UserError
+from mmprune_train.model.adapters import load_adapters
 from mmprune_train.model.attention import backend_for
-from mmprune_train.model.build import build, load_model
+from mmprune_train.model.begin import begin
 from mmprune_train.model.conversation import converse
 from mmprune_train.model.language import checkpoint_layers, compile_layers
 from mmprune_train.model.llava import PackedLlava
 from mmprune_train.model.loss import loss_kernel
 from mmprune_train.model.peft import add_adapters, merge_adapters, save_adapters
 from mmprune_train.model.projector import match_features
+from mmprune_train.model.start import Start
 from mmprune_train.model.vision import check_patches
 from mmprune_train.quiet import quiet
 from mmprune_train.training.callbacks import MetricsWriter, progress
@@ -58,7 +60,7 @@ MATCHED_IMAGES = 64
 
 
 def run_stage(
-    config: Config, name: str, run: RunDirectory, start_from: Path | None, preemption: Preemption | None = None
+    config: Config, name: str, run: RunDirectory, start_from: Start | None, preemption: Preemption | None = None
 ) -> dict[str, Any]:
     """Train one stage, or go on with it, and write its `model/`.
 
@@ -66,7 +68,7 @@ def run_stage(
         config: the run's config.
         name: `pretrain` or `instruct`.
         run: the run directory; the newest checkpoint in it is continued.
-        start_from: Hugging Face folder of the stage before; None: the base weights.
+        start_from: the weights to start from; None: the base weights.
         preemption: hears the signals that ask the run to end; None: they are not heard.
     Returns:
         Summary of the stage, as `summary` gives it.
@@ -107,7 +109,7 @@ def run_stage(
     tokenizer, image_tokens = processor.tokenizer, model.config.image_seq_length
     loader = stage_loader(config, name, tokenizer, image_tokens, trainer.global_rank, world, records, features)
     loader.dataset.check_cuts()
-    if start_from is None and config.projector.init == "matched" and not empty:
+    if (start_from is None or start_from.new_projector) and config.projector.init == "matched" and not empty:
         if features is None:
             match_projector(model, list(spread_images(loader, MATCHED_IMAGES)))
         else:
@@ -175,33 +177,32 @@ def run_stage(
 
 
 def load_stage(
-    config: Config, name: str, start_from: Path | None, precision: Precision, empty: bool
+    config: Config, name: str, start_from: Start | None, precision: Precision, empty: bool
 ) -> tuple[PackedLlava, Any, list[Part]]:
     """The network as stage `name` trains it, its processor, and what is trained, part by part.
 
     Args:
-        start_from: Hugging Face folder of the stage before; None: the base weights.
+        start_from: the weights to start from; None: the base weights.
         empty: on the meta device.
     """
     pl.seed_everything(config.seed, verbose=False)
     with quiet():
-        if start_from is None:
-            model, processor = build(config, empty=empty)
-        else:
-            model, processor = load_model(start_from, pruner=config.pruner, text=config.encoder.text, empty=empty)
-            check_patches(model.hf.model.vision_tower, config.encoder)
+        model, processor = begin(config, start_from, empty=empty)
+        check_patches(model.hf.model.vision_tower, config.encoder)
         parts = make_trainable(model, config, name, precision)
+        if start_from is not None and start_from.goes_on and not empty:
+            load_adapters(model.hf, start_from.key, start_from.path)
     model.vision_chunk = config.trainer.vision_chunk
     model.attention, model.logits_chunk = config.trainer.attention, config.trainer.logits_chunk
     converse(model, processor, template_of(config, name))
     return model, processor, parts
 
 
-def save_stage(model: PackedLlava, processor: Any, folder: Path, start_from: Path | None, adapters: bool) -> None:
+def save_stage(model: PackedLlava, processor: Any, folder: Path, start_from: Start | None, adapters: bool) -> None:
     """Write what a stage has trained below its folder: `model/`, and `adapters/` before they are merged into it."""
     if adapters:
         with whole_folder(folder / "adapters") as part:
-            save_adapters(model, part, None if start_from is None else str(start_from))
+            save_adapters(model, part, None if start_from is None else start_from.adapted)
         merge_adapters(model)
     with whole_folder(folder / "model") as part:
         model.save(part, processor)

@@ -6,6 +6,7 @@ Only rank 0 writes. A directory belongs to one set of settings: continuing it wi
 from __future__ import annotations
 
 import platform
+import shutil
 import subprocess
 import time
 from importlib import metadata
@@ -85,7 +86,8 @@ def open_run(config: Config, writable: bool = True) -> RunDirectory:
         print(f"restart: moved {path} to {aside}", flush=True)
     written = path / "config.yaml"
     if written.is_file():
-        changed = differences(config_from_file(written), config)
+        begun = config_from_file(written)
+        changed = differences(begun, _as_begun(config, begun, RunDirectory(path, False)))
         if changed:
             raise UserError(
                 f"{path} was made with other settings: {'; '.join(changed[:5])}; undo them, or give another run_id=, "
@@ -105,6 +107,23 @@ def open_run(config: Config, writable: bool = True) -> RunDirectory:
             stages={},
         )
     return run
+
+
+def discard_unstarted(run: RunDirectory) -> None:
+    """Remove a run directory that this process has made, where no step was trained: what it was to be trained with was
+    wrong, and it would refuse the corrected command."""
+    trained = [file for file in run.path.glob("*/metrics.jsonl") if file.stat().st_size]
+    if not trained and not any(run.path.glob("*/checkpoints/*")):
+        shutil.rmtree(run.path)
+
+
+def _as_begun(config: Config, begun: Config, run: RunDirectory) -> Config:
+    """As `starts.as_begun`, whose imports take seconds that a run without `init_from` need not spend."""
+    if config.init_from is None and all(stage.init_from is None for stage in config.stage.values()):
+        return config
+    from mmprune_train.training.starts import as_begun
+
+    return as_begun(config, begun, run)
 
 
 def free_name(path: Path) -> Path:

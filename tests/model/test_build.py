@@ -120,7 +120,7 @@ def test_a_vit_classifiers_folder_gives_its_tower(tmp_path: Path) -> None:
 def test_paths_that_hold_no_model_are_named(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="no such folder"):
         load_model(tmp_path / "absent")
-    with pytest.raises(UserError, match="neither a run directory"):
+    with pytest.raises(UserError, match="no model .*no config.json.* where a run directory"):
         load_model(tmp_path)
     (tmp_path / "manifest.json").write_text(json.dumps({"stages": {"pretrain": {"state": "running"}}}))
     with pytest.raises(UserError, match="no stage of this run has finished"):

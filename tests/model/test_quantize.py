@@ -9,6 +9,7 @@ from torch import nn
 
 from mmprune_train.config.compose import compose_config, load_pruner
 from mmprune_train.config.schema import PeftConfig
+from mmprune_train.data import sources
 from mmprune_train.errors import UserError
 from mmprune_train.model import quantize
 from mmprune_train.model.build import build_on_meta
@@ -40,7 +41,7 @@ def test_cuda_and_bitsandbytes_are_all_that_it_needs(monkeypatch: pytest.MonkeyP
 
 
 def test_off_cuda_a_run_ends_before_anything_is_read(monkeypatch: pytest.MonkeyPatch, tmp_path) -> None:
-    monkeypatch.setattr(train, "prepare_data", lambda *_: pytest.fail("it prepared data"))
+    monkeypatch.setattr(sources, "prepare_data", lambda *_: pytest.fail("it prepared data"))
     config = compose_config(
         ["+experiment=smoke", "peft=qlora", "peft.r=8", "trainer.accelerator=cpu", f"runs_dir={tmp_path}"]
     )

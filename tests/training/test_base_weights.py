@@ -9,10 +9,11 @@ from pathlib import Path
 import pytest
 
 from mmprune_train.errors import UserError
-from mmprune_train.tasks.train import _note_start
+from mmprune_train.model.start import Start
 from mmprune_train.training import base_weights
 from mmprune_train.training.base_weights import hash_of, unchanged, weight_files
 from mmprune_train.training.rundir import RunDirectory
+from mmprune_train.training.starts import note_start
 
 
 @pytest.fixture
@@ -62,16 +63,16 @@ def test_a_manifest_without_a_hash_is_completed(folder: Path) -> None:
 
 
 def test_a_stage_that_has_begun_keeps_what_it_started_from(folder: Path, tmp_path: Path) -> None:
-    run = RunDirectory(tmp_path / "run", writable=True)
-    _note_start(run, "instruct", None)
-    _note_start(run, "instruct", folder)  # without a checkpoint nothing is lost
+    run, start = RunDirectory(tmp_path / "run", writable=True), Start("llava", folder, "stage pretrain", own=True)
+    note_start(run, "instruct", None)
+    note_start(run, "instruct", start)  # without a checkpoint nothing is lost
     (run.stage("instruct") / "checkpoints" / "step-00000002.ckpt").mkdir(parents=True)
-    _note_start(run, "instruct", folder)
+    note_start(run, "instruct", start)
     with pytest.raises(UserError, match=r"began with vicuna, and it would now start from the base weights"):
-        _note_start(run, "instruct", None)
+        note_start(run, "instruct", None)
     other = RunDirectory(run.path, writable=False)
-    _note_start(other, "instruct", folder)
+    note_start(other, "instruct", start)
     (folder / "model-00001.safetensors").write_bytes(b"trained anew")
     for rank in (run, other):  # one that went on would wait for the other
         with pytest.raises(UserError, match=r"stage instruct: the weights in .*vicuna"):
-            _note_start(rank, "instruct", folder)
+            note_start(rank, "instruct", start)

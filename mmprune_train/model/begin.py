@@ -1,0 +1,156 @@
+"""The network that a training stage begins with: base weights, or what `init_from` names, as one packed LLaVA."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
+
+import torch
+from transformers import (
+    AutoConfig,
+    AutoModel,
+    AutoModelForCausalLM,
+    LlavaForConditionalGeneration,
+    LlavaProcessor,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
+from transformers.utils import logging
+
+from mmprune_train.config.pruner import reads_text
+from mmprune_train.config.schema import Config
+from mmprune_train.model.adapters import merge_folder, projector_beside
+from mmprune_train.model.build import build, fresh, grown, load_llava, load_model, packed, put_together, vision_tower
+from mmprune_train.model.folders import ADAPTERS, LLAVA, ORIGINAL, look
+from mmprune_train.model.llava import PackedLlava
+from mmprune_train.model.original import load_projector, projector_tensors, text_config, tower_tensors
+from mmprune_train.model.question import QuestionEncoder, find_question_encoder, new_question_encoder
+from mmprune_train.model.start import Start
+from mmprune_train.model.tokenizer import load_tokenizer
+from mmprune_train.model.weight_files import Tensors, read_tensors, tensors_of, weights_of
+from mmprune_train.model.weights import REPORT, complete, encoder_folder, text_folder
+
+
+def begin(
+    config: Config, start: Start | None, dtype: torch.dtype = torch.float32, empty: bool = False
+) -> tuple[PackedLlava, LlavaProcessor]:
+    """The network and processor that a stage starts from.
+
+    Adapters that are to be trained further are not in it: they come with `load_adapters`, once the stage has put its
+    own on the LLM.
+
+    Args:
+        start: where the weights come from; None: the base weights.
+        empty: on the meta device, to be given the weights of another process.
+    """
+    if start is None:
+        return build(config, dtype, empty)
+    if start.own:
+        return load_model(start.path, pruner=config.pruner, dtype=dtype, text=config.encoder.text, empty=empty)
+    hf, tokenizer = _network(config, start, dtype, empty)
+    return packed(config, hf, tokenizer, _question(config, start, dtype))
+
+
+def _question(config: Config, start: Start | None, dtype: torch.dtype) -> QuestionEncoder | None:
+    """The text tower, where stage 1 reads the question: that saved with a whole model, else the encoder's."""
+    if not reads_text(config.pruner.vision):
+        return None
+    while start is not None and start.kind not in (LLAVA, ORIGINAL):
+        start = start.base
+    if start is not None:
+        return find_question_encoder(start.path, config.encoder.text, dtype)
+    text = config.encoder.text
+    return None if text is None else new_question_encoder(config.encoder, text_folder(text), dtype)
+
+
+def _network(
+    config: Config, start: Start | None, dtype: torch.dtype, empty: bool
+) -> tuple[LlavaForConditionalGeneration, PreTrainedTokenizerBase]:
+    if start is None:
+        return fresh(config, dtype, empty)
+    if start.kind == LLAVA:
+        return load_llava(start.path, dtype, empty), load_tokenizer(start.path, start.key)
+    if start.kind == ORIGINAL:
+        return _from_original(config, start, dtype, empty)
+    hf, tokenizer = _network(config, start.base, dtype, empty)
+    if not empty:
+        if start.kind == ADAPTERS and not start.goes_on:
+            merge_folder(hf, start.key, start.path)
+        if weights := _projector(start):
+            load_projector(hf.model.multi_modal_projector, weights)
+    return hf, tokenizer
+
+
+def _projector(start: Start) -> Tensors:
+    if start.kind == ADAPTERS:
+        return projector_beside(start.key, start.path)
+    return projector_tensors(tensors_of(start.key, start.path))
+
+
+@contextmanager
+def _no_report() -> Iterator[None]:
+    """Without transformers' table of keys that are not read: `complete` says which must not be left."""
+    before = logging.get_verbosity()
+    logging.set_verbosity_error()
+    try:
+        yield
+    finally:
+        logging.set_verbosity(before)
+
+
+def tower_of(config: Config, start: Start | None, dtype: torch.dtype = torch.float32) -> PreTrainedModel:
+    """The vision tower that a stage starts with; of the LLM beside it no layer is read."""
+    while start is not None and start.kind not in (LLAVA, ORIGINAL):
+        start = start.base
+    if start is None:
+        return vision_tower(config.encoder, encoder_folder(config.encoder), dtype)
+    if start.kind == ORIGINAL:
+        return _tower(config, tower_tensors(weights_of(start.key, start.path)), start, dtype, empty=False)
+    settings = AutoConfig.from_pretrained(start.path)
+    settings.text_config.num_hidden_layers = 0
+    if getattr(settings.text_config, "layer_types", None):
+        settings.text_config.layer_types = []
+    with _no_report():
+        hf, info = LlavaForConditionalGeneration.from_pretrained(start.path, config=settings, dtype=dtype, **REPORT)
+    extra = [name for name in info["unexpected_keys"] if "language_model" not in name]
+    complete({**info, "unexpected_keys": extra}, start.path)
+    return hf.model.vision_tower
+
+
+def _from_original(
+    config: Config, start: Start, dtype: torch.dtype, empty: bool
+) -> tuple[LlavaForConditionalGeneration, PreTrainedTokenizerBase]:
+    tensors = weights_of(start.key, start.path)
+    tokenizer = load_tokenizer(start.path, start.key)
+    torch.manual_seed(config.seed)
+    with torch.device("meta") if empty else nullcontext():
+        vision = _tower(config, tower_tensors(tensors), start, dtype, empty)
+        text = text_config(start.key, look(start.key, start.path).config)
+        if empty:
+            language = AutoModelForCausalLM.from_config(text, dtype=dtype)
+        else:
+            with _no_report():
+                language, info = AutoModelForCausalLM.from_pretrained(start.path, config=text, dtype=dtype, **REPORT)
+            beside = [name for name in info["unexpected_keys"] if "mm_projector" in name or "vision_tower" in name]
+            complete({**info, "unexpected_keys": sorted(set(info["unexpected_keys"]) - set(beside))}, start.path)
+        hf = put_together(config, vision, grown(language, tokenizer), tokenizer)
+    if not empty:
+        inside = {name: entry for name, entry in tensors.items() if "mm_projector" in name}
+        load_projector(hf.model.multi_modal_projector, projector_tensors(inside))
+    return hf, tokenizer
+
+
+def _tower(config: Config, inside: Tensors, start: Start, dtype: torch.dtype, empty: bool) -> PreTrainedModel:
+    """The vision tower of an original checkpoint: its own, where it holds one, else the chosen encoder."""
+    if not inside:
+        return vision_tower(config.encoder, encoder_folder(config.encoder), dtype, empty)
+    settings = AutoConfig.for_model(**config.encoder.arch)
+    if empty:
+        return AutoModel.from_config(settings, dtype=dtype)
+    with torch.device("meta"):
+        model_class = type(AutoModel.from_config(settings))
+    model, info = model_class.from_pretrained(
+        None, config=settings, state_dict=read_tensors(inside), dtype=dtype, **REPORT
+    )
+    complete(info, f"{start.path} (its vision tower)")
+    return model

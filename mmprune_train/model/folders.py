@@ -1,0 +1,288 @@
+"""What a folder of weights is, from its config.json and file headers, before anything of it is loaded: a wrong one is
+named with the key that gave it and what to do instead."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from importlib.metadata import version
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+from transformers.models.auto.configuration_auto import CONFIG_MAPPING_NAMES
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+
+from mmprune_train.errors import UserError
+from mmprune_train.model.weight_files import Tensors, check_small_files, read_config, refuse_pointer, weights_of
+
+ADAPTER_CONFIG = "adapter_config.json"
+PROJECTOR_BIN = "mm_projector.bin"
+
+LLAVA, ORIGINAL, LANGUAGE, ENCODER, CLIP = "llava", "original", "language", "encoder", "clip"
+ADAPTERS, PROJECTOR, RUN, GGUF, OTHER, NOTHING = "adapters", "projector", "run", "gguf", "other", "nothing"
+
+ENCODERS = ("clip_vision_model", "siglip_vision_model", "dinov2", "vit")
+BOTH_TOWERS = ("clip", "siglip")
+"""Checkpoints of an encoder with its text tower; `encoder.path` takes them, too."""
+
+NOUNS = {
+    LLAVA: "a whole LLaVA (llava-hf format)",
+    ORIGINAL: "a checkpoint in the original LLaVA format",
+    LANGUAGE: "a plain language model",
+    ENCODER: "a vision encoder",
+    CLIP: "a vision encoder with its text tower",
+    ADAPTERS: "adapters without the model they belong to",
+    PROJECTOR: "a projector alone",
+    RUN: "a run of this project",
+    GGUF: "GGUF weights",
+}
+WANTED = {
+    "llm": ((LANGUAGE,), "a language model (config.json of a causal LM, weights, tokenizer)"),
+    "encoder": ((ENCODER, CLIP), "a vision encoder (CLIP, SigLIP, DINOv2, ViT)"),
+    "text": ((CLIP,), "the whole CLIP checkpoint, with both towers"),
+    "llava": ((LLAVA,), "a run directory, an exported folder or a llava-hf folder"),
+}
+"""What a key may want: the kinds that are it, and the words for them."""
+KEYS_OF = {LANGUAGE: "llm.path", ENCODER: "encoder.path", CLIP: "encoder.path"}
+
+LIBRARIES = {
+    "awq": "gptqmodel",
+    "gptq": "gptqmodel",
+    "bitsandbytes": "bitsandbytes",
+    "compressed-tensors": "compressed_tensors",
+    "aqlm": "aqlm",
+    "vptq": "vptq",
+    "quanto": "optimum.quanto",
+    "eetq": "eetq",
+    "hqq": "hqq",
+    "torchao": "torchao",
+    "auto-round": "auto_round",
+    "quark": "quark",
+    "fbgemm_fp8": "fbgemm_gpu",
+    "fp8": "kernels",
+    "mxfp4": "kernels",
+    "spqr": "spqr_quant",
+    "fp_quant": "fp_quant",
+}
+"""Way of quantisation, as config.json names it -> module that transformers needs to read it."""
+
+
+@dataclass(frozen=True)
+class Folder:
+    """A folder that was looked at."""
+
+    path: Path
+    kind: str
+    config: dict[str, Any]
+    """config.json; empty where there is none."""
+
+    def words(self) -> str:
+        """What it holds."""
+        if self.kind in NOUNS:
+            return NOUNS[self.kind]
+        return f"a model of type {self.config.get('model_type', '(not given)')!r}" if self.config else "no model"
+
+
+def look(key: str, path: Path) -> Folder:
+    """What a folder holds.
+
+    Args:
+        key: what gave the folder, for messages.
+    Raises:
+        UserError: its config.json is a git-lfs pointer, or broken.
+    """
+    if (path / "manifest.json").is_file():
+        return Folder(path, RUN, {})
+    if (path / ADAPTER_CONFIG).is_file():
+        return Folder(path, ADAPTERS, read_config(key, path / ADAPTER_CONFIG))
+    if (path / "config.json").is_file():
+        config = read_config(key, path / "config.json")
+        kind = _kind(config)
+        if kind == ORIGINAL and (path / PROJECTOR_BIN).is_file() and not _has_weights(path):
+            kind = PROJECTOR  # what LLaVA's first training stage leaves
+        return Folder(path, kind, config)
+    if (path / PROJECTOR_BIN).is_file():
+        return Folder(path, PROJECTOR, {})
+    return Folder(path, GGUF if any(path.glob("*.gguf")) else NOTHING, {})
+
+
+def _has_weights(path: Path) -> bool:
+    return any(any(path.glob(f"{stem}*")) for stem in ("model*.safetensors", "pytorch_model*.bin"))
+
+
+def _kind(config: dict[str, Any]) -> str:
+    model_type = str(config.get("model_type", ""))
+    parts = isinstance(config.get("text_config"), dict) or isinstance(config.get("vision_config"), dict)
+    if not parts and (model_type.startswith("llava") or "mm_vision_tower" in config or "mm_projector_type" in config):
+        return ORIGINAL
+    if model_type == "llava":
+        return LLAVA
+    if model_type in ENCODERS:
+        return ENCODER
+    if model_type in BOTH_TOWERS:
+        return CLIP
+    if model_type in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES and "vision_config" not in config:
+        return LANGUAGE
+    return OTHER
+
+
+def check_folder(key: str, path: Path, wanted: str, trains: bool = True) -> Tensors:
+    """The tensors of a folder that is what a key wants, whole, and readable by the installed libraries.
+
+    Args:
+        key: what gave the folder, for messages.
+        wanted: a name of `WANTED`.
+        trains: whether it is to be trained on, which quantised weights cannot be.
+    Raises:
+        UserError: it is something else, or something is missing or damaged; with what to do.
+    """
+    found = look(key, path)
+    kinds, words = WANTED[wanted]
+    if found.kind not in kinds:
+        raise UserError(f"{key}: {path} holds {unfit(found)}, where {words} is wanted{_instead(found, wanted)}")
+    return check_whole(key, found, trains)
+
+
+def check_whole(key: str, found: Folder, trains: bool = True) -> Tensors:
+    """The tensors of a model folder. Raises UserError where files are missing or damaged, weights are quantised, or the
+    architecture or the tokenizer is not one of transformers."""
+    check_small_files(key, found.path)
+    _check_code(key, found)
+    if found.kind in (LANGUAGE, LLAVA):
+        _check_language(key, found)
+    _check_quantisation(key, found, _way(found.config), trains)
+    tensors = weights_of(key, found.path)
+    _check_quantisation(key, found, _way_by_tensors(tensors), trains)
+    return tensors
+
+
+def unfit(found: Folder) -> str:
+    """What a folder of the wrong kind holds, and why a model of no known kind is none."""
+    if found.kind == OTHER and "auto_map" in found.config and not _known(found.config):
+        return f"{found.words()}, which needs code of its own (auto_map) that is never run here"
+    if found.kind == OTHER and found.config.get("model_type") and not _known(found.config):
+        return f"{found.words()}, which transformers {version('transformers')} does not know"
+    if found.kind == NOTHING:
+        return "no model (it has no config.json)"
+    return found.words()
+
+
+def _instead(found: Folder, wanted: str) -> str:
+    if found.kind == ORIGINAL and wanted == "llava":
+        return (
+            "; take its llava-hf version (llava-hf/llava-1.5-7b-hf of liuhaotian/llava-v1.5-7b), or start a training "
+            f"from it with init_from={found.path}"
+        )
+    if found.kind in (LLAVA, ORIGINAL, ADAPTERS, PROJECTOR, RUN):
+        what = {"llm": "the LLM alone", "encoder": "the encoder alone", "text": "the CLIP that the encoder comes from"}
+        return f"; to start a training from it give init_from={found.path}, or give {what.get(wanted, 'its model/')}"
+    if found.kind in KEYS_OF:
+        return f"; give this folder as {KEYS_OF[found.kind]}, and another here"
+    if found.kind == GGUF:
+        return "; give the folder of the unquantised checkpoint (safetensors)"
+    return "; correct the path"
+
+
+def _known(config: dict[str, Any]) -> bool:
+    return config.get("model_type") in CONFIG_MAPPING_NAMES
+
+
+def _check_code(key: str, found: Folder) -> None:
+    """Weights come without code: what needs its own is refused before transformers would ask whether to run it."""
+    if found.kind != ORIGINAL and "auto_map" in found.config and not _known(found.config):
+        raise UserError(f"{key}: {found.path} holds {unfit(found)}; give a checkpoint of an architecture it has")
+    file = found.path / "tokenizer_config.json"
+    if found.kind in (LANGUAGE, LLAVA, ORIGINAL) and file.is_file():
+        import transformers
+
+        settings = read_config(key, file)
+        own = "AutoTokenizer" in (settings.get("auto_map") or {})
+        name = str(settings.get("tokenizer_class", ""))
+        if own and not (hasattr(transformers, name) or hasattr(transformers, f"{name}Fast")):
+            raise UserError(
+                f"{key}: the tokenizer of {found.path} needs code of its own ({name}, auto_map), which is never run "
+                "here; where it has a tokenizer.json, set tokenizer_class to PreTrainedTokenizerFast in "
+                "tokenizer_config.json and take auto_map out"
+            )
+
+
+def _check_language(key: str, found: Folder) -> None:
+    from transformers import AutoConfig
+
+    from mmprune_train.model.language import check_language_model
+
+    try:
+        config: Any = AutoConfig.from_pretrained(found.path)
+        check_language_model(getattr(config, "text_config", config))
+    except UserError as error:
+        raise UserError(f"{key}: {found.path}: {error}") from None
+    except Exception as error:  # every architecture checks its config with exceptions of its own
+        reason = str(error).strip().splitlines()[0]
+        raise UserError(f"{key}: {found.path}/config.json is no config that transformers takes ({reason})") from None
+
+
+def _way(config: dict[str, Any]) -> str | None:
+    parts = [config, *(part for part in map(config.get, ("text_config", "vision_config")) if isinstance(part, dict))]
+    settings = next((part["quantization_config"] for part in parts if part.get("quantization_config")), None)
+    if not isinstance(settings, dict):
+        return None
+    way = settings.get("quant_method") or ("bitsandbytes" if any(k.startswith("load_in") for k in settings) else "")
+    return str(way or "unknown")
+
+
+def _way_by_tensors(tensors: Tensors) -> str | None:
+    """Of weights whose config.json says nothing."""
+    for name, entry in tensors.items():
+        if name.endswith((".qweight", ".qzeros")):
+            return "awq or gptq"
+        if name.endswith((".weight.absmax", ".SCB")):
+            return "bitsandbytes"
+        if "F8_" in entry.dtype or "float8" in entry.dtype:
+            return "fp8"
+    return None
+
+
+def _check_quantisation(key: str, found: Folder, way: str | None, trains: bool) -> None:
+    if way is None:
+        return
+    library = LIBRARIES.get(way, way.replace("-", "_").replace(" ", "_"))
+    absent = not _installed(library)
+    if not trains and not absent:
+        return
+    why = f"{library} is not installed, which reads them" if absent else "such weights cannot be trained"
+    more = " (peft=qlora takes them to 4 bits itself)" if found.kind == LANGUAGE and trains else ""
+    raise UserError(
+        f"{key}: {found.path} holds weights quantised by {way}, and {why}; give the checkpoint in bf16, fp16 or "
+        f"fp32{more}"
+    )
+
+
+def _installed(module: str) -> bool:
+    try:
+        return find_spec(module) is not None
+    except (ImportError, ValueError):
+        return False
+
+
+def model_folder(path: str | Path, key: str = "") -> Path | str:
+    """The Hugging Face folder behind a run directory, an exported folder or a hub id.
+
+    Args:
+        key: what gave the path, for messages.
+    """
+    folder, named = Path(path).expanduser(), f"{key}: {path}" if key else f"{path}"
+    if (folder / "manifest.json").is_file():
+        refuse_pointer(key or "manifest", folder / "manifest.json")
+        stages = json.loads((folder / "manifest.json").read_text())["stages"]
+        names = list(stages) if isinstance(stages, dict) else [stage["name"] for stage in stages]
+        for name in reversed(names):
+            if (folder / name / "model" / "config.json").is_file():
+                return folder / name / "model"
+        raise UserError(f"{named}: no stage of this run has finished; run the same training command to continue it")
+    if folder.is_dir():
+        inside = folder / "model"  # of a training stage
+        return inside if (inside / "config.json").is_file() and not (folder / "config.json").is_file() else folder
+    if str(path).startswith(("/", ".", "~")) or str(path).count("/") != 1:
+        raise UserError(f"{named}: no such folder; give a run directory, an exported folder or a llava-hf folder")
+    return str(path)

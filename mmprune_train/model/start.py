@@ -1,0 +1,216 @@
+"""What training starts from when it is not base weights: recognised by what lies there, and compared with the chosen
+encoder, LLM and projector before anything is built."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from mmprune_train.config.schema import Config
+from mmprune_train.errors import UserError
+from mmprune_train.model.adapters import adapter_tensors, check_adapters, differs, projector_beside
+from mmprune_train.model.fit import check_fit
+from mmprune_train.model.folders import (
+    ADAPTERS,
+    KEYS_OF,
+    LANGUAGE,
+    LLAVA,
+    NOUNS,
+    ORIGINAL,
+    PROJECTOR,
+    PROJECTOR_BIN,
+    Folder,
+    check_whole,
+    look,
+    model_folder,
+    unfit,
+)
+from mmprune_train.model.original import tower_tensors
+from mmprune_train.model.weight_files import tensors_of, weights_of
+from mmprune_train.model.weights import local_or_hub
+
+SOURCES = (
+    "a llava-hf folder, a run directory, an exported folder, a stage's adapters/, an original LLaVA checkpoint or a "
+    "mm_projector.bin"
+)
+
+
+@dataclass(frozen=True)
+class Start:
+    """A source of weights."""
+
+    kind: str
+    """LLAVA, ORIGINAL, ADAPTERS or PROJECTOR of `folders`."""
+    path: Path
+    """Its folder; of a projector its file."""
+    key: str
+    """What gave it, for messages: `init_from` or `stage.NAME.init_from`."""
+    base: Start | None = None
+    """Of adapters: the model they belong to; None: the chosen encoder and LLM."""
+    tower: bool = True
+    """Whether the vision tower is inside."""
+    projector: bool = True
+    """Whether a projector is inside."""
+    goes_on: bool = False
+    """Of adapters: they are trained further, not merged into the weights."""
+    own: bool = False
+    """It is what an earlier stage of this very run has left."""
+
+    @property
+    def needs(self) -> tuple[str, ...]:
+        """Which of the chosen `encoder` and `llm` have to be there, too."""
+        if self.kind == ADAPTERS:
+            return ("encoder", "llm") if self.base is None else self.base.needs
+        if self.kind == PROJECTOR:
+            return ("encoder", "llm")
+        return () if self.tower else ("encoder",)
+
+    @property
+    def new_projector(self) -> bool:
+        """Whether the projector begins anew."""
+        return not self.projector and (self.base is None or self.base.new_projector)
+
+    @property
+    def files(self) -> list[Path]:
+        """Its files of weights, without its base's."""
+        if self.kind == PROJECTOR:
+            return [self.path]
+        return sorted(file for pattern in ("*.safetensors", "*.bin") for file in self.path.glob(pattern))
+
+    @property
+    def tokenizer(self) -> Path | None:
+        """The folder of the tokenizer; None: that of the chosen LLM."""
+        if self.kind in (LLAVA, ORIGINAL):
+            return self.path
+        return self.base.tokenizer if self.base is not None else None
+
+    @property
+    def adapted(self) -> str | None:
+        """What adapters that are trained from here belong to, as PEFT's adapter_config.json names it and `locate` finds
+        it again; None: the chosen encoder and LLM."""
+        if self.kind == PROJECTOR:
+            return None
+        if self.goes_on:
+            return None if self.base is None else str(self.base.path)
+        return str(self.path)
+
+    def words(self) -> str:
+        """What is started from, for the terminal."""
+        if self.own:
+            return str(self.path)
+        more = ""
+        if self.kind == ADAPTERS:
+            more = f", {'trained further' if self.goes_on else 'merged'}, on "
+            more += self.base.words() if self.base else "the chosen encoder and LLM"
+        if self.kind == PROJECTOR:
+            more = ", beside the chosen encoder and LLM"
+        if self.new_projector:
+            more += " and a new projector"
+        noun = "adapters" if self.kind == ADAPTERS else NOUNS[self.kind]
+        return f"{self.path} ({noun}{more})"
+
+
+def asked_start(config: Config, stage: str) -> tuple[str, str] | None:
+    """(key, path) of the weights that a stage is told to start from by its own key; None: it is told nothing."""
+    path = config.stage[stage].init_from
+    return (f"stage.{stage}.init_from", path) if path is not None else None
+
+
+def first_start(config: Config, stage: str) -> tuple[str, str] | None:
+    """The same of a stage with none trained before it, which `init_from` is for."""
+    return asked_start(config, stage) or (None if config.init_from is None else ("init_from", config.init_from))
+
+
+def find_start(config: Config, key: str, path: str, stage: str, download: bool = True) -> Start:
+    """What lies at `path`, whole and fitting the chosen encoder, LLM and projector, for stage `stage`.
+
+    Args:
+        key: what gave the path.
+        download: fetch a hub id that is not here.
+    Raises:
+        UserError: nothing that training can start from, damaged, or something that does not fit; NotHere: a hub id's
+            weights are not on this machine.
+    """
+    start = locate(key, path, download)
+    if start.kind == ADAPTERS:
+        start = replace(start, goes_on=_goes_on(config, start, stage))
+    _check(config, start)
+    return start
+
+
+def locate(key: str, path: str, download: bool = True) -> Start:
+    """What lies at `path`, not yet compared with anything; as `find_start`, without how adapters are taken up."""
+    place = Path(path).expanduser()
+    if place.is_file():
+        return Start(PROJECTOR, place.resolve(), key)
+    if not place.is_dir():
+        if path.startswith(("/", ".", "~")) or path.count("/") != 1:
+            raise UserError(f"{key}: there is no {path}; give {SOURCES}")
+        place = local_or_hub(key, path, download)
+    found = look(key, Path(model_folder(place, key)))
+    folder = found.path.resolve()
+    if found.kind == LLAVA:
+        return Start(LLAVA, folder, key)
+    if found.kind == ORIGINAL:
+        return Start(ORIGINAL, folder, key, tower=bool(tower_tensors(weights_of(key, folder))))
+    if found.kind == ADAPTERS:
+        beside = bool(projector_beside(key, folder))
+        return Start(ADAPTERS, folder, key, _base(key, found, download), projector=beside)
+    if found.kind == PROJECTOR:
+        return Start(PROJECTOR, folder / PROJECTOR_BIN, key)
+    hint = f"; give it as {KEYS_OF[found.kind]}" if found.kind in KEYS_OF else ""
+    raise UserError(f"{key}: {place} holds {unfit(found)}, where {SOURCES} is wanted{hint}")
+
+
+def _base(key: str, found: Folder, download: bool) -> Start | None:
+    """The model that adapters belong to, where their config names one that is more than an LLM."""
+    named = found.config.get("base_model_name_or_path")
+    if not named:
+        return None
+    place = Path(named).expanduser()
+    if not place.is_dir():
+        moved = found.path.resolve().parent.parent / Path(*place.parts[-2:])  # RUN/STAGE/adapters, RUN/STAGE/model
+        place = moved if moved.is_dir() else place
+    if not place.is_dir():
+        hub_id = not named.startswith(("/", ".", "~")) and named.count("/") == 1
+        if not hub_id:
+            raise UserError(
+                f"{key}: the adapters in {found.path} belong to {named}, which is not here: put it there, or correct "
+                f"base_model_name_or_path in its adapter_config.json (null: the chosen encoder= and llm=)"
+            )
+        if "llava" not in named.lower():
+            return None  # a plain LLM by its hub id, which llm= is
+        place = local_or_hub(key, named, download)
+    if look(key, place).kind == LANGUAGE:
+        return None
+    return locate(key, str(place), download)
+
+
+def _goes_on(config: Config, start: Start, stage: str) -> bool:
+    """Whether a stage trains these adapters further; UserError where it is told to and cannot."""
+    how, settings = config.init_adapters, config.stage[stage]
+    adapts = settings.use_peft and settings.train_llm and config.peft.name != "none"
+    if how == "merge":
+        return False
+    check_adapters(start.key, start.path)
+    wrong = differs(start.key, start.path, config.peft) if adapts else [f"stage.{stage} trains no adapters"]
+    if wrong and how == "continue":
+        raise UserError(
+            f"init_adapters=continue: the adapters in {start.path} cannot be trained further with "
+            f"{'; '.join(wrong)}; set these as there, or init_adapters=merge"
+        )
+    return not wrong
+
+
+def _check(config: Config, start: Start) -> None:
+    """Raise UserError where a source is not whole, or does not fit what is chosen."""
+    if start.kind in (LLAVA, ORIGINAL):
+        found = look(start.key, start.path)
+        check_fit(config, start.key, found, check_whole(start.key, found))
+    elif start.kind == PROJECTOR:
+        check_fit(config, start.key, Folder(start.path, PROJECTOR, {}), tensors_of(start.key, start.path))
+    else:
+        check_adapters(start.key, start.path)
+        check_fit(config, start.key, Folder(start.path, ADAPTERS, {}), adapter_tensors(start.key, start.path))
+        if start.base is not None:
+            _check(config, start.base)

@@ -1,0 +1,196 @@
+"""Files of a model folder, looked at without loading them: whether they are whole, and which tensors they hold."""
+
+from __future__ import annotations
+
+import json
+import pickle
+import zipfile
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from safetensors import safe_open
+from torch import Tensor
+
+from mmprune_train.errors import UserError
+
+POINTER = b"version https://git-lfs.github.com/spec/"
+LEGACY = b"\x80\x02\x8a\x0al\xfc\x9cF\xf9"
+"""First bytes of what torch.save wrote before it wrote zip files."""
+STEMS = (("model", "safetensors"), ("pytorch_model", "bin"))
+"""Names of weights, in the order in which transformers looks for them."""
+SMALL = (
+    *("config", "generation_config", "tokenizer", "special_tokens", "added_tokens", "vocab", "merges", "spiece"),
+    *("sentencepiece", "chat_template", "preprocessor_config", "processor_config"),
+)
+"""How the names of config and tokenizer files begin."""
+ELSEWHERE = ("*.pth", "*.pt", "*.ckpt", "*.h5", "*.msgpack", "*.gguf", "*.safetensors", "*.bin")
+"""What a folder without weights for transformers may hold instead, to be named in the message."""
+NOT_WEIGHTS = ("training_args.bin", "optimizer.bin", "scheduler.bin", "tokenizer.bin")
+
+
+class Entry(NamedTuple):
+    """A tensor of a file."""
+
+    file: Path
+    name: str
+    """In that file."""
+    shape: tuple[int, ...]
+    dtype: str
+    """As safetensors or torch names it, e.g. `BF16` or `torch.bfloat16`."""
+
+
+Tensors = dict[str, Entry]
+"""By name, which need not be that in the file."""
+
+
+def read_config(key: str, file: Path) -> dict[str, Any]:
+    """A JSON object. Raises UserError where the file is a git-lfs pointer, cut off, or something else."""
+    refuse_pointer(key, file)
+    try:
+        found = json.loads(file.read_text(encoding="utf-8-sig"))
+    except (OSError, ValueError) as error:
+        raise UserError(f"{key}: {file} is damaged or cut off, not JSON ({error}); copy it again") from None
+    if not isinstance(found, dict):
+        raise UserError(f"{key}: {file} holds a {type(found).__name__} where an object is expected; copy it again")
+    return found
+
+
+def refuse_pointer(key: str, file: Path) -> None:
+    """Raise UserError where `file` is what git leaves in the place of a large file, or is empty."""
+    with file.open("rb") as stream:
+        begin = stream.read(len(POINTER))
+    if begin == POINTER:
+        raise UserError(
+            f"{key}: {file} is a git-lfs pointer, not the file itself; install git-lfs and run `git lfs pull` in "
+            f"{file.parent}"
+        )
+    if not begin:
+        raise UserError(f"{key}: {file} is empty; copy it again")
+
+
+def check_small_files(key: str, folder: Path) -> None:
+    """Raise UserError where a config or tokenizer file is a git-lfs pointer or broken JSON."""
+    for file in sorted(folder.iterdir()):
+        if file.is_file() and file.name.startswith(SMALL):
+            if file.suffix == ".json":
+                if file.name.endswith("config.json"):
+                    read_config(key, file)
+                    continue
+                refuse_pointer(key, file)
+                try:
+                    json.loads(file.read_bytes())
+                except ValueError as error:
+                    raise UserError(f"{key}: {file} is damaged or cut off ({error}); copy it again") from None
+            elif file.stat().st_size:  # an empty text file may be meant
+                refuse_pointer(key, file)
+
+
+def weights_of(key: str, folder: Path) -> Tensors:
+    """The tensors of a model folder, as transformers would find them, from the files' headers.
+
+    Raises UserError where there are no weights, or a file is a git-lfs pointer, cut off or absent, or the index names
+    a tensor that its file does not hold.
+    """
+    for stem, ending in STEMS:
+        whole, index = folder / f"{stem}.{ending}", folder / f"{stem}.{ending}.index.json"
+        if whole.is_file():
+            return tensors_of(key, whole)
+        if index.is_file():
+            return _indexed(key, index)
+        if shards := sorted(folder.glob(f"{stem}-*-of-*.{ending}")):
+            raise UserError(f"{key}: {folder} has {shards[0].name}, but no {index.name}; copy the index, too")
+    others = {file.name for pattern in ELSEWHERE for file in folder.glob(pattern)} - set(NOT_WEIGHTS)
+    found = f"only {', '.join(sorted(others)[:3])}, which transformers does not read" if others else "no weights"
+    raise UserError(
+        f"{key}: {folder} holds {found}; copy its model.safetensors (or all shards with their index), or convert it "
+        "to that format"
+    )
+
+
+def _indexed(key: str, index: Path) -> Tensors:
+    where = read_config(key, index).get("weight_map")
+    if not isinstance(where, dict) or not where:
+        raise UserError(f"{key}: {index} has no weight_map; copy it again")
+    files = sorted(set(where.values()))
+    if absent := [name for name in files if not (index.parent / name).is_file()]:
+        raise UserError(
+            f"{key}: {index.parent} lacks {', '.join(absent[:3])} ({len(absent)} of the {len(files)} files that "
+            f"{index.name} names); copy what is absent"
+        )
+    tensors: Tensors = {}
+    for name in files:
+        tensors |= tensors_of(key, index.parent / name)
+    if lost := [name for name, file in where.items() if name not in tensors or tensors[name].file.name != file]:
+        raise UserError(
+            f"{key}: {index} says that {where[lost[0]]} holds {lost[0]}, which it does not ({len(lost)} such tensors); "
+            "index and shards are of different checkpoints, copy all of them again"
+        )
+    return tensors
+
+
+def tensors_of(key: str, file: Path) -> Tensors:
+    """The tensors of one .safetensors or .bin file. Raises UserError where it is a git-lfs pointer or cut off."""
+    refuse_pointer(key, file)
+    return _of_safetensors(key, file) if file.suffix == ".safetensors" else _of_pickle(key, file)
+
+
+def _of_safetensors(key: str, file: Path) -> Tensors:
+    size = file.stat().st_size
+    with file.open("rb") as stream:
+        length = int.from_bytes(stream.read(8), "little")
+        try:
+            if 8 + length > size:
+                raise _cut(key, file, size, 8 + length)
+            header = json.loads(stream.read(length))
+            header.pop("__metadata__", None)
+            ends = [entry["data_offsets"][1] for entry in header.values()]
+            found = {name: Entry(file, name, tuple(entry["shape"]), entry["dtype"]) for name, entry in header.items()}
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            if isinstance(error, UserError):
+                raise
+            raise UserError(f"{key}: {file} is damaged, it has no safetensors header; copy it again") from None
+    if size != (whole := 8 + length + max(ends, default=0)):
+        raise _cut(key, file, size, whole)
+    return found
+
+
+def _cut(key: str, file: Path, size: int, whole: int) -> UserError:
+    what = "cut off" if size < whole else "damaged"
+    more = "or more" if size < whole else "expected"
+    return UserError(f"{key}: {file} is {what}: it has {size:,} bytes of {whole:,} {more}; copy it again")
+
+
+def _of_pickle(key: str, file: Path) -> Tensors:
+    with file.open("rb") as stream:
+        begin = stream.read(len(LEGACY))
+    zipped = zipfile.is_zipfile(file)  # of a cut one the list at its end is lost
+    if not zipped and begin != LEGACY:
+        raise UserError(
+            f"{key}: {file} is cut off or damaged ({file.stat().st_size:,} bytes, no file that torch.save wrote); "
+            "copy it again"
+        )
+    try:
+        found = torch.load(file, map_location="meta", mmap=zipped or None, weights_only=True)
+    except (RuntimeError, pickle.UnpicklingError, EOFError, OSError, ValueError) as error:
+        reason = str(error).strip().splitlines()[0][:120]
+        raise UserError(f"{key}: {file} is not a file of weights alone, or damaged ({reason}); copy it again") from None
+    if not isinstance(found, dict):
+        raise UserError(f"{key}: {file} holds a {type(found).__name__}, not weights by name; give a state dict")
+    return {n: Entry(file, n, tuple(t.shape), str(t.dtype)) for n, t in found.items() if isinstance(t, Tensor)}
+
+
+def read_tensors(tensors: Tensors) -> dict[str, Tensor]:
+    """The values of these tensors; of safetensors files only what is asked for is read."""
+    wanted: dict[Path, dict[str, str]] = {}
+    for name, entry in tensors.items():
+        wanted.setdefault(entry.file, {})[name] = entry.name
+    values: dict[str, Tensor] = {}
+    for file, some in wanted.items():
+        if file.suffix == ".safetensors":
+            with safe_open(file, "pt") as opened:
+                values |= {name: opened.get_tensor(source) for name, source in some.items()}
+        else:
+            loaded = torch.load(file, map_location="cpu", mmap=zipfile.is_zipfile(file) or None, weights_only=True)
+            values |= {name: loaded[source].clone() for name, source in some.items()}
+    return values

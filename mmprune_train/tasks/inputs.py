@@ -1,0 +1,170 @@
+"""What a run needs that has to be there before it starts: looked for all at once, and told in one list."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from functools import cache, partial
+from pathlib import Path
+
+from mmprune_train.assets import say
+from mmprune_train.config.identity import run_dir
+from mmprune_train.config.schema import Config
+from mmprune_train.data import sources
+from mmprune_train.errors import NotHere, UserError
+from mmprune_train.training.rundir import RunDirectory
+
+Found = dict[str, Path | None]
+Get = Callable[[bool], "Path | None"]
+"""Whether to fetch -> where something lies; None: it is random."""
+
+
+class Search:
+    """Looks for one thing after the other, and keeps what is wrong until all has been looked for."""
+
+    def __init__(self) -> None:
+        self.found: Found = {}
+        self.faults: list[str] = []
+        self.away: dict[str, Get] = {}
+        """What is not here and may be fetched."""
+        self._told: dict[str, str] = {}
+
+    def look(self, what: str, get: Get) -> None:
+        """Take what is on this machine."""
+        try:
+            self.found[what] = get(False)
+        except NotHere as error:
+            self.away[what], self._told[what] = get, str(error)
+        except UserError as error:
+            self.faults.append(str(error))
+
+    def fetch(self) -> None:
+        """Get what is not here."""
+        for what, get in self.away.items():
+            try:
+                self.found[what] = get(True)
+            except UserError as error:
+                self.faults.append(str(error))
+        self.away = {}
+
+    def end(self) -> None:
+        """Raise UserError where something is wrong: its line, or a list of all lines."""
+        lines = [*self.faults, *(self._told[what] for what in self.away)]
+        if len(lines) == 1:
+            raise UserError(lines[0])
+        if lines:
+            listed = "\n".join(f"  {number}. {line}" for number, line in enumerate(lines, 1))
+            raise UserError(f"{len(lines)} things that this run needs are missing or wrong:\n{listed}")
+
+
+def find_inputs(config: Config, todo: Sequence[str], splits: Sequence[str], trains: bool = True) -> Found:
+    """Data and weights of a run, fetched where they can be, by their keys.
+
+    Args:
+        todo: stages that are to be trained.
+        splits: parts of the data that are read.
+        trains: this process is about to train: what it needs beside is looked for, too, and nothing is fetched for a
+            run that lacks something. False: everything that can be is fetched first.
+    Raises:
+        UserError: something is missing or wrong; where several things are, a list of all.
+    """
+    search = Search()
+    _look_for_data(search, config, splits)
+    _look_for_weights(search, config, todo)
+    machine = machine_faults(config, todo)
+    if trains:
+        search.faults += machine
+    unknown = any(what.endswith("init_from") for what in search.away)  # and so is what it needs beside
+    if not (trains and search.faults):
+        search.fetch()
+        if unknown and not search.faults:
+            return find_inputs(config, todo, splits, trains)
+    if not trains and search.faults:
+        search.faults += machine
+    search.end()
+    for name, part in (("encoder", config.encoder), ("llm", config.llm)):
+        if search.found.get(name, part) is None:
+            say(f"{name}={part.name}: random initialisation")
+    return search.found
+
+
+def _look_for_data(search: Search, config: Config, splits: Sequence[str]) -> None:
+    @cache
+    def prepare() -> None:
+        sources.prepare_data(config.data)
+
+    def get(split: str, fetch: bool) -> Path:
+        if config.data.source is not None:
+            if not (fetch or sources.data_root(config.data).is_dir()):
+                raise NotHere(f"data.{split}: {config.data.name} is not here yet; run `task=prepare`")
+            prepare()
+        return sources.split_files(config.data, split)[0]
+
+    for split in splits:
+        search.look(f"data.{split}", partial(get, split))
+
+
+def _look_for_weights(search: Search, config: Config, todo: Sequence[str]) -> None:
+    from mmprune_train.model.folders import ADAPTERS
+    from mmprune_train.model.start import Start, asked_start, first_start
+    from mmprune_train.model.weights import encoder_folder, llm_folder, text_folder
+    from mmprune_train.training.starts import begins_anew, parts_of, start_of
+
+    directory = None if config.restart else RunDirectory(run_dir(config), writable=False)
+    parts: set[str] = set()
+    adapters = False
+
+    def get_start(stage: str, fetch: bool) -> Path | None:
+        nonlocal adapters
+        start: Start | None = start_of(config, directory, stage, fetch)
+        parts.update(parts_of(config, start))
+        adapters = adapters or (start is not None and start.kind == ADAPTERS)
+        return None if start is None else start.path
+
+    for stage in todo:
+        if begins_anew(config, todo, stage):
+            asked = asked_start(config, stage) or first_start(config, stage)
+            search.look(asked[0] if asked else f"start of {stage}", partial(get_start, stage))
+            search.found.pop(f"start of {stage}", None)
+    whole = list(todo) == config.stages and not search.faults and not search.away  # else a source may be done with
+    if config.init_adapters != "auto" and not adapters and whole:
+        search.faults.append(
+            f"init_adapters={config.init_adapters}: nothing that training starts from is an adapter folder; leave the "
+            "key out, or give one as init_from="
+        )
+    text = config.encoder.text
+    base: dict[str, tuple[str, Get]] = {
+        "encoder": ("encoder", lambda fetch: encoder_folder(config.encoder, fetch)),
+        "llm": ("llm", lambda fetch: llm_folder(config.llm, fetch)),
+        "text": ("encoder.text", lambda fetch: None if text is None else text_folder(text, fetch)),
+    }
+    for part, (what, get) in base.items():
+        if part in parts:
+            search.look(what, get)
+
+
+def machine_faults(config: Config, todo: Sequence[str]) -> list[str]:
+    """What this machine lacks for training these stages: devices, and libraries of the strategy and the adapters."""
+    from importlib.util import find_spec
+
+    import torch
+
+    from mmprune_train.model.quantize import check_quantization
+    from mmprune_train.training.precision import choose_accelerator
+
+    faults = []
+    try:
+        accelerator = choose_accelerator(config.trainer.accelerator)
+        wanted, there = config.trainer.devices, torch.cuda.device_count()
+        if accelerator == "cuda" and wanted > there:
+            faults.append(
+                f"trainer.devices={wanted}: this machine has {there} CUDA device(s); set trainer.devices={there}"
+            )
+        if config.peft.name == "qlora" and any(config.stage[name].use_peft for name in todo):
+            check_quantization(accelerator)
+    except UserError as error:
+        faults.append(str(error))
+    names = {config.stage[name].strategy or config.strategy.name for name in todo}
+    deep = sorted(name for name in names if name.startswith("deepspeed"))
+    if deep and find_spec("deepspeed") is None:
+        faults.append(f"strategy={deep[0]}: deepspeed is not installed; pip install deepspeed, or strategy=fsdp2")
+    return faults
