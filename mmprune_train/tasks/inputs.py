@@ -35,7 +35,7 @@ class Search:
         except NotHere as error:
             self.away[what], self._told[what] = get, str(error)
         except UserError as error:
-            self.faults.append(str(error))
+            self._note(error)
 
     def fetch(self) -> None:
         """Get what is not here."""
@@ -43,8 +43,12 @@ class Search:
             try:
                 self.found[what] = get(True)
             except UserError as error:
-                self.faults.append(str(error))
+                self._note(error)
         self.away = {}
+
+    def _note(self, error: UserError) -> None:
+        if str(error) not in self.faults:
+            self.faults.append(str(error))
 
     def end(self) -> None:
         """Raise UserError where something is wrong: its line, or a list of all lines."""
@@ -89,14 +93,20 @@ def find_inputs(config: Config, todo: Sequence[str], splits: Sequence[str], trai
 
 def _look_for_data(search: Search, config: Config, splits: Sequence[str]) -> None:
     @cache
-    def prepare() -> None:
-        sources.prepare_data(config.data)
+    def problem() -> UserError | None:
+        """Of fetching a built-in data set, which all splits are of."""
+        try:
+            sources.prepare_data(config.data)
+        except UserError as error:
+            return error
+        return None
 
     def get(split: str, fetch: bool) -> Path:
         if config.data.source is not None:
             if not (fetch or sources.data_root(config.data).is_dir()):
                 raise NotHere(f"data.{split}: {config.data.name} is not here yet; run `task=prepare`")
-            prepare()
+            if (error := problem()) is not None:
+                raise error
         return sources.split_files(config.data, split)[0]
 
     for split in splits:
@@ -105,28 +115,27 @@ def _look_for_data(search: Search, config: Config, splits: Sequence[str]) -> Non
 
 def _look_for_weights(search: Search, config: Config, todo: Sequence[str]) -> None:
     from mmprune_train.model.folders import ADAPTERS
-    from mmprune_train.model.start import Start, asked_start, first_start
+    from mmprune_train.model.start import Start, first_start
     from mmprune_train.model.weights import encoder_folder, llm_folder, text_folder
     from mmprune_train.training.starts import begins_anew, parts_of, start_of
 
     directory = None if config.restart else RunDirectory(run_dir(config), writable=False)
     parts: set[str] = set()
-    adapters = False
+    kinds: list[str | None] = []
 
     def get_start(stage: str, fetch: bool) -> Path | None:
-        nonlocal adapters
         start: Start | None = start_of(config, directory, stage, fetch)
         parts.update(parts_of(config, start))
-        adapters = adapters or (start is not None and start.kind == ADAPTERS)
-        return None if start is None else start.path
+        kinds.append(start.kind if start else None)
+        return start.path if start else None
 
-    for stage in todo:
-        if begins_anew(config, todo, stage):
-            asked = asked_start(config, stage) or first_start(config, stage)
-            search.look(asked[0] if asked else f"start of {stage}", partial(get_start, stage))
-            search.found.pop(f"start of {stage}", None)
-    whole = list(todo) == config.stages and not search.faults and not search.away  # else a source may be done with
-    if config.init_adapters != "auto" and not adapters and whole:
+    anew = [stage for stage in todo if begins_anew(config, todo, stage)]
+    for stage in anew:
+        asked = first_start(config, stage)
+        search.look(asked[0] if asked else f"start of {stage}", partial(get_start, stage))
+        search.found.pop(f"start of {stage}", None)
+    all_known = list(todo) == config.stages and len(kinds) == len(anew)  # else a source may be one that is done with
+    if config.init_adapters != "auto" and all_known and ADAPTERS not in kinds:
         search.faults.append(
             f"init_adapters={config.init_adapters}: nothing that training starts from is an adapter folder; leave the "
             "key out, or give one as init_from="
