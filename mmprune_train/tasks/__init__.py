@@ -17,10 +17,12 @@ if TYPE_CHECKING:
 
 ANYWHERE = ("task", "experiment", "experiment_name", "run_id", "runs_dir", "seed", "debug")
 """Keys that every task reads."""
-BUILT = ("encoder", "llm", "projector", "knee", "pruner", "data", "stage", "stages", "peft", "init_from")
+BUILT = (
+    "encoder", "llm", "projector", "knee", "pruner", "data", "stage", "stages", "peft", "init_from", "init_adapters",
+)  # fmt: skip
 TRAINED = (*BUILT, "strategy", "optim", "logger", "trainer", "evaluate", "restart")
 COMPUTED = ("trainer.accelerator", "trainer.precision", "trainer.attention", "trainer.vision_chunk")
-ASKED = ("ckpt", "stages", "pruner", "knee", "llm.template", "encoder.text", *COMPUTED)
+ASKED = ("ckpt", "stages", "pruner", "knee", "encoder.text", *COMPUTED)
 STEPS = (*COMPUTED, "trainer.logits_chunk", "trainer.compile", "trainer.num_workers")
 HERE = "in the run directory that ckpt= names, else in this config's"
 QUESTION = ("generate.images", "generate.question", "generate.question_file")
