@@ -116,7 +116,7 @@ def _look_for_data(search: Search, config: Config, splits: Sequence[str]) -> Non
 def _look_for_weights(search: Search, config: Config, todo: Sequence[str]) -> None:
     from mmprune_train.model.folders import ADAPTERS
     from mmprune_train.model.start import Start, first_start
-    from mmprune_train.model.weights import encoder_folder, llm_folder, text_folder
+    from mmprune_train.model.weights import llm_folder, text_folder
     from mmprune_train.training.starts import begins_anew, parts_of, start_of
 
     directory = None if config.restart else RunDirectory(run_dir(config), writable=False)
@@ -142,13 +142,26 @@ def _look_for_weights(search: Search, config: Config, todo: Sequence[str]) -> No
         )
     text = config.encoder.text
     base: dict[str, tuple[str, Get]] = {
-        "encoder": ("encoder", lambda fetch: encoder_folder(config.encoder, fetch)),
+        "encoder": ("encoder", lambda fetch: _fitting_tower(config, fetch)),
         "llm": ("llm", lambda fetch: llm_folder(config.llm, fetch)),
         "text": ("encoder.text", lambda fetch: None if text is None else text_folder(text, fetch)),
     }
     for part, (what, get) in base.items():
         if part in parts:
             search.look(what, get)
+
+
+def _fitting_tower(config: Config, fetch: bool) -> Path | None:
+    """The encoder's folder; UserError also where its keys describe another one."""
+    import torch
+
+    from mmprune_train.model.build import vision_tower
+    from mmprune_train.model.weights import encoder_folder
+
+    folder = encoder_folder(config.encoder, fetch)
+    with torch.device("meta"):
+        vision_tower(config.encoder, folder, torch.float32, empty=True)
+    return folder
 
 
 def machine_faults(config: Config, todo: Sequence[str]) -> list[str]:

@@ -305,7 +305,7 @@ def test_what_is_no_fault_of_the_file_is_not_told_as_one(
 def test_a_missing_image_of_a_question_names_the_question_or_its_sample(tmp_path: Path) -> None:
     for where, who in (("", "question 7"), ("e.json[0] (id 7)", r"e\.json\[0\] \(id 7\)")):
         with pytest.raises(UserError, match=f"^{who}: image .*none.png is missing; correct the path"):
-            load_images(Question("7", [tmp_path / "none.png"], "", "", "open", where))
+            load_images(Question("7", [tmp_path / "none.png"], "", "", "open", where=where))
 
 
 def test_a_large_photo_is_read_without_a_warning(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -274,7 +274,7 @@ def test_a_linear_projector_is_taken_up(tmp_path: Path) -> None:
     ("make", "words"),
     [
         (lambda f: None, r"there is no .*give a llava-hf folder"),
-        (lambda f: f.mkdir(), "holds no model, where .* is wanted"),
+        (lambda f: f.mkdir(), "holds no model .it has no config.json., where .* is wanted"),
         (lambda f: torch.save({"a": torch.ones(2)}, f), "holds no projector that is known .*found a"),
         (lambda f: torch.save([1], f), "holds a list, not weights by name"),
         (lambda f: f.write_bytes(b"PK\x03\x04 half a file"), "is cut off or damaged"),

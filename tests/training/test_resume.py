@@ -89,7 +89,7 @@ def test_a_checkpoint_holds_the_trained_weights_alone(root: Path, tmp_path: Path
     assert names and all("lora_" in name or "multi_modal_projector" in name for name in names)
 
 
-@pytest.mark.parametrize("moment", ["save_adapters", "merge_adapters", "image_processor"])
+@pytest.mark.parametrize("moment", ["save_adapters", "merge_adapters", "stage_image_processor"])
 def test_killed_after_the_last_step_only_what_is_missing_is_done(
     moment: str, root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
