@@ -21,18 +21,8 @@ from mmprune_train.config.pruner import (
     reads_text,
     stage_one_scores,
 )
-from mmprune_train.config.schema import (
-    STAGES,
-    Config,
-    EncoderConfig,
-    LlmConfig,
-    OptimConfig,
-    PlanConfig,
-    ReportConfig,
-    StageConfig,
-    SweepConfig,
-    WheelConfig,
-)
+from mmprune_train.config.schema import STAGES, Config, EncoderConfig, LlmConfig, OptimConfig, StageConfig, WheelConfig
+from mmprune_train.config.task_schema import PlanConfig, ReportConfig, SweepConfig
 from mmprune_train.config.values import at_least, one_of
 from mmprune_train.errors import UserError
 

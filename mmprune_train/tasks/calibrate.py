@@ -14,7 +14,8 @@ from mmprune_train.config.compose import to_yaml
 from mmprune_train.config.identity import run_dir
 from mmprune_train.config.pruner import KNEE_METHODS
 from mmprune_train.config.pruner_schema import PrunerConfig
-from mmprune_train.config.schema import CalibrateConfig, Config
+from mmprune_train.config.schema import Config
+from mmprune_train.config.task_schema import CalibrateConfig
 from mmprune_train.config.typed import command_line, group_of
 from mmprune_train.data.images import ImageReader
 from mmprune_train.data.records import Record, read_records
