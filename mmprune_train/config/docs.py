@@ -1,4 +1,4 @@
-"""What `schema.py` and `pruner_schema.py` say of each key, for `--help`."""
+"""What the dataclasses of the config say of each key, for `--help`."""
 
 from __future__ import annotations
 

@@ -70,10 +70,13 @@ def run_dir(config: Config) -> Path:
 
 
 def run_of(ckpt: str | None) -> Path | None:
-    """The run directory that `ckpt=` names, itself or by a stage's `model/` in it; None: it names no run."""
-    folder = Path(ckpt or "").expanduser()
-    runs = [folder, *([folder.parent.parent] if folder.name == "model" else [])]
-    return next((run for run in runs if ckpt and (run / "manifest.json").is_file()), None)
+    """The run directory that `ckpt=` names, itself or by a stage in it or its `model/`; None: it names no run."""
+    if not ckpt:
+        return None
+    folder = Path(ckpt).expanduser()
+    stage = folder.parent if folder.name == "model" else folder
+    runs = [folder, *([stage.parent] if (stage / "model").is_dir() else [])]
+    return next((run for run in runs if (run / "manifest.json").is_file()), None)
 
 
 def home_dir(config: Config) -> Path:

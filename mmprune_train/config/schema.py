@@ -10,6 +10,15 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from mmprune_train.config.pruner_schema import KneeConfig, PrunerConfig
+from mmprune_train.config.task_schema import (
+    BenchConfig,
+    CalibrateConfig,
+    EvaluateConfig,
+    GenerateConfig,
+    PlanConfig,
+    ReportConfig,
+    SweepConfig,
+)
 
 STAGES = ("pretrain", "instruct")
 """LLaVA's training stages, in order; the keys of `stage` and of `data`."""
@@ -270,119 +279,6 @@ class TrainerConfig:
     docs/attention.md."""
     logits_chunk: int = 1024
     """Supervised tokens whose logits exist at a time; more costs memory, not time."""
-
-
-@dataclass
-class EvaluateConfig:
-    after_train: bool = False
-    """Evaluate when the last stage has ended, and print the table."""
-    name: str | None = None
-    """Of this evaluation set, where a run is asked several: each has its folder `evaluate-NAME`; null: `evaluate`."""
-    turns: str = "all"
-    """`all`: every turn of a conversation is a question, asked after the turns before it with their reference answers;
-    `first`: the first alone."""
-    limit: int | None = None
-    """First N questions of each kind; null: all."""
-    batch_size: int = 32
-    max_new_tokens: int = 16
-    blank: bool = True
-    """Also measure with the image blanked (the mean colour), which shows what the text alone gives away."""
-    kinds: list[str] = field(default_factory=list)
-    """Kinds of questions to ask, by which accuracy is told; empty: every kind that the file has."""
-
-
-@dataclass
-class GenerateConfig:
-    images: list[str] = field(default_factory=list)
-    """Image files, `[a.png,b.png]`. A file name with a comma wants quotes of its own: '["a, b.png"]'."""
-    question: str = "What is in the image?"
-    """Everything behind the `=`; `-` reads standard input. Images stand where it says `<image>`, else before it."""
-    question_file: str | None = None
-    """Text file with the question, in place of `question`."""
-    max_new_tokens: int = 64
-
-
-@dataclass
-class BenchConfig:
-    measure: list[str] = field(default_factory=lambda: ["train", "generate"])
-    """`train`: optimizer steps; `generate`: answers; `selection`: stage 1 beside the vision tower, on many images."""
-    pruners: list[str] = field(default_factory=lambda: ["none", "twostage"])
-    """Pruners to measure side by side, by name; the one that `pruner=` chooses has the command line's settings."""
-    stage: str | None = None
-    """Training stage whose samples, template and frozen parts are measured; null: the last of `stages`."""
-    batch_size: int | None = None
-    """Samples of the batch; null: the stage's."""
-    baseline: bool = True
-    """Also measure transformers' own LlavaForConditionalGeneration: padded, dense, logits at every position."""
-    cached: bool = True
-    """train: also measure each pruner with a warm feature cache, where its stage 1 can be cached."""
-    new_tokens: int = 16
-    """generate: tokens that each sample writes."""
-    images: int = 16
-    """selection: images of the batch, spread over the stage's data."""
-    repeats: int = 3
-    """Counted passes, interleaved; times are their medians."""
-
-
-@dataclass
-class CalibrateConfig:
-    """What `task=calibrate` measures, and on what."""
-
-    images: int = 256
-    """Different images to look at, drawn by `seed`; fewer where the split has fewer."""
-    split: str = "instruct"
-    """`pretrain` or `instruct`: whose samples, template and image preparation; never the questions of evaluation."""
-    measure: str = "vision"
-    """`vision`: visual tokens that stage 1 leaves / dense ones; `layer_mean`: the keep ratio, tokens entering an LLM
-    layer averaged over layers / dense tokens, with stage 2 in the loop."""
-    target: float | None = 0.22
-    """Share to meet, the method's headline unless given; null: report only."""
-    budgets: list[str] = field(default_factory=list)
-    """Budgets to report; empty: all. The chosen one is always among them."""
-
-
-@dataclass
-class PlanConfig:
-    """What `task=plan` assumes."""
-
-    device: str | None = None
-    """Accelerator to plan for: `b200_180gb`, `h200_141gb`, `h100_80gb`, `h100_pcie_80gb`, `h100_nvl_94gb`, `a100_80gb`,
-    `a100_40gb`, `l40s_48gb`, `rtx_a6000_48gb`, `rtx4090_24gb`, `rtx3090_24gb`, `l4_24gb`, `a10_24gb` or `cpu`; null:
-    the GPU that is here, else `a100_80gb`."""
-    mfu: float = 0.4
-    """Share of the device's peak throughput that a step reaches, recomputation counted as work: an assumption."""
-    keep: float | None = None
-    """Share of visual tokens that enter an LLM layer, averaged over layers, for budgets that depend on the images (the
-    `visual_keep_ratio` of metrics.jsonl); null: what a run of these settings kept, else 0.22."""
-    samples: int = 512
-    """Samples of a stage whose lengths are counted, drawn by `seed`."""
-
-
-@dataclass
-class SweepConfig:
-    """What the jobs of a sweep (`-m`) are compared by; see docs/sweeps.md."""
-
-    objectives: list[str] = field(default_factory=lambda: ["accuracy", "keep_ratio"])
-    """Numbers of a job's result.json: dotted keys (`evaluate.accuracy.open`) or the end of one, where `evaluate` comes
-    before `stages`. A group is its mean: `accuracy` is the mean over the kinds of questions."""
-    directions: list[str] = field(default_factory=lambda: ["maximize", "minimize"])
-    """`maximize` or `minimize`, one for each objective."""
-
-
-@dataclass
-class ReportConfig:
-    """What `task=report` shows."""
-
-    runs: list[str] = field(default_factory=list)
-    """Run directories, sweep directories, folders of runs, or globs of them; empty: every run of this experiment."""
-    output: str | None = None
-    """Folder for report.html and result.json; null: `report` in the one folder that is given, else the experiment's."""
-    x: str | None = None
-    """Number along the figure of all runs, as in `sweep.objectives`; null: the last objective."""
-    y: str | None = None
-    """Number upwards, and what runs are ordered by and the heat map shows; null: the first objective."""
-    heat: list[str] = field(default_factory=list)
-    """The two swept keys of the heat map, rows first; empty: the first two that take several values."""
 
 
 @dataclass

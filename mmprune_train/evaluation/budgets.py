@@ -11,7 +11,7 @@ from torch import Tensor
 
 from mmprune_train.config.pruner import KNEE_METHODS, SHARE_METHODS, SIGNED_SCORES
 from mmprune_train.config.pruner_schema import KneeConfig, PrunerConfig
-from mmprune_train.config.schema import CalibrateConfig
+from mmprune_train.config.task_schema import CalibrateConfig
 from mmprune_train.evaluation.calibration import SamplePasses, solve_keep_ratio, with_knee
 from mmprune_train.progress import progress
 from mmprune_train.pruning.calibration import ScoredImages, Solution, knob_of

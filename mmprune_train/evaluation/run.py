@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from mmprune_train.config.schema import EvaluateConfig
+from mmprune_train.config.task_schema import EvaluateConfig
 from mmprune_train.data.templates import Template
 from mmprune_train.evaluation.generate import Prediction, answer, blank_images
 from mmprune_train.evaluation.metrics import accuracy_by_kind, blind_majority

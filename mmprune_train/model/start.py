@@ -71,13 +71,6 @@ class Start:
         return not self.projector and (self.base is None or self.base.new_projector)
 
     @property
-    def files(self) -> list[Path]:
-        """Its files of weights, without its base's."""
-        if self.kind == PROJECTOR:
-            return [self.path]
-        return sorted(file for pattern in ("*.safetensors", "*.bin") for file in self.path.glob(pattern))
-
-    @property
     def tokenizer(self) -> Path | None:
         """The folder of the tokenizer; None: that of the chosen LLM."""
         if self.kind in (LLAVA, ORIGINAL):

@@ -122,9 +122,9 @@ def read_run(path: Path) -> Run:
         manifest=manifest,
         metrics={name: read_jsonl(path / name / "metrics.jsonl") for name in stages},
         evaluations={
-            found.parent.name: read_json(found)
+            found.parent.name: evaluation
             for found in sorted(path.glob("evaluate*/result.json"))
-            if read_json(found) != result.get("evaluate")
+            if (evaluation := read_json(found)) != result.get("evaluate")
         },
     )  # fmt: skip
     if not stages:

@@ -32,7 +32,7 @@ BUILT = (
 )
 TRAINED = (*BUILT, "strategy", "optim", "logger", "trainer", "evaluate", "restart")
 COMPUTED = ("trainer.accelerator", "trainer.precision", "trainer.attention", "trainer.vision_chunk")
-ASKED = ("ckpt", "stages", "pruner", "knee", "llm.template", "encoder.text", *COMPUTED)
+ASKED = ("ckpt", "stages", "pruner", "knee", "encoder.text", *COMPUTED)
 STEPS = (*COMPUTED, "trainer.logits_chunk", "trainer.compile", "trainer.num_workers")
 HERE = "in the run directory that ckpt= names, else in this config's"
 QUESTION = ("generate.images", "generate.question", "generate.question_file")

@@ -26,10 +26,8 @@ from mmprune_train.data.templates import get_template
 from mmprune_train.errors import UserError
 from mmprune_train.evaluation.generate import load_images
 from mmprune_train.evaluation.questions import questions_of
-from mmprune_train.model.begin import begin
 from mmprune_train.model.llava import PackedLlava
 from mmprune_train.model.quantize import check_quantization
-from mmprune_train.model.start import find_start, first_start
 from mmprune_train.progress import progress
 from mmprune_train.pruning.patches import Patches
 from mmprune_train.quiet import quiet
@@ -39,10 +37,11 @@ from mmprune_train.tasks.checkpoint import find_checkpoint, keep_earlier, load
 from mmprune_train.tasks.prepare import prepare_data
 from mmprune_train.training.features import fill_for
 from mmprune_train.training.files import write_json
-from mmprune_train.training.inputs import spread_images, stage_image_processor, stage_loader, template_of
+from mmprune_train.training.inputs import spread_images, stage_image_processor, stage_loader
 from mmprune_train.training.precision import Precision, choose_accelerator, choose_precision
-from mmprune_train.training.run import kernel_lines, make_trainable
+from mmprune_train.training.run import kernel_lines, load_stage, make_trainable
 from mmprune_train.training.rundir import git_commit, versions
+from mmprune_train.training.starts import start_of
 
 DENSE = "none"
 """The packed model without pruning: what the others are shares of."""
@@ -63,18 +62,17 @@ def run(config: Config) -> dict[str, Any]:
     if config.peft.name == "qlora" and config.stage[name].use_peft:
         check_quantization(accelerator)
     pruners = chosen_pruners(config)
-    prepare_data(config, [name])
+    prepare_data(config, name)
     reads = [pruner for pruner in pruners.values() if reads_text(pruner.vision)]
     with quiet():
         if found is None:
-            asked = first_start(config, name)
-            start = find_start(config, *asked, name) if asked else None
-            model, processor = begin(replace(config, pruner=reads[0]) if reads else config, start)
+            whole = replace(config, pruner=reads[0]) if reads else config
+            model, processor, _ = load_stage(whole, name, start_of(config, None, name), precision, empty=False)
         else:
             model, processor, _ = load(replace(found, pruner=reads[0]) if reads else found)
-        make_trainable(model, config, name, precision)
+            make_trainable(model, config, name, precision)
     model.to(accelerator)
-    model.template, processor.image_processor = template_of(config, name), stage_image_processor(config, name)
+    processor.image_processor = stage_image_processor(config, name)
     loader = stage_loader(
         _one_batch(config, name), name, processor.tokenizer, model.config.image_seq_length, rank=0, world=1
     )

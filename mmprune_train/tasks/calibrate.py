@@ -14,7 +14,8 @@ from mmprune_train.config.compose import to_yaml
 from mmprune_train.config.identity import run_dir
 from mmprune_train.config.pruner import KNEE_METHODS
 from mmprune_train.config.pruner_schema import PrunerConfig
-from mmprune_train.config.schema import CalibrateConfig, Config
+from mmprune_train.config.schema import Config
+from mmprune_train.config.task_schema import CalibrateConfig
 from mmprune_train.config.typed import command_line, group_of
 from mmprune_train.data.images import ImageReader
 from mmprune_train.data.records import Record, read_records
@@ -31,10 +32,10 @@ from mmprune_train.evaluation.calibration import (
     pack,
     with_knee,
 )
-from mmprune_train.model.build import build, vision_tower
+from mmprune_train.model.begin import begin, tower_of
 from mmprune_train.model.llava import PackedLlava
+from mmprune_train.model.start import first_start
 from mmprune_train.model.vision import encode
-from mmprune_train.model.weights import encoder_folder
 from mmprune_train.pruning import Pruner
 from mmprune_train.pruning.calibration import ScoredImages, knob_of
 from mmprune_train.quiet import quiet
@@ -42,11 +43,12 @@ from mmprune_train.reporting.budget_figure import KeptTokens, draw_budgets
 from mmprune_train.reporting.calibration import WHAT, outcome, sentence, share, summary, text
 from mmprune_train.tasks import unread
 from mmprune_train.tasks.checkpoint import Checkpoint, find_checkpoint, keep_earlier, load
-from mmprune_train.tasks.prepare import prepare_data, prepare_weights
+from mmprune_train.tasks.prepare import prepare_data
 from mmprune_train.training.files import write_atomically, write_json
 from mmprune_train.training.inputs import stage_reader, template_of
 from mmprune_train.training.precision import choose_accelerator, choose_precision
 from mmprune_train.training.run import MATCHED_IMAGES, fit_projector
+from mmprune_train.training.starts import start_of
 
 PRESET = "calibrated"
 """Name of the pruner preset that is written, for the run's own budget."""
@@ -68,7 +70,7 @@ def run(config: Config) -> dict[str, Any]:
     folder = (found.home if found else run_dir(config)) / "calibrate"
     if pruner is not None:
         check_subject(pruner, asked)
-    prepare_data(chosen, [asked.split])
+    prepare_data(chosen, asked.split)
     subject = load_subject(chosen, pruner, found)
     check_subject(subject.pruner, asked)
     report, images = measure(chosen, subject)
@@ -125,6 +127,8 @@ class Subject:
     model: PackedLlava | None = None
     """None where stage 1 is measured on base weights: the LLM need not be there."""
     processor: Any = None
+    fits: bool = False
+    """Whether training would fit its new projector first (`projector.init=matched`)."""
 
 
 def load_subject(config: Config, pruner: PrunerConfig | None, found: Checkpoint | None) -> Subject:
@@ -132,16 +136,21 @@ def load_subject(config: Config, pruner: PrunerConfig | None, found: Checkpoint 
 
     Args:
         pruner: None: the checkpoint's own.
-        found: the checkpoint; None: the base weights.
+        found: the checkpoint; None: what the training of the split starts from, adapters of it merged.
     """
     asked = config.calibrate
     device = torch.device(choose_accelerator(config.trainer.accelerator))
     reader = stage_reader(config, asked.split)
     with quiet():
-        if found is None and asked.measure == "vision":
+        if found is not None:
+            model, processor, _ = load(found)
+            reader = ImageReader(processor.image_processor)
+            return Subject(model.pruner.settings, model.encode_images, reader, device, model, processor)
+        start = start_of(config, None, asked.split)
+        if asked.measure == "vision":
             assert pruner is not None
             torch.manual_seed(config.seed)  # random weights are to be those of a run
-            tower = vision_tower(config.encoder, encoder_folder(config.encoder), torch.float32).to(device).eval()
+            tower = tower_of(config, start).to(device).eval()
             encoder = partial(
                 encode,
                 tower,
@@ -150,14 +159,10 @@ def load_subject(config: Config, pruner: PrunerConfig | None, found: Checkpoint 
                 layer=pruner.vision.layer,
             )
             return Subject(pruner, encoder, reader, device)
-        if found is not None:
-            model, processor, _ = load(found)
-            reader = ImageReader(processor.image_processor)
-        else:
-            prepare_weights(config)
-            model, processor = build(config)
-            model.to(device).eval()
-    return Subject(model.pruner.settings, model.encode_images, reader, device, model, processor)
+        model, processor = begin(config, start and replace(start, goes_on=False))
+        model.to(device).eval()
+    fits = config.projector.init == "matched" and (start is None or start.new_projector)
+    return Subject(model.pruner.settings, model.encode_images, reader, device, model, processor, fits)
 
 
 def measure(config: Config, subject: Subject) -> tuple[Report, EncodedImages]:
@@ -199,7 +204,7 @@ def sample_passes(
     template = get_template(template_of(config, split), tokenizer)
     packed = pack(records, template, tokenizer, model.config.image_seq_length, stage.max_length, stage.batch_size)
     passes = SamplePasses(model, packed, images, dtype, config.seed)
-    if not config.ckpt and config.projector.init == "matched":
+    if subject.fits:
         fit_projector(model, passes.kept_features(MATCHED_IMAGES))
     return passes
 
@@ -223,7 +228,9 @@ def header(report: Report, row: BudgetRow, config: Config) -> list[str]:
     asked = report.asked
     found, reached = outcome(row.solution)
     command = shlex.join(["python", "-m", "mmprune_train", *(command_line() or ["task=calibrate"])])
-    weights = config.ckpt or f"encoder {config.encoder.name}, llm {config.llm.name}, not trained"
+    begun = first_start(config, asked.split)
+    weights = f"encoder {config.encoder.name}, llm {config.llm.name}, {f'from {begun[1]}' if begun else 'not trained'}"
+    weights = config.ckpt or weights
     score = getattr(report.pruner, report.stage).score
     return [
         f"# {command}\n",

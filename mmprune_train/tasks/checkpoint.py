@@ -41,6 +41,8 @@ class Checkpoint:
     """The config of the run; None: this is no run directory."""
     stage: str | None = None
     """Training stage of the run, where another than the last finished one is named."""
+    oriented: bool = False
+    """Whether the command line names `data.exif_orientation`, whatever the model was trained with."""
 
 
 def find_checkpoint(config: Config) -> Checkpoint:
@@ -52,10 +54,11 @@ def find_checkpoint(config: Config) -> Checkpoint:
     if run is None and not config.ckpt:
         raise UserError(f"ckpt= is not given and {run_dir(config)} has no run; give ckpt=FOLDER or train first")
     given = {key_of(override) for override in command_line()}
+    oriented = "data.exif_orientation" in given
     pruner = config.pruner if {key.split(".", 1)[0] for key in given} & {"pruner", "knee"} else None
     model = model_folder(config.ckpt or str(run), "ckpt")
     if run is None or not (run / "config.yaml").is_file():
-        return Checkpoint(model, home_dir(config), config, pruner)
+        return Checkpoint(model, home_dir(config), config, pruner, oriented=oriented)
     trained = config_from_file(run / "config.yaml")
     if "stages" in given:
         model = run / config.stages[-1] / "model"
@@ -66,7 +69,7 @@ def find_checkpoint(config: Config) -> Checkpoint:
     settled = _settled(trained, config, given)
     if pruner is not None:
         check_pruner_fits(settled)
-    return Checkpoint(model, run, settled, pruner, trained, stage)
+    return Checkpoint(model, run, settled, pruner, trained, stage, oriented)
 
 
 def _settled(trained: Config, asked: Config, given: set[str]) -> Config:
@@ -89,18 +92,13 @@ def load(found: Checkpoint) -> tuple[Any, Any, Precision]:
             found.model, pruner=found.pruner, device=accelerator, text=found.config.encoder.text, key="ckpt"
         )
     model.vision_chunk, model.attention = trainer.vision_chunk, trainer.attention
-    choose_orientation(processor.image_processor, found.config.data.exif_orientation)
+    choose_orientation(processor.image_processor, found.config.data.exif_orientation, found.oriented)
     return model, processor, precision
 
 
-def choose_orientation(image_processor: Any, configured: bool) -> None:
-    """Let images be read as the command line says, else as the model was trained, else, where its folder does not say,
-    as configured.
-
-    Args:
-        configured: `data.exif_orientation`.
-    """
-    named = any(key_of(override) == "data.exif_orientation" for override in command_line())
+def choose_orientation(image_processor: Any, configured: bool, named: bool) -> None:
+    """Let images be read as configured where that is `named`, else as the model was trained; as configured, too, where
+    its folder does not say."""
     if named or not hasattr(image_processor, "exif_orientation"):
         image_processor.exif_orientation = configured
 

@@ -10,11 +10,10 @@ from mmprune_train.assets import sha256_of
 from mmprune_train.config.schema import Config
 from mmprune_train.data.records import IMAGE_PLACEHOLDER, read_records
 from mmprune_train.data.sources import data_root, split_files
-from mmprune_train.data.templates import get_template
+from mmprune_train.data.templates import Template, get_template, template_name
 from mmprune_train.errors import UserError
 from mmprune_train.evaluation.questions import Question, check_images, choose, counts_by_kind, read_questions
 from mmprune_train.evaluation.run import evaluate, write_predictions
-from mmprune_train.model.conversation import converse
 from mmprune_train.reporting.evaluation import result_table
 from mmprune_train.tasks.checkpoint import Checkpoint, find_checkpoint, keep_earlier, load
 from mmprune_train.tasks.prepare import prepare_data
@@ -46,8 +45,7 @@ def run(config: Config) -> dict[str, Any]:
 def question_set(config: Config) -> QuestionSet:
     """The questions of `data.evaluate` that `evaluate.kinds`, `turns` and `limit` choose; UserError for what is missing
     or malformed, images that are not there included. No model is needed."""
-    prepare_data(config, ["evaluate"])
-    annotations, images = split_files(config.data, "evaluate")
+    annotations, images = prepare_data(config, "evaluate")
     settings, records = config.evaluate, config.data.evaluate.limit
     questions = read_questions(annotations, images, records, settings.turns)
     chosen = choose(questions, settings.kinds, settings.limit)
@@ -99,7 +97,7 @@ def evaluate_checkpoint(found: Checkpoint, questions: QuestionSet, folder: Path)
         keep_earlier(folder)
         write_predictions(folder / "predictions.jsonl", predictions)
 
-    template = prompt_template(model, processor, config)
+    template = prompt_template(processor)
     scores = evaluate(model, processor, template, questions.chosen, answers, config.evaluate, save, precision.dtype)
     asked = {"ckpt": str(found.model), **questions.asked}
     result = {"pruner": model.pruner.settings.name, "asked": asked, **scores}
@@ -107,11 +105,9 @@ def evaluate_checkpoint(found: Checkpoint, questions: QuestionSet, folder: Path)
     return result
 
 
-def prompt_template(model: Any, processor: Any, config: Config) -> Any:
-    """The template the model was trained with; `plain` asks nothing, so the LLM's own is used then."""
-    if model.template == "plain":
-        converse(model, processor, config.llm.template)
-    return get_template(model.template, processor.tokenizer)
+def prompt_template(processor: Any) -> Template:
+    """The template that a loaded model converses in; `plain` asks nothing, so after it that is its LLM's own."""
+    return get_template(template_name(processor.chat_template), processor.tokenizer)
 
 
 def training_answers(config: Config) -> list[tuple[str, str]]:

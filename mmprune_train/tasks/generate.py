@@ -26,7 +26,7 @@ def run(config: Config) -> dict[str, Any]:
     prediction = answer(
         model,
         processor,
-        prompt_template(model, processor, found.config),
+        prompt_template(processor),
         [question],
         1,
         config.generate.max_new_tokens,

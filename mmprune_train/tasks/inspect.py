@@ -30,7 +30,7 @@ def run(config: Config) -> dict[str, Any]:
     found = find_checkpoint(config)
     model, processor, precision = load(found)
     read = ImageReader(processor.image_processor).open
-    prompt = question.prompt(prompt_template(model, processor, found.config))
+    prompt = question.prompt(prompt_template(processor))
     inputs = processor(images=load_images(question, read), text=[prompt], return_tensors="pt").to(model.device)
     with torch.autocast(model.device.type, dtype=precision.dtype, enabled=precision.dtype != torch.float32):
         drawn, text, traced = trace_prompt(model, processor, inputs)

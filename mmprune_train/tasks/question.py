@@ -6,7 +6,7 @@ import os
 import sys
 from pathlib import Path
 
-from mmprune_train.config.schema import GenerateConfig
+from mmprune_train.config.task_schema import GenerateConfig
 from mmprune_train.data.images import read_image
 from mmprune_train.data.records import IMAGE_PLACEHOLDER
 from mmprune_train.errors import UserError

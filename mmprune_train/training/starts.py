@@ -82,7 +82,8 @@ def entry_of(stage: str, start: Start | None, known: Mapping[str, Any] | None) -
     if start is None:
         return {"source": BASE_WEIGHTS}
     part = f"stage {stage}" if start.own else f"{start.key} of stage {stage}"
-    entry = {"kind": start.kind, **unchanged(part, start.path, known, files=start.files)}
+    files = [start.path] if start.path.is_file() else None
+    entry = {"kind": start.kind, **unchanged(part, start.path, known, files=files)}
     if not start.own:
         entry["key"] = start.key
     if start.kind == ADAPTERS:

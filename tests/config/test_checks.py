@@ -201,6 +201,7 @@ def test_notes_are_of_the_encoder_that_runs(smoke, tmp_path):
     assert notes(config, whole) == [told]
     assert notes(smoke("task=evaluate", f"ckpt={tmp_path}", *whole, "knee.count=100000"), whole) == []
     (tmp_path / "config.yaml").write_text(to_yaml(config))
+    (tmp_path / "manifest.json").write_text("{}")
     asked = smoke("task=evaluate", f"ckpt={tmp_path}", *whole, "knee.count=100000")
     assert notes(asked, whole) == [told] and notes(asked, ["task=evaluate"]) == []
     other = smoke("pruner=visionzip", "knee=otsu", "pruner.vision.knee.count=2")

@@ -8,7 +8,7 @@ import yaml
 
 from mmprune_train.config.compose import to_yaml
 from mmprune_train.config.explain import all_keys
-from mmprune_train.config.identity import NOT_DECISIVE, differences, run_dir, run_id
+from mmprune_train.config.identity import NOT_DECISIVE, differences, home_dir, run_dir, run_id, run_of
 
 
 @pytest.mark.parametrize(
@@ -48,6 +48,17 @@ def test_differences_name_the_keys_and_read_a_written_config(smoke):
     new = smoke("seed=7", "stage.instruct.lr=0.1", "debug=true")
     assert differences(old, new) == ["seed: 42 -> 7", "stage.instruct.lr: 0.001 -> 0.1"]
     assert differences(old, smoke()) == []
+
+
+def test_a_run_is_found_by_any_of_its_folders_and_no_other_folder_is_one(smoke, tmp_path):
+    for folder in ("run/instruct/model", "run/evaluate", "llava/model"):
+        (tmp_path / folder).mkdir(parents=True)
+    (tmp_path / "run/manifest.json").write_text("{}")
+    for part in ("run", "run/instruct", "run/instruct/model"):
+        assert home_dir(smoke(f"ckpt={tmp_path / part}")) == tmp_path / "run"
+    for part in ("run/evaluate", "llava", "llava/model", "absent"):
+        assert run_of(str(tmp_path / part)) is None
+    assert run_of(None) is None
 
 
 def test_the_list_of_exceptions_holds_no_stale_key():

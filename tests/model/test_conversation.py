@@ -19,6 +19,7 @@ from mmprune_train.data.templates import get_template
 from mmprune_train.model.build import build
 from mmprune_train.model.conversation import converse
 from mmprune_train.pruning import Kind
+from mmprune_train.tasks.evaluate import prompt_template
 
 IMAGE = Image.new("RGB", (48, 48), "red")
 ASK: list[dict[str, Any]] = [{"role": "user", "content": "<image>\nwhat color?"}]
@@ -69,6 +70,7 @@ def test_after_a_plain_stage_a_folder_still_converses_as_its_llm_does(tmp_path: 
     assert again.template == "plain"
     text = get_template("chat", styled("chatml")).prompt("<image>\nwhat color?")
     assert loaded.apply_chat_template(ASK, add_generation_prompt=True) == text
+    assert prompt_template(loaded).prompt("what color?", 1) == text, "as the tasks ask"
     ids = torch.tensor(prompt_of(loaded))
     kind, _ = again.annotate(ids)
     assert loaded.decode(ids[kind == Kind.PROMPT]).split() == ["You", "are", "helpful.what", "color?"]

@@ -16,7 +16,8 @@ from mmprune_train.config.paths import options
 from mmprune_train.config.schema import PeftConfig, StageConfig
 from mmprune_train.data.batch import Sample, collate
 from mmprune_train.data.encode import Example
-from mmprune_train.model.llava import PackedLlava, PackedOutput
+from mmprune_train.model.llava import PackedLlava
+from mmprune_train.model.packed_pass import PackedOutput
 from mmprune_train.model.peft import add_adapters
 from mmprune_train.pruning import IGNORE, Kind
 from mmprune_train.training.freezing import freeze

@@ -21,7 +21,7 @@ from mmprune_train.config.schema import Config
 from mmprune_train.errors import UserError
 from mmprune_train.model.build import load_model
 from mmprune_train.model.start import Start
-from mmprune_train.tasks import plan, prepare, train
+from mmprune_train.tasks import calibrate, plan, prepare, train
 from mmprune_train.training.rundir import RunDirectory
 from mmprune_train.training.starts import note_start
 
@@ -168,6 +168,24 @@ def test_plan_and_prepare_look_at_the_source(
             task.run(config_of(root, tmp_path, "init_from=./gone"))
         with pytest.raises(UserError, match="llm.arch.hidden_size=32, there 64"):
             task.run(config_of(root, tmp_path, f"init_from={sources['llava']}", "llm.arch.hidden_size=32"))
+
+
+def test_calibration_measures_what_training_starts_from(root: Path, tmp_path: Path, sources: dict[str, str]) -> None:
+    def subject(*more: str) -> calibrate.Subject:
+        config = config_of(root, tmp_path, "task=calibrate", "seed=7", *more)
+        return calibrate.load_subject(config, config.pruner, None)
+
+    saved = load_model(sources["llava"])[0].state_dict()
+    for source, more in (("llava", []), ("adapters", ["init_adapters=continue"]), ("projector", [])):
+        found = subject(f"init_from={sources[source]}", "calibrate.measure=layer_mean", *more)
+        state = found.model.state_dict() if found.model else {}
+        others = {
+            name.split(".")[2] for name, value in saved.items() if not torch.allclose(state[name], value, atol=1e-6)
+        }
+        assert ("language_model" in others) == (source == "projector") and "multi_modal_projector" not in others
+    (tower,) = subject(f"init_from={sources['llava']}").encoder.args  # type: ignore[attr-defined]
+    name, value = next(iter(tower.state_dict().items()))
+    assert torch.equal(value, saved[f"hf.model.vision_tower.{name}"])
 
 
 def test_a_key_for_adapters_alone_is_refused_without_them(root: Path, tmp_path: Path, sources: dict[str, str]) -> None:

@@ -176,16 +176,14 @@ def test_orientation_is_the_command_lines_else_the_models_else_the_configs(
     turned = replace(config, data=replace(config.data, exif_orientation=False))
     trained = load_model(folder)[1].image_processor
     assert trained.exif_orientation and not stage_image_processor(turned, "instruct").exif_orientation
-    asked: list[str] = []
-    monkeypatch.setattr(checkpoint, "command_line", lambda: asked)
-    checkpoint.choose_orientation(trained, False)
+    checkpoint.choose_orientation(trained, False, named=False)
     assert trained.exif_orientation, "as it was trained"
-    asked += ["data.root=x", "++data.exif_orientation=false"]
-    checkpoint.choose_orientation(trained, False)
-    assert not trained.exif_orientation, "as it is asked for"
-    asked.clear()
+    monkeypatch.setattr(checkpoint, "command_line", lambda: ["data.root=x", "++data.exif_orientation=false"])
+    found = checkpoint.find_checkpoint(replace(turned, ckpt=str(folder)))
+    _, processor, _ = checkpoint.load(found)
+    assert not processor.image_processor.exif_orientation, "as it is asked for"
     of_others = SimpleNamespace()
-    checkpoint.choose_orientation(of_others, False)
+    checkpoint.choose_orientation(of_others, False, named=False)
     assert not of_others.exif_orientation, "where the folder does not say"
 
 
