@@ -19,7 +19,7 @@ from mmprune_train.data.templates import Template, lead_spans
 from mmprune_train.data.tokens import Pieces, bos_prefix, special_pattern, special_tokens
 from mmprune_train.pruning.packed import Kind
 
-_PROBES = (Turn("Why?", "So."), Turn(f"{IMAGE_PLACEHOLDER}\nWhy?", "So."), Turn(IMAGE_PLACEHOLDER, "So."))
+_PROBES = tuple(Turn(text, "So.") for text in ("Why?", f"{IMAGE_PLACEHOLDER}\nWhy?", IMAGE_PLACEHOLDER, ""))
 """Questions of every kind: what stands beside a role marker decides its tokens."""
 
 
@@ -40,9 +40,9 @@ class Annotator:
         self._image_gap = re.compile(re.escape(IMAGE_PLACEHOLDER.encode()) + rb"(\s+)")
         self._header = self._question = self._answer = None
         if marks := template.marks:
-            self._header = re.compile(re.escape(self._system(marks.system))) if marks.system else None
-            self._question = self._any(template, (marks.question,), b" ?")
-            self._answer = self._any(template, marks.answer, b"")
+            self._header = self._system(marks.system) if marks.system else None
+            self._question = self._any(template, (marks.question,), behind=True)
+            self._answer = self._any(template, marks.answer, behind=False)
 
     def __call__(self, ids: Tensor) -> tuple[Tensor, Tensor]:
         """ids [L] of one sequence without padding -> kind [L], turn [L], int64 on the device of `ids`."""
@@ -104,24 +104,27 @@ class Annotator:
             kind[at : at + size] = int(span.kind)
             at += size
 
-    def _any(self, template: Template, literals: tuple[str, ...], behind: bytes) -> re.Pattern[bytes]:
+    def _any(self, template: Template, literals: tuple[str, ...], behind: bool) -> re.Pattern[bytes]:
         """Matches any of a template's role markers as they stand in ids, where case, spaces and line ends may differ
-        from the template's: a tokenizer normalises them, or its special tokens swallow them."""
-        found = set()
+        from the template's: a tokenizer normalises them, or its special tokens swallow them. `behind`: with the
+        spaces there."""
+        found: set[bytes] = set()
         for turn in _PROBES:
             spans = template.spans([turn, turn])
             ids, owner = tokenise(spans, self._tokenizer)
             parts = [b""] * len(spans)
             for number, piece in zip(owner.tolist(), self._pieces(ids.tolist()), strict=True):
                 parts[number] += piece
-            found |= {part.strip(b" ") for part, span in zip(parts, spans, strict=True) if span.text in literals}
+            found |= {part for part, span in zip(parts, spans, strict=True) if span.text in literals}
         for literal in literals:  # one that opens only a generated answer stands in no conversation
-            found.add(b"".join(self._pieces(self._ids(literal))).strip(b" "))
-        patterns = sorted(filter(None, found), key=len, reverse=True)
-        return re.compile(b" ?(?:" + b"|".join(map(re.escape, patterns)) + b")" + behind)
+            found.add(b"".join(self._pieces(self._ids(literal))))
+        spaces = max(1, *(len(part) - len(part.rstrip(b" ")) for part in found)) if behind else 0
+        patterns = sorted({part.strip(b" ") for part in found} - {b""}, key=len, reverse=True)
+        return re.compile(b" ?(?:" + b"|".join(map(re.escape, patterns)) + b") {0,%d}" % spaces)
 
-    def _system(self, header: str) -> bytes:
-        return b"".join(self._pieces(self._ids(header))).rstrip(b" ")
+    def _system(self, header: str) -> re.Pattern[bytes]:
+        text = b"".join(self._pieces(self._ids(header))).rstrip()
+        return re.compile(re.escape(text) + (rb"\s*" if header != header.rstrip() else b""))
 
     def _ids(self, text: str) -> list[int]:
         return list(self._tokenizer(text, add_special_tokens=False)["input_ids"])

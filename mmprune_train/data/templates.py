@@ -22,15 +22,18 @@ from itertools import takewhile
 from pathlib import Path
 from typing import Protocol
 
-import jinja2
 from transformers import PreTrainedTokenizerBase
 
 from mmprune_train.data.records import IMAGE_PLACEHOLDER, Turn
-from mmprune_train.data.tokens import bos_prefix, special_pattern
+from mmprune_train.data.tokens import bos_prefix, gap_of, special_pattern
 from mmprune_train.errors import UserError
 from mmprune_train.pruning.packed import Kind
 
 FILES = Path(__file__).parent / "chat_templates"
+GENERATION = re.compile(r"(\{%[-+]?\s*)(end)?generation(?=\s*[-+]?%\})")
+"""The tags by which transformers alone marks answers; it finds wrong ones behind a macro."""
+TAG = re.compile(r"</?[^<>\s'\"]+>|\[/?[^\[\]\s'\"]+\]")
+"""What templates look for in contents to write these differently: `</think>`, `<tool_response>`."""
 SAVED = re.compile(r"\{#- mmprune_train template (\w+):")
 """How a chat template begins that this module has written."""
 
@@ -103,7 +106,10 @@ def _v1(tokenizer: PreTrainedTokenizerBase) -> ChatTemplate:
 def _own(tokenizer: PreTrainedTokenizerBase) -> ChatTemplate:
     if not tokenizer.chat_template:
         raise UserError("template chat needs a tokenizer with a chat template; set llm.template=v1")
-    own = tokenizer.get_chat_template()
+    try:
+        own = tokenizer.get_chat_template()
+    except ValueError as error:  # several, and none of them the default
+        raise UserError(f"template chat: {error}; name one of them default in the tokenizer's files") from None
     if (saved := SAVED.match(own)) and saved[1] != "chat":
         raise UserError(
             f"template chat: this folder was saved with template {saved[1]}, which stands in the place of its "
@@ -156,11 +162,19 @@ class ChatTemplate(_Rendered):
         self.name = name
         self._jinja = jinja
         self._special = special_pattern(tokenizer)
+        self._gap = gap_of(tokenizer)
+        self._tags = set(TAG.findall(jinja)) - {IMAGE_PLACEHOLDER}
         self._literals_of: dict[int, list[str]] = {}
         self._in_parts = self._takes_parts_alone()
         self.marks: Marks | None = self._find_marks()
         self._ending = self._find_ending()
         self.end = self._special.findall(self._ending)[-1] if self._ending else str(tokenizer.eos_token)
+        ended = tokenizer(f"a{self.end}", add_special_tokens=False)["input_ids"]
+        if ended[-1] != tokenizer.convert_tokens_to_ids(self.end):
+            raise UserError(
+                f"the tokenizer does not read {self.end}, which ends an answer, as one token behind a word; give it "
+                "normalized=false in tokenizer.json"
+            )
 
     @property
     def chat_template(self) -> str:
@@ -175,7 +189,8 @@ class ChatTemplate(_Rendered):
             "CONTENT": "[{'type': 'text', 'text': turn.text}]" if self._in_parts else "turn.text",
             "ANSWER_END": json.dumps("" if self._ending else self.end),
             "ADDED_BOS": json.dumps(self._added_bos),
-            "BODY": self._jinja.removesuffix("\n"),
+            "GAP": json.dumps(self._gap),
+            "BODY": GENERATION.sub(_condition, re.sub("\r\n?", "\n", self._jinja)).removesuffix("\n"),
         }
         text = (FILES / "saved.jinja").read_text(encoding="utf-8").removesuffix("\n")
         return re.sub("|".join(parts), lambda found: parts[found[0]], text)
@@ -186,20 +201,42 @@ class ChatTemplate(_Rendered):
         spans = lead_spans(before, self.marks.system if self.marks else "", self._special)
         spans.append(Span(opening, Kind.SPECIAL, 1))
         for k, turn in enumerate(turns, 1):
-            close, gap = _before_the_gap(others[2 * k - 2])
+            close, gap = self._before_the_gap(others[2 * k - 2])
             after, opening = self._cut_opening(others[2 * k - 1])
             spans += [*question_spans(turn.question, k), Span(close, Kind.SPECIAL, k)]
             found = self._special.search(after) if self._ending else None
             ending = after[: found.end()] if found else self._ending if k == len(turns) else ""
-            spans.append(Span(gap + turn.answer + (ending or self.end), Kind.ANSWER, k, supervised=True))
+            spans.append(Span(gap + turn.answer.strip() + (ending or self.end), Kind.ANSWER, k, supervised=True))
             if k < len(turns):  # what the template writes after the last answer's end teaches nothing
                 rest = after[len(ending) :]
                 spans += [Span(rest, Kind.SPECIAL, k), Span(opening, Kind.SPECIAL, k + 1)]
-        return [span for span in spans if span.text]
+        spans = [span for span in spans if span.text]
+        if any(tag in text for tag in self._tags for turn in turns for text in (turn.question, turn.answer)):
+            self._check_written(turns, "".join(span.text for span in spans))
+        return spans
+
+    def _check_written(self, turns: Sequence[Turn], text: str) -> None:
+        """Raise UserError where the template writes a conversation in another way than around any other contents."""
+        questions = ["".join(span.text for span in question_spans(turn.question, 0)) for turn in turns]
+        answers = [turn.answer.strip() + ("" if self._ending else self.end) for turn in turns]
+        contents = [content for pair in zip(questions, answers, strict=True) for content in pair]
+        written = self._render(contents, ["user", "assistant"] * len(turns)).removeprefix(self._added_bos)
+        if not (written.startswith(text) or text.startswith(written)):
+            found = sorted(tag for tag in self._tags if any(tag in content for content in contents))
+            raise UserError(
+                f"the tokenizer's chat template drops or rewrites a text that has {' or '.join(found)} in it; take it "
+                "out of the texts, or set llm.template=v1"
+            )
 
     def _cut_opening(self, literal: str) -> tuple[str, str]:
         opening = self.marks.question if self.marks else ""
         return (literal.removesuffix(opening), opening) if literal.endswith(opening) else (literal, "")
+
+    def _before_the_gap(self, close: str) -> tuple[str, str]:
+        """A literal without the spaces at its end, and these: they belong to the answer's first token (`[/INST] yes`),
+        and a prompt that ended with them would be tokenised in another way."""
+        text = close.rstrip(self._gap)
+        return text, close[len(text) :]
 
     def _find_ending(self) -> str:
         """What the template writes from an answer to the special token that ends it; empty where it writes none, so
@@ -242,7 +279,7 @@ class ChatTemplate(_Rendered):
             text = self.tokenizer.apply_chat_template(
                 messages, chat_template=self._jinja, tokenize=False, add_generation_prompt=generate
             )
-        except (jinja2.TemplateError, TypeError) as error:
+        except Exception as error:  # a template may do anything
             raise UserError(
                 f"the tokenizer's chat template cannot be rendered ({error}); set llm.template=v1, or mend it"
             ) from error
@@ -263,7 +300,7 @@ class ChatTemplate(_Rendered):
         lead, close, _ = self._literals(1)
         _, first, between, second, _ = self._literals(2)
         generating = self._render_around(["question0"], ["user"], generate=True)[1]
-        closes = {_before_the_gap(text)[0] for text in (close, first, second, generating)}
+        closes = {self._before_the_gap(text)[0] for text in (close, first, second, generating)}
         opening = _distinct_suffix(_common_end(lead, between), closes, self._special)
         if not opening or not all(closes):
             return None
@@ -274,11 +311,8 @@ class ChatTemplate(_Rendered):
         return Marks(system, opening, tuple(sorted(closes, key=len, reverse=True)))
 
 
-def _before_the_gap(close: str) -> tuple[str, str]:
-    """A literal without the spaces at its end, and these: they belong to the answer's first token (`[/INST] yes`), and
-    a prompt that ended with them would be tokenised in another way."""
-    text = close.rstrip(" ")
-    return text, close[len(text) :]
+def _condition(tag: re.Match[str]) -> str:
+    return f"{tag[1]}endif" if tag[2] else f"{tag[1]}if true"
 
 
 def _common_end(first: str, second: str) -> str:

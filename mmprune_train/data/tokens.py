@@ -34,9 +34,19 @@ def add_no_eos(tokenizer: PreTrainedTokenizerBase) -> None:
     tokenizer.backend_tokenizer.post_processor = Tokenizer.from_str(json.dumps(parts)).post_processor
 
 
+def gap_of(tokenizer: PreTrainedTokenizerBase) -> str:
+    """The white space that cannot end a prompt: what follows takes spaces into its first token, and some normalisers
+    drop line ends, too."""
+    bare, ended = (tokenizer(text, add_special_tokens=False)["input_ids"] for text in ("a", "a\n"))
+    return " \n" if bare == ended else " "
+
+
 def special_tokens(tokenizer: PreTrainedTokenizerBase) -> dict[int, str]:
-    """id -> text of every special token: BOS, EOS, padding, turn marks, the image token."""
-    return {int(id): token.content for id, token in tokenizer.added_tokens_decoder.items() if token.special}
+    """id -> text of every special token: BOS, EOS, padding, turn marks, the image token. Not of the one that stands for
+    an unknown word, unless it is one of them, too."""
+    word = {tokenizer.unk_token_id} - {tokenizer.bos_token_id, tokenizer.eos_token_id}
+    added = tokenizer.added_tokens_decoder.items()
+    return {int(id): token.content for id, token in added if token.special and id not in word}
 
 
 def greedy_tokens(tokenizer: PreTrainedTokenizerBase) -> dict[int, str]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from typing import Any
 
 from transformers import GenerationConfig
@@ -9,6 +10,7 @@ from transformers import GenerationConfig
 from mmprune_train.data.annotate import Annotator
 from mmprune_train.data.templates import ChatTemplate, get_template, template_name
 from mmprune_train.data.tokens import add_no_eos
+from mmprune_train.errors import UserError
 from mmprune_train.model.llava import PackedLlava
 
 
@@ -26,7 +28,23 @@ def converse(model: PackedLlava, processor: Any, template: str) -> None:
     processor.chat_template = spoken.chat_template
     annotate = Annotator(spoken, tokenizer, model.config.image_token_id)
     model.annotate, model.words = annotate, annotate.words
+    _tidy(model.generation_config)
     _stop_at(model.generation_config, int(tokenizer.convert_tokens_to_ids(spoken.end)))
+
+
+def _tidy(config: GenerationConfig) -> None:
+    """Take back (in place) what has no effect and what changes no answer: transformers refuses to save the one
+    (Vicuna's `temperature` without `do_sample`), a pruned cache cannot meet the other (Gemma 2's `hybrid` cache)."""
+    for name in ("cache_implementation", "prefill_chunk_size", "output_attentions", "output_hidden_states"):
+        setattr(config, name, None)
+    try:
+        config.validate(strict=True)
+    except ValueError as error:
+        idle = re.findall(r"^- `(\w+)`: ", str(error), re.MULTILINE)
+        if not idle:
+            raise UserError(f"generation_config.json of the model: {error}; correct it") from None
+        for name in idle:
+            setattr(config, name, None)
 
 
 def _stop_at(config: GenerationConfig, token: int) -> None:

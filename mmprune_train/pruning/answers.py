@@ -6,6 +6,7 @@ The library's own are not looked at: a look at numbers waits for the device.
 from __future__ import annotations
 
 import functools
+import inspect
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -23,11 +24,26 @@ def checked(function: Callable, told: str, check: Check) -> Callable:
 
     @functools.wraps(function)
     def call(*args: Any, **kwargs: Any) -> Any:
-        answer = function(*args, **kwargs)
+        try:
+            answer = function(*args, **kwargs)
+        except TypeError as error:
+            if not _takes(function, args, kwargs):
+                raise UserError(f"{told} cannot be called with its {len(args)} arguments: {error}") from None
+            raise  # from inside it
         check(told, answer, *args)
         return answer
 
     return call
+
+
+def _takes(function: Callable, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
+    try:
+        inspect.signature(function).bind(*args, **kwargs)
+    except TypeError:
+        return False
+    except ValueError:  # a function of C has no signature
+        pass
+    return True
 
 
 def _described(answer: object) -> str:

@@ -66,6 +66,13 @@ OPENED = (
     "{% if add_generation_prompt %}{{ '<|assistant|>\n' }}{% endif %}"
 )
 """Special tokens open the parts and end none."""
+EDGES = (
+    "\n\n {% for m in messages %}\n{{- '<|im_start|>' + m['role'] + '\n' }}"
+    "{% if m['role'] == 'assistant' %}{%- generation -%}{{ m['content'] + '<|im_end|>' }}{%- endgeneration -%}"
+    "{% else %}{{ m['content'] + '<|im_end|>' }}{% endif %}{{ '\n' }}{% endfor %}\r\n\r\n"
+    "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}\r\n"
+)
+"""White space and line ends around what it writes, and marks of transformers' own."""
 
 STYLES = {
     "chatml": (CHATML, ["<|im_start|>", "<|im_end|>"]),
@@ -76,8 +83,9 @@ STYLES = {
     "parts": (PARTS, []),
     "named": (NAMED, []),
     "opened": (OPENED, ["<|user|>", "<|assistant|>"]),
+    "edges": (EDGES, ["<|im_start|>", "<|im_end|>"]),
 }
-ENDS = {"headers": "<|eot_id|>", "phi3": "<|end|>", **dict.fromkeys(("chatml", "thinking"), "<|im_end|>")}
+ENDS = {"headers": "<|eot_id|>", "phi3": "<|end|>", **dict.fromkeys(("chatml", "thinking", "edges"), "<|im_end|>")}
 """What ends an answer, where it is not EOS."""
 
 
@@ -144,6 +152,30 @@ def llama2_like() -> PreTrainedTokenizerBase:
     return tokenizer
 
 
+def bracket_tokens() -> PreTrainedTokenizerBase:
+    """Mistral's later form: the brackets are special tokens, behind which a space is put."""
+    tokenizer = llama2_like()
+    marks = [AddedToken(s, special=True, normalized=False) for s in ("[INST]", "[/INST]")]
+    tokenizer.add_tokens(marks, special_tokens=True)
+    return tokenizer
+
+
+def unknowing() -> PreTrainedTokenizerBase:
+    """Words of a Unigram model, without bytes to fall back on."""
+    texts = [V1_SYSTEM, "USER: Is it? ASSISTANT: no yes"]
+    tokenizer = Tokenizer(models.Unigram())
+    tokenizer.pre_tokenizer = pre_tokenizers.Metaspace()
+    tokenizer.decoder = decoders.Metaspace()
+    trainer = trainers.UnigramTrainer(
+        vocab_size=90, special_tokens=["<unk>", "<s>", "</s>"], unk_token="<unk>", show_progress=False
+    )
+    tokenizer.train_from_iterator(texts * 3, trainer)
+    tokenizer.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 1)])
+    fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token="<s>", eos_token="</s>", unk_token="<unk>")
+    add_image_token(fast)
+    return fast
+
+
 def setups() -> dict[str, tuple[str, PreTrainedTokenizerBase]]:
     """Name -> (template, tokenizer), for the templates that hold a conversation."""
     chats = {style: ("chat", styled(style)) for style in STYLES}
@@ -156,6 +188,8 @@ def setups() -> dict[str, tuple[str, PreTrainedTokenizerBase]]:
         "v1-add-eos": ("v1", eos_adding(tiny_tokenizer())),
         **chats,
         "llama2": ("chat", llama2_like()),
+        "llama2-marks": ("chat", bracket_tokens()),
+        "chatml-strip": ("chat", rebuilt(styled("chatml"), normalizer=normalizers.Strip())),
         "chatml-lower-case": ("chat", lower_casing("chatml")),
         "headers-add-eos": ("chat", eos_adding(styled("headers"))),
     }

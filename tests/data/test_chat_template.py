@@ -119,3 +119,11 @@ def test_another_template_than_the_saved_one_is_not_taken_for_the_tokenizers_own
     tokenizer.chat_template = get_template("v1", tokenizer).chat_template  # type: ignore[attr-defined]
     with pytest.raises(UserError, match="was saved with template v1"):
         get_template("chat", tokenizer)
+
+
+def test_no_wrong_answers_are_marked_where_a_template_marks_them(setup: tuple[str, Any]) -> None:
+    messages = messages_of(MANY.turns[1:2])
+    found = setup[1].apply_chat_template(
+        messages, tokenize=True, return_dict=True, return_assistant_tokens_mask=True, return_tensors="pt"
+    )
+    assert not found["assistant_masks"].any()

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from data.conversations import MANY, SETUPS, V1_SYSTEM, record
+from data.conversations import MANY, SETUPS, STYLES, V1_SYSTEM, record, unknowing
 
 from mmprune_train.data.annotate import Annotator
 from mmprune_train.data.encode import Example, encode
@@ -104,6 +104,21 @@ def test_a_hand_written_prompt_without_system_text(name: str) -> None:
     assert tokenizer.decode(ids[kind == Kind.PROMPT]).strip() == "What is this?"
     assert int((kind == Kind.VISUAL).sum()) == PATCHES
     assert kind[0] == kind[-1] == Kind.SPECIAL and turn[0] == 0 and turn[-1] == 1
+
+
+def test_unknown_words_are_words() -> None:
+    tokenizer = unknowing()
+    template = get_template("v1", tokenizer)
+    example = encode(record(("Is 日 it?", "no 日 yes"), ("it", "no")), template, tokenizer, PATCHES, 4096)
+    assert tokenizer.decode(example.ids[(example.kind == Kind.PROMPT) & (example.turn == 1)]) == "Is <unk> it?"
+    kind, _ = Annotator(template, tokenizer, tokenizer.convert_tokens_to_ids("<image>"))(example.ids)
+    assert torch.equal(kind, example.kind)
+
+
+@pytest.mark.parametrize("name", [*STYLES, "v1", "llama2"])
+def test_white_space_around_an_answer_is_not_trained(name: str) -> None:
+    spaced = encoded(name, record(("a", "\n  yes "), ("b", " no\n")))
+    assert torch.equal(spaced.labels, encoded(name, record(("a", "yes"), ("b", "no"))).labels)
 
 
 def test_text_without_markers_is_one_question() -> None:

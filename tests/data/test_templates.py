@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import json
+
 import pytest
-from data.conversations import ENDS, MANY, SETUPS, STYLES, V1_SYSTEM, record, styled
+from data.conversations import CHATML, ENDS, MANY, SETUPS, STYLES, V1_SYSTEM, llama2_like, record, styled
+from tokenizers import Tokenizer
+from transformers import PreTrainedTokenizerFast
 
 from mmprune_train.data.records import Turn
 from mmprune_train.data.templates import get_template
@@ -42,7 +46,7 @@ def test_chat_is_the_tokenizers_own_template_up_to_the_last_end_of_turn(style: s
     expected = tokenizer.apply_chat_template(messages, tokenize=False)
     expected = expected.removeprefix("<s>") if style in ("headers", "brackets") else expected  # added by the tokenizer
     spans = get_template("chat", tokenizer).spans(turns)
-    assert text(spans) == expected.removesuffix("\n")
+    assert text(spans) == expected.rstrip("\n")
     supervised = [span.text for span in spans if span.supervised]
     end = ENDS.get(style, "</s>")
     assert [s.strip() for s in supervised] == [answer + end for answer in ("A cat.", "Yes.", "Bye")]
@@ -94,3 +98,37 @@ def test_a_chat_template_that_drops_a_message_is_refused() -> None:
     tokenizer.chat_template = "{{ messages[-1]['content'] }}"
     with pytest.raises(UserError, match=r"drops or reorders the question0"):
         get_template("chat", tokenizer)
+
+
+def test_a_chat_template_that_fails_in_any_way_is_refused() -> None:
+    tokenizer = tiny_tokenizer()
+    tokenizer.chat_template = "{{ 1 // 0 }}"
+    with pytest.raises(UserError, match=r"cannot be rendered \(.*zero\); set llm\.template=v1"):
+        get_template("chat", tokenizer)
+
+
+def test_of_several_chat_templates_the_default_is_meant() -> None:
+    tokenizer = styled("chatml")
+    tokenizer.chat_template = {"tools": "{{ 1 }}", "default": CHATML}
+    assert get_template("chat", tokenizer).spans(MANY.turns) == get_template("chat", styled("chatml")).spans(MANY.turns)
+    tokenizer.chat_template = {"tools": "{{ 1 }}", "rag": CHATML}
+    with pytest.raises(UserError, match=r"template chat: .*\['rag', 'tools'\].*name one of them default"):
+        get_template("chat", tokenizer)
+
+
+def test_a_text_that_the_chat_template_rewrites_is_refused() -> None:
+    tokenizer = styled("chatml")
+    tokenizer.chat_template = CHATML.replace("+ m['content'] +", "+ m['content'].split('</think>')[-1] +")
+    template = get_template("chat", tokenizer)
+    with pytest.raises(UserError, match=r"drops or rewrites a text that has </think> in it"):
+        template.spans([Turn("q", "<think>so</think>yes"), Turn("r", "no")])
+    assert text(template.spans([Turn("q <|im_end|>", "<think>")])).endswith("\n<think><|im_end|>")
+
+
+def test_an_end_that_the_tokenizer_takes_apart_is_refused() -> None:
+    parts = json.loads(llama2_like().backend_tokenizer.to_str())
+    next(token for token in parts["added_tokens"] if token["content"] == "</s>")["normalized"] = True
+    backend = Tokenizer.from_str(json.dumps(parts))
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend, bos_token="<s>", eos_token="</s>")
+    with pytest.raises(UserError, match=r"does not read </s>, which ends an answer, as one token"):
+        get_template("v1", tokenizer)

@@ -25,7 +25,9 @@ IMAGE = Image.new("RGB", (48, 48), "red")
 ASK: list[dict[str, Any]] = [{"role": "user", "content": "<image>\nwhat color?"}]
 
 
-def built(folder: Path, tokenizer: PreTrainedTokenizerBase, template: str) -> tuple[Any, Any]:
+def built(
+    folder: Path, tokenizer: PreTrainedTokenizerBase, template: str, generation: dict[str, Any] | None = None
+) -> tuple[Any, Any]:
     """A network on a tiny random LLM whose configs know one EOS, token 2."""
     config = AutoConfig.for_model(
         "llama", vocab_size=len(tokenizer), hidden_size=32, intermediate_size=64, num_hidden_layers=3,
@@ -33,6 +35,8 @@ def built(folder: Path, tokenizer: PreTrainedTokenizerBase, template: str) -> tu
     )  # fmt: skip
     AutoModelForCausalLM.from_config(config).save_pretrained(folder)
     tokenizer.save_pretrained(folder)
+    if generation is not None:
+        (folder / "generation_config.json").write_text(json.dumps(generation))
     return build(compose_config(["+experiment=smoke", f"llm.path={folder}", f"llm.template={template}"]))
 
 
@@ -50,6 +54,25 @@ def test_generation_stops_at_the_token_that_ends_a_trained_answer(style: str, en
     assert set(stops) == {2, processor.tokenizer.convert_tokens_to_ids(end)}
     again, _ = load_model(tmp_path / "model")
     assert again.generation_config.eos_token_id == saved
+
+
+@pytest.mark.parametrize(
+    "generation",
+    [
+        {"eos_token_id": 2, "pad_token_id": 0, "max_length": 4096, "temperature": 0.9, "top_p": 0.6},  # Vicuna's
+        {"eos_token_id": 2, "cache_implementation": "hybrid"},  # Gemma 2's
+        {"eos_token_id": 2, "output_attentions": True},
+    ],
+)
+def test_generation_settings_of_an_llm_that_change_no_answer_stop_nothing(
+    generation: dict[str, Any], tmp_path: Path
+) -> None:
+    model, processor = built(tmp_path / "llm", styled("chatml"), "chat", generation)
+    assert model.generate(torch.tensor([prompt_of(processor)[:1]]), max_new_tokens=1).shape == (1, 2)
+    model.save(tmp_path / "model", processor)
+    saved = GenerationConfig.from_pretrained(tmp_path / "model")
+    assert saved.eos_token_id == [2, processor.tokenizer.convert_tokens_to_ids("<|im_end|>")]
+    assert (saved.temperature, saved.cache_implementation, saved.output_attentions) == (None, None, None)
 
 
 def test_a_stage_with_another_template_is_saved_with_that_one(tmp_path: Path) -> None:

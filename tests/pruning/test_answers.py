@@ -83,6 +83,8 @@ BAD = [
     ("pruner.vision.selection", lambda s, c, f: s.topk(3).indices, r"int64 \[3, 3\] on cpu; wanted is a bool mask"),
     ("pruner.vision.selection", lambda s, c, f: top(s, c, f).float(), r"float32 \[3, 9\]"),
     ("pruner.vision.selection", lambda s, c, f: top(s, c, f) & (s < 0), "keeps nothing of row 0"),
+    ("pruner.vision.score", lambda view, more: norm(view), "cannot be called with its 1 arguments: .*'more'"),
+    ("pruner.vision.selection", lambda s, c: top(s, c, None), "cannot be called with its 3 arguments"),
     ("pruner.vision.merge", lambda f, k, s, keys: f, r"float32 \[3, 9, 32\] on cpu; wanted are two"),
     ("pruner.vision.merge", lambda f, k, s, keys: (f[:, :4], k), r"float32 \[3, 4, 32\]"),
     ("pruner.vision.merge", lambda f, k, s, keys: (f.double(), k), r"float64 .* wanted is float32 features"),
@@ -101,6 +103,11 @@ def test_answers_that_fit_are_taken(key: str, part: Any, monkeypatch: pytest.Mon
 def test_answers_that_do_not_fit_are_named(key: str, part: Any, told: str, monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(UserError, match=f"^{key}=my_parts:part.*{told}"):
         run(monkeypatch, part, key)
+
+
+def test_an_error_inside_a_part_is_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(TypeError, match="unsupported operand"):
+        run(monkeypatch, lambda view: norm(view) + None, "pruner.vision.score")
 
 
 def test_find_knee_names_the_budget(monkeypatch: pytest.MonkeyPatch) -> None:
