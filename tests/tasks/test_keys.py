@@ -31,6 +31,9 @@ STAND_IN = 'mmprune() { printf "%s\\x1f" "$@"; echo; }'
         ("generate", ["ckpt=x", "evaluate.limit=3"], "train, prepare, plan, calibrate, evaluate do"),
         ("generate", ["ckpt=x", "peft=lora"], "task=generate does not read peft,"),
         ("generate", ["ckpt=x", "data=files"], "does not read data"),
+        ("evaluate", ["ckpt=x", "data.pretrain.limit=3"], "does not read data.pretrain.limit where ckpt= is given"),
+        ("calibrate", ["ckpt=x", "data.evaluate.limit=3"], "does not read data.evaluate.limit where"),
+        ("bench", ["ckpt=x", "data.blind=a"], "does not read data.blind where"),
         ("generate", ["ckpt=x", "trainer.devices=2"], "does not read trainer.devices"),
         ("evaluate", ["ckpt=x", "stage.instruct.lr=1"], "does not read stage.instruct.lr where ckpt= is given"),
         ("evaluate", ["ckpt=x", "strategy=ddp"], "does not read strategy where ckpt= is given"),
@@ -53,6 +56,10 @@ def test_a_key_without_effect_is_refused(task: str, arguments: list[str], words:
     ("task", "arguments"),
     [
         ("train", ["+experiment=demo", "peft.r=3", "encoder=dinov2_small", "restart=true", "evaluate.limit=3"]),
+        ("train", ["init_from=x", "init_adapters=merge", "stage.instruct.init_from=y"]),
+        ("generate", ["ckpt=x", "data.exif_orientation=false"]),
+        ("inspect", ["ckpt=x", "data.exif_orientation=false"]),
+        ("calibrate", ["ckpt=x", "encoder.text.path=x", "data.pretrain.annotations=a", "data=files"]),
         ("plan", ["logger=[csv,wandb]", "plan.mfu=0.5", "stage.instruct.lr=1", "evaluate.after_train=true"]),
         ("evaluate", ["ckpt=x", "stages=[instruct]", "data.instruct.annotations=a", "run_id=r", "knee=otsu",
                       "evaluate.after_train=true", "trainer.precision=fp32", "encoder.text.path=x", "debug=true"]),
@@ -74,7 +81,7 @@ def test_a_sweep_reads_what_its_jobs_are_compared_by() -> None:
 
 def test_every_key_is_read_by_some_task_and_every_key_that_is_read_exists() -> None:
     read = {key for task in TASKS.values() for key in (*(task.reads or ()), *task.without_ckpt)}
-    assert read <= {*all_keys()} | {"init_from"}
+    assert read <= {*all_keys()}
     top = {field.name for field in dataclasses.fields(Config)} - set(ANYWHERE)
     assert top <= {key.split(".")[0] for key in read}
 
