@@ -26,7 +26,7 @@ _HOLDS = re.compile(
     rf"{_MEDIUM}(?:_?(?:\d+|file|path|url|uri|link|src|location|ref|b64|base64|byte|str|string|data|list|value|"
     rf"content|input|encoded|tensor|array|folder|dir)s?)*(?:_[a-d])?|(?:{EXTENSIONS})"
 )
-"""Keys that hold pictures, videos or sounds whatever their values look like: `images`, `image_path`, `imgB64`, `jpg`."""
+"""Keys that hold pictures, videos or sounds, whatever their values: `images`, `image_path`, `imgB64`, `jpg`."""
 _TELLS = re.compile(rf"{_MEDIUM}_?(?:id|(?:file_?)?name|key|index)s?")
 """Keys that tell which: harmless beside `image`."""
 _WRITTEN = re.compile(r"<img>[^<\n]+</img>|<\|(?:image|video|audio)(?:_pad)?\|>|<\|vision_start\|>|<ImageHere>")
