@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -19,7 +20,8 @@ from mmprune_train.model.build import load_model
 from mmprune_train.model.folders import model_folder
 from mmprune_train.quiet import quiet
 from mmprune_train.training.precision import Precision, choose_accelerator, choose_precision
-from mmprune_train.training.rundir import free_name
+from mmprune_train.training.rundir import RunDirectory, free_name
+from mmprune_train.training.sources import changed_components
 
 KEPT = ("data", "encoder", "llm", "stage", "peft", "evaluate")
 """Sections of a run's own config that hold for it unless the command line says otherwise."""
@@ -88,6 +90,11 @@ def load(found: Checkpoint) -> tuple[Any, Any, Precision]:
         model, processor = load_model(
             found.model, pruner=found.pruner, device=accelerator, text=found.config.encoder.text, key="ckpt"
         )
+    if found.trained is not None:
+        stage = Path(found.model).parent.name
+        state = RunDirectory(found.home, writable=False).stage_state(stage)
+        for component, file in changed_components(model.pruner.settings, state):
+            print(f"note: {component}: {file} has changed since stage {stage} was trained with it", file=sys.stderr)
     model.vision_chunk, model.attention = trainer.vision_chunk, trainer.attention
     choose_orientation(processor.image_processor, found.config.data.exif_orientation)
     return model, processor, precision
