@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -56,6 +57,7 @@ def find_checkpoint(config: Config) -> Checkpoint:
     given = {key_of(override) for override in command_line()}
     pruner = config.pruner if {key.split(".", 1)[0] for key in given} & {"pruner", "knee"} else None
     model = model_folder(config.ckpt or str(run), "ckpt")
+    _check_writable(run or home_dir(config))
     if run is None or not (run / "config.yaml").is_file():
         return Checkpoint(model, home_dir(config), config, pruner)
     trained = config_from_file(run / "config.yaml")
@@ -63,12 +65,22 @@ def find_checkpoint(config: Config) -> Checkpoint:
         model = run / config.stages[-1] / "model"
         if not (model / "config.json").is_file():
             raise UserError(f"stages={config.stages}: {run} has no finished stage {config.stages[-1]}; leave it out")
-    stage = None if model == model_folder(run) else Path(model).parent.name
+    stage = None if Path(model).resolve() == Path(model_folder(run)).resolve() else Path(model).parent.name
     pruner = None if pruner == trained.pruner else pruner
     settled = _settled(trained, config, given)
     if pruner is not None:
         check_pruner_fits(settled)
     return Checkpoint(model, run, settled, pruner, trained, stage)
+
+
+def _check_writable(home: Path) -> None:
+    """Raise UserError, before anything is computed, where results could not be kept."""
+    nearest = next(path for path in (home.absolute(), *home.absolute().parents) if path.exists())
+    if not (nearest.is_dir() and os.access(nearest, os.W_OK)):
+        raise UserError(
+            f"{home}: the results would go there, and {nearest} cannot be written to; copy the model/ of the run "
+            "elsewhere and give ckpt=COPY"
+        )
 
 
 def _settled(trained: Config, asked: Config, given: set[str]) -> Config:

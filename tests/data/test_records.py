@@ -82,7 +82,7 @@ PICTURES = [
     {"image_base64": "iVBOR"}, {"x": "data:image/png;base64,AA"}, {"pixel_values": [[0.5, 1.0]]},
     {"image_id": 42}, {"image_name": "cat"}, {"source": "known.bin"}, {"video_frames": ["a", "b"]},
     {"image ": "0"}, {"image_link": "0"}, {"pic": "0"}, {"image_b": "0"}, {"jpg": "0"}, {"images": {"l": {"at": "a"}}},
-    {"blob": "/9j/4AAQSkZJRgABAQAAAQABAADAAAAAAAAAAAAA"}, {"x": "0.png \n"}, {"picture_file_name": "0"}, {"x": "depth.exr"},
+    {"blob": "/9j/4AAQSkZJRgABAQAAAQABAADAAAAAAAAAAAAA"}, {"x": "0.png \n"}, {"picture_file_name": "0"},
 ]  # fmt: skip
 HARMLESS = [
     {"model": "gpt4", "dataset": "coco", "data_source": "m4", "height": 480, "width": 640, "url": None, "images": []},
