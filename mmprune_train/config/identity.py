@@ -9,7 +9,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from mmprune_train.config.schema import Config
+from mmprune_train.config.schema import STAGES, Config
 
 NOT_DECISIVE = frozenset(
     {
@@ -70,12 +70,17 @@ def run_dir(config: Config) -> Path:
 
 
 def run_of(ckpt: str | None) -> Path | None:
-    """The run directory that `ckpt=` names, itself or by a stage in it or its `model/`; None: it names no run."""
+    """The run directory that `ckpt=` names, itself, by a stage's folder in it or by that's `model/`; None: it names no
+    run."""
     if not ckpt:
         return None
     folder = Path(ckpt).expanduser()
-    stage = folder.parent if folder.name == "model" else folder
-    runs = [folder, *([stage.parent] if (stage / "model").is_dir() else [])]
+    here = folder.absolute()  # `model`, given from within the run
+    runs = [folder]
+    if here.name in STAGES:
+        runs.append(folder.parent if len(folder.parts) > 1 else here.parent)
+    if here.name == "model":
+        runs.append(folder.parent.parent if len(folder.parts) > 2 else here.parent.parent)
     return next((run for run in runs if (run / "manifest.json").is_file()), None)
 
 

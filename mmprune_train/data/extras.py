@@ -10,19 +10,24 @@ from typing import Any
 from urllib.parse import urlsplit
 
 EXTENSIONS = (
-    "png|jpe?g|jpe|jfif|gif|bmp|webp|tiff?|heic|heif|avif|svg|ico|ppm|pgm|pbm|jp2|dcm|nii|npy|npz|"
+    "png|jpe?g|jpe|jfif|gif|bmp|webp|tiff?|heic|heif|avif|svg|ico|ppm|pgm|pbm|jp2|exr|dng|cr2|nef|psd|dcm|nii|npy|npz|ply|pcd|"
     "mp4|m4v|mov|avi|mkv|webm|flv|wmv|mpe?g|3gp|ogv|wav|mp3|flac|ogg|opus|m4a|aac|wma"
 )
 _FILE = re.compile(rf"[^\n]{{1,300}}\.(?:{EXTENSIONS})(?:\.gz)?", re.IGNORECASE)
-_DATA = re.compile(r"data:(?:image|video|audio)/", re.IGNORECASE)
+_DATA = re.compile(r"\s*(?i:data:(?:image|video|audio)/)|(?:/9j/|iVBORw0KGgo|R0lGOD[dl]|UklGR)[\w+/\s]{32}")
+"""A picture itself: a `data:` address, or the base64 of a JPEG, a PNG, a GIF or a WebP."""
+_TEXT = (".json", ".jsonl", ".csv", ".tsv", ".txt", ".md", ".parquet", ".arrow", ".yaml", ".yml", ".html", ".xml")
+"""Of files that tell where a sample is from."""
 _URL = re.compile(r"[a-z][a-z0-9+]*://", re.IGNORECASE)
 
-_MEDIUM = r"(?!(?:num|n|no|max|min|total|has|is)_)(?:\w+_)?(?:image|img|picture|photo|pixel|frame|video|audio|sound)s?"
+_MEDIUM = r"(?!(?:num|n|no|max|min|total|has|is)_)(?:\w+_)?"
+_MEDIUM += r"(?:image|img|picture|pic|photo|screenshot|pixel|frame|video|audio|sound)s?"
 _HOLDS = re.compile(
-    rf"{_MEDIUM}(?:_?(?:\d+|file|path|url|uri|src|b64|base64|byte|string|data|list|value|content|folder|dir)s?)*"
+    rf"{_MEDIUM}(?:_?(?:\d+|file|path|url|uri|link|src|location|ref|b64|base64|byte|str|string|data|list|value|"
+    rf"content|input|encoded|tensor|array|folder|dir)s?)*(?:_[a-d])?|(?:{EXTENSIONS})"
 )
-"""Keys that hold pictures, videos or sounds whatever their values look like: `images`, `image_path`, `imgB64`."""
-_TELLS = re.compile(rf"{_MEDIUM}_?(?:id|name|filename|key|index)s?")
+"""Keys that hold pictures, videos or sounds, whatever their values: `images`, `image_path`, `imgB64`, `jpg`."""
+_TELLS = re.compile(rf"{_MEDIUM}_?(?:id|(?:file_?)?name|key|index)s?")
 """Keys that tell which: harmless beside `image`."""
 _WRITTEN = re.compile(r"<img>[^<\n]+</img>|<\|(?:image|video|audio)(?:_pad)?\|>|<\|vision_start\|>|<ImageHere>")
 """What other formats write where a picture stands."""
@@ -79,19 +84,23 @@ def _leaves(value: Any, path: tuple[str, ...] = (), listed: bool = False) -> Ite
 
 
 def _says_so(path: tuple[str, ...], beside: bool) -> bool:
-    """Whether a key says that it is a picture's, by itself or below the one above: `images`, or `images` > `bytes`."""
+    """Whether a key says that it is a picture's: by itself, with the one above it, or, where the record has no picture,
+    by any above it: `images`, `images` > `bytes`, `images` > `left` > `name`."""
     names = {_words(path[-1]), "_".join(map(_words, path[-2:]))}
-    return any(_HOLDS.fullmatch(name) or (not beside and _TELLS.fullmatch(name)) for name in names)
+    if any(map(_HOLDS.fullmatch, names)):
+        return True
+    return not beside and (any(map(_TELLS.fullmatch, names)) or any(_HOLDS.fullmatch(_words(key)) for key in path))
 
 
 @lru_cache(maxsize=1024)
 def _words(key: str) -> str:
     """`imageUrl` and `Image-URL` as `image_url`."""
-    return re.sub(r"[\s\-.]+", "_", re.sub(r"(?<=[a-z0-9])(?=[A-Z])", "_", key)).lower()
+    return re.sub(r"[\W_]+", "_", re.sub(r"(?<=[a-z0-9])(?=[A-Z])", "_", key)).strip("_").lower()
 
 
 def _is_picture(value: str, named: bool, images: Sequence[str], root: Path) -> bool:
-    if not value.strip():
+    value = value.strip()
+    if not value:
         return False
     if _DATA.match(value):
         return True
@@ -99,7 +108,7 @@ def _is_picture(value: str, named: bool, images: Sequence[str], root: Path) -> b
         return not images and (named or _FILE.fullmatch(urlsplit(value).path) is not None)
     if named or _FILE.fullmatch(value):
         return not any(_same(value, image) for image in images)
-    return not images and len(value) < 256 and _is_file(root, value)
+    return not images and len(value) < 256 and not value.lower().endswith(_TEXT) and _is_file(root, value)
 
 
 def _same(value: str, image: str) -> bool:

@@ -15,6 +15,9 @@ IMAGE_PLACEHOLDER = "<image>"
 KNOWN = frozenset({"id", "image", "conversations", "kind"})
 """Keys of a record. Others may hold metadata, never a picture."""
 
+SYSTEM = frozenset({"system", "system_prompt", "system_message"})
+"""Keys under which other formats have a text for the model."""
+
 
 @dataclass(frozen=True)
 class Turn:
@@ -85,25 +88,50 @@ def _items(file: Path, limit: int | None) -> Iterator[Any]:
                 lines = ((number, line) for number, line in enumerate(stream, 1) if line.strip())
                 for taken, (number, line) in enumerate(lines):
                     try:
-                        item = json.loads(line) if limit is None or taken < limit else None
-                    except json.JSONDecodeError as error:
-                        raise UserError(f"{file}, line {number}: not JSON ({error}); correct that line") from None
+                        item = _json(line) if limit is None or taken < limit else None
+                    except _NOT_READ as error:
+                        raise UserError(f"{file}, line {number}: {_reason(error)}; correct that line") from None
                     yield item
                 return
-            items = json.load(stream)
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+            items = _json(stream.read())
+    except (*_NOT_READ, UnicodeDecodeError) as error:
         hint = "; name a file of one object a line .jsonl" if isinstance(error, json.JSONDecodeError) else ""
-        raise UserError(f"{file}: not JSON ({error}); correct the file{hint}") from None
+        raise UserError(f"{file}: {_reason(error)}; correct the file{hint}") from None
     if not isinstance(items, list):
         raise UserError(f"{file}: expected a list of samples, found {type(items).__name__}; see docs/data.md")
     yield from items
+
+
+class _KeyTwice(ValueError):
+    """An object that has a key twice, of which JSON readers keep the last."""
+
+
+_NOT_READ = (json.JSONDecodeError, _KeyTwice, RecursionError)
+
+
+def _json(text: str) -> Any:
+    return json.loads(text, object_pairs_hook=_object)
+
+
+def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        names = [name for name, _ in pairs]
+        twice = next(name for name in names if names.count(name) > 1)
+        told = f"of {found['id']!r} " if "id" in found else ""
+        raise _KeyTwice(f"an object {told}has the key {_printable(twice)!r} twice ({_printable(str(found)[:80])}...)")
+    return found
+
+
+def _reason(error: Exception) -> str:
+    return str(error) if isinstance(error, _KeyTwice) else f"not JSON ({error})"
 
 
 def parse_record(item: Any, where: str, image_root: Path, require_answers: bool = True) -> Record:
     """One sample; `where` is named in errors. Raises UserError with the reason and what to change."""
     if not isinstance(item, dict):
         raise UserError(f"{where}: a sample must be an object with `conversations`, found {type(item).__name__}")
-    name = str(item.get("id", where.rsplit("/", 1)[-1]))
+    name = where.rsplit("/", 1)[-1] if item.get("id") is None else str(item["id"])
 
     def wrong(reason: str, remedy: str) -> UserError:
         return UserError(f"{where} (id {_printable(name)}): {reason}; {remedy}")
@@ -117,7 +145,10 @@ def parse_record(item: Any, where: str, image_root: Path, require_answers: bool 
             raise wrong(f"`image` is an address ({path[:60]})", "save the picture as a file below the image folder")
         if "\0" in path:
             raise wrong("a path in `image` contains a NUL character", "correct it")
-    kind = str(item.get("kind") or "")
+    kind = item.get("kind")
+    if not isinstance(kind, str | int | None):
+        raise wrong("`kind` is not a word", "write the class that the question is counted in, or leave it out")
+    kind = "" if kind is None else str(kind).strip()
     for what, text in (("the id", name), ("a path in `image`", "".join(paths)), ("`kind`", kind)):
         _check_text(what, text, wrong)
     _check_extras("`{}`", {key: item[key] for key in item.keys() - KNOWN}, paths, image_root, wrong)
@@ -147,8 +178,9 @@ def _check_extras(key: str, extras: dict[str, Any], images: list[str], root: Pat
             "name pictures under `image`, a path or a list of paths, with one <image> for each in the questions; "
             "remove the key if it is none",
         )
-    if isinstance(text := extras.get("system"), str) and text.strip():
-        raise wrong(f"{key.format('system')} is not read", "write its text into the first question, or remove the key")
+    for name, text in extras.items():
+        if name.lower() in SYSTEM and text and str(text).strip():
+            raise wrong(f"{key.format(name)} is not read", "write its text into the first question, or remove the key")
 
 
 def _check_text(what: str, text: str, wrong: Wrong) -> None:

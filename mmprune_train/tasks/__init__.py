@@ -32,7 +32,11 @@ BUILT = (
 )
 TRAINED = (*BUILT, "strategy", "optim", "logger", "trainer", "evaluate", "restart")
 COMPUTED = ("trainer.accelerator", "trainer.precision", "trainer.attention", "trainer.vision_chunk")
-ASKED = ("ckpt", "stages", "pruner", "knee", "encoder.text", *COMPUTED)
+ORIENTATION = "data.exif_orientation"
+"""Of the images that any task reads; no option of the group sets it."""
+DATA = ("data.name", "data.root", "data.source", "data.how_to_get", "data.instruct")
+LOADED = ("ckpt", "stages", "pruner", "knee", "encoder.text", ORIENTATION)
+ASKED = (*LOADED, *COMPUTED)
 STEPS = (*COMPUTED, "trainer.logits_chunk", "trainer.compile", "trainer.num_workers")
 HERE = "in the run directory that ckpt= names, else in this config's"
 QUESTION = ("generate.images", "generate.question", "generate.question_file")
@@ -78,7 +82,7 @@ TASKS = {
         "mmprune_train.tasks.calibrate:run",
         "tokens each budget would keep of a sample, and the parameter for a target",
         f"calibrate/ (result.json, budgets.png, presets), {HERE}",
-        ("calibrate", "ckpt", "stages", "knee", "pruner", "data", "stage", "llm.template", *COMPUTED),
+        ("calibrate", *ASKED, *DATA, "data.pretrain", "stage"),
         TRAINED,
         "mmprune task=calibrate +experiment=demo calibrate.target=0.22",
     ),
@@ -87,7 +91,7 @@ TASKS = {
         "generate answers and score them (ckpt=FOLDER)",
         "evaluate/ (result.json, predictions.jsonl; with evaluate.name=NAME evaluate-NAME/, with another pruner "
         f"evaluate-PRUNER/), {HERE}",
-        ("evaluate", "data", *ASKED),
+        ("evaluate", *ASKED, *DATA, "data.evaluate", "data.blind"),
         (*BUILT, "strategy", "optim", "trainer"),
         "mmprune task=evaluate ckpt=runs/demo/RUN_ID data.evaluate.annotations=held_out.json evaluate.name=held_out",
     ),
@@ -103,7 +107,7 @@ TASKS = {
         "mmprune_train.tasks.bench:run",
         "seconds, memory, FLOPs of a step, beside Hugging Face (bench.pruners=[NAME,...])",
         f"bench/ (result.json, bench.png), {HERE}",
-        ("bench", "ckpt", "stages", "knee", "pruner", "data", "stage", "peft", "llm.template", "encoder.text", *STEPS),
+        ("bench", *LOADED, *DATA, "data.pretrain", "stage", "peft", *STEPS),
         BUILT,
         "mmprune task=bench +experiment=throughput bench.pruners=[none,twostage,fastv]",
     ),
@@ -159,8 +163,10 @@ def check_keys(name: str, overrides: Sequence[str], sweeping: bool) -> None:
 
 
 def _covers(known: Sequence[str], key: str) -> bool:
-    """Whether one of the known keys is the key, holds it, or lies in it: a group's option sets all below it."""
-    return any(key == one or key.startswith(f"{one}.") or one.startswith(f"{key}.") for one in known)
+    """Whether one of the known keys is the key, holds it, or lies in it: a group's option sets what is below it."""
+    return any(
+        key == one or key.startswith(f"{one}.") or (one.startswith(f"{key}.") and one != ORIENTATION) for one in known
+    )
 
 
 def _no_effect(name: str, key: str) -> str:

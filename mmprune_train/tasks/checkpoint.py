@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import sys
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -19,7 +21,8 @@ from mmprune_train.model.build import load_model
 from mmprune_train.model.folders import model_folder
 from mmprune_train.quiet import quiet
 from mmprune_train.training.precision import Precision, choose_accelerator, choose_precision
-from mmprune_train.training.rundir import free_name
+from mmprune_train.training.rundir import RunDirectory, free_name
+from mmprune_train.training.sources import changed_components
 
 KEPT = ("data", "encoder", "llm", "stage", "peft", "evaluate")
 """Sections of a run's own config that hold for it unless the command line says otherwise."""
@@ -57,6 +60,7 @@ def find_checkpoint(config: Config) -> Checkpoint:
     oriented = "data.exif_orientation" in given
     pruner = config.pruner if {key.split(".", 1)[0] for key in given} & {"pruner", "knee"} else None
     model = model_folder(config.ckpt or str(run), "ckpt")
+    _check_writable(run or home_dir(config))
     if run is None or not (run / "config.yaml").is_file():
         return Checkpoint(model, home_dir(config), config, pruner, oriented=oriented)
     trained = config_from_file(run / "config.yaml")
@@ -64,12 +68,22 @@ def find_checkpoint(config: Config) -> Checkpoint:
         model = run / config.stages[-1] / "model"
         if not (model / "config.json").is_file():
             raise UserError(f"stages={config.stages}: {run} has no finished stage {config.stages[-1]}; leave it out")
-    stage = None if model == model_folder(run) else Path(model).parent.name
+    stage = None if Path(model).resolve() == Path(model_folder(run)).resolve() else Path(model).parent.name
     pruner = None if pruner == trained.pruner else pruner
     settled = _settled(trained, config, given)
     if pruner is not None:
         check_pruner_fits(settled)
     return Checkpoint(model, run, settled, pruner, trained, stage, oriented)
+
+
+def _check_writable(home: Path) -> None:
+    """Raise UserError, before anything is computed, where results could not be kept."""
+    nearest = next(path for path in (home.absolute(), *home.absolute().parents) if path.exists())
+    if not (nearest.is_dir() and os.access(nearest, os.W_OK)):
+        raise UserError(
+            f"{home}: the results would go there, and {nearest} cannot be written to; copy the model/ of the run "
+            "elsewhere and give ckpt=COPY"
+        )
 
 
 def _settled(trained: Config, asked: Config, given: set[str]) -> Config:
@@ -91,6 +105,11 @@ def load(found: Checkpoint) -> tuple[Any, Any, Precision]:
         model, processor = load_model(
             found.model, pruner=found.pruner, device=accelerator, text=found.config.encoder.text, key="ckpt"
         )
+    if found.trained is not None:
+        stage = Path(found.model).parent.name
+        state = RunDirectory(found.home, writable=False).stage_state(stage)
+        for component, file in changed_components(model.pruner.settings, state):
+            print(f"note: {component}: {file} has changed since stage {stage} was trained with it", file=sys.stderr)
     model.vision_chunk, model.attention = trainer.vision_chunk, trainer.attention
     choose_orientation(processor.image_processor, found.config.data.exif_orientation, found.oriented)
     return model, processor, precision

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import sys
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from mmprune_train.assets import sha256_of
 from mmprune_train.config.schema import Config
+from mmprune_train.config.typed import command_line, key_of
 from mmprune_train.data.records import IMAGE_PLACEHOLDER, read_records
 from mmprune_train.data.sources import data_root, split_files
 from mmprune_train.data.templates import Template, get_template, template_name
@@ -92,17 +94,26 @@ def evaluate_checkpoint(found: Checkpoint, questions: QuestionSet, folder: Path)
     config = found.config
     answers = training_answers(config)
     model, processor, precision = load(found)
+    made = 0
 
     def save(predictions: Any) -> None:
+        nonlocal made
         keep_earlier(folder)
         write_predictions(folder / "predictions.jsonl", predictions)
+        made = folder.stat().st_ino
 
     template = prompt_template(processor)
     scores = evaluate(model, processor, template, questions.chosen, answers, config.evaluate, save, precision.dtype)
     asked = {"ckpt": str(found.model), **questions.asked}
     result = {"pruner": model.pruner.settings.name, "asked": asked, **scores}
-    write_json(folder / "result.json", result)
+    write_json(_now(folder, made) / "result.json", result)
     return result
+
+
+def _now(folder: Path, inode: int) -> Path:
+    """Where a folder is that another evaluation of the same name may have moved aside in the meantime."""
+    places = [folder, *folder.parent.glob(f"{folder.name}.old*")]
+    return next((place for place in places if place.exists() and place.stat().st_ino == inode), folder)
 
 
 def prompt_template(processor: Any) -> Template:
@@ -111,14 +122,20 @@ def prompt_template(processor: Any) -> Template:
 
 
 def training_answers(config: Config) -> list[tuple[str, str]]:
-    """(question, answer) of the instruction data, all of it; empty where there is none."""
+    """(question, answer) of the instruction data, all of it; empty where there is none.
+
+    Raises UserError where it is malformed, or named by the command and not there.
+    """
     file = config.data.blind or config.data.instruct.annotations
     if not file:
         return []
     data = replace(config.data, instruct=replace(config.data.instruct, annotations=file))
     try:
         annotations, images = split_files(data, "instruct")
-    except UserError:
+    except UserError as error:
+        if any(key_of(override) == "data.blind" for override in command_line()):
+            raise UserError(f"data.blind: {error}") from None
+        print(f"note: no blind majority, its data are not here: {error}", file=sys.stderr, flush=True)
         return []
     turns = [turn for record in read_records(annotations, images) for turn in record.turns]
     return [(turn.question.replace(IMAGE_PLACEHOLDER, "").strip(), turn.answer) for turn in turns]

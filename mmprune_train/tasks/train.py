@@ -118,9 +118,11 @@ def _check_inputs(config: Config, todo: list[str], evaluates: bool) -> None:
     """Before the run directory is made: a run that cannot start leaves nothing behind."""
     find_inputs(config, todo, [*todo, *(["evaluate"] if evaluates else [])])
     if evaluates:
-        from mmprune_train.tasks.evaluate import question_set
+        from mmprune_train.tasks.evaluate import question_set, training_answers
 
         question_set(config)  # a mistake in it is told now, not after hours of training
+        if config.data.blind:
+            training_answers(config)
     for name in todo:  # a mistake in a later stage's data would show after the stages before it were trained
         read_records(*split_files(config.data, name), getattr(config.data, name).limit)
 

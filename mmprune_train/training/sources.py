@@ -3,6 +3,7 @@ same at every later start of the run, or it is said."""
 
 from __future__ import annotations
 
+import hashlib
 import importlib.util
 import re
 from collections.abc import Iterator, Mapping
@@ -46,7 +47,8 @@ def changed(file: Path, known: Mapping[str, Any]) -> str | None:
 
 
 def component_files(pruner: PrunerConfig) -> dict[str, Path]:
-    """The source file of each `module:function` that a pruner names; those that cannot be found are left out."""
+    """The source file of each `module:function` that a pruner names, of a package its folder; those that cannot be
+    found are left out."""
     found = {}
     for name in sorted(set(_names(asdict(pruner)))):
         try:
@@ -54,13 +56,30 @@ def component_files(pruner: PrunerConfig) -> dict[str, Path]:
         except (ImportError, ValueError):  # told by name when the component is looked for
             continue
         if spec is not None and spec.origin and Path(spec.origin).is_file():
-            found[name] = Path(spec.origin)
+            found[name] = Path(spec.origin).parent if spec.submodule_search_locations else Path(spec.origin)
     return found
 
 
 def component_hashes(pruner: PrunerConfig) -> dict[str, str]:
     """SHA-256 of those files."""
-    return {name: sha256_of(file) for name, file in component_files(pruner).items()}
+    return {name: _hash(file) for name, file in component_files(pruner).items()}
+
+
+def changed_components(pruner: PrunerConfig, state: Mapping[str, Any]) -> Iterator[tuple[str, Path]]:
+    """Those whose source is not what it was for a stage, by the manifest's entry of that."""
+    for name, file in component_files(pruner).items():
+        known = state.get("components", {}).get(name)
+        if known is not None and known != _hash(file):
+            yield name, file
+
+
+def _hash(source: Path) -> str:
+    """Of a module's file, or of all modules in a package's folder, which may define what the package names."""
+    if source.is_file():
+        return sha256_of(source)
+    files = sorted(source.rglob("*.py"))
+    listed = "".join(f"{file.relative_to(source).as_posix()} {sha256_of(file)}\n" for file in files)
+    return hashlib.sha256(listed.encode()).hexdigest()
 
 
 def check_sources(config: Config, run: RunDirectory) -> None:
@@ -83,12 +102,11 @@ def check_sources(config: Config, run: RunDirectory) -> None:
                     f"data.{name}.annotations: {file} has changed since {did} on it ({how}): put the earlier file back "
                     f"to go on with this run (images may be replaced), or {ASIDE}"
                 )
-        for component, file in component_files(config.pruner).items():
-            if state.get("components", {}).get(component, now := sha256_of(file)) != now:
-                raise UserError(
-                    f"{component}: {file} has changed since {did} with it: put the earlier code back to go on with "
-                    f"this run, or {ASIDE}"
-                )
+        for component, file in changed_components(config.pruner, state):
+            raise UserError(
+                f"{component}: {file} has changed since {did} with it: put the earlier code back to go on with this "
+                f"run, or {ASIDE}"
+            )
 
 
 def with_advice(error: UserError, run: RunDirectory, stage: str, file: Path) -> UserError:

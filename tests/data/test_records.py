@@ -81,11 +81,14 @@ PICTURES = [
     {"images": [{"bytes": "AAA", "path": None}]}, {"picture": {"url": "x"}}, {"meta": {"videos": ["v"]}},
     {"image_base64": "iVBOR"}, {"x": "data:image/png;base64,AA"}, {"pixel_values": [[0.5, 1.0]]},
     {"image_id": 42}, {"image_name": "cat"}, {"source": "known.bin"}, {"video_frames": ["a", "b"]},
+    {"image ": "0"}, {"image_link": "0"}, {"pic": "0"}, {"image_b": "0"}, {"jpg": "0"}, {"images": {"l": {"at": "a"}}},
+    {"blob": "/9j/4AAQSkZJRgABAQAAAQABAADAAAAAAAAAAAAA"}, {"x": "0.png \n"}, {"picture_file_name": "0"},
 ]  # fmt: skip
 HARMLESS = [
     {"model": "gpt4", "dataset": "coco", "data_source": "m4", "height": 480, "width": 640, "url": None, "images": []},
     {"image_size": [640, 480], "num_images": "2", "image_width": 3, "has_image": True, "images": [None], "video": ""},
     {"domain": {"chest_xray": True}, "caption": "a picture.\nsaved as a.png", "clip_score": 0.3, "source": "folder"},
+    {"source": "chat.json", "img_w": 3, "image_source": "coco", "image_quality": "high", "system": " "},
     {"modality": "image", "source": "https://host/page", "question_type": "photo", "objects": {"bbox": [[1, 2]]}},
 ]  # fmt: skip
 
@@ -105,6 +108,7 @@ def test_a_picture_that_would_not_be_read_is_refused(tmp_path: Path, more: dict[
 @pytest.mark.parametrize("more", HARMLESS, ids=str)
 def test_metadata_are_left_alone(tmp_path: Path, more: dict[str, Any]) -> None:
     (tmp_path / "folder").mkdir()
+    (tmp_path / "chat.json").touch()
     assert read_records(written(tmp_path, [{"conversations": talk("q", "a"), **more}]), tmp_path)
 
 
@@ -116,6 +120,26 @@ def test_the_same_picture_may_be_named_again_but_no_other(tmp_path: Path, key: s
     if "url" not in key and key != "image_id":
         with pytest.raises(UserError, match=f"`{key}` names a picture"):
             read_records(written(tmp_path, [{**sample, key: "coco/2.jpg"}]), tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("sample", "told"),
+    [
+        ('{"id": "x", "image": "a.png", "conversations": [], "image": null}', "of 'x' has the key 'image' twice"),
+        ('{"id": "x", "conversations": [{"from": "human", "value": "q", "value": "r"}]}', "the key 'value' twice"),
+    ],
+)
+def test_a_key_that_is_given_twice_is_not_dropped(tmp_path: Path, sample: str, told: str) -> None:
+    for name, text, place in (("a.json", f"[{sample}]", ""), ("a.jsonl", f"\n{sample}", ", line 2")):
+        (tmp_path / name).write_text(text)
+        with pytest.raises(UserError, match=rf"{name}{place}: an object .*{told}"):
+            read_records(tmp_path / name, tmp_path)
+
+
+def test_an_id_may_be_null_and_a_kind_a_number(tmp_path: Path) -> None:
+    sample = {"id": None, "kind": 0, "conversations": talk("q", "a")}
+    (record,) = read_records(written(tmp_path, [sample]), tmp_path)
+    assert (record.id, record.kind) == ("a.json[0]", "0")
 
 
 HALF = "\ud83d"
@@ -132,6 +156,8 @@ HALF = "\ud83d"
         ({"image": "https://host/a.png", "conversations": talk("<image>", "a")}, "`image` is an address"),
         ({"image": "data:image/png;base64,AA", "conversations": talk("<image>", "a")}, "`image` is an address"),
         ({"system": "You are a pirate."}, "`system` is not read; write its text into"),
+        ({"system_prompt": "Be brief."}, "`system_prompt` is not read; write its text into"),
+        ({"kind": ["open"]}, "`kind` is not a word"),
         ({"conversations": [], "messages": [{"role": "user"}]}, "`messages` with role and content are not read"),
         ({"conversations": talk("Picture 1: <img>a.png</img>", "a")}, "another format's picture .*write <image> in"),
         (

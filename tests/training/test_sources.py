@@ -16,7 +16,14 @@ from mmprune_train.errors import UserError
 from mmprune_train.training import sources
 from mmprune_train.training.inputs import stage_annotations, stage_extent
 from mmprune_train.training.rundir import RunDirectory
-from mmprune_train.training.sources import check_sources, component_hashes, file_entry, told, with_advice
+from mmprune_train.training.sources import (
+    changed_components,
+    check_sources,
+    component_hashes,
+    file_entry,
+    told,
+    with_advice,
+)
 
 SAMPLES = 6
 
@@ -120,6 +127,24 @@ def test_changed_code_of_the_users_own_is_refused(
     with pytest.raises(
         UserError, match=r"my_scores:norm: .*my_scores\.py has changed since stage instruct .* begun with"
     ):
+        check_sources(config, run)
+
+
+def test_a_package_is_all_its_modules(
+    config: Config, run: RunDirectory, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.syspath_prepend(tmp_path)
+    package = tmp_path / "my_package"
+    package.mkdir()
+    (package / "__init__.py").write_text("from my_package.scores import norm")
+    (package / "scores.py").write_text("def norm(view): ...")
+    vision = replace(config.pruner.vision, score="my_package:norm")
+    config = replace(config, pruner=replace(config.pruner, vision=vision))
+    run.update_stage("instruct", components=component_hashes(config.pruner))
+    check_sources(config, run)
+    (package / "scores.py").write_text("def norm(view): return 1")
+    assert [name for name, _ in changed_components(config.pruner, run.stage_state("instruct"))] == ["my_package:norm"]
+    with pytest.raises(UserError, match=r"my_package:norm: .*my_package has changed"):
         check_sources(config, run)
 
 
