@@ -46,9 +46,6 @@ BENCHED = ("train", "generate", "selection")
 ATTENTION = ("auto", "flash_4", "flash_3", "flash_2", "torch_varlen", "flex", "cpu_flash", "sdpa_per_sample")
 CACHING_TASKS = ("train", "prepare", "plan")
 """Tasks that `trainer.feature_cache` concerns."""
-STARTING_TASKS = ("train", "prepare", "plan", "bench")
-"""Tasks that read `init_from`, `stage.NAME.init_from` and `init_adapters`; where a task without `ckpt=` looks for the
-run of its settings (evaluate), they belong to those."""
 DEVICES = (
     "b200_180gb", "h200_141gb", "h100_80gb", "h100_pcie_80gb", "h100_nvl_94gb", "a100_80gb", "a100_40gb", "l40s_48gb",
     "rtx_a6000_48gb", "rtx4090_24gb", "rtx3090_24gb", "l4_24gb", "a10_24gb", "cpu",

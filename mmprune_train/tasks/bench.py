@@ -26,6 +26,7 @@ from mmprune_train.data.templates import get_template
 from mmprune_train.errors import UserError
 from mmprune_train.evaluation.generate import load_images
 from mmprune_train.evaluation.questions import questions_of
+from mmprune_train.model.adapters import load_adapters
 from mmprune_train.model.begin import begin
 from mmprune_train.model.llava import PackedLlava
 from mmprune_train.model.quantize import check_quantization
@@ -66,6 +67,7 @@ def run(config: Config) -> dict[str, Any]:
     prepare_data(config, [name])
     reads = [pruner for pruner in pruners.values() if reads_text(pruner.vision)]
     with quiet():
+        start = None
         if found is None:
             asked = first_start(config, name)
             start = find_start(config, *asked, name) if asked else None
@@ -73,6 +75,8 @@ def run(config: Config) -> dict[str, Any]:
         else:
             model, processor, _ = load(replace(found, pruner=reads[0]) if reads else found)
         make_trainable(model, config, name, precision)
+        if start is not None and start.goes_on:
+            load_adapters(model.hf, start.key, start.path)
     model.to(accelerator)
     model.template, processor.image_processor = template_of(config, name), stage_image_processor(config, name)
     loader = stage_loader(

@@ -31,10 +31,10 @@ from mmprune_train.evaluation.calibration import (
     pack,
     with_knee,
 )
-from mmprune_train.model.build import build, vision_tower
+from mmprune_train.model.begin import begin, tower_of
 from mmprune_train.model.llava import PackedLlava
+from mmprune_train.model.start import Start, find_start, first_start
 from mmprune_train.model.vision import encode
-from mmprune_train.model.weights import encoder_folder
 from mmprune_train.pruning import Pruner
 from mmprune_train.pruning.calibration import ScoredImages, knob_of
 from mmprune_train.quiet import quiet
@@ -57,7 +57,7 @@ LEFT_OUT = {"task", "calibrate", "ckpt", "pruner", "knee"}
 def run(config: Config) -> dict[str, Any]:
     """Write `calibrate/result.json`, `budgets.png` and `conf/pruner/calibrated.yaml` below the run directory.
 
-    Without `ckpt=` the base weights are measured, as a training run would start from them.
+    Without `ckpt=` what a training run would start from is measured: `init_from`, else the base weights.
 
     Raises:
         UserError: the run's own budget cannot meet the target; the report is written nevertheless.
@@ -132,7 +132,7 @@ def load_subject(config: Config, pruner: PrunerConfig | None, found: Checkpoint 
 
     Args:
         pruner: None: the checkpoint's own.
-        found: the checkpoint; None: the base weights.
+        found: the checkpoint; None: what training starts from.
     """
     asked = config.calibrate
     device = torch.device(choose_accelerator(config.trainer.accelerator))
@@ -141,7 +141,7 @@ def load_subject(config: Config, pruner: PrunerConfig | None, found: Checkpoint 
         if found is None and asked.measure == "vision":
             assert pruner is not None
             torch.manual_seed(config.seed)  # random weights are to be those of a run
-            tower = vision_tower(config.encoder, encoder_folder(config.encoder), torch.float32).to(device).eval()
+            tower = tower_of(config, _start(config)).to(device).eval()
             encoder = partial(
                 encode,
                 tower,
@@ -154,10 +154,17 @@ def load_subject(config: Config, pruner: PrunerConfig | None, found: Checkpoint 
             model, processor, _ = load(found)
             reader = ImageReader(processor.image_processor)
         else:
-            prepare_weights(config)
-            model, processor = build(config)
+            if (start := _start(config)) is None:
+                prepare_weights(config)
+            model, processor = begin(config, start)
             model.to(device).eval()
     return Subject(model.pruner.settings, model.encode_images, reader, device, model, processor)
+
+
+def _start(config: Config) -> Start | None:
+    """What `init_from` names; adapters are merged, since none are trained here."""
+    asked = first_start(config, config.calibrate.split)
+    return replace(find_start(config, *asked, config.calibrate.split), goes_on=False) if asked else None
 
 
 def measure(config: Config, subject: Subject) -> tuple[Report, EncodedImages]:
