@@ -19,18 +19,6 @@ ANYWHERE = ("task", "experiment", "experiment_name", "run_id", "runs_dir", "seed
 """Keys that every task reads."""
 STARTS = ("init_from", "init_adapters")
 BUILT = ("encoder", "llm", "projector", "knee", "pruner", "data", "stage", "stages", "peft", *STARTS)
-    "encoder",
-    "llm",
-    "projector",
-    "knee",
-    "pruner",
-    "data",
-    "stage",
-    "stages",
-    "peft",
-    "init_from",
-    "init_adapters",
-)
 TRAINED = (*BUILT, "strategy", "optim", "logger", "trainer", "evaluate", "restart")
 COMPUTED = ("trainer.accelerator", "trainer.precision", "trainer.attention", "trainer.vision_chunk")
 ASKED = ("ckpt", "stages", "pruner", "knee", "llm.template", "encoder.text", *COMPUTED)
