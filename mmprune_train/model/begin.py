@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import nullcontext
 
 import torch
 from transformers import (
@@ -15,7 +14,6 @@ from transformers import (
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
-from transformers.utils import logging
 
 from mmprune_train.config.pruner import reads_text
 from mmprune_train.config.schema import Config
@@ -24,11 +22,12 @@ from mmprune_train.model.build import build, fresh, grown, load_llava, load_mode
 from mmprune_train.model.folders import ADAPTERS, LLAVA, ORIGINAL, look
 from mmprune_train.model.llava import PackedLlava
 from mmprune_train.model.original import load_projector, projector_tensors, text_config, tower_tensors
+from mmprune_train.model.outline import REPORT, complete, no_report
 from mmprune_train.model.question import QuestionEncoder, find_question_encoder, new_question_encoder
 from mmprune_train.model.start import Start
 from mmprune_train.model.tokenizer import load_tokenizer
 from mmprune_train.model.weight_files import Tensors, read_tensors, tensors_of, weights_of
-from mmprune_train.model.weights import REPORT, complete, encoder_folder, text_folder
+from mmprune_train.model.weights import encoder_folder, text_folder
 
 
 def begin(
@@ -87,17 +86,6 @@ def _projector(start: Start) -> Tensors:
     return projector_tensors(tensors_of(start.key, start.path))
 
 
-@contextmanager
-def _no_report() -> Iterator[None]:
-    """Without transformers' table of keys that are not read: `complete` says which must not be left."""
-    before = logging.get_verbosity()
-    logging.set_verbosity_error()
-    try:
-        yield
-    finally:
-        logging.set_verbosity(before)
-
-
 def tower_of(config: Config, start: Start | None, dtype: torch.dtype = torch.float32) -> PreTrainedModel:
     """The vision tower that a stage starts with; of the LLM beside it no layer is read."""
     while start is not None and start.kind not in (LLAVA, ORIGINAL):
@@ -110,7 +98,7 @@ def tower_of(config: Config, start: Start | None, dtype: torch.dtype = torch.flo
     settings.text_config.num_hidden_layers = 0
     if getattr(settings.text_config, "layer_types", None):
         settings.text_config.layer_types = []
-    with _no_report():
+    with no_report():
         hf, info = LlavaForConditionalGeneration.from_pretrained(start.path, config=settings, dtype=dtype, **REPORT)
     extra = [name for name in info["unexpected_keys"] if "language_model" not in name]
     complete({**info, "unexpected_keys": extra}, start.path)
@@ -129,7 +117,7 @@ def _from_original(
         if empty:
             language = AutoModelForCausalLM.from_config(text, dtype=dtype)
         else:
-            with _no_report():
+            with no_report():
                 language, info = AutoModelForCausalLM.from_pretrained(start.path, config=text, dtype=dtype, **REPORT)
             beside = [name for name in info["unexpected_keys"] if "mm_projector" in name or "vision_tower" in name]
             complete({**info, "unexpected_keys": sorted(set(info["unexpected_keys"]) - set(beside))}, start.path)
@@ -149,8 +137,9 @@ def _tower(config: Config, inside: Tensors, start: Start, dtype: torch.dtype, em
         return AutoModel.from_config(settings, dtype=dtype)
     with torch.device("meta"):
         model_class = type(AutoModel.from_config(settings))
-    model, info = model_class.from_pretrained(
-        None, config=settings, state_dict=read_tensors(inside), dtype=dtype, **REPORT
-    )
+    with no_report():
+        model, info = model_class.from_pretrained(
+            None, config=settings, state_dict=read_tensors(inside), dtype=dtype, **REPORT
+        )
     complete(info, f"{start.path} (its vision tower)")
     return model

@@ -31,6 +31,7 @@ from mmprune_train.errors import UserError
 from mmprune_train.model.conversation import converse
 from mmprune_train.model.folders import check_folder, model_folder
 from mmprune_train.model.llava import PackedLlava
+from mmprune_train.model.outline import REPORT, complete, no_report
 from mmprune_train.model.processor import load_processor
 from mmprune_train.model.projector import new_projector
 from mmprune_train.model.question import (
@@ -41,7 +42,7 @@ from mmprune_train.model.question import (
 )
 from mmprune_train.model.tokenizer import IMAGE_TOKEN, load_tokenizer
 from mmprune_train.model.vision import check_patches, family_of
-from mmprune_train.model.weights import REPORT, complete, encoder_folder, llm_folder, local_or_hub, text_folder
+from mmprune_train.model.weights import encoder_folder, llm_folder, local_or_hub, text_folder
 from mmprune_train.pruning import Pruner
 
 VOCAB_MULTIPLE = 64
@@ -73,7 +74,8 @@ def vision_tower(cfg: EncoderConfig, folder: Path | None, dtype: torch.dtype, em
     check_patches(outline, cfg)
     if folder is None or empty:
         return AutoModel.from_config(config, dtype=dtype)
-    model, info = type(outline).from_pretrained(folder, config=config, dtype=dtype, **REPORT)
+    with no_report():
+        model, info = type(outline).from_pretrained(folder, config=config, dtype=dtype, **REPORT)
     # A whole CLIP or SigLIP folder also holds the text tower, a ViT or DINOv2 folder may hold a classifier instead of
     # ViT's pooler; this model runs none of them.
     foreign = ("text_model", "text_projection", "visual_projection", "logit_", "classifier")
@@ -94,7 +96,8 @@ def language_model(
         config = AutoConfig.for_model(**cfg.arch) if folder is None else AutoConfig.from_pretrained(folder)
         model = AutoModelForCausalLM.from_config(config, dtype=dtype)
     else:
-        model, info = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, **REPORT)
+        with no_report():
+            model, info = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, **REPORT)
         complete(info, folder)
     return grown(model, tokenizer)
 
@@ -242,7 +245,8 @@ def load_llava(
     if empty:
         with torch.device("meta"):
             return LlavaForConditionalGeneration._from_config(AutoConfig.from_pretrained(folder), dtype=dtype)
-    hf, info = LlavaForConditionalGeneration.from_pretrained(folder, dtype=dtype, **REPORT)
+    with no_report():
+        hf, info = LlavaForConditionalGeneration.from_pretrained(folder, dtype=dtype, **REPORT)
     complete(info, folder)
     return hf
 

@@ -182,9 +182,14 @@ def _preparation(encoder: EncoderConfig, key: str, folder: Path) -> Iterator[Dif
     for name in ("processor_config.json", "preprocessor_config.json"):
         if (folder / name).is_file():
             said = read_config(key, folder / name)
-            said = said.get("image_processor", said)
+            said = said["image_processor"] if isinstance(said.get("image_processor"), dict) else said
             for what in ("image_mean", "image_std"):
                 ours, theirs = getattr(encoder, what), said.get(what)
-                if theirs and any(abs(a - b) > 1e-3 for a, b in zip(ours, theirs, strict=False)):
+                if theirs and not _near(ours, theirs):
                     yield f"encoder.{what}", ours, theirs
             return
+
+
+def _near(ours: list[float], theirs: Any) -> bool:
+    numbers = isinstance(theirs, list) and all(isinstance(value, int | float) for value in theirs)
+    return numbers and len(ours) == len(theirs) and all(abs(a - b) <= 1e-3 for a, b in zip(ours, theirs, strict=True))

@@ -14,7 +14,14 @@ from transformers.models.auto.configuration_auto import CONFIG_MAPPING_NAMES
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 from mmprune_train.errors import UserError
-from mmprune_train.model.weight_files import Tensors, check_small_files, read_config, refuse_pointer, weights_of
+from mmprune_train.model.weight_files import (
+    Tensors,
+    check_small_files,
+    read_config,
+    refuse_broken_links,
+    refuse_pointer,
+    weights_of,
+)
 
 ADAPTER_CONFIG = "adapter_config.json"
 PROJECTOR_BIN = "mm_projector.bin"
@@ -48,6 +55,7 @@ KEYS_OF = {LANGUAGE: "llm.path", ENCODER: "encoder.path", CLIP: "encoder.path"}
 
 LIBRARIES = {
     "awq": "gptqmodel",
+    "awq or gptq": "gptqmodel",
     "gptq": "gptqmodel",
     "bitsandbytes": "bitsandbytes",
     "compressed-tensors": "compressed_tensors",
@@ -90,8 +98,9 @@ def look(key: str, path: Path) -> Folder:
     Args:
         key: what gave the folder, for messages.
     Raises:
-        UserError: its config.json is a git-lfs pointer, or broken.
+        UserError: it cannot be read, or its config.json is a git-lfs pointer, or broken.
     """
+    refuse_broken_links(key, path)
     if (path / "manifest.json").is_file():
         return Folder(path, RUN, {})
     if (path / ADAPTER_CONFIG).is_file():
@@ -151,9 +160,11 @@ def check_whole(key: str, found: Folder, trains: bool = True) -> Tensors:
     _check_code(key, found)
     if found.kind in (LANGUAGE, LLAVA):
         _check_language(key, found)
-    _check_quantisation(key, found, _way(found.config), trains)
+    _check_quantisation(key, found, way := _way(found.config), trains)
     tensors = weights_of(key, found.path)
     _check_quantisation(key, found, _way_by_tensors(tensors), trains)
+    if way is None and found.kind in (LANGUAGE, LLAVA, ORIGINAL):
+        _check_outline(key, found, tensors)
     return tensors
 
 
@@ -185,7 +196,7 @@ def _instead(found: Folder, wanted: str) -> str:
 
 
 def _known(config: dict[str, Any]) -> bool:
-    return config.get("model_type") in CONFIG_MAPPING_NAMES
+    return str(config.get("model_type")) in CONFIG_MAPPING_NAMES
 
 
 def _check_code(key: str, found: Folder) -> None:
@@ -218,8 +229,32 @@ def _check_language(key: str, found: Folder) -> None:
     except UserError as error:
         raise UserError(f"{key}: {found.path}: {error}") from None
     except Exception as error:  # every architecture checks its config with exceptions of its own
-        reason = str(error).strip().splitlines()[0]
-        raise UserError(f"{key}: {found.path}/config.json is no config that transformers takes ({reason})") from None
+        told = f"{key}: {found.path}/config.json is no config that transformers takes ({_said(error)})"
+        raise UserError(f"{told}; correct it, or copy it again") from None
+
+
+def _said(error: Exception) -> str:
+    return f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
+
+
+def _check_outline(key: str, found: Folder, tensors: Tensors) -> None:
+    from transformers import AutoConfig
+
+    from mmprune_train.model.original import text_config
+    from mmprune_train.model.outline import check_outline
+
+    source, beside = f"{key}: {found.path}", ("mm_projector", "vision_tower", "image_newline")
+    try:
+        if found.kind == ORIGINAL:
+            check_outline(source, text_config(key, found.config), tensors, beside)
+        else:
+            check_outline(source, AutoConfig.from_pretrained(found.path), tensors)
+    except UserError:
+        raise
+    except Exception as error:  # whatever a wrong value leads to when the model is made
+        raise UserError(
+            f"{source}/config.json describes no model that transformers can make ({_said(error)}); correct it"
+        ) from None
 
 
 def _way(config: dict[str, Any]) -> str | None:
@@ -240,17 +275,20 @@ def _way_by_tensors(tensors: Tensors) -> str | None:
             return "bitsandbytes"
         if "F8_" in entry.dtype or "float8" in entry.dtype:
             return "fp8"
+        if name.endswith(".weight") and "F" not in entry.dtype and "float" not in entry.dtype:
+            return entry.dtype
     return None
 
 
 def _check_quantisation(key: str, found: Folder, way: str | None, trains: bool) -> None:
     if way is None:
         return
-    library = LIBRARIES.get(way, way.replace("-", "_").replace(" ", "_"))
-    absent = not _installed(library)
-    if not trains and not absent:
+    library = LIBRARIES.get(way)
+    absent = library is not None and not _installed(library)
+    if not trains and library is not None and not absent:
         return
-    why = f"{library} is not installed, which reads them" if absent else "such weights cannot be trained"
+    why = "such weights cannot be trained" if library is not None or trains else "nothing here reads them"
+    why = f"{library} is not installed, which reads them" if absent else why
     more = " (peft=qlora takes them to 4 bits itself)" if found.kind == LANGUAGE and trains else ""
     raise UserError(
         f"{key}: {found.path} holds weights quantised by {way}, and {why}; give the checkpoint in bf16, fp16 or "

@@ -17,8 +17,9 @@ from transformers import AutoConfig, AutoTokenizer, CLIPConfig, CLIPModel, PreTr
 
 from mmprune_train.config.schema import EncoderConfig, TextTowerConfig
 from mmprune_train.errors import UserError
+from mmprune_train.model.outline import REPORT, complete, no_report
 from mmprune_train.model.tokenizer import tiny_tokenizer
-from mmprune_train.model.weights import REPORT, complete, text_folder
+from mmprune_train.model.weights import text_folder
 from mmprune_train.pruning import PackedSequence
 from mmprune_train.pruning.host import take, upload
 from mmprune_train.pruning.scores import VisionView, full_precision
@@ -214,7 +215,8 @@ def load_question_encoder(folder: Path, dtype: torch.dtype, key: str) -> Questio
         if config.model_type != "clip":
             raise UserError(f"{key}: {folder} holds a {config.model_type}; give a CLIP checkpoint with both towers")
         config.vision_config.num_hidden_layers = 0
-        clip, info = CLIPModel.from_pretrained(folder, config=config, dtype=dtype, **REPORT)
+        with no_report():
+            clip, info = CLIPModel.from_pretrained(folder, config=config, dtype=dtype, **REPORT)
         tokenizer = AutoTokenizer.from_pretrained(folder)
     except (OSError, ValueError) as error:
         raise UserError(f"{key}: {folder} is no whole CLIP: {str(error).strip().splitlines()[0]}") from error

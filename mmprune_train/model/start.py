@@ -26,6 +26,7 @@ from mmprune_train.model.folders import (
     unfit,
 )
 from mmprune_train.model.original import tower_tensors
+from mmprune_train.model.tokenizer import load_tokenizer
 from mmprune_train.model.weight_files import tensors_of, weights_of
 from mmprune_train.model.weights import local_or_hub
 
@@ -199,7 +200,9 @@ def _check(config: Config, start: Start) -> None:
     """Raise UserError where a source is not whole, or does not fit what is chosen."""
     if start.kind in (LLAVA, ORIGINAL):
         found = look(start.key, start.path)
-        check_fit(config, start.key, found, check_whole(start.key, found))
+        tensors = check_whole(start.key, found)
+        load_tokenizer(start.path, start.key)
+        check_fit(config, start.key, found, tensors)
     elif start.kind == PROJECTOR:
         check_fit(config, start.key, Folder(start.path, PROJECTOR, {}), tensors_of(start.key, start.path))
     else:

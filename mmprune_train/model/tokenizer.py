@@ -8,6 +8,7 @@ from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, 
 from transformers import AutoTokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 from mmprune_train.errors import UserError
+from mmprune_train.model.outline import no_report
 
 IMAGE_TOKEN = "<image>"
 VOCABULARY = 512
@@ -60,10 +61,14 @@ def load_tokenizer(folder: Path | None, key: str = "llm.path") -> PreTrainedToke
     offsets, which it does not give.
     """
     try:
-        tokenizer = tiny_tokenizer() if folder is None else AutoTokenizer.from_pretrained(folder)
-    except (OSError, ValueError, ImportError) as error:
-        reason = str(error).strip().splitlines()[0]
-        raise UserError(f"{key}: {folder} has no tokenizer that loads ({reason}); add its tokenizer files") from error
+        with no_report():
+            tokenizer = tiny_tokenizer() if folder is None else AutoTokenizer.from_pretrained(folder)
+    except Exception as error:  # a damaged file is answered by any kind
+        reason = (str(error).strip().splitlines() or [""])[0]
+        raise UserError(
+            f"{key}: {folder} has no tokenizer that loads ({type(error).__name__}: {reason[:160]}); copy its tokenizer "
+            "files there again"
+        ) from error
     if not tokenizer.is_fast:
         raise UserError(f"{key}: {folder} has no fast tokenizer; add a tokenizer.json (save_pretrained of a fast one)")
     if tokenizer.pad_token is None:

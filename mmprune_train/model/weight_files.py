@@ -9,11 +9,12 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from mmprune_train.errors import UserError
 
+BOM = b"\xef\xbb\xbf"
 POINTER = b"version https://git-lfs.github.com/spec/"
 LEGACY = b"\x80\x02\x8a\x0al\xfc\x9cF\xf9"
 """First bytes of what torch.save wrote before it wrote zip files."""
@@ -48,7 +49,7 @@ def read_config(key: str, file: Path) -> dict[str, Any]:
     """A JSON object. Raises UserError where the file is a git-lfs pointer, cut off, or something else."""
     refuse_pointer(key, file)
     try:
-        found = json.loads(file.read_text(encoding="utf-8-sig"))
+        found = json.loads(file.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         raise UserError(f"{key}: {file} is damaged or cut off, not JSON ({error}); copy it again") from None
     if not isinstance(found, dict):
@@ -57,9 +58,14 @@ def read_config(key: str, file: Path) -> dict[str, Any]:
 
 
 def refuse_pointer(key: str, file: Path) -> None:
-    """Raise UserError where `file` is what git leaves in the place of a large file, or is empty."""
-    with file.open("rb") as stream:
-        begin = stream.read(len(POINTER))
+    """Raise UserError where `file` is what git leaves in the place of a large file, is empty or cannot be read."""
+    try:
+        with file.open("rb") as stream:
+            begin = stream.read(len(POINTER))
+    except OSError as error:
+        raise UserError(
+            f"{key}: {file} cannot be read ({error.strerror}); copy it again, or make it readable"
+        ) from None
     if begin == POINTER:
         raise UserError(
             f"{key}: {file} is a git-lfs pointer, not the file itself; install git-lfs and run `git lfs pull` in "
@@ -67,6 +73,24 @@ def refuse_pointer(key: str, file: Path) -> None:
         )
     if not begin:
         raise UserError(f"{key}: {file} is empty; copy it again")
+    if begin.startswith(BOM) and file.suffix == ".json":
+        raise UserError(
+            f"{key}: {file} begins with a byte order mark, with which transformers does not read it; save it as UTF-8 "
+            "without one"
+        )
+
+
+def refuse_broken_links(key: str, folder: Path) -> None:
+    """Raise UserError where a folder cannot be read, or a link in it leads to nothing, as in a copy of a snapshot of
+    the hub's cache."""
+    try:
+        broken = sorted(file for file in folder.iterdir() if file.is_symlink() and not file.exists())
+    except OSError as error:
+        raise UserError(f"{key}: {folder} cannot be read ({error.strerror}); make it readable") from None
+    if broken:
+        raise UserError(
+            f"{key}: {broken[0]} is a link to {broken[0].readlink()}, which is not there; copy what it leads to (cp -L)"
+        )
 
 
 def check_small_files(key: str, folder: Path) -> None:
@@ -112,6 +136,8 @@ def _indexed(key: str, index: Path) -> Tensors:
     where = read_config(key, index).get("weight_map")
     if not isinstance(where, dict) or not where:
         raise UserError(f"{key}: {index} has no weight_map; copy it again")
+    if away := [name for name in where.values() if not isinstance(name, str) or Path(name).name != name]:
+        raise UserError(f"{key}: {index} names {away[0]!r}, which is no file beside it; copy it again, with its shards")
     files = sorted(set(where.values()))
     if absent := [name for name in files if not (index.parent / name).is_file()]:
         raise UserError(
@@ -146,13 +172,17 @@ def _of_safetensors(key: str, file: Path) -> Tensors:
             header.pop("__metadata__", None)
             ends = [entry["data_offsets"][1] for entry in header.values()]
             found = {name: Entry(file, name, tuple(entry["shape"]), entry["dtype"]) for name, entry in header.items()}
-        except (ValueError, KeyError, TypeError, AttributeError) as error:
+        except (ValueError, LookupError, TypeError, AttributeError) as error:
             if isinstance(error, UserError):
                 raise
             raise UserError(f"{key}: {file} is damaged, it has no safetensors header; copy it again") from None
     if size != (whole := 8 + length + max(ends, default=0)):
         raise _cut(key, file, size, whole)
-    return found
+    try:
+        with safe_open(file, "pt"):  # its own reader checks the rest of the header
+            return found
+    except SafetensorError as error:
+        raise UserError(f"{key}: {file} is damaged ({str(error)[:120]}); copy it again") from None
 
 
 def _cut(key: str, file: Path, size: int, whole: int) -> UserError:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import urllib.error
 import urllib.request
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -16,20 +15,6 @@ from mmprune_train.model.folders import check_folder
 
 CONVERTER = 1
 """Raised when the converters write something else, so that old folders in a cache are not taken for new ones."""
-
-REPORT = {"output_loading_info": True, "ignore_mismatched_sizes": True}
-"""Let `from_pretrained` report a wrong shape as it reports wrong keys; `complete` refuses all of them."""
-
-
-def complete(info: Mapping[str, Any], source: object) -> None:
-    """Raise UserError unless a `from_pretrained` report is free of missing, unexpected and mismatched keys."""
-    for fault in ("missing_keys", "unexpected_keys", "mismatched_keys"):
-        if keys := sorted(map(str, info.get(fault) or [])):
-            more = f" and {len(keys) - 3} more" if len(keys) > 3 else ""
-            raise UserError(
-                f"{source}: {fault.replace('_', ' ')}: {', '.join(keys[:3])}{more}; the folder does not hold the model "
-                "its config.json describes (a wrong path, a half-written save, or another architecture)"
-            )
 
 
 def encoder_folder(cfg: EncoderConfig, download: bool = True) -> Path | None:

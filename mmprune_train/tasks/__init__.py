@@ -17,19 +17,8 @@ if TYPE_CHECKING:
 
 ANYWHERE = ("task", "experiment", "experiment_name", "run_id", "runs_dir", "seed", "debug")
 """Keys that every task reads."""
-BUILT = (
-    "encoder",
-    "llm",
-    "projector",
-    "knee",
-    "pruner",
-    "data",
-    "stage",
-    "stages",
-    "peft",
-    "init_from",
-    "init_adapters",
-)
+STARTS = ("init_from", "init_adapters")
+BUILT = ("encoder", "llm", "projector", "knee", "pruner", "data", "stage", "stages", "peft", *STARTS)
 TRAINED = (*BUILT, "strategy", "optim", "logger", "trainer", "evaluate", "restart")
 COMPUTED = ("trainer.accelerator", "trainer.precision", "trainer.attention", "trainer.vision_chunk")
 ORIENTATION = "data.exif_orientation"

@@ -59,7 +59,7 @@ LEFT_OUT = {"task", "calibrate", "ckpt", "pruner", "knee"}
 def run(config: Config) -> dict[str, Any]:
     """Write `calibrate/result.json`, `budgets.png` and `conf/pruner/calibrated.yaml` below the run directory.
 
-    Without `ckpt=` the base weights are measured, as a training run would start from them.
+    Without `ckpt=` what a training run would start from is measured: `init_from`, else the base weights.
 
     Raises:
         UserError: the run's own budget cannot meet the target; the report is written nevertheless.

@@ -116,6 +116,7 @@ def _look_for_data(search: Search, config: Config, splits: Sequence[str]) -> Non
 def _look_for_weights(search: Search, config: Config, todo: Sequence[str]) -> None:
     from mmprune_train.model.folders import ADAPTERS
     from mmprune_train.model.start import Start, first_start
+    from mmprune_train.model.tokenizer import load_tokenizer
     from mmprune_train.model.weights import llm_folder, text_folder
     from mmprune_train.training.starts import begins_anew, parts_of, start_of
 
@@ -141,9 +142,15 @@ def _look_for_weights(search: Search, config: Config, todo: Sequence[str]) -> No
             "key out, or give one as init_from="
         )
     text = config.encoder.text
+
+    def get_llm(fetch: bool) -> Path | None:
+        folder = llm_folder(config.llm, fetch)
+        load_tokenizer(folder)
+        return folder
+
     base: dict[str, tuple[str, Get]] = {
         "encoder": ("encoder", lambda fetch: _fitting_tower(config, fetch)),
-        "llm": ("llm", lambda fetch: llm_folder(config.llm, fetch)),
+        "llm": ("llm", get_llm),
         "text": ("encoder.text", lambda fetch: None if text is None else text_folder(text, fetch)),
     }
     for part, (what, get) in base.items():
