@@ -52,7 +52,7 @@ def split_files(data: DataConfig, part: str) -> tuple[Path, Path]:
     split: SplitConfig = getattr(data, part)
     remedy = data.how_to_get or f"set data.root and data.{part}.annotations"
     if not split.annotations:
-        raise UserError(f"data.{part}.annotations is not set; {remedy}")
+        raise UserError(f"data.{part}.annotations is not set; name a file in LLaVA's format (docs/data.md)")
     root = data_root(data)
     annotations, images = root / Path(split.annotations).expanduser(), root / Path(split.images).expanduser()
     missing = [f"data.{part}.annotations: {annotations} is missing"] if not annotations.is_file() else []

@@ -36,6 +36,9 @@ STYLE: Any = {
 POINTS = 300
 """Most points of a line; more are averaged in bins."""
 
+ROW = 70
+"""Most characters of a legend in one row."""
+
 SMALL = (3.4, 2.1)
 """Inches of a panel."""
 
@@ -76,7 +79,7 @@ def lines(
     axis.set_ylabel(ylabel)
     axis.xaxis.get_major_locator().set_params(integer=True)
     if len(shown) > 1:
-        above = len(shown) <= 4  # in one row above the axes; else beside them
+        above = len(shown) <= 4 and sum(map(len, shown)) <= ROW  # in one row above the axes; else beside them
         place = (
             {"loc": "lower left", "bbox_to_anchor": (0, 1)}
             if above

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 from mmprune_train.reporting.tables import table
@@ -31,6 +32,20 @@ def result_table(result: dict[str, Any], title: str = "Evaluation") -> str:
     }
     tokens = table([[name, float(result[key])] for key, name in names.items()], ["per question (mean)", ""])
     return f"{scores}\n\n{tokens}"
+
+
+def asked_apart(results: Mapping[str, Mapping[str, Any]]) -> str:
+    """What the evaluations of several runs, by name, were asked, where that is not the same; else empty."""
+    groups: dict[tuple[str, str], list[str]] = {}
+    files: dict[str, str] = {}
+    for name, result in results.items():
+        if asked := result.get("asked"):
+            files[asked["sha256"]] = Path(asked["annotations"]).name
+            groups.setdefault((asked["sha256"], asked_text(result)), []).append(name)
+    if len(groups) < 2:
+        return ""
+    told = [f"{', '.join(names)}: {text} of {files[content]}" for (content, text), names in groups.items()]
+    return f"accuracies are of different questions and do not compare: {' | '.join(told)}"
 
 
 def asked_text(result: Mapping[str, Any]) -> str:

@@ -16,7 +16,7 @@ from markupsafe import Markup
 from mmprune_train.errors import UserError
 from mmprune_train.progress import progress
 from mmprune_train.reporting import charts
-from mmprune_train.reporting.evaluation import asked_text
+from mmprune_train.reporting.evaluation import KIND_NAMES, asked_apart, asked_text
 from mmprune_train.reporting.results import front, numbers, pick
 from mmprune_train.reporting.runs import Run, telling_keys
 from mmprune_train.reporting.tables import cell
@@ -25,6 +25,9 @@ from mmprune_train.sweeps.records import varying
 
 HIGHLIGHTED = 6
 """Most runs whose loss is drawn in colour where all runs are in one figure."""
+
+LONGEST = 40
+"""Most characters of a run's label in a figure."""
 
 TOKENS = {"tokens_dense": "dense", "tokens_stage1": "stage 1", "tokens_stage2": "stage 2", "tokens_layer_mean": "mean"}
 
@@ -63,6 +66,8 @@ class Compared:
     """By run: the numbers of `Shown.axes`; None: the run has none."""
     front: list[int]
     """Indices of the runs that no other beats."""
+    apart: str
+    """What the runs were asked, where that differs; else empty."""
 
 
 def compare(runs: Sequence[Run], shown: Shown) -> Compared:
@@ -76,7 +81,8 @@ def compare(runs: Sequence[Run], shown: Shown) -> Compared:
     full = [i for i, value in enumerate(values) if runs[i].state == "done" and None not in value.values()]
     points = [[values[i][name] or 0.0 for name in shown.axes] for i in full]
     differ = varying([run.settings for run in runs])
-    return Compared(telling_keys(runs), differ, values, [full[i] for i in front(points, shown.directions)])
+    apart = asked_apart({run.name: run.result.get("evaluate") or {} for run in runs})
+    return Compared(telling_keys(runs), differ, values, [full[i] for i in front(points, shown.directions)], apart)
 
 
 def _number(run: Run, name: str) -> float | None:
@@ -142,6 +148,7 @@ def _beside(runs: Sequence[Run], compared: Compared, shown: Shown, order: Sequen
     return {
         "directions": [f"{name}: {word} is better" for name, word in zip(shown.axes, better, strict=True)],
         "table": _table(runs, compared, shown, order),
+        "apart": compared.apart,
         "troubled": [(run, f"run-{i}") for i, run in enumerate(runs) if run.state != "done"],
         "heat": _heat(runs, compared, shown),
         "scatter": _scatter(runs, compared, shown),
@@ -207,7 +214,7 @@ def _scatter(runs: Sequence[Run], compared: Compared, shown: Shown) -> dict[str,
         return {"svg": None, "why": f"no run has both {shown.y} and {shown.x}"}
     svg = charts.scatter(
         [(compared.values[i][shown.x] or 0.0, compared.values[i][shown.y] or 0.0) for i in full],
-        [_label(runs[i], compared.keys) for i in full],
+        [_short(runs[i], compared.keys) for i in full],
         [f"#run-{i}" for i in full],
         [full.index(i) for i in compared.front],
         shown.x,
@@ -224,6 +231,12 @@ def _label(run: Run, keys: Sequence[str]) -> str:
     """The settings that tell it from the others: names as they are, numbers and switches with the end of their key."""
     said = {key: run.settings[key] for key in keys if key in run.settings}
     return ", ".join(v if _is_name(v) else f"{_ending(k, keys)} {v}" for k, v in said.items()) or run.name
+
+
+def _short(run: Run, keys: Sequence[str]) -> str:
+    """The label, or where a figure has no room for it the run's name."""
+    label = _label(run, keys)
+    return label if len(label) <= LONGEST else run.name
 
 
 def _is_name(value: str) -> bool:
@@ -284,7 +297,7 @@ def _losses(runs: Sequence[Run], compared: Compared, order: Sequence[int]) -> li
     for stage in dict.fromkeys(name for run in runs for name in run.metrics):
         drawn = [i for i in order if runs[i].metrics.get(stage)]
         ranked = sorted(drawn, key=lambda i: i not in compared.front)
-        labels = [_label(runs[i], compared.keys) for i in ranked]
+        labels = [_short(runs[i], compared.keys) for i in ranked]
         names = [label if labels.count(label) == 1 else runs[i].name for i, label in zip(ranked, labels, strict=True)]
         series = {name: _steps(runs[i], stage, "loss") for i, name in zip(ranked, names, strict=True)}
         if series:
@@ -374,4 +387,4 @@ def _evaluation(result: Mapping[str, Any]) -> dict[str, Any]:
     told = [[key, cell(value)] for key, value in others.items()]
     if asked := result.get("asked"):
         told = [["asked", asked_text(result)], ["of", asked["annotations"]], *told]
-    return {"kinds": kinds, "rows": rows, "others": told}
+    return {"kinds": [KIND_NAMES.get(kind, kind) for kind in kinds], "rows": rows, "others": told}

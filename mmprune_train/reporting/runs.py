@@ -166,5 +166,12 @@ def _flat(tree: Mapping[str, Any], prefix: str = "") -> dict[str, str]:
         if isinstance(value, Mapping):
             found |= _flat(value, f"{name}.")
         else:
-            found[name] = "null" if value is None else str(value)
+            found[name] = _as_typed(value)
     return found
+
+
+def _as_typed(value: Any) -> str:
+    """As on a command line."""
+    if isinstance(value, list):
+        return f"[{','.join(map(_as_typed, value))}]"
+    return "null" if value is None else str(value)

@@ -34,7 +34,7 @@ def run(config: Config) -> dict[str, Any]:
         title="generate",
     )[0]
     counts = {name: int(prediction.counts[name]) for name in ("dense", "stage1", "stage2")}
-    print(f"\n{prediction.text}\n")
+    print(f"\n{prediction.text or '(an empty answer: the model ended at once)'}\n")
     print(table([list(counts.values())], ["tokens, dense", "after stage 1", "after stage 2"]))
     result = {
         "asked": {

@@ -47,7 +47,10 @@ def run(config: Config) -> dict[str, Any]:
         [f"{r['name']}{'*' if r['front'] else ''}", *r["settings"].values(), *(r[a] for a in shown.axes), r["state"]]
         for r in result["runs"]
     ]
-    print(f"\n{table(rows, ['run', *compared.keys, *shown.axes, 'state'])}\n\n{target / 'report.html'}", flush=True)
+    print(f"\n{table(rows, ['run', *compared.keys, *shown.axes, 'state'])}\n", flush=True)
+    if compared.apart:
+        print(f"note: {compared.apart}\n", flush=True)
+    print(target / "report.html", flush=True)
     return result
 
 

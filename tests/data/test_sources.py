@@ -55,7 +55,7 @@ def test_missing_files_name_the_key_and_how_to_get_them(tmp_path: Path) -> None:
         split_files(data, "pretrain")
     (tmp_path / "images").mkdir()
     assert split_files(data, "pretrain") == (tmp_path / "a.json", tmp_path / "images")
-    with pytest.raises(UserError, match=r"data\.evaluate\.annotations is not set; download it"):
+    with pytest.raises(UserError, match=r"data\.evaluate\.annotations is not set; name a file in LLaVA's format"):
         split_files(data, "evaluate")
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from mmprune_train.reporting.evaluation import asked_text, result_table
+from mmprune_train.reporting.evaluation import asked_apart, asked_text, result_table
 from mmprune_train.reporting.results import numbers
 
 
@@ -42,3 +42,15 @@ def test_a_result_from_before_is_still_shown() -> None:
     old = result({"open": (1, 1, 0)})
     del old["asked"]
     assert "Evaluation: 5 questions" in result_table(old)
+
+
+def test_runs_that_were_asked_different_questions_are_told_apart() -> None:
+    same, other = ({"open": (7, 7, 0)}, {"open": (2, 7, 0)})
+    a, b = result(same, sha256="1"), result(same, sha256="1", annotations="moved/a.json")
+    assert asked_apart({"x": a, "y": b, "old": {}}) == ""
+    fewer, elsewhere = result(other, sha256="1"), result(same, sha256="2", annotations="b.json")
+    told = asked_apart({"x": a, "y": b, "z": fewer, "w": elsewhere})
+    assert told.endswith(
+        "x, y: 7 of 7 open questions of a.json | z: 2 of 7 open questions; evaluate.limit=null asks all of a.json | "
+        "w: 7 of 7 open questions of b.json"
+    )

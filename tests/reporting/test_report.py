@@ -5,6 +5,7 @@ from __future__ import annotations
 import html
 import json
 import re
+import warnings
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -150,3 +151,25 @@ def test_settings_that_go_with_a_chosen_option_are_not_listed_twice(tmp_path: Pa
 def test_long_series_are_thinned_to_means() -> None:
     along, up = charts.thinned(list(range(1000)), [float(i % 2) for i in range(1000)])
     assert len(along) <= charts.POINTS and along[0] == 1.5 and set(up[:-1]) == {0.5}
+
+
+def test_long_labels_leave_the_figures_their_room(tmp_path: Path) -> None:
+    for number in range(6):
+        more = {"stages": ["pretrain", "instruct"], "init_from": f"runs/of/a/long/path/of/a/projector/{number}"}
+        write_run(tmp_path / f"run{number}", pruner__name=f"a_pruner_of_number_{number}", seed=number, **more)
+    found = report_page.Shown("accuracy", "keep_ratio")
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        for count in (2, 6):
+            report_page.render(read_runs([str(tmp_path)])[:count], found, "title", [])
+            charts.lines({"a" * 40 + str(i): ((1, 2), (3, 4)) for i in range(count)}, "x", "y", size=(6.6, 3.0))
+
+
+def test_settings_are_shown_as_they_are_typed_and_kinds_as_they_are_named(tmp_path: Path) -> None:
+    run = write_run(tmp_path / "run", stages=["pretrain", "instruct"])
+    result = json.loads((run / "result.json").read_text())
+    result["evaluate"]["accuracy"] = {"yes_no": 0.5, "my_kind": 0.1}
+    (run / "result.json").write_text(json.dumps(result))
+    page = report_page.render(read_runs([str(run)]), report_page.Shown("accuracy", None), "title", [])
+    assert "[pretrain,instruct]" in page
+    assert ">my_kind</th>" in page and ">yes/no</th>" in page
