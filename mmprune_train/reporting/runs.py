@@ -124,7 +124,7 @@ def read_run(path: Path) -> Run:
         evaluations={
             found.parent.name: evaluation
             for found in sorted(path.glob("evaluate*/result.json"))
-            if (evaluation := read_json(found)) != result.get("evaluate")
+            if ".old" not in found.parent.name and (evaluation := read_json(found)) != result.get("evaluate")
         },
     )  # fmt: skip
     if not stages:

@@ -180,7 +180,9 @@ def machine_faults(config: Config, todo: Sequence[str]) -> list[str]:
     from mmprune_train.model.quantize import check_quantization
     from mmprune_train.training.precision import choose_accelerator
 
-    faults = []
+    faults: list[str] = []
+    if not todo:
+        return faults
     try:
         accelerator = choose_accelerator(config.trainer.accelerator)
         wanted, there = config.trainer.devices, torch.cuda.device_count()
