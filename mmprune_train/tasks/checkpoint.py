@@ -60,7 +60,7 @@ def find_checkpoint(config: Config) -> Checkpoint:
     oriented = "data.exif_orientation" in given
     pruner = config.pruner if {key.split(".", 1)[0] for key in given} & {"pruner", "knee"} else None
     model = model_folder(config.ckpt or str(run), "ckpt")
-    _check_writable(run or home_dir(config))
+    check_writable(run or home_dir(config))
     if run is None or not (run / "config.yaml").is_file():
         return Checkpoint(model, home_dir(config), config, pruner, oriented=oriented)
     trained = config_from_file(run / "config.yaml")
@@ -76,7 +76,7 @@ def find_checkpoint(config: Config) -> Checkpoint:
     return Checkpoint(model, run, settled, pruner, trained, stage, oriented)
 
 
-def _check_writable(home: Path) -> None:
+def check_writable(home: Path) -> None:
     """Raise UserError, before anything is computed, where results could not be kept."""
     nearest = next(path for path in (home.absolute(), *home.absolute().parents) if path.exists())
     if not (nearest.is_dir() and os.access(nearest, os.W_OK)):

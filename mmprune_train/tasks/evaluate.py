@@ -106,11 +106,11 @@ def evaluate_checkpoint(found: Checkpoint, questions: QuestionSet, folder: Path)
     scores = evaluate(model, processor, template, questions.chosen, answers, config.evaluate, save, precision.dtype)
     asked = {"ckpt": str(found.model), **questions.asked}
     result = {"pruner": model.pruner.settings.name, "asked": asked, **scores}
-    write_json(_now(folder, made) / "result.json", result)
+    write_json(now_at(folder, made) / "result.json", result)
     return result
 
 
-def _now(folder: Path, inode: int) -> Path:
+def now_at(folder: Path, inode: int) -> Path:
     """Where a folder is that another evaluation of the same name may have moved aside in the meantime."""
     places = [folder, *folder.parent.glob(f"{folder.name}.old*")]
     return next((place for place in places if place.exists() and place.stat().st_ino == inode), folder)

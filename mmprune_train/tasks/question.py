@@ -51,6 +51,8 @@ def _text(asked: GenerateConfig) -> tuple[str, str]:
             text = Path(asked.question_file).expanduser().read_text(encoding="utf-8-sig")
         except (OSError, UnicodeDecodeError) as error:
             raise UserError(f"{key}={asked.question_file}: cannot be read as text ({error}); name another") from None
+        if not text.strip():
+            raise UserError(f"{key}={asked.question_file}: the file is empty; write the question into it")
     elif asked.question == "-":
         if sys.stdin.isatty():
             print("the question, ended by Ctrl-D on a line of its own:", file=sys.stderr, flush=True)

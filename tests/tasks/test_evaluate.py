@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import os
 import shutil
 import sys
 from collections.abc import Callable
@@ -15,10 +16,12 @@ from training.synthetic import entry, overrides, write_dataset
 
 from mmprune_train.__main__ import main
 from mmprune_train.config.compose import compose_config, load_pruner
+from mmprune_train.config.identity import run_of
 from mmprune_train.config.schema import SplitConfig
+from mmprune_train.errors import UserError
 from mmprune_train.tasks import train
-from mmprune_train.tasks.checkpoint import Checkpoint
-from mmprune_train.tasks.evaluate import folder_name
+from mmprune_train.tasks.checkpoint import Checkpoint, check_writable
+from mmprune_train.tasks.evaluate import folder_name, now_at
 from mmprune_train.training.files import read_json, read_jsonl, write_json
 
 Command = Callable[..., tuple[int, str, str]]
@@ -115,6 +118,7 @@ def test_records_without_answers_give_predictions(run: Path, mmprune: Command) -
     [
         (["data.evaluate.annotations=lost.json"], "question gone: there is no image"),
         (["data.evaluate.annotations=nowhere.json"], "nowhere.json is missing"),
+        (["data.blind=nowhere.json"], "data.blind: data.instruct.annotations: "),
         (["evaluate.kinds=[colour]"], "no question of kind colour; it has open, yes_no"),
         (["evaluate.turns=last"], "evaluate.turns=last"),
         (["evaluate.name=a/b"], "evaluate.name=a/b names a folder"),
@@ -175,6 +179,8 @@ def test_what_cannot_be_asked_on_the_command_line_is_refused_by_key(
     assert refused(mmprune(*ask, "generate.images=[a.png, b, c.png]"), "there is no file a.png", "wants quotes")
     assert refused(mmprune(*ask, "generate.question=-"), "nothing came from standard input")
     assert refused(mmprune(*ask, "generate.question=a", "generate.question_file=b"), "are both given")
+    Path("empty.txt").write_text("\n")
+    assert refused(mmprune(*ask, "generate.question_file=empty.txt"), "question_file=empty.txt: the file is empty")
     assert refused(mmprune(*ask, "generate.question_file=absent.txt"), "question_file=absent.txt: cannot be read")
     assert refused(mmprune(*ask, "generate.question=\udcff"), "not valid UTF-8")
 
@@ -228,3 +234,32 @@ def test_another_case_than_the_runs_own_has_a_folder_of_its_own(tmp_path: Path) 
     assert folder_name(replace(trained, stage=None), "elsewhere/test.json") == "evaluate-files-none"
     named = replace(config, evaluate=replace(config.evaluate, name="held_out"))
     assert folder_name(replace(trained, config=named, stage=None), "b.json") == "evaluate-held_out-none"
+
+
+def test_a_stages_folder_names_its_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "r/instruct/model").mkdir(parents=True)
+    (tmp_path / "r/manifest.json").write_text("{}")
+    for ckpt in ("r", "r/instruct", "r/instruct/model", "r/instruct/model/"):
+        assert run_of(str(tmp_path / ckpt)) == tmp_path / "r"
+    for inside, ckpt in (("r", "instruct"), ("r/instruct", "model"), ("r/instruct/model", ".")):
+        monkeypatch.chdir(tmp_path / inside)
+        found = run_of(ckpt)
+        assert found is not None and found.resolve() == tmp_path / "r"
+    assert run_of(str(tmp_path / "r/instruct/adapters")) is None
+
+
+def test_an_evaluation_that_was_moved_aside_meanwhile_gets_its_own_result(tmp_path: Path) -> None:
+    (tmp_path / "evaluate").mkdir()
+    inode = (tmp_path / "evaluate").stat().st_ino
+    (tmp_path / "evaluate").rename(tmp_path / "evaluate.old1")
+    (tmp_path / "evaluate").mkdir()
+    assert now_at(tmp_path / "evaluate", inode) == tmp_path / "evaluate.old1"
+
+
+def test_results_that_could_not_be_kept_are_refused_before_anything_is_computed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    check_writable(tmp_path / "not/yet/there")
+    monkeypatch.setattr(os, "access", lambda path, mode: False)
+    with pytest.raises(UserError, match=r"cannot be written to; .*ckpt=COPY"):
+        check_writable(tmp_path / "run")
