@@ -8,14 +8,14 @@ from typing import Any
 
 import torch
 from peft import LoraConfig, get_peft_model
-from torch import Tensor
-from transformers import LlavaForConditionalGeneration
+from torch import Tensor, nn
+from transformers import AutoModelForCausalLM, LlavaForConditionalGeneration, PreTrainedConfig
 
 from mmprune_train.config.schema import PeftConfig
 from mmprune_train.errors import UserError
 from mmprune_train.model.folders import ADAPTER_CONFIG
 from mmprune_train.model.original import projector_tensors
-from mmprune_train.model.peft import ADAPTER_FILE, PROJECTOR_FILE, fold
+from mmprune_train.model.peft import ADAPTER_FILE, PROJECTOR_FILE, fold, linear_names
 from mmprune_train.model.weight_files import Tensors, read_config, read_tensors, tensors_of
 
 ADAPTER_BIN, NON_LORA = "adapter_model.bin", "non_lora_trainables.bin"
@@ -69,9 +69,13 @@ def check_adapters(key: str, folder: Path) -> None:
         )
 
 
-def differs(key: str, folder: Path, peft: PeftConfig) -> list[str]:
+def differs(key: str, folder: Path, peft: PeftConfig, llm: PreTrainedConfig) -> list[str]:
     """Settings of a stage's adapters that are not those of the folder, as `peft.r=8 (the folder: 16)`; empty: training
-    can go on with the folder's own."""
+    can go on with the folder's own.
+
+    Args:
+        llm: transformers' config of the LLM that they are put on.
+    """
     config = read_config(key, folder / ADAPTER_CONFIG)
     asked = {"peft.name": peft.name, "peft.r": peft.r, "peft.alpha": peft.alpha}
     plain = ("lora", "qlora")  # the same adapters on other base weights
@@ -81,10 +85,20 @@ def differs(key: str, folder: Path, peft: PeftConfig) -> list[str]:
     for name in ("use_rslora", "rank_pattern", "alpha_pattern"):
         if config.get(name):
             found.append(f"the folder's {name}={config[name]}")
-    adapted = {name.split(".", 2)[2].rsplit(".", 2)[-2] for name in adapter_tensors(key, folder)}
-    if peft.target_modules and set(peft.target_modules) != adapted:
-        found.append(f"peft.target_modules={sorted(peft.target_modules)} (the folder: {sorted(adapted)})")
+    with torch.device("meta"):
+        layers: nn.Module = AutoModelForCausalLM.from_config(llm).model.layers
+    targets = set(peft.target_modules or linear_names(layers))
+    wanted = {name for name, part in layers.named_modules() if isinstance(part, nn.Linear) and _last(name) in targets}
+    adapted = {name.split(".", 1)[1].rsplit(".", 1)[0] for name in adapter_tensors(key, folder)}
+    if targets != (modules := {_last(name) for name in adapted}):
+        found.append(f"peft.target_modules={sorted(targets)} (the folder: {sorted(modules)})")
+    elif other := sorted(wanted ^ adapted):
+        found.append(f"the folder's adapters on a part of the layers alone (not on {other[0]})")
     return found
+
+
+def _last(name: str) -> str:
+    return name.rsplit(".", 1)[-1]
 
 
 def load_adapters(hf: LlavaForConditionalGeneration, key: str, folder: Path) -> None:

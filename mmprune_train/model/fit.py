@@ -53,8 +53,8 @@ def _llava(config: Config, key: str, found: Folder, tensors: Tensors) -> Iterato
     there: Any = AutoConfig.from_pretrained(found.path)
     encoder, vision = config.encoder, there.vision_config
     yield from _language(config.llm, there.text_config)
-    yield from _differences("encoder", _chosen(encoder), vision, VISION)
-    trained: Any = _chosen(encoder)
+    yield from _differences("encoder", chosen_config(encoder), vision, VISION)
+    trained: Any = chosen_config(encoder)
     if vision.image_size != trained.image_size:  # of DINOv2 that of its position embeddings, which are interpolated
         yield "encoder.arch.image_size", trained.image_size, vision.image_size
     elif there.image_seq_length != encoder.patches:
@@ -81,7 +81,7 @@ def _original(config: Config, key: str, found: Folder, tensors: Tensors) -> Iter
     yield from _language(config.llm, text)
     encoder = config.encoder
     blocks = encoder.arch.get("num_hidden_layers", 0)
-    chosen: Any = _chosen(encoder)
+    chosen: Any = chosen_config(encoder)
     if own.get("mm_hidden_size", encoder.arch.get("hidden_size")) != chosen.hidden_size:
         yield "encoder.arch.hidden_size", chosen.hidden_size, own["mm_hidden_size"]
     drops_cls = own.get("mm_vision_select_feature", "patch") == "patch"
@@ -122,8 +122,8 @@ def projector_differences(config: Config, names: Tensors) -> Iterator[Difference
     kind = "mlp2x_gelu" if "linear_2.weight" in names else "linear"
     if kind != config.projector.name:
         yield "projector.name", config.projector.name, kind
-    width: Any = _chosen(config.llm)
-    features: Any = _chosen(config.encoder)
+    width: Any = chosen_config(config.llm)
+    features: Any = chosen_config(config.encoder)
     out, inputs = names["linear_1.weight"].shape
     if inputs != features.hidden_size:
         yield "encoder.arch.hidden_size", features.hidden_size, inputs
@@ -132,7 +132,7 @@ def projector_differences(config: Config, names: Tensors) -> Iterator[Difference
 
 
 def _adapters(config: Config, key: str, found: Folder, tensors: Tensors) -> Iterator[Difference]:
-    text: Any = _chosen(config.llm)
+    text: Any = chosen_config(config.llm)
     depth = 1 + max(int(name.split(".")[1]) for name in tensors)
     if depth > text.num_hidden_layers:
         yield "llm.arch.num_hidden_layers", text.num_hidden_layers, f"{depth} or more"
@@ -146,7 +146,7 @@ def _adapters(config: Config, key: str, found: Folder, tensors: Tensors) -> Iter
 _COMPARED = {LLAVA: _llava, ORIGINAL: _original, PROJECTOR: _projector_of, ADAPTERS: _adapters}
 
 
-def _chosen(part: EncoderConfig | LlmConfig) -> PreTrainedConfig:
+def chosen_config(part: EncoderConfig | LlmConfig) -> PreTrainedConfig:
     """transformers' config of the chosen encoder or LLM: its folder's, where `path` names one, else `arch`'s."""
     folder = Path(part.path).expanduser() if part.path else None
     if folder is not None and (folder / "config.json").is_file():
@@ -156,7 +156,7 @@ def _chosen(part: EncoderConfig | LlmConfig) -> PreTrainedConfig:
 
 
 def _language(llm: LlmConfig, there: Any) -> Iterator[Difference]:
-    chosen: Any = _chosen(llm)
+    chosen: Any = chosen_config(llm)
     yield from _differences("llm", chosen, there, TEXT)
     if not chosen.vocab_size <= there.vocab_size <= chosen.vocab_size + GROWN:
         yield "llm.arch.vocab_size", chosen.vocab_size, there.vocab_size

@@ -58,7 +58,13 @@ def check_outline(source: object, config: PreTrainedConfig, tensors: Tensors, be
     """
     model_class: Any = MODEL_FOR_CAUSAL_LM_MAPPING.get(type(config), LlavaForConditionalGeneration)
     state = {name: torch.empty(entry.shape, device="meta") for name, entry in tensors.items()}
-    with no_report():
-        _, info = model_class.from_pretrained(None, config=config, state_dict=state, device_map="meta", **REPORT)
+    bars = logging.is_progress_bar_enabled()
+    logging.disable_progress_bar()  # nothing is loaded
+    try:
+        with no_report():
+            _, info = model_class.from_pretrained(None, config=config, state_dict=state, device_map="meta", **REPORT)
+    finally:
+        if bars:
+            logging.enable_progress_bar()
     extra = [name for name in info["unexpected_keys"] if not any(part in name for part in beside)]
     complete({**info, "unexpected_keys": extra}, source)

@@ -9,7 +9,7 @@ from pathlib import Path
 from mmprune_train.config.schema import Config
 from mmprune_train.errors import UserError
 from mmprune_train.model.adapters import adapter_tensors, check_adapters, differs, projector_beside
-from mmprune_train.model.fit import check_fit
+from mmprune_train.model.fit import check_fit, chosen_config
 from mmprune_train.model.folders import (
     ADAPTERS,
     KEYS_OF,
@@ -187,7 +187,10 @@ def _goes_on(config: Config, start: Start, stage: str) -> bool:
     if how == "merge":
         return False
     check_adapters(start.key, start.path)
-    wrong = differs(start.key, start.path, config.peft) if adapts else [f"stage.{stage} trains no adapters"]
+    if adapts:
+        wrong = differs(start.key, start.path, config.peft, chosen_config(config.llm))
+    else:
+        wrong = [f"stage.{stage} trains no adapters"]
     if wrong and how == "continue":
         raise UserError(
             f"init_adapters=continue: the adapters in {start.path} cannot be trained further with "

@@ -13,14 +13,14 @@ import torch
 from originals import write_original
 from safetensors.torch import load_file, save_file
 from tiny import TEXT, VISION, tiny_clip, tiny_llava
-from transformers import AutoModel, LlamaForCausalLM, LlavaForConditionalGeneration, PreTrainedModel
+from transformers import AutoModel, LlamaForCausalLM, PreTrainedModel
 
 from mmprune_train import load_model
 from mmprune_train.config.schema import EncoderConfig, LlmConfig, TextTowerConfig
 from mmprune_train.errors import UserError
 from mmprune_train.model import folders
 from mmprune_train.model.folders import check_folder
-from mmprune_train.model.tokenizer import tiny_tokenizer
+from mmprune_train.model.tokenizer import load_tokenizer, tiny_tokenizer
 from mmprune_train.model.weights import encoder_folder, llm_folder, text_folder
 
 SHARD = "model-00001-of-00005.safetensors"
@@ -67,8 +67,14 @@ def given_as_text(path: Path) -> None:
 
 @pytest.fixture
 def nothing_is_loaded(monkeypatch: pytest.MonkeyPatch) -> None:
-    for owner in (PreTrainedModel, LlavaForConditionalGeneration):
-        monkeypatch.setattr(owner, "from_pretrained", lambda *_, **__: pytest.fail("it was loaded"))
+    """But for outlines, whose weights are on the meta device."""
+    load = PreTrainedModel.from_pretrained.__func__
+
+    def outline(cls: type, path: object, **settings: Any) -> Any:
+        assert path is None and settings["device_map"] == "meta", "it was loaded"
+        return load(cls, path, **settings)
+
+    monkeypatch.setattr(PreTrainedModel, "from_pretrained", classmethod(outline))
 
 
 @pytest.mark.parametrize(
@@ -142,6 +148,41 @@ def index_of_another(folder: Path) -> None:
     file.write_text(json.dumps(index))
 
 
+def in_index(file: Any) -> Callable[[Path], None]:
+    def harm(folder: Path) -> None:
+        index = json.loads((folder / "model.safetensors.index.json").read_text())
+        index["weight_map"]["model.norm.weight"] = file
+        (folder / "model.safetensors.index.json").write_text(json.dumps(index))
+
+    return harm
+
+
+def in_header(**fields: Any) -> Callable[[Path], None]:
+    def harm(folder: Path) -> None:
+        data = (folder / SHARD).read_bytes()
+        length = int.from_bytes(data[:8], "little")
+        header = json.loads(data[8 : 8 + length])
+        next(entry for name, entry in header.items() if name != "__metadata__").update(fields)
+        written = json.dumps(header).encode()
+        (folder / SHARD).write_bytes(len(written).to_bytes(8, "little") + written + data[8 + length :])
+
+    return harm
+
+
+def marked(name: str) -> Callable[[Path], None]:
+    """With the byte order mark that some editors write."""
+    return lambda folder: (folder / name).write_bytes(b"\xef\xbb\xbf" + (folder / name).read_bytes()) and None
+
+
+def link(name: str, target: str) -> Callable[[Path], None]:
+    return lambda folder: (folder / name).unlink() or (folder / name).symlink_to(target)
+
+
+def whole_numbers(folder: Path) -> None:
+    for file in folder.glob("*.safetensors"):
+        save_file({name: value.to(torch.int8) for name, value in load_file(file).items()}, file)
+
+
 def one_dtype(folder: Path) -> None:
     file = sorted(folder.glob("*.safetensors"))[0]
     weights = load_file(file)
@@ -194,6 +235,24 @@ def other_files(*names: str) -> Callable[[Path], None]:
         (packed, "quantised by awq or gptq"),
         (in_config(model_type="gpt2"), "'gpt2' is not supported; supported: .*llama"),
         (in_config(num_attention_heads="many"), "config.json is no config that transformers takes"),
+        (in_config(model_type=["llama"]), "holds a model of type .'llama'., which transformers .* does not know"),
+        (in_config(hidden_act="nope"), "config.json describes no model that transformers can make .KeyError: 'nope'"),
+        (in_config(quantization_config={}), "config.json describes no model"),
+        (in_config(num_hidden_layers=5), r"missing keys: model.layers.4.* and \d+ more"),
+        (in_config(num_hidden_layers=3), r"unexpected keys: model.layers.3.* and \d+ more"),
+        (in_config(vocab_size=130), r"lm_head.weight \[128, 48\] where config.json makes it \[130, 48\]"),
+        (marked("config.json"), "config.json begins with a byte order mark"),
+        (marked("tokenizer.json"), "tokenizer.json begins with a byte order mark"),
+        (marked("generation_config.json"), "generation_config.json begins with a byte order mark"),
+        (link(SHARD, "../blobs/12"), "is a link to ../blobs/12, which is not there; copy what it leads to"),
+        (link(SHARD, SHARD), "is a link to .*, which is not there"),
+        (link("config.json", "nowhere"), "config.json is a link to nowhere"),
+        (in_index("../other.safetensors"), "names '../other.safetensors', which is no file beside it"),
+        (in_index(3), "names 3, which is no file beside it"),
+        (in_header(shape=["a"]), "safetensors is damaged .*invalid type"),
+        (in_header(dtype="ZZ"), "safetensors is damaged .*unknown variant"),
+        (in_header(data_offsets=[0]), "no safetensors header"),
+        (whole_numbers, "quantised by I8, and such weights cannot be trained"),
         (
             lambda f: (f / "tokenizer_config.json").write_text(
                 '{"tokenizer_class": "OwnTokenizer", "auto_map": {"AutoTokenizer": ["own.OwnTokenizer", null]}}'
@@ -241,3 +300,42 @@ def test_quantised_weights_may_be_evaluated_where_their_library_is(
     check_folder("ckpt", folder, "llava", trains=False)
     with pytest.raises(UserError, match="cannot be trained"):
         check_folder("init_from", folder, "llava")
+
+
+@pytest.mark.parametrize("harm", ["no weight of a layer", "another width"])
+def test_a_whole_llava_is_compared_with_its_config(
+    harm: str, whole: Path, tmp_path: Path, nothing_is_loaded: None
+) -> None:
+    folder = shutil.copytree(whole / "llava", tmp_path / "llava")
+    weights = load_file(folder / "model.safetensors")
+    name = next(name for name in weights if name.endswith("layers.1.mlp.up_proj.weight"))
+    if harm == "another width":
+        weights[name] = weights[name][:, 1:].contiguous()
+    else:
+        del weights[name]
+    save_file(weights, folder / "model.safetensors", {"format": "pt"})
+    with pytest.raises(UserError, match="^init_from: .*(missing|mismatched) keys: .*layers.1.mlp.up_proj.weight"):
+        check_folder("init_from", folder, "llava")
+
+
+@pytest.mark.parametrize(
+    ("name", "text"), [("tokenizer.json", "{}"), ("tokenizer.json", "[]"), ("special_tokens_map.json", "[1]")]
+)
+def test_tokenizer_files_that_cannot_be_read_are_told_whatever_is_wrong(
+    name: str, text: str, whole: Path, tmp_path: Path
+) -> None:
+    folder = shutil.copytree(whole / "llm", tmp_path / "llm")
+    (folder / name).write_text(text)
+    with pytest.raises(UserError, match="^llm.path: .* has no tokenizer that loads .*; copy its tokenizer files"):
+        load_tokenizer(folder)
+
+
+def test_files_that_may_not_be_read_are_named(whole: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(self: Path, *_: Any, **__: Any) -> Any:
+        raise PermissionError(13, "Permission denied")
+
+    for method in ("open", "iterdir"):
+        with monkeypatch.context() as patched:
+            patched.setattr(Path, method, refuse)
+            with pytest.raises(UserError, match="^llm.path: .* cannot be read .Permission denied."):
+                given_as_llm(whole / "llm")

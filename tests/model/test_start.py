@@ -173,6 +173,22 @@ def test_other_adapter_settings_merge_and_cannot_be_continued(sources: dict[str,
             find_start(config, "init_from", str(sources["adapters"]), "instruct")
 
 
+def test_adapters_on_a_part_of_the_llm_merge_where_the_stage_adapts_all_of_it(
+    sources: dict[str, Path], tmp_path: Path
+) -> None:
+    """Told by the names of what is adapted, before a run directory is made and the network is built."""
+    for number, (absent, words) in enumerate(
+        ((".layers.1.", "a part of the layers alone .*1.mlp.down_proj"), (".k_proj.", "target_modules=.*k_proj"))
+    ):
+        folder = shutil.copytree(sources["adapters"], tmp_path / f"{number}")
+        weights = load_file(folder / "adapter_model.safetensors")
+        kept = {name: value for name, value in weights.items() if absent not in name}
+        save_file(kept, folder / "adapter_model.safetensors", {"format": "pt"})
+        assert not find_start(config_of(), "init_from", str(folder), "instruct").goes_on
+        with pytest.raises(UserError, match=f"init_adapters=continue: .*{words}"):
+            find_start(config_of("init_adapters=continue"), "init_from", str(folder), "instruct")
+
+
 def test_adapters_find_the_model_they_belong_to(sources: dict[str, Path], tmp_path: Path) -> None:
     """By the path in their config, beside them where the run was moved, and through other adapters."""
     shutil.copytree(sources["run"], tmp_path / "moved")
@@ -274,7 +290,7 @@ def test_a_linear_projector_is_taken_up(tmp_path: Path) -> None:
     ("make", "words"),
     [
         (lambda f: None, r"there is no .*give a llava-hf folder"),
-        (lambda f: f.mkdir(), "holds no model .it has no config.json., where .* is wanted"),
+        (lambda f: f.mkdir(), "holds no model .*, where .* is wanted"),
         (lambda f: torch.save({"a": torch.ones(2)}, f), "holds no projector that is known .*found a"),
         (lambda f: torch.save([1], f), "holds a list, not weights by name"),
         (lambda f: f.write_bytes(b"PK\x03\x04 half a file"), "is cut off or damaged"),

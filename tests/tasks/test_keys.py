@@ -56,8 +56,8 @@ def test_a_key_without_effect_is_refused(task: str, arguments: list[str], words:
 @pytest.mark.parametrize(
     ("task", "arguments"),
     [
-        ("train", ["+experiment=demo", "peft.r=3", "encoder=dinov2_small", "restart=true", "evaluate.limit=3"]),
         ("train", ["init_from=x", "init_adapters=merge", "stage.instruct.init_from=y"]),
+        ("train", ["+experiment=demo", "peft.r=3", "encoder=dinov2_small", "restart=true", "evaluate.limit=3"]),
         ("generate", ["ckpt=x", "data.exif_orientation=false"]),
         ("inspect", ["ckpt=x", "data.exif_orientation=false"]),
         ("calibrate", ["ckpt=x", "encoder.text.path=x", "data.pretrain.annotations=a", "data=files"]),
