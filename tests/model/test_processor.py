@@ -124,6 +124,7 @@ def test_a_config_that_feeds_the_cls_token_counts_it(folder: Path) -> None:
         (PROCESSOR, {"patch_size": 0}, "patch_size=0 .*ZeroDivisionError.* 36 features"),
         (PROCESSOR, {"vision_feature_select_strategy": "full"}, "strategy=full .*default.* 37 image.* 36 features"),
         (CONFIG, {"image_seq_length": 35}, "config.json: image_seq_length=35.* 36 features"),
+        (CONFIG, {"vision_feature_layer": -9}, r"vision_feature_layer=-9: the encoder has hidden states -4\.\.3"),
         (CONFIG, {"image_token_index": 7}, "config.json: image_token_id is 7, but <image> is 3"),
     ],
 )
@@ -162,7 +163,7 @@ def test_a_folder_without_an_image_processor_or_with_a_broken_one_is_refused(fol
     with pytest.raises(UserError, match=r"llava: its processor .*does not load: .*image processor"):
         load_model(folder)
     (folder / PROCESSOR).write_text("{")
-    with pytest.raises(UserError, match=r"llava: its processor .*does not load"):
+    with pytest.raises(UserError, match=r"llava/processor_config.json is damaged or cut off"):
         load_model(folder)
 
 
