@@ -9,7 +9,7 @@ from PIL import Image
 from transformers import AutoProcessor, LlavaConfig, LlavaForConditionalGeneration, LlavaProcessor
 
 from mmprune_train.errors import UserError
-from mmprune_train.model.vision import embedded, family_of
+from mmprune_train.model.vision import embedded, family_of, feature_indices
 
 BLANKS = ((64, 48), (48, 64))
 """Sizes of two blank images, which a processor makes the same size."""
@@ -37,6 +37,8 @@ def load_processor(folder: Path | str, hf: LlavaForConditionalGeneration) -> Lla
         raise UserError(f"{folder}: its processor is a {type(processor).__name__}, LLaVA's is a LlavaProcessor")
     config = hf.config
     _check_image_token(processor, config, folder)
+    tower: Any = hf.model.vision_tower
+    feature_indices(config.vision_feature_layer, len(family_of(tower.config.model_type).layers(tower)))
     height, width = _prepared_size(processor, folder)
     tokens = _features(hf, height, width, folder)
     if config.image_seq_length == LlavaConfig().image_seq_length:

@@ -116,6 +116,11 @@ def check_patches(tower: Any, encoder: EncoderConfig) -> None:
 def feature_indices(feature_layer: int | list[int], blocks: int) -> list[int]:
     """The hidden states, 0 = embeddings, that are the features of an encoder with this many blocks."""
     wanted = feature_layer if isinstance(feature_layer, list) else [feature_layer]
+    if any(not -blocks - 1 <= index <= blocks for index in wanted):
+        raise UserError(
+            f"vision_feature_layer={feature_layer}: the encoder has hidden states {-blocks - 1}..{blocks}; correct "
+            "config.json"
+        )
     return [index if index >= 0 else blocks + 1 + index for index in wanted]
 
 

@@ -124,6 +124,7 @@ def test_a_config_that_feeds_the_cls_token_counts_it(folder: Path) -> None:
         (PROCESSOR, {"patch_size": 0}, "patch_size=0 .*ZeroDivisionError.* 36 features"),
         (PROCESSOR, {"vision_feature_select_strategy": "full"}, "strategy=full .*default.* 37 image.* 36 features"),
         (CONFIG, {"image_seq_length": 35}, "config.json: image_seq_length=35.* 36 features"),
+        (CONFIG, {"vision_feature_layer": -9}, r"vision_feature_layer=-9: the encoder has hidden states -4\.\.3"),
         (CONFIG, {"image_token_index": 7}, "config.json: image_token_id is 7, but <image> is 3"),
     ],
 )
