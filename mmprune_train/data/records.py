@@ -14,6 +14,12 @@ from mmprune_train.errors import UserError
 IMAGE_PLACEHOLDER = "<image>"
 KNOWN = frozenset({"id", "image", "conversations", "kind"})
 """Keys of a record. Others may hold metadata, never a picture."""
+OTHER_ROLES = {
+    "user": "write human",
+    "assistant": "write gpt",
+    "system": "write its text into the first question, or remove the message",
+}
+"""Other formats' roles, and what to do with a message of theirs."""
 
 SYSTEM = frozenset({"system", "system_prompt", "system_message"})
 """Keys under which other formats have a text for the model."""
@@ -215,7 +221,9 @@ def _turns(item: dict[str, Any], images: list[str], root: Path, wrong: Wrong, re
         if not isinstance(message, dict) or not isinstance(message.get("value"), str):
             raise wrong("a message is not {from, value} with a text value", "correct it")
         if message.get("from") not in ("human", "gpt"):
-            raise wrong(f"unknown role {_printable(repr(message.get('from')))}", "use human or gpt")
+            role = message.get("from")
+            remedy = OTHER_ROLES.get(role, "use human or gpt") if isinstance(role, str) else "use human or gpt"
+            raise wrong(f"unknown role {_printable(repr(role))}", remedy)
         text = message["value"]
         _check_text(f"message {position}", text, wrong)
         if written := foreign_placeholder(text):

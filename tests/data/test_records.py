@@ -56,7 +56,10 @@ def test_the_limit_takes_the_first_and_reads_no_further(tmp_path: Path, name: st
         ([], "must be an object"),
         ({"id": "x"}, r"`conversations` is missing"),
         ({"id": "x", "conversations": [{"from": "human"}]}, "a message is not {from, value}"),
-        ({"id": "x", "conversations": [{"from": "system", "value": "s"}]}, "unknown role 'system'; use human or gpt"),
+        (
+            {"id": "x", "conversations": [{"from": "system", "value": "s"}]},
+            "unknown role 'system'; write its text into the first",
+        ),
         ({"id": "x", "conversations": [*talk("q", "a"), *talk("b", first="gpt")]}, r"two gpt .*\(message 2\)"),
         ({"id": "x", "conversations": talk("a", first="gpt")}, "there is no question"),
         ({"id": "x", "conversations": talk("q")}, "the last question has no answer"),
