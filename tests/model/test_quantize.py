@@ -42,6 +42,7 @@ def test_cuda_and_bitsandbytes_are_all_that_it_needs(monkeypatch: pytest.MonkeyP
 
 def test_off_cuda_a_run_ends_before_anything_is_read(monkeypatch: pytest.MonkeyPatch, tmp_path) -> None:
     monkeypatch.setattr(sources, "prepare_data", lambda *_: pytest.fail("it prepared data"))
+    monkeypatch.setenv("MMPRUNE_CACHE", str(tmp_path / "cache"))  # where nothing is yet
     config = compose_config(
         ["+experiment=smoke", "peft=qlora", "peft.r=8", "trainer.accelerator=cpu", f"runs_dir={tmp_path}"]
     )
