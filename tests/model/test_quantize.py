@@ -44,11 +44,11 @@ def test_off_cuda_a_run_ends_before_anything_is_read(monkeypatch: pytest.MonkeyP
     monkeypatch.setattr(sources, "prepare_data", lambda *_: pytest.fail("it prepared data"))
     monkeypatch.setenv("MMPRUNE_CACHE", str(tmp_path / "cache"))  # where nothing is yet
     config = compose_config(
-        ["+experiment=smoke", "peft=qlora", "peft.r=8", "trainer.accelerator=cpu", f"runs_dir={tmp_path}"]
+        ["+experiment=smoke", "peft=qlora", "peft.r=8", "trainer.accelerator=cpu", f"runs_dir={tmp_path}/runs"]
     )
     with pytest.raises(UserError, match="peft=qlora: this run is without a CUDA device"):
         train.run(config)
-    assert not list(tmp_path.iterdir())
+    assert not (tmp_path / "runs").exists()
 
 
 @pytest.mark.parametrize("strategy", ["strategy=deepspeed_zero3", "stage.instruct.strategy=deepspeed_zero3"])
