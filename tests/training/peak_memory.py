@@ -20,16 +20,16 @@ def peak() -> int:
 
 if __name__ == "__main__":
     before: list[int] = []
-    build, spread = run.build, MultimodalModule.configure_model
+    begin, spread = run.begin, MultimodalModule.configure_model
 
-    def watched_build(*args: Any, **kwargs: Any) -> Any:
+    def watched_begin(*args: Any, **kwargs: Any) -> Any:
         before.append(peak())
-        return build(*args, **kwargs)
+        return begin(*args, **kwargs)
 
     def watched_spread(self: MultimodalModule) -> None:
         spread(self)
         note = Path(os.environ["PEAK_MEMORY"]) / f"rank-{self.global_rank}"
         note.write_text(str(peak() - before[0]))
 
-    run.build, MultimodalModule.configure_model = watched_build, watched_spread
+    run.begin, MultimodalModule.configure_model = watched_begin, watched_spread
     main()
