@@ -18,11 +18,11 @@ from transformers import (
 from mmprune_train.config.pruner import reads_text
 from mmprune_train.config.schema import Config
 from mmprune_train.model.adapters import merge_folder, projector_beside
-from mmprune_train.model.build import build, fresh, grown, load_llava, load_model, packed, put_together, vision_tower
+from mmprune_train.model.build import fresh, grown, load_llava, load_model, packed, put_together, vision_tower
 from mmprune_train.model.folders import ADAPTERS, LLAVA, ORIGINAL, look
 from mmprune_train.model.llava import PackedLlava
-from mmprune_train.model.original import load_projector, projector_tensors, text_config, tower_tensors
-from mmprune_train.model.outline import REPORT, complete, no_report
+from mmprune_train.model.original import BESIDE_LLM, load_projector, projector_tensors, text_config, tower_tensors
+from mmprune_train.model.outline import load_whole
 from mmprune_train.model.question import QuestionEncoder, find_question_encoder, new_question_encoder
 from mmprune_train.model.start import Start
 from mmprune_train.model.tokenizer import load_tokenizer
@@ -31,20 +31,20 @@ from mmprune_train.model.weights import encoder_folder, text_folder
 
 
 def begin(
-    config: Config, start: Start | None, dtype: torch.dtype = torch.float32, empty: bool = False
+    config: Config, start: Start | None = None, dtype: torch.dtype = torch.float32, empty: bool = False
 ) -> tuple[PackedLlava, LlavaProcessor]:
-    """The network and processor that a stage starts from.
+    """The network and processor that a stage starts from, seeded by `config.seed` where parts of them are new.
 
     Adapters that are to be trained further are not in it: they come with `load_adapters`, once the stage has put its
     own on the LLM.
 
     Args:
         start: where the weights come from; None: the base weights.
-        empty: on the meta device, to be given the weights of another process.
+        empty: on the meta device, to be given the weights of another process; a text tower is whole.
+    Raises:
+        UserError: weights are missing or do not fit.
     """
-    if start is None:
-        return build(config, dtype, empty)
-    if start.own:
+    if start is not None and start.own:
         return load_model(start.path, pruner=config.pruner, dtype=dtype, text=config.encoder.text, empty=empty)
     hf, tokenizer = _network(config, start, dtype, empty)
     return packed(config, hf, tokenizer, _question(config, start, dtype))
@@ -54,10 +54,8 @@ def _question(config: Config, start: Start | None, dtype: torch.dtype) -> Questi
     """The text tower, where stage 1 reads the question: that saved with a whole model, else the encoder's."""
     if not reads_text(config.pruner.vision):
         return None
-    while start is not None and start.kind not in (LLAVA, ORIGINAL):
-        start = start.base
-    if start is not None:
-        return find_question_encoder(start.path, config.encoder.text, dtype)
+    if whole := start and start.whole:
+        return find_question_encoder(whole.path, config.encoder.text, dtype)
     text = config.encoder.text
     return None if text is None else new_question_encoder(config.encoder, text_folder(text), dtype)
 
@@ -88,8 +86,7 @@ def _projector(start: Start) -> Tensors:
 
 def tower_of(config: Config, start: Start | None, dtype: torch.dtype = torch.float32) -> PreTrainedModel:
     """The vision tower that a stage starts with; of the LLM beside it no layer is read."""
-    while start is not None and start.kind not in (LLAVA, ORIGINAL):
-        start = start.base
+    start = start and start.whole
     if start is None:
         return vision_tower(config.encoder, encoder_folder(config.encoder), dtype)
     if start.kind == ORIGINAL:
@@ -98,10 +95,8 @@ def tower_of(config: Config, start: Start | None, dtype: torch.dtype = torch.flo
     settings.text_config.num_hidden_layers = 0
     if getattr(settings.text_config, "layer_types", None):
         settings.text_config.layer_types = []
-    with no_report():
-        hf, info = LlavaForConditionalGeneration.from_pretrained(start.path, config=settings, dtype=dtype, **REPORT)
-    extra = [name for name in info["unexpected_keys"] if "language_model" not in name]
-    complete({**info, "unexpected_keys": extra}, start.path)
+    beside = ("language_model",)
+    hf = load_whole(LlavaForConditionalGeneration, start.path, beside=beside, config=settings, dtype=dtype)
     return hf.model.vision_tower
 
 
@@ -117,10 +112,7 @@ def _from_original(
         if empty:
             language = AutoModelForCausalLM.from_config(text, dtype=dtype)
         else:
-            with no_report():
-                language, info = AutoModelForCausalLM.from_pretrained(start.path, config=text, dtype=dtype, **REPORT)
-            beside = [name for name in info["unexpected_keys"] if "mm_projector" in name or "vision_tower" in name]
-            complete({**info, "unexpected_keys": sorted(set(info["unexpected_keys"]) - set(beside))}, start.path)
+            language = load_whole(AutoModelForCausalLM, start.path, beside=BESIDE_LLM, config=text, dtype=dtype)
         hf = put_together(config, vision, grown(language, tokenizer), tokenizer)
     if not empty:
         inside = {name: entry for name, entry in tensors.items() if "mm_projector" in name}
@@ -137,9 +129,5 @@ def _tower(config: Config, inside: Tensors, start: Start, dtype: torch.dtype, em
         return AutoModel.from_config(settings, dtype=dtype)
     with torch.device("meta"):
         model_class = type(AutoModel.from_config(settings))
-    with no_report():
-        model, info = model_class.from_pretrained(
-            None, config=settings, state_dict=read_tensors(inside), dtype=dtype, **REPORT
-        )
-    complete(info, f"{start.path} (its vision tower)")
-    return model
+    source, weights = f"{start.path} (its vision tower)", read_tensors(inside)
+    return load_whole(model_class, None, source, config=settings, state_dict=weights, dtype=dtype)

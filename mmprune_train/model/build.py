@@ -22,7 +22,6 @@ from transformers import (
 )
 
 from mmprune_train.config.compose import as_saved, load_pruner
-from mmprune_train.config.pruner import reads_text
 from mmprune_train.config.pruner_schema import PrunerConfig
 from mmprune_train.config.schema import Config, EncoderConfig, LlmConfig, TextTowerConfig
 from mmprune_train.data.images import image_processor
@@ -31,18 +30,17 @@ from mmprune_train.errors import UserError
 from mmprune_train.model.conversation import converse
 from mmprune_train.model.folders import check_folder, model_folder
 from mmprune_train.model.llava import PackedLlava
-from mmprune_train.model.outline import REPORT, complete, no_report
+from mmprune_train.model.outline import load_whole
 from mmprune_train.model.processor import load_processor
 from mmprune_train.model.projector import new_projector
 from mmprune_train.model.question import (
     QuestionEncoder,
     find_question_encoder,
-    new_question_encoder,
     question_encoder_on_meta,
 )
 from mmprune_train.model.tokenizer import IMAGE_TOKEN, load_tokenizer
 from mmprune_train.model.vision import check_patches, family_of
-from mmprune_train.model.weights import encoder_folder, llm_folder, local_or_hub, text_folder
+from mmprune_train.model.weights import encoder_folder, llm_folder, local_or_hub
 from mmprune_train.pruning import Pruner
 
 VOCAB_MULTIPLE = 64
@@ -74,15 +72,10 @@ def vision_tower(cfg: EncoderConfig, folder: Path | None, dtype: torch.dtype, em
     check_patches(outline, cfg)
     if folder is None or empty:
         return AutoModel.from_config(config, dtype=dtype)
-    with no_report():
-        model, info = type(outline).from_pretrained(folder, config=config, dtype=dtype, **REPORT)
     # A whole CLIP or SigLIP folder also holds the text tower, a ViT or DINOv2 folder may hold a classifier instead of
     # ViT's pooler; this model runs none of them.
     foreign = ("text_model", "text_projection", "visual_projection", "logit_", "classifier")
-    extra = [key for key in info["unexpected_keys"] if not key.startswith(foreign)]
-    missing = [key for key in info["missing_keys"] if not key.startswith("pooler.")]
-    complete({**info, "unexpected_keys": extra, "missing_keys": missing}, folder)
-    return model
+    return load_whole(type(outline), folder, beside=foreign, absent=("pooler.",), config=config, dtype=dtype)
 
 
 def language_model(
@@ -96,9 +89,7 @@ def language_model(
         config = AutoConfig.for_model(**cfg.arch) if folder is None else AutoConfig.from_pretrained(folder)
         model = AutoModelForCausalLM.from_config(config, dtype=dtype)
     else:
-        with no_report():
-            model, info = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, **REPORT)
-        complete(info, folder)
+        model = load_whole(AutoModelForCausalLM, folder, dtype=dtype)
     return grown(model, tokenizer)
 
 
@@ -182,7 +173,7 @@ def fresh(
     """The chosen encoder and LLM with their weights, and a new projector between them; the LLM's tokenizer.
 
     Args:
-        empty: as in `build`.
+        empty: on the meta device; no weights are read or made.
     """
     folder = llm_folder(config.llm)
     tower_folder = encoder_folder(config.encoder)
@@ -220,24 +211,6 @@ def packed(
     return model, processor
 
 
-def build(
-    config: Config, dtype: torch.dtype = torch.float32, empty: bool = False
-) -> tuple[PackedLlava, LlavaProcessor]:
-    """The run's network and processor with pretrained parts and a new projector, seeded by `config.seed`.
-
-    Args:
-        empty: no weights are read or made: the same network on the meta device, to be given those of another process.
-            Its text tower, where stage 1 reads the question, is whole.
-    Raises:
-        UserError: weights are missing or do not fit.
-    """
-    hf, tokenizer = fresh(config, dtype, empty)
-    question = None
-    if reads_text(config.pruner.vision) and config.encoder.text is not None:
-        question = new_question_encoder(config.encoder, text_folder(config.encoder.text), dtype)
-    return packed(config, hf, tokenizer, question)
-
-
 def load_llava(
     folder: Path | str, dtype: torch.dtype = torch.float32, empty: bool = False
 ) -> LlavaForConditionalGeneration:
@@ -245,10 +218,7 @@ def load_llava(
     if empty:
         with torch.device("meta"):
             return LlavaForConditionalGeneration._from_config(AutoConfig.from_pretrained(folder), dtype=dtype)
-    with no_report():
-        hf, info = LlavaForConditionalGeneration.from_pretrained(folder, dtype=dtype, **REPORT)
-    complete(info, folder)
-    return hf
+    return load_whole(LlavaForConditionalGeneration, folder, dtype=dtype)
 
 
 def _template_of(processor: LlavaProcessor) -> str:
@@ -276,7 +246,7 @@ def load_model(
             (dense where it says nothing).
         text: the CLIP checkpoint that the encoder comes from, for a pruner that reads the question, where the folder
             was not trained with one and so has no text tower.
-        empty: as in `build`; `device` is left aside.
+        empty: on the meta device, to be given the weights of another process; `device` is left aside.
         key: the config key that gave `path`, for messages.
     Raises:
         UserError: no such folder, one of another kind, or its weights do not match its config key for key.

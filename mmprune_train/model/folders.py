@@ -240,13 +240,13 @@ def _said(error: Exception) -> str:
 def _check_outline(key: str, found: Folder, tensors: Tensors) -> None:
     from transformers import AutoConfig
 
-    from mmprune_train.model.original import text_config
+    from mmprune_train.model.original import BESIDE_LLM, text_config
     from mmprune_train.model.outline import check_outline
 
-    source, beside = f"{key}: {found.path}", ("mm_projector", "vision_tower", "image_newline")
+    source = f"{key}: {found.path}"
     try:
         if found.kind == ORIGINAL:
-            check_outline(source, text_config(key, found.config), tensors, beside)
+            check_outline(source, text_config(key, found.config), tensors, BESIDE_LLM)
         else:
             check_outline(source, AutoConfig.from_pretrained(found.path), tensors)
     except UserError:

@@ -18,6 +18,8 @@ TEXT_TYPES = {"llava": "llama", "llava_llama": "llama", "llava_mistral": "mistra
 LAYERS = {"mlp2x_gelu": {"0": "linear_1", "2": "linear_2"}, "linear": {"": "linear_1"}}
 """Kind of projector -> its layers in LLaVA's numbering -> in transformers' names."""
 TOWER = "vision_tower."
+BESIDE_LLM = ("mm_projector", "vision_tower", "image_newline")
+"""Parts of the names of weights that are not the language model's."""
 
 _PROJECTOR = re.compile(r"^(?:base_model\.model\.)?(?:model\.)*(?:mm_projector\.)?(?:(\d+)\.)?(weight|bias)$")
 

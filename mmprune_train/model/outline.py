@@ -16,12 +16,34 @@ from mmprune_train.errors import UserError
 from mmprune_train.model.weight_files import Tensors
 
 REPORT = {"output_loading_info": True, "ignore_mismatched_sizes": True}
-"""Let `from_pretrained` report a wrong shape as it reports wrong keys; `complete` refuses all of them."""
+"""Let `from_pretrained` report a wrong shape as it reports wrong keys."""
 FAULTS = ("missing_keys", "unexpected_keys", "mismatched_keys")
 
 
-def complete(info: Mapping[str, Any], source: object) -> None:
-    """Raise UserError unless a `from_pretrained` report is free of missing, unexpected and mismatched keys."""
+def load_whole(
+    model_class: Any,
+    folder: object,
+    source: object = None,
+    beside: tuple[str, ...] = (),
+    absent: tuple[str, ...] = (),
+    **options: Any,
+) -> Any:
+    """`model_class.from_pretrained(folder, **options)`, of which no key may be missing, left over or of another shape.
+
+    Args:
+        source: for messages; None: the folder.
+        beside: parts of names that are not of this model and may be there.
+        absent: how names begin that the folder may lack.
+    """
+    with no_report():
+        model, info = model_class.from_pretrained(folder, **options, **REPORT)
+    extra = [name for name in info["unexpected_keys"] if not any(part in name for part in beside)]
+    missing = [name for name in info["missing_keys"] if not name.startswith(absent)]
+    _complete({**info, "unexpected_keys": extra, "missing_keys": missing}, source or folder)
+    return model
+
+
+def _complete(info: Mapping[str, Any], source: object) -> None:
     for fault in FAULTS:
         if keys := sorted(map(_told, info.get(fault) or [])):
             more = f" and {len(keys) - 3} more" if len(keys) > 3 else ""
@@ -40,7 +62,7 @@ def _told(key: Any) -> str:
 
 @contextmanager
 def no_report() -> Iterator[None]:
-    """Without transformers' table of keys that do not fit: `complete` says it in a line."""
+    """Without transformers' table of keys that do not fit: `load_whole` says it in a line."""
     before = logging.get_verbosity()
     logging.set_verbosity_error()
     try:
@@ -61,10 +83,7 @@ def check_outline(source: object, config: PreTrainedConfig, tensors: Tensors, be
     bars = logging.is_progress_bar_enabled()
     logging.disable_progress_bar()  # nothing is loaded
     try:
-        with no_report():
-            _, info = model_class.from_pretrained(None, config=config, state_dict=state, device_map="meta", **REPORT)
+        load_whole(model_class, None, source, beside, config=config, state_dict=state, device_map="meta")
     finally:
         if bars:
             logging.enable_progress_bar()
-    extra = [name for name in info["unexpected_keys"] if not any(part in name for part in beside)]
-    complete({**info, "unexpected_keys": extra}, source)

@@ -17,7 +17,7 @@ from transformers import AutoConfig, AutoTokenizer, CLIPConfig, CLIPModel, PreTr
 
 from mmprune_train.config.schema import EncoderConfig, TextTowerConfig
 from mmprune_train.errors import UserError
-from mmprune_train.model.outline import REPORT, complete, no_report
+from mmprune_train.model.outline import load_whole
 from mmprune_train.model.tokenizer import tiny_tokenizer
 from mmprune_train.model.weights import text_folder
 from mmprune_train.pruning import PackedSequence
@@ -215,13 +215,12 @@ def load_question_encoder(folder: Path, dtype: torch.dtype, key: str) -> Questio
         if config.model_type != "clip":
             raise UserError(f"{key}: {folder} holds a {config.model_type}; give a CLIP checkpoint with both towers")
         config.vision_config.num_hidden_layers = 0
-        with no_report():
-            clip, info = CLIPModel.from_pretrained(folder, config=config, dtype=dtype, **REPORT)
+        clip = load_whole(CLIPModel, folder, beside=("vision_model.encoder.layers",), config=config, dtype=dtype)
         tokenizer = AutoTokenizer.from_pretrained(folder)
+    except UserError:
+        raise
     except (OSError, ValueError) as error:
         raise UserError(f"{key}: {folder} is no whole CLIP: {str(error).strip().splitlines()[0]}") from error
-    extra = [name for name in info["unexpected_keys"] if not name.startswith("vision_model.encoder.layers")]
-    complete({**info, "unexpected_keys": extra}, folder)
     return QuestionEncoder(clip, tokenizer)
 
 

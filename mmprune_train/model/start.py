@@ -58,6 +58,11 @@ class Start:
     """It is what an earlier stage of this very run has left."""
 
     @property
+    def whole(self) -> Start | None:
+        """The whole model that this is, or belongs to; None: the chosen encoder and LLM."""
+        return self if self.kind in (LLAVA, ORIGINAL) else self.base and self.base.whole
+
+    @property
     def needs(self) -> tuple[str, ...]:
         """Which of the chosen `encoder` and `llm` have to be there, too."""
         if self.kind == ADAPTERS:
@@ -74,9 +79,7 @@ class Start:
     @property
     def tokenizer(self) -> Path | None:
         """The folder of the tokenizer; None: that of the chosen LLM."""
-        if self.kind in (LLAVA, ORIGINAL):
-            return self.path
-        return self.base.tokenizer if self.base is not None else None
+        return None if self.whole is None else self.whole.path
 
     @property
     def adapted(self) -> str | None:

@@ -17,7 +17,8 @@ from mmprune_train import load_model
 from mmprune_train.config.compose import compose_config, load_pruner
 from mmprune_train.config.schema import EncoderConfig, PeftConfig
 from mmprune_train.errors import UserError
-from mmprune_train.model.build import build, build_on_meta, vision_tower
+from mmprune_train.model.begin import begin
+from mmprune_train.model.build import build_on_meta, vision_tower
 from mmprune_train.model.llava import PackedLlava
 from mmprune_train.model.peft import add_adapters, has_adapters, merge_adapters
 from mmprune_train.model.projector import match_features
@@ -30,7 +31,7 @@ PROMPT = "USER: <image>\nWhat color is the shape? ASSISTANT:"
 @pytest.fixture(scope="module")
 def smoke(tmp_path_factory: pytest.TempPathFactory) -> tuple[PackedLlava, Path]:
     """A tiny model as the smoke experiment builds it, and the folder it was saved to."""
-    model, processor = build(compose_config(["+experiment=smoke"]))
+    model, processor = begin(compose_config(["+experiment=smoke"]))
     folder = tmp_path_factory.mktemp("model")
     model.save(folder, processor)
     return model.eval(), folder
@@ -128,7 +129,7 @@ def test_paths_that_hold_no_model_are_named(tmp_path: Path) -> None:
 
 
 def test_a_linear_projector_is_one_linear_layer_and_still_loads(tmp_path: Path) -> None:
-    model, processor = build(compose_config(["+experiment=smoke", "projector=linear"]))
+    model, processor = begin(compose_config(["+experiment=smoke", "projector=linear"]))
     projector = model.hf.model.multi_modal_projector
     assert not projector.linear_2.weight.requires_grad
     features = torch.randn(5, 32)
@@ -218,7 +219,7 @@ def test_an_adapter_target_that_does_not_exist_is_named() -> None:
 
 
 def test_a_new_projector_can_start_at_unit_variance() -> None:
-    model, _ = build(compose_config(["+experiment=smoke", "projector.init=unit_variance"]))
+    model, _ = begin(compose_config(["+experiment=smoke", "projector.init=unit_variance"]))
     first = model.hf.model.multi_modal_projector.linear_1
     assert (
         float(first.weight.detach().std()) == pytest.approx(first.in_features**-0.5, rel=0.1) and not first.bias.any()
@@ -227,7 +228,7 @@ def test_a_new_projector_can_start_at_unit_variance() -> None:
 
 @pytest.mark.parametrize("name", ["linear", "mlp2x_gelu"])
 def test_a_matched_projector_speaks_at_the_scale_of_text_whatever_the_features(name: str) -> None:
-    model, _ = build(compose_config(["+experiment=smoke", "projector.init=matched", f"projector={name}"]))
+    model, _ = begin(compose_config(["+experiment=smoke", "projector.init=matched", f"projector={name}"]))
     projector = model.hf.model.multi_modal_projector
     width = projector.linear_1.in_features
     scale = torch.logspace(-2, 3, width)  # one dimension dwarfs the others, none is centred
@@ -245,7 +246,7 @@ def test_a_matched_projector_speaks_at_the_scale_of_text_whatever_the_features(n
 
 
 def test_matching_without_images_says_what_it_needs() -> None:
-    model, _ = build(compose_config(["+experiment=smoke"]))
+    model, _ = begin(compose_config(["+experiment=smoke"]))
     with pytest.raises(UserError, match="projector.init=matched needs images"):
         match_features(model.hf.model.multi_modal_projector, torch.empty(0, 32), 0.1)
 

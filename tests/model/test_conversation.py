@@ -16,7 +16,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoProcessor, Genera
 from mmprune_train import load_model
 from mmprune_train.config.compose import compose_config
 from mmprune_train.data.templates import get_template
-from mmprune_train.model.build import build
+from mmprune_train.model.begin import begin
 from mmprune_train.model.conversation import converse
 from mmprune_train.pruning import Kind
 from mmprune_train.tasks.evaluate import prompt_template
@@ -37,7 +37,7 @@ def built(
     tokenizer.save_pretrained(folder)
     if generation is not None:
         (folder / "generation_config.json").write_text(json.dumps(generation))
-    return build(compose_config(["+experiment=smoke", f"llm.path={folder}", f"llm.template={template}"]))
+    return begin(compose_config(["+experiment=smoke", f"llm.path={folder}", f"llm.template={template}"]))
 
 
 def prompt_of(processor: Any) -> list[int]:

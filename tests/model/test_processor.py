@@ -18,7 +18,8 @@ from mmprune_train import load_model
 from mmprune_train.config.compose import compose_config
 from mmprune_train.config.schema import EncoderConfig
 from mmprune_train.errors import UserError
-from mmprune_train.model.build import build, build_on_meta, vision_tower
+from mmprune_train.model.begin import begin
+from mmprune_train.model.build import build_on_meta, vision_tower
 from mmprune_train.model.inputs import pack
 from mmprune_train.model.vision import check_patches, features_of
 
@@ -30,7 +31,7 @@ PROCESSOR, CONFIG, TOKENIZER = "processor_config.json", "config.json", "tokenize
 @pytest.fixture(scope="module")
 def saved(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The smoke experiment's model as a plain llava-hf folder: CLIP, 48 pixels, patches of 8."""
-    model, processor = build(compose_config(["+experiment=smoke"]))
+    model, processor = begin(compose_config(["+experiment=smoke"]))
     folder = tmp_path_factory.mktemp("saved")
     model.hf.save_pretrained(folder)
     processor.save_pretrained(folder)

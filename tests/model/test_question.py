@@ -22,7 +22,8 @@ from mmprune_train.data.encode import Example, encode
 from mmprune_train.data.records import Record, Turn
 from mmprune_train.data.templates import get_template
 from mmprune_train.errors import UserError
-from mmprune_train.model.build import build, build_on_meta
+from mmprune_train.model.begin import begin
+from mmprune_train.model.build import build_on_meta
 from mmprune_train.model.flops import StepFlops
 from mmprune_train.model.inputs import pack
 from mmprune_train.model.llava import PackedLlava
@@ -70,7 +71,7 @@ def run(model: PackedLlava, batch: Batch) -> tuple[list[list[int]], Tensor]:
 
 
 def test_an_image_has_the_question_of_its_own_turn_in_training_and_in_a_prompt() -> None:
-    model, processor = build(compose_config(["+experiment=smoke", "pruner=cdpruner"]))
+    model, processor = begin(compose_config(["+experiment=smoke", "pruner=cdpruner"]))
     assert model.words is not None and model.annotate is not None
     turns = [Turn("<image>\nWhat color is it?", "red"), Turn("Is it round? <image>", "no"), Turn("Why?", "it is so")]
     record = Record("r", [Path("a.png"), Path("b.png")], turns, "r")
@@ -330,7 +331,7 @@ def test_a_whole_clip_checkpoint_is_read_without_its_vision_layers(tmp_path: Pat
 
 @pytest.mark.parametrize(("pruner", "bites"), [("cdpruner", "count=10"), ("recoverable", "neighbors=3")])
 def test_a_saved_model_brings_its_text_tower(pruner: str, bites: str, tmp_path: Path) -> None:
-    model, processor = build(compose_config(["+experiment=smoke", f"pruner={pruner}", f"pruner.vision.knee.{bites}"]))
+    model, processor = begin(compose_config(["+experiment=smoke", f"pruner={pruner}", f"pruner.vision.knee.{bites}"]))
     model.eval().save(tmp_path, processor)
     hf, info = LlavaForConditionalGeneration.from_pretrained(tmp_path, output_loading_info=True)
     assert not any(info[key] for key in ("missing_keys", "unexpected_keys", "mismatched_keys"))
@@ -354,7 +355,7 @@ def test_a_saved_model_brings_its_text_tower(pruner: str, bites: str, tmp_path: 
 
 
 def test_any_llava_folder_takes_a_text_tower_from_elsewhere(tmp_path: Path) -> None:
-    model, processor = build(compose_config(["+experiment=smoke", "pruner=none"]))
+    model, processor = begin(compose_config(["+experiment=smoke", "pruner=none"]))
     model.save(tmp_path / "llava", processor)
     folder = clip_folder(model.hf, tmp_path / "clip")
     chosen, _ = load_model(tmp_path / "llava", pruner="cdpruner", text=folder)

@@ -20,7 +20,6 @@ from mmprune_train.config.schema import Config
 from mmprune_train.errors import UserError
 from mmprune_train.model.adapters import load_adapters
 from mmprune_train.model.begin import begin, tower_of
-from mmprune_train.model.build import build
 from mmprune_train.model.peft import add_adapters, merge_adapters, save_adapters
 from mmprune_train.model.start import Start, find_start
 from mmprune_train.training.precision import Precision
@@ -37,7 +36,7 @@ def sources(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     """One trained-looking model in every format: `llava`, `run`, `adapters` (on base weights), `original`, ..."""
     root = tmp_path_factory.mktemp("sources")
     config = config_of()
-    model, processor = build(config)
+    model, processor = begin(config)
     add_adapters(model, config.peft)
     with torch.no_grad():
         for name, parameter in model.named_parameters():
@@ -106,7 +105,7 @@ def test_a_source_gives_all_its_weights(name: str, sources: dict[str, Path]) -> 
 def test_a_projector_stands_beside_the_chosen_encoder_and_llm(name: str, sources: dict[str, Path]) -> None:
     trained = LlavaForConditionalGeneration.from_pretrained(sources["llava"]).model.multi_modal_projector.state_dict()
     start, hf = started(config_of(), sources[name])
-    base = build(config_of())[0].hf.state_dict()
+    base = begin(config_of())[0].hf.state_dict()
     for key, value in hf.state_dict().items():
         own = trained[key.split("projector.")[1]] if "multi_modal_projector" in key else base[key]
         assert torch.equal(value, own), key
@@ -139,7 +138,7 @@ def test_adapters_are_trained_further_where_the_stage_has_the_same(
     config = config_of(*(["peft=dora", "peft.r=8", "peft.alpha=16", "peft.dropout=0"] if dora else []))
     source = sources[name]
     if dora:
-        model, _ = build(config)
+        model, _ = begin(config)
         add_adapters(model, config.peft)
         with torch.no_grad():
             for key, parameter in model.named_parameters():
@@ -201,7 +200,7 @@ def test_adapters_find_the_model_they_belong_to(sources: dict[str, Path], tmp_pa
         start, hf = started(config_of("init_adapters=merge"), folder)
         assert start.base is not None
         name = "model.language_model.layers.0.self_attn.q_proj.weight"
-        plain = build(config_of())[0].hf.state_dict()[name]
+        plain = begin(config_of())[0].hf.state_dict()[name]
         twice = expected[name] + (expected[name] - plain)  # the same adapters on what they were merged into
         torch.testing.assert_close(hf.state_dict()[name], twice, atol=1e-5, rtol=1e-5)
     (folder / "adapter_config.json").write_text(json.dumps({**told, "base_model_name_or_path": "/gone/elsewhere"}))

@@ -21,7 +21,8 @@ from mmprune_train.data.batch import collate
 from mmprune_train.data.records import Record
 from mmprune_train.errors import UserError
 from mmprune_train.evaluation.calibration import draw_records
-from mmprune_train.model.build import build, load_model
+from mmprune_train.model.begin import begin
+from mmprune_train.model.build import load_model
 from mmprune_train.model.llava import PackedLlava
 from mmprune_train.tasks import calibrate, train
 from mmprune_train.training.files import read_jsonl
@@ -107,7 +108,7 @@ def test_passes_that_stop_at_the_last_pruned_layer_count_what_whole_ones_do(root
     more = ["calibrate.measure=layer_mean", "calibrate.target=null", "calibrate.images=1000", "pruner.language.layer=1"]
     result, _ = calibrated(root, tmp_path, *more)
     config = compose_config([*overrides(root, tmp_path), *more[3:], "stage.instruct.group_by_modality=false"])
-    model, processor = build(config)
+    model, processor = begin(config)
     model.eval()
     loader = stage_loader(config, "instruct", processor.tokenizer, model.config.image_seq_length, rank=0, world=1)
     kept = dense = 0.0

@@ -63,9 +63,9 @@ def test_pretraining_moves_the_projector_alone_and_instruction_tuning_goes_on_fr
     finished: tuple[Config, dict, Path],
 ) -> None:
     config, _, folder = finished
-    from mmprune_train.model.build import build
+    from mmprune_train.model.begin import begin
 
-    base = dict(build(config)[0].hf.named_parameters())
+    base = dict(begin(config)[0].hf.named_parameters())
     first = dict(load_model(folder / "pretrain" / "model")[0].hf.named_parameters())
     second = dict(load_model(folder / "instruct" / "model")[0].hf.named_parameters())
     assert base.keys() == first.keys() == second.keys()

@@ -14,7 +14,8 @@ from training.synthetic import overrides
 from mmprune_train.config.checks import STRATEGIES
 from mmprune_train.config.compose import compose_config
 from mmprune_train.errors import UserError
-from mmprune_train.model.build import build, load_model
+from mmprune_train.model.begin import begin
+from mmprune_train.model.build import load_model
 from mmprune_train.model.llava import PackedLlava
 from mmprune_train.training.precision import Precision
 from mmprune_train.training.run import make_trainable
@@ -96,8 +97,8 @@ def described(model: PackedLlava) -> dict[str, tuple]:
 def test_an_empty_network_is_the_same_without_memory(chosen: list[str], tmp_path: Path) -> None:
     config = compose_config([*overrides(tmp_path, tmp_path), *chosen])
     half = Precision(torch.bfloat16, "")
-    whole, processor = build(config)
-    empty, _ = build(config, empty=True)
+    whole, processor = begin(config)
+    empty, _ = begin(config, empty=True)
     for model in (whole, empty):
         make_trainable(model, config, "instruct", half)
     assert described(empty) == described(whole)
@@ -106,7 +107,7 @@ def test_an_empty_network_is_the_same_without_memory(chosen: list[str], tmp_path
     for model in (whole, empty):
         assert (model.hf.lm_head.weight is model.hf.model.language_model.embed_tokens.weight) == tied
 
-    fresh, _ = build(config)
+    fresh, _ = begin(config)
     fresh.save(tmp_path / "model", processor)
     loaded, _ = load_model(tmp_path / "model")
     hollow, _ = load_model(tmp_path / "model", empty=True)
