@@ -48,9 +48,9 @@ def task_usage(name: str) -> str:
     task = task_named(name)
     lines = textwrap.wrap(f"task={name} writes {task.writes}", 112, break_on_hyphens=False)
     lines += ["", f"It does: {task.help}", "", "Keys it reads:"]
-    sections = []
+    sections, keys = [], set(all_keys())
     for reads in task.reads or ():
-        first, *below = describe(reads) if reads in KEYS else [Key(reads, None, "", True)]
+        first, *below = describe(reads) if reads in keys else [Key(reads, None, "", True)]
         if first.section and reads not in OWN:
             sections.append(reads)
             continue
@@ -63,7 +63,7 @@ def task_usage(name: str) -> str:
         lines += textwrap.wrap(
             f"and those of {', '.join(sections)} (--cfg job prints them)", initial_indent="  ", subsequent_indent="  "
         )
-    more = [reads for reads in task.without_ckpt if reads not in (task.reads or ()) and reads in KEYS]
+    more = [reads for reads in task.without_ckpt if reads not in (task.reads or ()) and reads in keys]
     if more:
         says = f"without ckpt= also {', '.join(more)}: they say what is built, or which run is meant"
         lines += textwrap.wrap(says, 112, initial_indent="  ", subsequent_indent="  ")
@@ -74,7 +74,6 @@ def task_usage(name: str) -> str:
 
 OWN = ("evaluate", "generate", "bench", "calibrate", "plan", "report", "sweep")
 """Sections whose keys are told one by one."""
-KEYS = frozenset(all_keys())
 
 
 def _value(default: object) -> str:

@@ -16,7 +16,7 @@ from transformers import PreTrainedTokenizerBase
 from mmprune_train.data.encode import tokenise
 from mmprune_train.data.records import IMAGE_PLACEHOLDER, Turn
 from mmprune_train.data.templates import Template, lead_spans
-from mmprune_train.data.tokens import Pieces, bos_prefix, special_pattern, special_tokens
+from mmprune_train.data.tokens import Pieces, special_pattern
 from mmprune_train.pruning.packed import Kind
 
 _PROBES = tuple(Turn(text, "So.") for text in ("Why?", f"{IMAGE_PLACEHOLDER}\nWhy?", IMAGE_PLACEHOLDER, ""))
@@ -33,10 +33,10 @@ class Annotator:
         self._tokenizer = tokenizer
         self._pieces = Pieces(tokenizer)
         self._image_id = image_token_id
-        self._special_ids = np.array(sorted(special_tokens(tokenizer)))
+        self._special_ids = template.rules.special
         self._special_text = special_pattern(tokenizer)
         self._special = re.compile(self._special_text.pattern.encode())
-        self._bos = b"".join(self._pieces(bos_prefix(tokenizer)))
+        self._bos = b"".join(self._pieces(template.rules.bos))
         self._image_gap = re.compile(re.escape(IMAGE_PLACEHOLDER.encode()) + rb"(\s+)")
         self._header = self._question = self._answer = None
         if marks := template.marks:
@@ -111,7 +111,7 @@ class Annotator:
         found: set[bytes] = set()
         for turn in _PROBES:
             spans = template.spans([turn, turn])
-            ids, owner = tokenise(spans, self._tokenizer)
+            ids, owner = tokenise(spans, template)
             parts = [b""] * len(spans)
             for number, piece in zip(owner.tolist(), self._pieces(ids.tolist()), strict=True):
                 parts[number] += piece

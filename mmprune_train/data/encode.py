@@ -12,7 +12,6 @@ from transformers import PreTrainedTokenizerBase
 
 from mmprune_train.data.records import IMAGE_PLACEHOLDER, Record
 from mmprune_train.data.templates import Span, Template
-from mmprune_train.data.tokens import bos_prefix, greedy_tokens, special_tokens
 from mmprune_train.errors import UserError
 from mmprune_train.pruning.packed import IGNORE, Kind
 
@@ -54,18 +53,18 @@ def encode(
         spans = template.spans(record.turns)
     except UserError as error:
         raise UserError(f"{record.where} (id {record.id}): {error}") from None
-    written, owner = tokenise(spans, tokenizer)
+    written, owner = tokenise(spans, template)
     image_id = int(tokenizer.convert_tokens_to_ids(IMAGE_PLACEHOLDER))
     span_kind = np.array([int(span.kind) for span in spans])
     span_turn = np.array([span.turn for span in spans])
     supervised = np.array([span.supervised for span in spans])[owner]  # [S]
-    special = np.isin(written, list(special_tokens(tokenizer)))
+    special = np.isin(written, template.rules.special)
     visual = (written == image_id) & ~supervised
     kinds = np.where(special & ~supervised, int(Kind.SPECIAL), span_kind[owner])
     kinds = np.where(visual, int(Kind.VISUAL), kinds)
     trained = np.where(supervised, written, IGNORE)
 
-    bos = bos_prefix(tokenizer)
+    bos = template.rules.bos
     head = len(bos)
     columns = np.stack([written, kinds, span_turn[owner], trained])  # [4, S]
     prefix = np.array([bos, [int(Kind.SPECIAL)] * head, [0] * head, [IGNORE] * head]).reshape(4, head)
@@ -78,17 +77,19 @@ def encode(
     return example
 
 
-def tokenise(spans: Sequence[Span], tokenizer: PreTrainedTokenizerBase) -> tuple[np.ndarray, np.ndarray]:
+def tokenise(spans: Sequence[Span], template: Template) -> tuple[np.ndarray, np.ndarray]:
     """Ids of the joined spans and the span of each token, both [S]."""
     text = "".join(span.text for span in spans)
-    encoding = tokenizer(
+    encoding = template.tokenizer(
         text, add_special_tokens=False, return_offsets_mapping=True, return_attention_mask=False, verbose=False
     )
     ids = np.array(encoding["input_ids"], dtype=np.int64)
     starts, stops = np.array(encoding["offset_mapping"], dtype=np.int64).reshape(-1, 2).T
     last = np.clip(stops - 1, 0, None)
-    greedy = greedy_tokens(tokenizer)
-    for place in np.flatnonzero(np.isin(ids, list(greedy))):  # takes spaces of the span behind it, or before it
+    greedy = template.rules.greedy
+    for place in (
+        np.flatnonzero(np.isin(ids, list(greedy))) if greedy else ()
+    ):  # takes spaces of the span behind it, or before it
         content = greedy[int(ids[place])]
         found = text.find(content, starts[place], stops[place])
         last[place] = found + len(content) - 1 if found >= 0 else last[place]

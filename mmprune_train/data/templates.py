@@ -25,7 +25,7 @@ from typing import Protocol
 from transformers import PreTrainedTokenizerBase
 
 from mmprune_train.data.records import IMAGE_PLACEHOLDER, Turn
-from mmprune_train.data.tokens import bos_prefix, gap_of, special_pattern
+from mmprune_train.data.tokens import Rules, gap_of, rules_of, special_pattern
 from mmprune_train.errors import UserError
 from mmprune_train.pruning.packed import Kind
 
@@ -62,6 +62,7 @@ class Marks:
 
 class Template(Protocol):
     tokenizer: PreTrainedTokenizerBase
+    rules: Rules
     marks: Marks | None
     """None: a text has no parts to tell apart (`plain`)."""
     end: str
@@ -123,6 +124,7 @@ class _Rendered:
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase) -> None:
         self.tokenizer = tokenizer
+        self.rules = rules_of(tokenizer)
 
     def spans(self, turns: Sequence[Turn]) -> list[Span]:
         raise NotImplementedError
@@ -250,7 +252,7 @@ class ChatTemplate(_Rendered):
     @property
     def _added_bos(self) -> str:
         """The BOS that the tokenizer puts before any text, which the template must not write, too."""
-        return "".join(self.tokenizer.convert_ids_to_tokens(bos_prefix(self.tokenizer)))
+        return "".join(self.tokenizer.convert_ids_to_tokens(self.rules.bos))
 
     def _literals(self, turns: int) -> list[str]:
         """The 2 * turns + 1 pieces of template text around the questions and answers of a conversation."""

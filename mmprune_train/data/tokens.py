@@ -4,11 +4,32 @@ from __future__ import annotations
 
 import json
 import re
+from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any
 
+import numpy as np
 from tokenizers import Tokenizer
 from transformers import PreTrainedTokenizerBase
+
+
+@dataclass(frozen=True)
+class Rules:
+    """What a tokenizer does on its own, found once for all samples."""
+
+    bos: list[int]
+    """Ids that it puts before a text."""
+    special: np.ndarray
+    """Ids of its special tokens."""
+    greedy: dict[int, str]
+    """id -> text of the added tokens that swallow white space beside them, as Phi-3's turn marks do."""
+
+
+def rules_of(tokenizer: PreTrainedTokenizerBase) -> Rules:
+    """Of a tokenizer that is not changed afterwards."""
+    added = tokenizer.added_tokens_decoder.items()
+    greedy = {int(id): token.content for id, token in added if token.rstrip or token.lstrip}
+    return Rules(bos_prefix(tokenizer), np.array(sorted(special_tokens(tokenizer))), greedy)
 
 
 def bos_prefix(tokenizer: PreTrainedTokenizerBase) -> list[int]:
@@ -47,12 +68,6 @@ def special_tokens(tokenizer: PreTrainedTokenizerBase) -> dict[int, str]:
     word = {tokenizer.unk_token_id} - {tokenizer.bos_token_id, tokenizer.eos_token_id}
     added = tokenizer.added_tokens_decoder.items()
     return {int(id): token.content for id, token in added if token.special and id not in word}
-
-
-def greedy_tokens(tokenizer: PreTrainedTokenizerBase) -> dict[int, str]:
-    """id -> text of the added tokens that swallow white space beside them, as Phi-3's turn marks do."""
-    added = tokenizer.added_tokens_decoder.items()
-    return {int(id): token.content for id, token in added if token.rstrip or token.lstrip}
 
 
 def special_pattern(tokenizer: PreTrainedTokenizerBase) -> re.Pattern[str]:

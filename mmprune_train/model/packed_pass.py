@@ -79,8 +79,7 @@ class PackedPass(ImageSide):
                 encoder does not run, not even for a batch without images.
         """
         dense, dense_visual = self._count(sequence)
-        rows = list(sequence.ids.split(dense.tolist()))
-        asked, encoded = None, 0
+        ids, asked, encoded = sequence.ids, None, 0
         if patches is None and pixel_values is not None and len(pixel_values):
             if self.question is not None:
                 assert self.words is not None, "question without words"
@@ -115,7 +114,7 @@ class PackedPass(ImageSide):
             )
         hidden = self._embed(sequence, projected, row_of)
         if cache is not None and cache.prompt_is_in:
-            sequence, hidden = self._run_turn(sequence, hidden, rows, cache)
+            sequence, hidden = self._run_turn(sequence, hidden, list(ids.split(dense.tolist())), cache)
         else:
             sequence, hidden = self._run_layers(replace(sequence, entry=sequence.within()), hidden, trace, cache)
         supervised = (sequence.target != IGNORE).nonzero().squeeze(1)

@@ -111,17 +111,21 @@ def check_sources(config: Config, run: RunDirectory) -> None:
 
 def with_advice(error: UserError, run: RunDirectory, stage: str, file: Path) -> UserError:
     """What ended a stage while it trained, with what may be changed before it goes on, where it has a checkpoint."""
-    steps = [int(path.stem.removeprefix("step-")) for path in _checkpoints(run, stage)]
-    if not steps:
+    from mmprune_train.training.checkpoint_files import step_of
+
+    begun = _checkpoints(run, stage)
+    if not begun:
         return error
     return UserError(
-        f"{error}\nThe same command goes on after step {max(steps)}, also with other image files; with a changed "
-        f"{file.name} it does not: {ASIDE}"
+        f"{error}\nThe same command goes on after step {step_of(begun[-1])}, also with other image files; with a "
+        f"changed {file.name} it does not: {ASIDE}"
     )
 
 
 def _checkpoints(run: RunDirectory, stage: str) -> list[Path]:
-    return list((run.stage(stage) / "checkpoints").glob("step-*.ckpt"))
+    from mmprune_train.training.checkpoint_files import all_checkpoints  # imports torch, which a finished run need not
+
+    return all_checkpoints(run.stage(stage) / "checkpoints")
 
 
 def _names(tree: Any) -> Iterator[str]:
