@@ -14,7 +14,7 @@ from mmprune_train.config.schema import EncoderConfig
 from mmprune_train.data.encode import Example, encode
 from mmprune_train.data.images import image_processor
 from mmprune_train.data.records import Turn
-from mmprune_train.data.templates import get_template, template_name
+from mmprune_train.data.templates import ChatTemplate, get_template, template_name
 from mmprune_train.errors import UserError
 from mmprune_train.model.tokenizer import tiny_tokenizer
 from mmprune_train.pruning.packed import IGNORE
@@ -32,11 +32,17 @@ def setup(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFacto
         patch_size=8,
         vision_feature_select_strategy="default",
         num_additional_image_tokens=1,
-        chat_template=get_template(name, tokenizer).chat_template,
+        chat_template=chat_template(name, tokenizer).chat_template,
     )
     folder = tmp_path_factory.mktemp("folder")
     processor.save_pretrained(folder)
     return request.param, AutoProcessor.from_pretrained(folder)
+
+
+def chat_template(name: str, tokenizer: Any) -> ChatTemplate:
+    template = get_template(name, tokenizer)
+    assert isinstance(template, ChatTemplate)
+    return template
 
 
 def trained(name: str, turns: list[Turn]) -> Example:
@@ -87,28 +93,27 @@ def test_the_template_is_known_again_and_is_saved_again_unchanged(setup: tuple[s
     name, processor = setup
     template, tokenizer = SETUPS[name]
     assert template_name(processor.chat_template) == template
-    again = get_template(template, processor.tokenizer)
-    assert again.chat_template == processor.chat_template  # type: ignore[attr-defined]
+    again = chat_template(template, processor.tokenizer)
+    assert again.chat_template == processor.chat_template
     before, after = get_template(template, tokenizer).spans(MANY.turns), again.spans(MANY.turns)
     assert [(s.text, s.supervised) for s in before] == [(s.text, s.supervised) for s in after]
 
 
 def test_a_system_message_stands_where_the_template_puts_it() -> None:
     messages = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "What?"}]
-    v1, chat = get_template("v1", tiny_tokenizer()), get_template("chat", styled("chatml"))
+    v1, chat = chat_template("v1", tiny_tokenizer()), chat_template("chat", styled("chatml"))
     for template, expected in (
         (v1, "Be brief. USER: What? ASSISTANT:"),
         (chat, "<|im_start|>system\nBe brief.<|im_end|>\n<|im_start|>user\nWhat?<|im_end|>\n<|im_start|>assistant\n"),
     ):
-        saved = template.chat_template  # type: ignore[attr-defined]
         text = template.tokenizer.apply_chat_template(
-            messages, chat_template=saved, tokenize=False, add_generation_prompt=True
+            messages, chat_template=template.chat_template, tokenize=False, add_generation_prompt=True
         )
         assert text == expected
 
 
 def test_what_the_model_cannot_read_is_refused() -> None:
-    saved = get_template("v1", tiny_tokenizer()).chat_template  # type: ignore[attr-defined]
+    saved = chat_template("v1", tiny_tokenizer()).chat_template
     video = [{"role": "user", "content": [{"type": "video"}, {"type": "text", "text": "what?"}]}]
     with pytest.raises(Exception, match="images and text, not video"):
         tiny_tokenizer().apply_chat_template(video, chat_template=saved, tokenize=False)
@@ -116,7 +121,7 @@ def test_what_the_model_cannot_read_is_refused() -> None:
 
 def test_another_template_than_the_saved_one_is_not_taken_for_the_tokenizers_own(tmp_path: Path) -> None:
     tokenizer = styled("chatml")
-    tokenizer.chat_template = get_template("v1", tokenizer).chat_template  # type: ignore[attr-defined]
+    tokenizer.chat_template = chat_template("v1", tokenizer).chat_template
     with pytest.raises(UserError, match="was saved with template v1"):
         get_template("chat", tokenizer)
 

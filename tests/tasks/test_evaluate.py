@@ -6,7 +6,6 @@ import io
 import json
 import os
 import shutil
-import sys
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -14,7 +13,6 @@ from pathlib import Path
 import pytest
 from training.synthetic import entry, overrides, write_dataset
 
-from mmprune_train.__main__ import main
 from mmprune_train.config.compose import compose_config, load_pruner
 from mmprune_train.config.identity import run_of
 from mmprune_train.config.schema import SplitConfig
@@ -48,23 +46,6 @@ def run(root: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     runs = tmp_path_factory.mktemp("runs")
     train.run(compose_config([*overrides(root, runs), *ASKED]))
     return runs / "smoke" / "t"
-
-
-@pytest.fixture
-def mmprune(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> Command:
-    """`mmprune("task=evaluate", ...)`: exit code, stdout and stderr, in a folder of its own."""
-    monkeypatch.chdir(tmp_path)
-
-    def start(*arguments: str) -> tuple[int, str, str]:
-        monkeypatch.setattr(sys, "argv", ["mmprune", *arguments])
-        code = 0
-        try:
-            main()
-        except SystemExit as end:
-            code = int(end.code or 0)
-        return (code, *capfd.readouterr())
-
-    return start
 
 
 def refused(done: tuple[int, str, str], *words: str) -> bool:

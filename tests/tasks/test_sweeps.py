@@ -9,6 +9,7 @@ import subprocess
 import sys
 from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from types import ModuleType
 
@@ -17,7 +18,6 @@ import yaml
 from training.synthetic import overrides as smoke_on
 from training.synthetic import write_dataset
 
-from mmprune_train.__main__ import main
 from mmprune_train.config.checks import check
 from mmprune_train.config.compose import compose_config, load_pruner
 from mmprune_train.config.paths import conf_dir, options
@@ -44,24 +44,13 @@ def scored(config: Config) -> dict:
 
 
 @pytest.fixture
-def sweep(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> Sweep:
+def sweep(monkeypatch: pytest.MonkeyPatch, mmprune: Sweep) -> Sweep:
     """`sweep("knee=a,b", ...)`: exit code, stdout and stderr of `-m +experiment=smoke ...` with the task above."""
     fake = ModuleType("fake_task")
     fake.run = scored
     monkeypatch.setitem(sys.modules, "fake_task", fake)
     monkeypatch.setitem(TASKS, "train", Task("fake_task:run", ""))
-    monkeypatch.chdir(tmp_path)
-
-    def start(*arguments: str) -> tuple[int, str, str]:
-        monkeypatch.setattr(sys, "argv", ["mmprune", "-m", "+experiment=smoke", *arguments])
-        code = 0
-        try:
-            main()
-        except SystemExit as end:
-            code = int(end.code or 0)
-        return (code, *capfd.readouterr())
-
-    return start
+    return partial(mmprune, "-m", "+experiment=smoke")
 
 
 def directory() -> Path:

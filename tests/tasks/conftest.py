@@ -1,0 +1,30 @@
+"""The command line, run inside the tests' process."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from mmprune_train.__main__ import main
+
+Command = Callable[..., tuple[int, str, str]]
+
+
+@pytest.fixture
+def mmprune(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> Command:
+    """`mmprune("task=evaluate", ...)`: exit code, stdout and stderr, in a folder of its own."""
+    monkeypatch.chdir(tmp_path)
+
+    def start(*arguments: str) -> tuple[int, str, str]:
+        monkeypatch.setattr(sys, "argv", ["mmprune", *arguments])
+        code = 0
+        try:
+            main()
+        except SystemExit as end:
+            code = int(end.code or 0)
+        return (code, *capfd.readouterr())
+
+    return start
