@@ -17,17 +17,23 @@ from transformers import (
 
 from mmprune_train.config.pruner import reads_text
 from mmprune_train.config.schema import Config
-from mmprune_train.model.adapters import merge_folder, projector_beside
 from mmprune_train.model.build import fresh, grown, load_llava, load_model, packed, put_together, vision_tower
-from mmprune_train.model.folders import ADAPTERS, LLAVA, ORIGINAL, look
 from mmprune_train.model.llava import PackedLlava
-from mmprune_train.model.original import BESIDE_LLM, load_projector, projector_tensors, text_config, tower_tensors
-from mmprune_train.model.outline import load_whole
 from mmprune_train.model.question import QuestionEncoder, find_question_encoder, new_question_encoder
-from mmprune_train.model.start import Start
 from mmprune_train.model.tokenizer import load_tokenizer
-from mmprune_train.model.weight_files import Tensors, read_tensors, tensors_of, weights_of
-from mmprune_train.model.weights import encoder_folder, text_folder
+from mmprune_train.model.weights.adapters import merge_folder, projector_beside
+from mmprune_train.model.weights.files import Tensors, read_tensors, tensors_of, weights_of
+from mmprune_train.model.weights.folders import ADAPTERS, LLAVA, ORIGINAL, look
+from mmprune_train.model.weights.original import (
+    BESIDE_LLM,
+    load_projector,
+    projector_tensors,
+    text_config,
+    tower_tensors,
+)
+from mmprune_train.model.weights.outline import load_whole
+from mmprune_train.model.weights.places import encoder_folder, text_folder
+from mmprune_train.model.weights.start import Start
 
 
 def begin(

@@ -28,9 +28,7 @@ from mmprune_train.data.images import image_processor
 from mmprune_train.data.templates import template_name
 from mmprune_train.errors import UserError
 from mmprune_train.model.conversation import converse
-from mmprune_train.model.folders import check_folder, model_folder
 from mmprune_train.model.llava import PackedLlava
-from mmprune_train.model.outline import load_whole
 from mmprune_train.model.processor import load_processor
 from mmprune_train.model.projector import new_projector
 from mmprune_train.model.question import (
@@ -40,7 +38,9 @@ from mmprune_train.model.question import (
 )
 from mmprune_train.model.tokenizer import IMAGE_TOKEN, load_tokenizer
 from mmprune_train.model.vision import check_patches, family_of
-from mmprune_train.model.weights import encoder_folder, llm_folder, local_or_hub
+from mmprune_train.model.weights.folders import check_folder, model_folder
+from mmprune_train.model.weights.outline import load_whole
+from mmprune_train.model.weights.places import encoder_folder, llm_folder, local_or_hub
 from mmprune_train.pruning import Pruner
 
 VOCAB_MULTIPLE = 64

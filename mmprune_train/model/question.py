@@ -17,9 +17,9 @@ from transformers import AutoConfig, AutoTokenizer, CLIPConfig, CLIPModel, PreTr
 
 from mmprune_train.config.schema import EncoderConfig, TextTowerConfig
 from mmprune_train.errors import UserError
-from mmprune_train.model.outline import load_whole
 from mmprune_train.model.tokenizer import tiny_tokenizer
-from mmprune_train.model.weights import text_folder
+from mmprune_train.model.weights.outline import load_whole
+from mmprune_train.model.weights.places import text_folder
 from mmprune_train.pruning import PackedSequence
 from mmprune_train.pruning.host import take, upload
 from mmprune_train.pruning.scores import VisionView, full_precision

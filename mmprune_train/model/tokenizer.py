@@ -8,7 +8,7 @@ from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, 
 from transformers import AutoTokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 from mmprune_train.errors import UserError
-from mmprune_train.model.outline import no_report
+from mmprune_train.model.weights.outline import no_report
 
 IMAGE_TOKEN = "<image>"
 VOCABULARY = 512

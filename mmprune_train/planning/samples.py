@@ -17,9 +17,9 @@ from mmprune_train.data.records import IMAGE_PLACEHOLDER, Record, read_records
 from mmprune_train.data.sources import data_root
 from mmprune_train.data.templates import get_template
 from mmprune_train.errors import NotHere
-from mmprune_train.model.start import first_start, locate
 from mmprune_train.model.tokenizer import load_tokenizer
-from mmprune_train.model.weights import llm_folder
+from mmprune_train.model.weights.places import llm_folder
+from mmprune_train.model.weights.start import first_start, locate
 from mmprune_train.pruning import IGNORE, Kind
 from mmprune_train.training.inputs import template_of
 

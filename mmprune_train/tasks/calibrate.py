@@ -34,8 +34,8 @@ from mmprune_train.evaluation.calibration import (
 )
 from mmprune_train.model.begin import begin, tower_of
 from mmprune_train.model.llava import PackedLlava
-from mmprune_train.model.start import first_start
 from mmprune_train.model.vision import encode
+from mmprune_train.model.weights.start import first_start
 from mmprune_train.pruning import Pruner
 from mmprune_train.pruning.calibration import ScoredImages, knob_of
 from mmprune_train.quiet import quiet

@@ -114,10 +114,10 @@ def _look_for_data(search: Search, config: Config, splits: Sequence[str]) -> Non
 
 
 def _look_for_weights(search: Search, config: Config, todo: Sequence[str]) -> None:
-    from mmprune_train.model.folders import ADAPTERS
-    from mmprune_train.model.start import Start, first_start
     from mmprune_train.model.tokenizer import load_tokenizer
-    from mmprune_train.model.weights import llm_folder, text_folder
+    from mmprune_train.model.weights.folders import ADAPTERS
+    from mmprune_train.model.weights.places import llm_folder, text_folder
+    from mmprune_train.model.weights.start import Start, first_start
     from mmprune_train.training.starts import begins_anew, parts_of, start_of
 
     directory = None if config.restart else RunDirectory(run_dir(config), writable=False)
@@ -163,7 +163,7 @@ def _fitting_tower(config: Config, fetch: bool) -> Path | None:
     import torch
 
     from mmprune_train.model.build import vision_tower
-    from mmprune_train.model.weights import encoder_folder
+    from mmprune_train.model.weights.places import encoder_folder
 
     folder = encoder_folder(config.encoder, fetch)
     with torch.device("meta"):

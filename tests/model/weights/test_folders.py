@@ -18,10 +18,10 @@ from transformers import AutoModel, LlamaForCausalLM, PreTrainedModel
 from mmprune_train import load_model
 from mmprune_train.config.schema import EncoderConfig, LlmConfig, TextTowerConfig
 from mmprune_train.errors import UserError
-from mmprune_train.model import folders
-from mmprune_train.model.folders import check_folder
 from mmprune_train.model.tokenizer import load_tokenizer, tiny_tokenizer
-from mmprune_train.model.weights import encoder_folder, llm_folder, text_folder
+from mmprune_train.model.weights import folders
+from mmprune_train.model.weights.folders import check_folder
+from mmprune_train.model.weights.places import encoder_folder, llm_folder, text_folder
 
 SHARD = "model-00001-of-00005.safetensors"
 """Of the LLM below."""

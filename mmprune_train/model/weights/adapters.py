@@ -13,10 +13,10 @@ from transformers import AutoModelForCausalLM, LlavaForConditionalGeneration, Pr
 
 from mmprune_train.config.schema import PeftConfig
 from mmprune_train.errors import UserError
-from mmprune_train.model.folders import ADAPTER_CONFIG
-from mmprune_train.model.original import projector_tensors
 from mmprune_train.model.peft import ADAPTER_FILE, PROJECTOR_FILE, fold, linear_names
-from mmprune_train.model.weight_files import Tensors, read_config, read_tensors, tensors_of
+from mmprune_train.model.weights.files import Tensors, read_config, read_tensors, tensors_of
+from mmprune_train.model.weights.folders import ADAPTER_CONFIG
+from mmprune_train.model.weights.original import projector_tensors
 
 ADAPTER_BIN, NON_LORA = "adapter_model.bin", "non_lora_trainables.bin"
 _NAME = re.compile(r"^(.*?)(layers\.\d+\..+?\.(?:lora_A|lora_B|lora_magnitude_vector))(?:\.default)?(?:\.weight)?$")

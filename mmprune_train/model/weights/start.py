@@ -8,9 +8,11 @@ from pathlib import Path
 
 from mmprune_train.config.schema import Config
 from mmprune_train.errors import UserError
-from mmprune_train.model.adapters import adapter_tensors, check_adapters, differs, projector_beside
-from mmprune_train.model.fit import check_fit, chosen_config
-from mmprune_train.model.folders import (
+from mmprune_train.model.tokenizer import load_tokenizer
+from mmprune_train.model.weights.adapters import adapter_tensors, check_adapters, differs, projector_beside
+from mmprune_train.model.weights.files import tensors_of, weights_of
+from mmprune_train.model.weights.fit import check_fit, chosen_config
+from mmprune_train.model.weights.folders import (
     ADAPTERS,
     KEYS_OF,
     LANGUAGE,
@@ -25,10 +27,8 @@ from mmprune_train.model.folders import (
     model_folder,
     unfit,
 )
-from mmprune_train.model.original import tower_tensors
-from mmprune_train.model.tokenizer import load_tokenizer
-from mmprune_train.model.weight_files import tensors_of, weights_of
-from mmprune_train.model.weights import local_or_hub
+from mmprune_train.model.weights.original import tower_tensors
+from mmprune_train.model.weights.places import local_or_hub
 
 SOURCES = (
     "a llava-hf folder, a run directory, an exported folder, a stage's adapters/, an original LLaVA checkpoint or a "

@@ -10,11 +10,11 @@ from transformers import AutoConfig, PreTrainedConfig
 
 from mmprune_train.config.schema import Config, EncoderConfig, LlmConfig
 from mmprune_train.errors import UserError
-from mmprune_train.model.folders import ADAPTERS, LLAVA, ORIGINAL, PROJECTOR, Folder
-from mmprune_train.model.original import projector_tensors, text_config, tower_tensors, unsupported
 from mmprune_train.model.tokenizer import IMAGE_TOKEN, load_tokenizer
 from mmprune_train.model.vision import feature_indices
-from mmprune_train.model.weight_files import Tensors, read_config
+from mmprune_train.model.weights.files import Tensors, read_config
+from mmprune_train.model.weights.folders import ADAPTERS, LLAVA, ORIGINAL, PROJECTOR, Folder
+from mmprune_train.model.weights.original import projector_tensors, text_config, tower_tensors, unsupported
 
 TEXT = (
     *("model_type", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads"),

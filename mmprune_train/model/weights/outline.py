@@ -13,7 +13,7 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 from transformers.utils import logging
 
 from mmprune_train.errors import UserError
-from mmprune_train.model.weight_files import Tensors
+from mmprune_train.model.weights.files import Tensors
 
 REPORT = {"output_loading_info": True, "ignore_mismatched_sizes": True}
 """Let `from_pretrained` report a wrong shape as it reports wrong keys."""

@@ -18,10 +18,10 @@ from transformers import AutoTokenizer, LlavaForConditionalGeneration
 from mmprune_train.config.compose import compose_config
 from mmprune_train.config.schema import Config
 from mmprune_train.errors import UserError
-from mmprune_train.model.adapters import load_adapters
 from mmprune_train.model.begin import begin, tower_of
 from mmprune_train.model.peft import add_adapters, merge_adapters, save_adapters
-from mmprune_train.model.start import Start, find_start
+from mmprune_train.model.weights.adapters import load_adapters
+from mmprune_train.model.weights.start import Start, find_start
 from mmprune_train.training.precision import Precision
 from mmprune_train.training.run import make_trainable
 
