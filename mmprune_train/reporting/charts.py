@@ -36,8 +36,8 @@ STYLE: Any = {
 POINTS = 300
 """Most points of a line; more are averaged in bins."""
 
-ROW = 70
-"""Most characters of a legend in one row."""
+PER_INCH, LINE = 12, 4
+"""Characters of a legend in an inch, and the room of those that the line beside an entry takes."""
 
 SMALL = (3.4, 2.1)
 """Inches of a panel."""
@@ -79,13 +79,15 @@ def lines(
     axis.set_ylabel(ylabel)
     axis.xaxis.get_major_locator().set_params(integer=True)
     if len(shown) > 1:
-        above = len(shown) <= 4 and sum(map(len, shown)) <= ROW  # in one row above the axes; else beside them
+        row = sum(map(len, shown)) + LINE * len(shown)
+        above = len(shown) <= 4 and row <= PER_INCH * size[0]  # in one row above the axes; else beside them
         place = (
             {"loc": "lower left", "bbox_to_anchor": (0, 1)}
             if above
             else {"loc": "upper left", "bbox_to_anchor": (1, 1)}
         )
-        axis.legend(**place, frameon=False, ncols=len(shown) if above else 1, columnspacing=0.9, handlelength=1.2)
+        columns = len(shown) if above else 1
+        axis.legend(**place, frameon=False, ncols=columns, columnspacing=0.7, handlelength=0.9, handletextpad=0.4)
     return _svg(figure)
 
 
