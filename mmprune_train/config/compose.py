@@ -80,14 +80,18 @@ def compose_config(overrides: list[str]) -> Config:
     Raises UserError for an unknown key, group, option or a value that does not fit.
     """
     from hydra import compose, initialize_config_dir
+    from hydra.core.global_hydra import GlobalHydra
     from hydra.errors import HydraException
 
     register_schema()
-    with initialize_config_dir(config_dir=str(conf_dir()), version_base="1.3", job_name="mmprune"):
-        try:
+    running, GlobalHydra.instance().hydra = GlobalHydra.instance().hydra, None  # of the command line that calls this
+    try:
+        with initialize_config_dir(config_dir=str(conf_dir()), version_base="1.3", job_name="mmprune"):
             cfg = compose(config_name="config", overrides=readable(overrides))
-        except (HydraException, OmegaConfBaseException) as error:
-            raise UserError(explain(error)) from error
+    except (HydraException, OmegaConfBaseException) as error:
+        raise UserError(explain(error)) from error
+    finally:
+        GlobalHydra.instance().hydra = running
     return config_from(cfg)
 
 

@@ -107,6 +107,13 @@ TASKS = {
         (*QUESTION, *ASKED),
         example="mmprune task=inspect ckpt=runs/demo/RUN_ID generate.images=[photo.png]",
     ),
+    "doctor": Task(
+        "mmprune_train.tasks.doctor:run",
+        "what this machine offers, what it lacks and why; a short self-test on each device",
+        "doctor/result.json, in the run directory of the training command",
+        ("llm", "strategy", "logger", "trainer"),
+        example="mmprune task=doctor llm=smollm2_135m",
+    ),
     "report": Task(
         "mmprune_train.tasks.report:run",
         "one HTML page over runs or a sweep (report.runs=[FOLDER,...])",

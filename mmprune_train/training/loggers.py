@@ -182,7 +182,13 @@ def wandb_offline(config: WandbConfig) -> bool:
         return config.mode == "offline"
     if os.environ.get("WANDB_MODE"):
         return os.environ["WANDB_MODE"] != "online"
-    return not (os.environ.get("WANDB_API_KEY") or _in_netrc(os.environ.get("WANDB_BASE_URL", "https://api.wandb.ai")))
+    return not has_wandb_account()
+
+
+def has_wandb_account() -> bool:
+    """Whether there is a key for wandb, in the environment or where `wandb login` leaves it."""
+    server = os.environ.get("WANDB_BASE_URL", "https://api.wandb.ai")
+    return bool(os.environ.get("WANDB_API_KEY")) or _in_netrc(server)
 
 
 def _in_netrc(url: str) -> bool:

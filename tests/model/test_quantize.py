@@ -59,10 +59,15 @@ def test_strategies_that_spread_frozen_weights_are_refused(strategy: str) -> Non
 
 def test_decoder_layers_lie_in_four_bits_and_merge_out_of_them() -> None:
     pytest.importorskip("bitsandbytes")
+    check_four_bits(torch.device("cpu"))
+
+
+def check_four_bits(device: torch.device) -> None:
+    """What is quantised, trained and merged on the device."""
     model = PackedLlava(tiny_llava(), Pruner(load_pruner("none")))
     linears = {name for name, part in model.named_modules() if isinstance(part, nn.Linear)}
     add_adapters(model, PeftConfig(name="qlora", r=4, alpha=8, dropout=0.0, target_modules=["q_proj"]), torch.float32)
-    model.to("cpu")
+    model.to(device)
     packed = {
         n.removesuffix(".base_layer") for n, p in model.named_modules() if hasattr(p, "weight") and is_quantized(p)
     }
@@ -72,7 +77,7 @@ def test_decoder_layers_lie_in_four_bits_and_merge_out_of_them() -> None:
             if "lora_B" in name:
                 parameter.normal_(0, 0.1)
     assert {n for n, p in model.named_parameters() if p.requires_grad and "lora_" not in n} == set()
-    inputs = tiny_inputs([1], [9])
+    inputs = {name: value.to(device) for name, value in tiny_inputs([1], [9]).items()}
     model.train()
     adapted = model(**inputs).logits
     adapted.sum().backward()

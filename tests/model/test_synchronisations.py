@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 from types import SimpleNamespace
 
 import pytest
@@ -213,20 +212,3 @@ def test_host_and_device_do_not_mix_and_a_fetch_is_counted() -> None:
         with pytest.raises(AssertionError, match="meets host and device"):
             values + torch.arange(4)
         assert fetch(values).tolist() == [0, 1, 2, 3] and len(device.fetches) == 1 and not device.waits
-
-
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="asks CUDA itself, and there is none")
-@pytest.mark.parametrize("name", ["none", "twostage", "pyramiddrop"])
-def test_cuda_counts_the_same(name: str) -> None:
-    model = packed(tiny_llava(), name).cuda().train()
-    given = batch().to("cuda")
-    for counted in (False, True):  # what is made once, is made the first time
-        with warnings.catch_warnings(record=True) as told:
-            warnings.simplefilter("always")
-            torch.cuda.set_sync_debug_mode("warn" if counted else "default")
-            try:
-                model.forward_packed(given.sequence, given.pixel_values).loss_sum.backward()
-            finally:
-                torch.cuda.set_sync_debug_mode("default")
-    waits = [str(one.message) for one in told if "synchronizing CUDA" in str(one.message)]
-    assert len(waits) == stages(model), waits
