@@ -13,13 +13,11 @@ import subprocess
 import sys
 import traceback
 from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, nullcontext
 from functools import cache, partial
 from importlib import metadata, util
 from pathlib import Path
-from typing import Any
-
-import torch
-from packaging.requirements import Requirement
+from typing import TYPE_CHECKING, Any
 
 from mmprune_train.assets import cache_dir
 from mmprune_train.config.checks import STRATEGIES
@@ -27,17 +25,15 @@ from mmprune_train.config.identity import run_dir
 from mmprune_train.config.schema import Config, WandbConfig
 from mmprune_train.devices import GIB, known_device
 from mmprune_train.errors import UserError
-from mmprune_train.model.attention import backend_for
-from mmprune_train.model.kernels import BACKENDS, Needs
-from mmprune_train.model.loss import loss_kernel
-from mmprune_train.model.quantize import check_quantization
-from mmprune_train.quiet import quiet
 from mmprune_train.reporting.tables import table
 from mmprune_train.training.cluster import launch, slurm_job
 from mmprune_train.training.files import write_json
-from mmprune_train.training.precision import Precision, choose_accelerator, choose_precision, hardware_bf16
-from mmprune_train.training.rundir import git_commit
-from mmprune_train.training.self_test import check_near, losses_of_steps
+
+if TYPE_CHECKING:  # where one of these is broken, a section says so
+    import torch
+    from packaging.requirements import Requirement
+
+    from mmprune_train.training.precision import Precision
 
 PACKAGE = "mmprune_train"
 FEW_FILES = 4096
@@ -84,7 +80,7 @@ def run(config: Config) -> dict[str, Any]:
         if title == TEST:
             result["failed"] = [name for name, says in rows.items() if isinstance(says, Failure)]
         saved = attempt(save, config.debug)
-    print(saved, flush=True)
+    print(f"result.json {saved}" if isinstance(saved, Failure) else saved, flush=True)
     if result["failed"]:
         print(f"error: a training step does not work here: {', '.join(result['failed'])} (see above)", file=sys.stderr)
         raise SystemExit(1)
@@ -108,7 +104,7 @@ def examined(title: str, rows_of: Callable[[Config], dict[str, Ask]], config: Co
 def attempt(ask: Ask, debug: bool = False) -> str:
     """What a row says, or how finding it failed, in a line. `debug`: with a traceback on standard error."""
     try:
-        with quiet():
+        with _hushed():
             return ask()
     except (Exception, SystemExit) as error:  # a library may end the process for what is broken in it alone
         if debug:
@@ -117,10 +113,22 @@ def attempt(ask: Ask, debug: bool = False) -> str:
         return Failure(f"failed: {type(error).__name__}{f': {lines[0]}' if lines else ''}")
 
 
+def _hushed() -> AbstractContextManager[None]:
+    try:
+        from mmprune_train.quiet import quiet
+    except Exception:
+        return nullcontext()
+    return quiet()
+
+
 # ---------------------------------------------------------------------- software and processors
 
 
 def versions(config: Config) -> dict[str, Ask]:
+    from packaging.requirements import Requirement
+
+    from mmprune_train.training.rundir import git_commit
+
     found = {}
     for line in metadata.requires(PACKAGE) or ():
         wanted = Requirement(line)
@@ -147,6 +155,8 @@ def processor(config: Config) -> dict[str, Ask]:
         return f"{os.cpu_count()}, {len(os.sched_getaffinity(0))} of them for this process"
 
     def threads() -> str:
+        import torch
+
         if "OMP_WAIT_POLICY" in os.environ or torch.get_num_threads() == 1:
             return f"{torch.get_num_threads()}"
         return Note(f"{torch.get_num_threads()}; on a busy machine OMP_WAIT_POLICY=PASSIVE keeps them from spinning")
@@ -159,12 +169,16 @@ def processor(config: Config) -> dict[str, Ask]:
 
 
 def gpus(config: Config) -> dict[str, Ask]:
+    import torch
+
     count = torch.cuda.device_count()
     rows: dict[str, Ask] = {
         "torch is built for": lambda: f"CUDA {torch.version.cuda}" if torch.version.cuda else "the processor alone",
         "devices": lambda: str(count) if torch.cuda.is_available() else "0: no CUDA device is visible",
         "driver": driver,
-        "compiler (nvcc)": lambda: shutil.which("nvcc") or "not found; FlashAttention and DeepSpeed's operators need it",
+        "compiler (nvcc)": lambda: (
+            shutil.which("nvcc") or "not found; FlashAttention and DeepSpeed's operators need it"
+        ),
     }
     for index in range(count):
         rows[f"cuda:{index}"] = partial(gpu, index)
@@ -182,6 +196,8 @@ def driver() -> str:
 
 
 def gpu(index: int) -> str:
+    import torch
+
     about = torch.cuda.get_device_properties(index)
     free, whole = torch.cuda.mem_get_info(index)
     known = known_device(about.name)
@@ -191,6 +207,8 @@ def gpu(index: int) -> str:
 
 
 def peers(count: int) -> str:
+    import torch
+
     pairs = [(a, b) for a in range(count) for b in range(count) if a != b]
     without = [f"{a}-{b}" for a, b in pairs if not torch.cuda.can_device_access_peer(a, b)]
     return Note(f"none between {', '.join(without)}: NCCL goes through the host") if without else "between all"
@@ -200,11 +218,17 @@ def peers(count: int) -> str:
 
 
 def chosen(config: Config) -> tuple[torch.device, Precision]:
+    import torch
+
+    from mmprune_train.training.precision import choose_accelerator, choose_precision
+
     accelerator = choose_accelerator(config.trainer.accelerator)
     return torch.device(accelerator), choose_precision(config.trainer.precision, accelerator)
 
 
 def precision(config: Config) -> dict[str, Ask]:
+    from mmprune_train.training.precision import choose_precision, hardware_bf16
+
     def of(accelerator: str) -> str:
         return f"auto is {choose_precision('auto', accelerator).name}: {hardware_bf16(accelerator)[1]}"
 
@@ -213,12 +237,15 @@ def precision(config: Config) -> dict[str, Ask]:
 
 def kinds(config: Config) -> list[str]:
     """Types of devices that may be used here."""
-    return ["cpu", "cuda"] if choose_accelerator(config.trainer.accelerator) == "cuda" else ["cpu"]
+    return ["cpu", "cuda"] if chosen(config)[0].type == "cuda" else ["cpu"]
 
 
 def attention(config: Config) -> dict[str, Ask]:
     """Every kernel for the heads of `llm=` on the device and in the precision that training would take."""
     from transformers import AutoConfig
+
+    from mmprune_train.model.attention import backend_for
+    from mmprune_train.model.kernels import BACKENDS, Backend, Needs
 
     device, in_which = chosen(config)
     llm = AutoConfig.for_model(**config.llm.arch)
@@ -233,11 +260,20 @@ def attention(config: Config) -> dict[str, Ask]:
             return Note(str(error))
         return f"{backend.name} for {config.llm.name}'s heads of {head}, {in_which.name} on {device}: {reason}"
 
-    can = {b.name: (lambda b=b: f"cannot run: {r}" if (r := b.missing(needs)) else "can run") for b in BACKENDS}
-    return {f"trainer.attention={config.trainer.attention}": taken, **can}
+    def can(backend: Backend) -> str:
+        reason = backend.missing(needs)
+        return "can run" if reason is None else f"cannot run: {reason}"
+
+    rows: dict[str, Ask] = {f"trainer.attention={config.trainer.attention}": taken}
+    return rows | {backend.name: partial(can, backend) for backend in BACKENDS}
 
 
 def losses(config: Config) -> dict[str, Ask]:
+    import torch
+
+    from mmprune_train.model.loss import loss_kernel
+    from mmprune_train.model.quantize import check_quantization
+
     def taken(kind: str) -> str:
         return " because ".join(loss_kernel(torch.device(kind)))
 
@@ -257,6 +293,7 @@ def losses(config: Config) -> dict[str, Ask]:
 
 
 def strategies(config: Config) -> dict[str, Ask]:
+    import torch
     from torch import distributed
 
     def can(name: str) -> str:
@@ -294,7 +331,10 @@ def operators(config: Config) -> dict[str, Ask]:
             return "compiled"
         return "can be compiled" if ALL_OPS[name].is_compatible(verbose=False) else "cannot be compiled here"
 
-    rows: dict[str, Ask] = {tool: (lambda tool=tool: shutil.which(tool) or "not found") for tool in ("ninja", "c++")}
+    def tool(name: str) -> str:
+        return shutil.which(name) or "not found"
+
+    rows: dict[str, Ask] = {name: partial(tool, name) for name in ("ninja", "c++")}
     return rows | {name: partial(state, name) for name in sorted(ALL_OPS)}
 
 
@@ -358,8 +398,11 @@ def limits(config: Config) -> dict[str, Ask]:
         says = f"{soft:,}, may be raised to {hard:,}"
         return Note(f"{says}; ulimit -n {min(hard, 65536)} for many loader workers") if soft < FEW_FILES else says
 
+    def variable(name: str) -> str:
+        return os.environ.get(name, "not set")
+
     rows: dict[str, Ask] = {"open files": files}
-    return rows | {name: (lambda name=name: os.environ.get(name, "not set")) for name in VARIABLES}
+    return rows | {name: partial(variable, name) for name in VARIABLES}
 
 
 # ---------------------------------------------------------------------- does it work
@@ -368,6 +411,11 @@ def limits(config: Config) -> dict[str, Ask]:
 def self_test(config: Config) -> dict[str, Ask]:
     """A step on every device in the precision that `auto` takes there, the processor's in fp32 first: the reference of
     the others."""
+    import torch
+
+    from mmprune_train.training.precision import Precision, choose_precision
+    from mmprune_train.training.self_test import check_near, losses_of_steps
+
     exact = Precision(torch.float32, "the reference")
     tries = [(torch.device("cpu"), exact)]
     for kind in kinds(config):
