@@ -43,7 +43,7 @@ test-slurm: $(STAMP) ## jobs of a real Slurm of two nodes on this machine, which
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m slurm tests/slurm $(ARGS)
 
 test-cuda: $(STAMP) ## what only a GPU can show (MMPRUNE_TEST_DEVICE=cpu: as much of it as a CPU can)
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m cuda tests/cuda $(ARGS)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m cuda tests/gpu $(ARGS)
 
 lint: $(STAMP) ## ruff and mypy
 	$(BIN)/ruff check .

@@ -48,7 +48,7 @@ else
     "$python" -c "import xdist" 2>/dev/null && only=(-n 4)
 fi
 part doctor 60 "$python" -m mmprune_train task=doctor "runs_dir=$out/runs" run_id=gpu "${doctor[@]}"
-part tests 190 "$python" -m pytest -v -m cuda -p no:cacheprovider "--junitxml=$out/tests.xml" "$root/tests/cuda" "${only[@]}"
+part tests 190 "$python" -m pytest -v -m cuda -p no:cacheprovider "--junitxml=$out/tests.xml" "$root/tests/gpu" "${only[@]}"
 part bench 200 "$python" "$here/measure.py" --out "$out" ${dry:+--dry --repeats 1}
 
 echo

@@ -1,4 +1,4 @@
-"""Every attention backend that a CPU has against plain attention under a mask; those of GPUs: tests/cuda."""
+"""Every attention backend that a CPU has against plain attention under a mask; those of GPUs: tests/gpu."""
 
 from __future__ import annotations
 

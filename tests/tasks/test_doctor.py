@@ -6,20 +6,17 @@ import json
 import os
 import subprocess
 import sys
-import tomllib
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
-from packaging.requirements import Requirement
 
 from mmprune_train.config.compose import compose_config
-from mmprune_train.tasks import doctor
+from mmprune_train.tasks import doctor, machine
 from mmprune_train.training import self_test
 
 Command = Callable[..., tuple[int, str, str]]
-PYPROJECT = tomllib.loads((Path(__file__).parents[2] / "pyproject.toml").read_text(encoding="utf-8"))
 QUICK = {title: rows_of for title, rows_of in doctor.SECTIONS.items() if title != doctor.TEST}
 SECRETS = {
     "WANDB_API_KEY": "wandb0secret", "HF_TOKEN": "hf_0secret", "MLFLOW_TRACKING_PASSWORD": "mlflow0secret",
@@ -60,7 +57,7 @@ def _raise(error: BaseException) -> Callable[..., Any]:
     [
         ("shutil", "disk_usage", OSError("gone\nand more"), "disk", "shared memory"),
         ("mmprune_train.model.loss", "loss_kernel", SystemExit(3), "loss and adapters", "logits on cpu"),
-        ("importlib.metadata", "requires", ValueError("no metadata"), "versions", "versions"),
+        ("mmprune_train.tasks.machine", "requirements", ValueError("no metadata"), "versions", "versions"),
         ("mmprune_train.training.precision", "choose_precision", RuntimeError("driver"), "attention", "attention"),
     ],
 )
@@ -99,7 +96,7 @@ def test_a_library_that_cannot_be_imported_breaks_no_other_section(package: str,
 def test_a_self_test_that_fails_is_exit_code_1(
     error: BaseException, says: str, mmprune: Command, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(doctor, "SECTIONS", {doctor.TEST: doctor.self_test})
+    monkeypatch.setattr(doctor, "SECTIONS", {doctor.TEST: machine.self_test})
     monkeypatch.setattr(self_test, "losses_of_steps", _raise(error))
     code, out, err = mmprune("task=doctor", "run_id=d")
     assert code == 1 and says in out and "Traceback" not in err
@@ -107,7 +104,7 @@ def test_a_self_test_that_fails_is_exit_code_1(
 
 
 def test_a_device_that_computes_something_else_fails(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(doctor, "SECTIONS", {doctor.TEST: doctor.self_test})
+    monkeypatch.setattr(doctor, "SECTIONS", {doctor.TEST: machine.self_test})
     monkeypatch.setattr("mmprune_train.training.precision.hardware_bf16", lambda _: (True, "it says so"))
     answers = {"fp32": [6.3, 6.2], "bf16": [7.3, 6.9]}
     monkeypatch.setattr(self_test, "losses_of_steps", lambda device, precision: (answers[precision.name], ""))
@@ -120,7 +117,7 @@ def test_a_device_that_computes_something_else_fails(tmp_path: Path, monkeypatch
 def test_where_nothing_can_be_written_the_page_is_printed_all_the_same(
     mmprune: Command, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(doctor, "SECTIONS", {"limits": doctor.limits})
+    monkeypatch.setattr(doctor, "SECTIONS", {"limits": machine.limits})
     (tmp_path / "file").touch()
     code, out, _ = mmprune("task=doctor", "runs_dir=file")
     assert code == 0 and "open files" in out and "result.json failed: " in out
@@ -132,9 +129,16 @@ def test_where_nothing_can_be_written_the_page_is_printed_all_the_same(
 def test_versions_that_this_project_refuses_are_notes(
     package: str, version: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    wanted = next(r for r in map(Requirement, PYPROJECT["project"]["dependencies"]) if r.name == package)
+    wanted = next(one for one, _ in machine.requirements() if one.name == package)
     monkeypatch.setattr("importlib.metadata.version", lambda _: version)
-    says = doctor.version_of(wanted, optional=False)
-    assert isinstance(says, doctor.Note) and says.startswith(f"{version}, ") and "pip install" in says
+    says = machine.version_of(wanted, optional=False)
+    assert isinstance(says, machine.Note) and says.startswith(f"{version}, ") and "pip install" in says
     monkeypatch.setattr("importlib.metadata.version", lambda _: "1.3.6" if package == "hydra-core" else "2.6.6")
-    assert package == "deepspeed" or not isinstance(doctor.version_of(wanted, optional=False), doctor.Note)
+    assert package == "deepspeed" or not isinstance(machine.version_of(wanted, optional=False), machine.Note)
+
+
+def test_installed_packages_say_themselves_what_they_need(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    lines = ["torch>=2.8", "deepspeed!=0.19.2; sys_platform == 'none'", "ruff; extra == 'dev'", "bits; extra == 'gpu'"]
+    monkeypatch.setattr(machine, "__file__", str(tmp_path / "a" / "b" / "machine.py"))
+    monkeypatch.setattr("importlib.metadata.requires", lambda _: lines)
+    assert [(one.name, optional) for one, optional in machine.requirements()] == [("torch", False), ("bits", True)]
