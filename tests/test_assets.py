@@ -10,6 +10,7 @@ import pytest
 
 from mmprune_train import assets
 from mmprune_train.errors import UserError
+from mmprune_train.folders import finished_folder
 
 CONTENT = b"weights"
 SHA256 = hashlib.sha256(CONTENT).hexdigest()
@@ -53,16 +54,16 @@ def test_a_folder_is_whole_or_absent_and_the_first_writer_wins(tmp_path: Path) -
     target = tmp_path / "data"
 
     def fail_halfway() -> None:
-        with assets.finished_folder(target) as part:
+        with finished_folder(target) as part:
             (part / "half").touch()
             raise RuntimeError
 
     with pytest.raises(RuntimeError):
         fail_halfway()
     assert list(tmp_path.iterdir()) == []
-    with assets.finished_folder(target) as slow:
+    with finished_folder(target) as slow:
         (slow / "slow").touch()
-        with assets.finished_folder(target) as fast:
+        with finished_folder(target) as fast:
             (fast / "fast").touch()
     assert [path.name for path in target.iterdir()] == ["fast"]
     assert [path.name for path in tmp_path.iterdir()] == ["data"]

@@ -12,9 +12,9 @@ import yaml
 
 from mmprune_train.config.identity import NOT_DECISIVE
 from mmprune_train.errors import UserError
+from mmprune_train.files import read_json, read_jsonl
 from mmprune_train.reporting.results import numbers
 from mmprune_train.sweeps.records import JobRecord, read_records, varying
-from mmprune_train.training.files import read_json, read_jsonl
 
 HIDDEN = frozenset(NOT_DECISIVE - {"knee", "stages", "data.evaluate"}) | {"data.how_to_get", "data.root"}
 """Settings that do not tell runs apart."""

@@ -19,10 +19,10 @@ from mmprune_train.config.explain import user_mistake
 from mmprune_train.config.identity import home_dir, run_dir
 from mmprune_train.config.schema import Config
 from mmprune_train.errors import UserError
+from mmprune_train.files import read_json
 from mmprune_train.reporting.results import numbers, pick
 from mmprune_train.sweeps.records import JobRecord, read_records, relative
 from mmprune_train.training.cluster import rank_here
-from mmprune_train.training.files import read_json
 from mmprune_train.training.lock import alone_in
 
 

@@ -13,9 +13,9 @@ from pathlib import Path
 from typing import Any
 
 from mmprune_train.config.identity import STARTED_OVER
+from mmprune_train.files import read_json, write_atomically, write_json
 from mmprune_train.reporting.results import front
 from mmprune_train.reporting.tables import table
-from mmprune_train.training.files import read_json, write_atomically, write_json
 
 STATES = ("done", "failed", "interrupted", "unfinished")
 """`unfinished`: no end was recorded, so the job runs still, or was killed."""

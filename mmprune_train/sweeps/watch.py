@@ -15,9 +15,9 @@ from omegaconf import DictConfig, OmegaConf
 from mmprune_train.config.checks import check_sweep
 from mmprune_train.config.task_schema import SweepConfig
 from mmprune_train.errors import UserError
+from mmprune_train.files import write_json
 from mmprune_train.sweeps.records import JobRecord, read_records, summary_text, write_summary
 from mmprune_train.training.cluster import check_sweep_is_alone
-from mmprune_train.training.files import write_json
 
 _watch: SweepWatch | None = None
 """The sweep that this process has started."""

@@ -7,10 +7,10 @@ from typing import Any
 
 from mmprune_train.config.schema import Config
 from mmprune_train.errors import UserError
+from mmprune_train.files import write_atomically, write_json
 from mmprune_train.reporting.page import Shown, compare, render
 from mmprune_train.reporting.runs import is_run, read_runs
 from mmprune_train.reporting.tables import table
-from mmprune_train.training.files import write_atomically, write_json
 
 
 def run(config: Config) -> dict[str, Any]:

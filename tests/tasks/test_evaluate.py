@@ -17,10 +17,10 @@ from mmprune_train.config.compose import compose_config, load_pruner
 from mmprune_train.config.identity import run_of
 from mmprune_train.config.schema import SplitConfig
 from mmprune_train.errors import UserError
+from mmprune_train.files import read_json, read_jsonl, write_json
 from mmprune_train.tasks import train
 from mmprune_train.tasks.checkpoint import Checkpoint, check_writable
 from mmprune_train.tasks.evaluate import folder_name, now_at
-from mmprune_train.training.files import read_json, read_jsonl, write_json
 
 Command = Callable[..., tuple[int, str, str]]
 SHORT = ("evaluate.max_new_tokens=2", "evaluate.blank=false", "trainer.precision=fp32")
