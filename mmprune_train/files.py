@@ -112,6 +112,13 @@ def read_marked(path: Path, remedy: str = PUT_BACK) -> str:
     return text
 
 
+def check_marks(folder: Path) -> None:
+    """Raise UserError where a YAML file with a checksum, at whatever depth in a folder, is not what was written."""
+    for path in sorted(folder.rglob("*.yaml")):
+        if path.is_file() and path.stat().st_size:
+            read_marked(path)
+
+
 def read_jsonl(path: Path) -> list[dict[str, Any]]:
     """Objects of a JSONL file; a last line without its end, which a kill cut off, is left out.
 

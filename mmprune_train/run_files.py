@@ -1,4 +1,4 @@
-"""What a run directory records of itself and others read: manifest.json, and in it what a stage's files are known by."""
+"""What a run directory records of itself: manifest.json, and in it what the files of a stage are known by."""
 
 from __future__ import annotations
 
@@ -84,9 +84,26 @@ def check_saved(key: str, folder: Path) -> None:
     marks = {name: mark for name, mark in recorded(stage).items() if Path(name).parts[0] == folder.name}
     if fault := first_fault(stage, marks):
         raise UserError(
-            f"{key}: {stage}/{fault}, by damage or by hand; put it back, train anew (restart=true), or where the change "
-            f"is meant give a copy of {folder}"
+            f"{key}: {stage}/{fault}, by damage or by hand; put it back, train anew (restart=true), or where you meant "
+            f"the change give a copy of {folder}"
         )
+
+
+def rows_fault(file: Path, written: Mark | None) -> str | None:
+    """How the first rows of a metrics.jsonl differ from those that were written; None: not at all, or not known."""
+    if written is None or (file.is_file() and mark_of(file, written.bytes) == written):
+        return None
+    return f"{file.name} has other rows than were written" if file.is_file() else f"{file.name} is missing"
+
+
+def rows_written(stage: Path) -> Mark | None:
+    """What the rows of a stage's metrics.jsonl are known by: all of a finished stage, else those up to its newest
+    checkpoint; None: not recorded."""
+    if known := recorded(stage).get(METRICS):
+        return known
+    indices = sorted((stage / "checkpoints").glob("step-*.ckpt/index.json"))
+    found = read_json(indices[-1]) if indices else None
+    return Mark(**found["metrics"]) if found and found.get("metrics") else None
 
 
 def recorded(stage: Path) -> dict[str, Mark]:

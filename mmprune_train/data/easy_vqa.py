@@ -87,9 +87,8 @@ def _digest(folder: Path) -> str:
     again."""
     entries = os.scandir(folder) if folder.is_dir() else ()
     found = sorted((entry.name, entry.stat()) for entry in entries if entry.name.endswith(".png"))
-    return _digest_of_very(
-        folder, tuple((name, s.st_size, s.st_ino, s.st_mtime_ns, s.st_ctime_ns) for name, s in found)
-    )
+    stamps = tuple((name, at.st_size, at.st_ino, at.st_mtime_ns, at.st_ctime_ns) for name, at in found)
+    return _digest_of_very(folder, stamps)
 
 
 @lru_cache(4)

@@ -2,7 +2,8 @@
 
 A checkpoint is a folder `step-00000100.ckpt` with `state`, the file or folder that the strategy writes and reads, and
 `index.json`, written last: the size and CRC-32 of every file, and of the rows that metrics.jsonl had. It is written
-under a name with a dot, brought to disk with fsync, and renamed. The checksum finds accidents; it is no protection against a forger.
+under a name with a dot, brought to disk with fsync, and renamed. The checksum finds accidents; it is no protection
+against a forger.
 """
 
 from __future__ import annotations
@@ -23,11 +24,11 @@ from mmprune_train.errors import UserError
 from mmprune_train.features.ranks import Ranks
 from mmprune_train.files import read_json, sync, write_json
 from mmprune_train.folders import Mark, as_marks, fault_of, files_in, mark_of
+from mmprune_train.run_files import METRICS, rows_fault
 
 PATTERN = re.compile(r"step-(\d+)\.ckpt")
 STATE = "state"
 INDEX = "index.json"
-METRICS = "metrics.jsonl"
 
 
 @dataclass(frozen=True)
@@ -127,15 +128,8 @@ def damage(checkpoint: Path, ranks: Ranks | None = None, contents: bool = True) 
     def faults(share: Sequence[str]) -> list[str | None]:
         return [fault_of(checkpoint, name, index.files[name], mark_of if contents else None) for name in share]
 
-    rows = ranks.exchange(metrics_fault(checkpoint.parent.parent / METRICS, index.metrics))[0]
+    rows = ranks.exchange(rows_fault(checkpoint.parent.parent / METRICS, index.metrics))[0]
     return next((fault for fault in (*ranks.all(faults, list(index.files)), rows) if fault is not None), None)
-
-
-def metrics_fault(path: Path, written: Mark | None) -> str | None:
-    """How the rows of a metrics.jsonl differ from those that were written; None: they do not, or are not known."""
-    if written is None or (path.is_file() and mark_of(path, written.bytes) == written):
-        return None
-    return f"{path.name} is missing" if not path.is_file() else f"{path} has other rows than were written"
 
 
 def check_written_by(checkpoint: Path, strategy: str, world_size: int) -> None:
