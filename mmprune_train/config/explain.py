@@ -75,8 +75,8 @@ def user_mistake(error: Exception) -> str | None:
         return str(error)
     if isinstance(error, OSError) and error.errno in NOT_ALLOWED and error.filename:
         return (
-            f"{error.filename}: {error.strerror}; let this user read and write there, or name another place: runs_dir=, of "
-            "the cache the environment variable MMPRUNE_CACHE"
+            f"{error.filename}: {error.strerror}; let this user write there, or name another place: runs_dir=, "
+            "of the cache the variable MMPRUNE_CACHE"
         )
     from hydra.errors import HydraException
     from omegaconf.errors import OmegaConfBaseException

@@ -76,11 +76,13 @@ def _other_case(found: Checkpoint, annotations: str) -> str | None:
     """A name for what is not the run's own case: the file that it was trained to be asked or, where there is none, the
     file and model of the evaluation that lies in `evaluate`. None: this is it."""
     data, model = found.config.data, Path(found.model)
-    own = (read_result(found.home / FOLDER / "result.json", _asked) or {}).get("asked", {})
-    if found.trained is not None:
-        file = found.trained.data.evaluate.annotations
-        kept = str(data_root(found.trained.data) / Path(file).expanduser()) if file else own.get("annotations")
-        own = {"annotations": kept}
+    own, file = dict[str, Any](), found.trained and found.trained.data.evaluate.annotations
+    if found.trained is not None and file:
+        own = {"annotations": str(data_root(found.trained.data) / Path(file).expanduser())}
+    else:
+        own = (read_result(found.home / FOLDER / "result.json", _asked) or {}).get("asked", {})
+        if found.trained is not None:
+            own = {"annotations": own.get("annotations")}
     names = []
     if Path(own.get("ckpt") or model) != model:
         names.append(model.name)
