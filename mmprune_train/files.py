@@ -105,8 +105,8 @@ def read_marked(path: Path, remedy: str = PUT_BACK) -> str:
     text = _text(path, remedy)
     first, _, rest = text.partition("\n")
     known = MARK.fullmatch(first)
-    if not (rest if known else text).strip():
-        raise damaged(path, "it is empty", remedy)
+    if all(not line.strip() or line.startswith("#") for line in text.split("\n")):
+        raise damaged(path, "it is empty or cut off", remedy)
     if known and known[1] != _crc(rest):
         raise changed(path, "first line", remedy)
     return text

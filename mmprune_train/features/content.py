@@ -10,10 +10,8 @@ from typing import NamedTuple
 from mmprune_train.assets import sha256_of
 from mmprune_train.data.images import status_of, unreadable
 from mmprune_train.features.ranks import Ranks
+from mmprune_train.features.shards import INDEX
 from mmprune_train.files import read_json, write_json
-
-INDEX = "images.json"
-"""In the cache's folder: absolute path -> what was known of the file."""
 
 
 class Known(NamedTuple):

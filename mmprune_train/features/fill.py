@@ -165,7 +165,6 @@ def whole_shards(folder: Path, ranks: Ranks) -> list[Shard]:
 
     def look() -> list[Shard]:
         remove_leftovers(folder)
-        remove_leftovers(folder.parent)
         shards, broken = read_lists(folder)
         for path in broken:
             say(f"feature cache: {path} is damaged; the images of its shard are encoded again")

@@ -8,6 +8,7 @@ processes write side by side.
 
 from __future__ import annotations
 
+import re
 import time
 import uuid
 from contextlib import suppress
@@ -28,6 +29,9 @@ from mmprune_train.pruning.patches import Patches
 
 SETTINGS = "settings.json"
 """Beside the shards: what their features depend on."""
+INDEX = "images.json"
+"""In the cache's folder: absolute path -> what was known of the file."""
+NAME = re.compile(r"[0-9a-f]{32}\.safetensors")
 SHARD_BYTES = 256 << 20
 """Features of a whole shard."""
 SHARD_SECONDS = 60.0
@@ -82,9 +86,9 @@ def remove_leftovers(folder: Path) -> None:
     """Delete what stopped processes were writing: files that have no name yet, and shards without a list. Where another
     process writes there now, or that cannot be known, what is young may be its."""
     with held(folder) as alone:
-        for path in (*folder.glob(".*.tmp"), *folder.glob("*.safetensors")):
-            if path.suffix == ".safetensors" and path.with_suffix(".json").is_file():
-                continue
+        shards = [path for path in folder.glob("*.safetensors") if NAME.fullmatch(path.name)]
+        unlisted = [path for path in shards if not path.with_suffix(".json").is_file()]
+        for path in (*folder.glob(".*.tmp"), *folder.parent.glob(f".{INDEX}.*.tmp"), *unlisted):
             with suppress(OSError):  # another user's, or gone in the meantime
                 if alone or time.time() - path.stat().st_mtime > LEFTOVER_SECONDS:
                     path.unlink()

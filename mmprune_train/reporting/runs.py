@@ -97,7 +97,7 @@ def read_sweep(path: Path, alone: bool = True) -> list[Run]:
         alone: whether nothing else is shown: jobs are then told apart by their overrides, else, where they have one, by
             their run's config, as the runs beside them.
     """
-    runs, faults = list[Run](), list[str]()
+    runs, faults = list[Run](), dict[str, str]()
     for record in read_records(path, faults):
         where = None if record.run is None else path / record.run
         if where is not None and is_run(where):
@@ -111,7 +111,7 @@ def read_sweep(path: Path, alone: bool = True) -> list[Run]:
         run.state, run.job = record.state, record
         run.numbers = record.numbers or run.numbers
         runs.append(run)
-    return runs + [Run(f"{path.name}, a job", None, DAMAGED, missing=[fault]) for fault in faults]
+    return runs + [Run(f"{path.name}, {job}", None, DAMAGED, missing=[fault]) for job, fault in faults.items()]
 
 
 def read_run(path: Path) -> Run:

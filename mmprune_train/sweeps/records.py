@@ -82,11 +82,11 @@ class JobRecord:
         return record
 
 
-def read_records(sweep: Path, faults: list[str] | None = None) -> list[JobRecord]:
+def read_records(sweep: Path, faults: dict[str, str] | None = None) -> list[JobRecord]:
     """All records, in the order of the jobs.
 
     Args:
-        faults: gets what is wrong with those that are damaged, which are left out; None: the first is a UserError.
+        faults: gets what is wrong with those that are damaged, by their files; None: the first is a UserError.
     """
     found = []
     for path in sorted((sweep / "jobs").glob("*.json")):
@@ -95,7 +95,7 @@ def read_records(sweep: Path, faults: list[str] | None = None) -> list[JobRecord
         except UserError as error:
             if faults is None:
                 raise
-            faults.append(str(error))
+            faults[path.name] = str(error)
     return sorted(found, key=lambda record: (record.job, record.started))
 
 
