@@ -50,12 +50,16 @@ def execute(config: Config) -> Any:
     from hydra.types import RunMode
 
     from mmprune_train.config.notes import notes
+    from mmprune_train.files import check_marks
     from mmprune_train.training.cluster import has_part
 
     sweeping = HydraConfig.get().mode == RunMode.MULTIRUN
     check_keys(config.task, command_line(), sweeping)
     if not has_part(config.task, config.trainer.devices, config.trainer.num_nodes, sweeping):
         return None
+    for source in HydraConfig.get().runtime.config_sources:
+        if source.provider == "command-line":  # --config-dir
+            check_marks(Path(source.path))
     for note in notes(config, command_line()):
         print(f"note: {note}", file=sys.stderr, flush=True)
     return find_task(config.task)(config)

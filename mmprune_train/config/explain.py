@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import errno
 import functools
 import re
 import shlex
@@ -20,6 +21,10 @@ _PLUS_GROUPS = ("experiment", "sweep", "hydra/launcher", "hydra/sweeper")
 
 _PLUGINS = {"hydra/sweeper": ("optuna",), "hydra/launcher": ("joblib", "submitit_local", "submitit_slurm")}
 """What the extra `sweep` installs."""
+
+
+NOT_ALLOWED = (errno.EACCES, errno.EPERM, errno.EROFS)
+"""Of files and folders that are another user's."""
 
 
 def nearest(word: str, known: Iterable[str]) -> str:
@@ -68,6 +73,11 @@ def user_mistake(error: Exception) -> str | None:
     """The message for the user when the error is their input's, else None."""
     if isinstance(error, UserError):
         return str(error)
+    if isinstance(error, OSError) and error.errno in NOT_ALLOWED and error.filename:
+        return (
+            f"{error.filename}: {error.strerror}; let this user write there, or name another place: runs_dir=, "
+            "of the cache the variable MMPRUNE_CACHE"
+        )
     from hydra.errors import HydraException
     from omegaconf.errors import OmegaConfBaseException
 

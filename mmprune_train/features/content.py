@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
@@ -11,10 +10,8 @@ from typing import NamedTuple
 from mmprune_train.assets import sha256_of
 from mmprune_train.data.images import status_of, unreadable
 from mmprune_train.features.ranks import Ranks
-from mmprune_train.features.shards import write_whole
-
-INDEX = "images.json"
-"""In the cache's folder: absolute path -> what was known of the file."""
+from mmprune_train.features.shards import INDEX
+from mmprune_train.files import read_json, write_json
 
 
 class Known(NamedTuple):
@@ -44,7 +41,7 @@ def image_digests(images: Mapping[Path, str], root: Path, ranks: Ranks) -> dict[
     if ranks.rank == 0 and any(index.get(names[path]) != now for path, now in found.items()):
         index.update({names[path]: now for path, now in found.items()})
         with suppress(OSError):  # it only saves time
-            write_whole(root / INDEX, json.dumps(index).encode())
+            write_json(root / INDEX, index, checked=True, shared=True)
     return {path: now.sha256 for path, now in found.items()}
 
 
@@ -60,6 +57,6 @@ def _look(path: Path, before: Known | None, asker: str) -> Known:
 
 def _load(file: Path) -> dict[str, Known]:
     try:
-        return {path: Known(*known) for path, known in json.loads(file.read_text(encoding="utf-8")).items()}
-    except (OSError, ValueError, TypeError, AttributeError):
+        return {path: Known(*known) for path, known in (read_json(file) or {}).items()}
+    except (ValueError, TypeError):
         return {}

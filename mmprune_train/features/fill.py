@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -30,9 +29,9 @@ from mmprune_train.features.shards import (
     read_lists,
     remove,
     remove_leftovers,
-    write_whole,
 )
 from mmprune_train.features.store import ImageFeatures
+from mmprune_train.files import write_json
 from mmprune_train.model.images import ImageSide
 from mmprune_train.progress import progress
 from mmprune_train.pruning.patches import Patches
@@ -112,7 +111,7 @@ def fill(
     try:
         folder.mkdir(parents=True, exist_ok=True)
         if ranks.rank == 0 and not (folder / SETTINGS).is_file():
-            write_whole(folder / SETTINGS, json.dumps(settings, indent=2).encode())
+            write_json(folder / SETTINGS, settings, shared=True)
     except OSError as error:
         raise UserError(f"trainer.feature_cache_dir: cannot write to {root} ({error}); name another folder") from error
     digests = image_digests(images, root, ranks)

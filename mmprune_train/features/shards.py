@@ -8,10 +8,10 @@ processes write side by side.
 
 from __future__ import annotations
 
-import json
-import os
+import re
 import time
 import uuid
+from contextlib import suppress
 from dataclasses import asdict, dataclass
 from hashlib import sha256
 from pathlib import Path
@@ -23,16 +23,19 @@ from torch import Tensor
 
 from mmprune_train.assets import sha256_of
 from mmprune_train.errors import UserError
+from mmprune_train.files import read_json, write_atomically, write_json
+from mmprune_train.folders import LEFTOVER_SECONDS, held
 from mmprune_train.pruning.patches import Patches
 
 SETTINGS = "settings.json"
 """Beside the shards: what their features depend on."""
+INDEX = "images.json"
+"""In the cache's folder: absolute path -> what was known of the file."""
+NAME = re.compile(r"[0-9a-f]{32}\.safetensors")
 SHARD_BYTES = 256 << 20
 """Features of a whole shard."""
 SHARD_SECONDS = 60.0
 """A slow encoder writes smaller shards: what an interruption loses is at most as much work as this."""
-LEFTOVER_SECONDS = 3600.0
-"""No write takes as long: an older temporary file is of a process that was stopped."""
 
 
 @dataclass(frozen=True)
@@ -56,7 +59,12 @@ def read_lists(folder: Path) -> tuple[list[Shard], list[Path]]:
         if path.name == SETTINGS:
             continue
         try:
-            shards.append(Shard(**json.loads(path.read_text(encoding="utf-8"))))
+            shard = Shard(**(read_json(path) or {}))
+            if shard.name != path.with_suffix(".safetensors").name:  # of no other file is it to say anything
+                raise ValueError(shard.name)
+            if len(shard.images) != len(shard.kept) or not all(type(kept) is int for kept in shard.kept):
+                raise ValueError(shard.kept)
+            shards.append(shard)
         except (ValueError, TypeError):
             broken.append(path)
     return shards, broken
@@ -75,10 +83,15 @@ def remove(folder: Path, name: str) -> None:
 
 
 def remove_leftovers(folder: Path) -> None:
-    """Delete what stopped processes were writing."""
-    for path in folder.glob(".*.tmp"):
-        if time.time() - path.stat().st_mtime > LEFTOVER_SECONDS:
-            path.unlink(missing_ok=True)
+    """Delete what stopped processes were writing: files that have no name yet, and shards without a list. Where another
+    process writes there now, or that cannot be known, what is young may be its."""
+    with held(folder) as alone:
+        shards = [path for path in folder.glob("*.safetensors") if NAME.fullmatch(path.name)]
+        unlisted = [path for path in shards if not path.with_suffix(".json").is_file()]
+        for path in (*folder.glob(".*.tmp"), *folder.parent.glob(f".{INDEX}.*.tmp"), *unlisted):
+            with suppress(OSError):  # another user's, or gone in the meantime
+                if alone or time.time() - path.stat().st_mtime > LEFTOVER_SECONDS:
+                    path.unlink()
 
 
 class ShardWriter:
@@ -114,8 +127,9 @@ class ShardWriter:
         name = f"{uuid.uuid4().hex}.safetensors"
         shard = Shard(name, len(data), sha256(data).hexdigest(), self._images, self._kept)
         try:
-            write_whole(self.folder / name, data)
-            write_whole((self.folder / name).with_suffix(".json"), json.dumps(asdict(shard)).encode())
+            with held(self.folder, wait=True, together=True):
+                write_atomically(self.folder / name, data)
+                write_json((self.folder / name).with_suffix(".json"), asdict(shard), checked=True)
         except OSError as error:
             raise UserError(
                 f"trainer.feature_cache: cannot write to {self.folder} ({error}); make room there, or name another "
@@ -139,22 +153,3 @@ class ShardWriter:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self.flush()
-
-
-def write_whole(path: Path, data: bytes) -> None:
-    """Put a file in place that is on the disk before it has its name."""
-    temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex}.tmp")
-    try:
-        with temporary.open("wb") as file:
-            file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    except OSError:
-        temporary.unlink(missing_ok=True)
-        raise
-    directory = os.open(path.parent, os.O_RDONLY)
-    try:
-        os.fsync(directory)
-    finally:
-        os.close(directory)

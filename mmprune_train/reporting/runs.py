@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import glob
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -12,9 +13,11 @@ import yaml
 
 from mmprune_train.config.identity import NOT_DECISIVE
 from mmprune_train.errors import UserError
+from mmprune_train.files import PUT_BACK, damaged, read_jsonl, read_marked
+from mmprune_train.reporting.evaluation import asked_apart
 from mmprune_train.reporting.results import numbers
+from mmprune_train.run_files import METRICS, MISSHAPEN, read_manifest, read_result, rows_fault, rows_written
 from mmprune_train.sweeps.records import JobRecord, read_records, varying
-from mmprune_train.training.files import read_json, read_jsonl
 
 HIDDEN = frozenset(NOT_DECISIVE - {"knee", "stages", "data.evaluate"}) | {"data.how_to_get", "data.root"}
 """Settings that do not tell runs apart."""
@@ -25,6 +28,10 @@ CHOICES |= {"pruner": ("pruner.name", "knee.method"), "knee": ("knee.method",)}
 """Config group -> the settings that say which of its options were chosen, and with them what the options set."""
 
 
+DAMAGED = "damaged"
+"""State of a run of which something cannot be read, whatever it has come to."""
+
+
 @dataclass
 class Run:
     """One run directory, or a job of a sweep that did not come so far."""
@@ -32,7 +39,7 @@ class Run:
     name: str
     path: Path | None
     state: str
-    """As a job's: `done`, `failed`, `interrupted` or `unfinished`."""
+    """As a job's: `done`, `failed`, `interrupted` or `unfinished`; or `damaged`."""
     settings: dict[str, str] = field(default_factory=dict)
     """Dotted key -> value: of config.yaml, or for a job of a sweep its overrides."""
     numbers: dict[str, float] = field(default_factory=dict)
@@ -90,8 +97,8 @@ def read_sweep(path: Path, alone: bool = True) -> list[Run]:
         alone: whether nothing else is shown: jobs are then told apart by their overrides, else, where they have one, by
             their run's config, as the runs beside them.
     """
-    runs = []
-    for record in read_records(path):
+    runs, faults = list[Run](), dict[str, str]()
+    for record in read_records(path, faults):
         where = None if record.run is None else path / record.run
         if where is not None and is_run(where):
             run = read_run(where)
@@ -104,29 +111,26 @@ def read_sweep(path: Path, alone: bool = True) -> list[Run]:
         run.state, run.job = record.state, record
         run.numbers = record.numbers or run.numbers
         runs.append(run)
-    return runs
+    return runs + [Run(f"{path.name}, {job}", None, DAMAGED, missing=[fault]) for job, fault in faults.items()]
 
 
 def read_run(path: Path) -> Run:
-    """A run directory as far as it has come."""
-    manifest = read_json(path / "manifest.json") or {}
-    result = read_json(path / "result.json") or {}
-    stages = manifest.get("stages", {})
-    run = Run(
-        name=path.name,
-        path=path.resolve(),
-        state="done" if result else "unfinished",
-        settings=_flat(yaml.safe_load((path / "config.yaml").read_text(encoding="utf-8"))),
-        numbers=numbers(result),
-        result=result,
-        manifest=manifest,
-        metrics={name: read_jsonl(path / name / "metrics.jsonl") for name in stages},
-        evaluations={
-            found.parent.name: evaluation
-            for found in sorted(path.glob("evaluate*/result.json"))
-            if ".old" not in found.parent.name and (evaluation := read_json(found)) != result.get("evaluate")
-        },
-    )  # fmt: skip
+    """A run directory as far as it has come. What is damaged in it is among what is missing."""
+    run = Run(name=path.name, path=path.resolve(), state="unfinished")
+    run.settings = _whole(run, lambda: _flat(yaml.safe_load(read_marked(path / "config.yaml"))), {})
+    run.manifest = _whole(run, lambda: read_manifest(path) or {}, {})
+    run.result = _whole(run, lambda: read_result(path / "result.json", _usable) or {}, {})
+    run.numbers = numbers(run.result)
+    for found in sorted(path.glob("evaluate*/result.json")):
+        evaluation = _whole(run, partial(read_result, found, _usable_evaluation), None)
+        if evaluation and ".old" not in found.parent.name and evaluation != run.result.get("evaluate"):
+            run.evaluations[found.parent.name] = evaluation
+    stages = run.manifest.get("stages", {})
+    for name in stages:
+        run.metrics[name] = _whole(run, partial(_rows, path / name), [])
+    if run.missing:
+        run.state = DAMAGED
+        return run
     if not stages:
         run.missing.append("no training stage was begun")
     for name, stage in stages.items():
@@ -136,11 +140,49 @@ def read_run(path: Path) -> Run:
             )
         elif not run.metrics[name]:
             run.missing.append(f"stage {name} has no metrics.jsonl")
-    if not result:
+    if not run.result:
         run.missing.append("no result.json: the run has not ended")
-    elif "evaluate" not in result:
+        return run
+    run.state = "done"
+    if "evaluate" not in run.result:
         run.missing.append("no evaluation after training (evaluate.after_train, data.evaluate.annotations)")
     return run
+
+
+def _whole(run: Run, read: Callable[[], Any], otherwise: Any) -> Any:
+    """What `read` gives; `otherwise` where it finds damage, which the run then tells."""
+    try:
+        return read()
+    except (yaml.YAMLError, *MISSHAPEN) as error:
+        run.missing.append(" ".join(str(error).split()))
+        return otherwise
+
+
+def _rows(stage: Path) -> list[dict[str, Any]]:
+    """Rows of a stage's metrics.jsonl, each with all numbers of the first."""
+    file = stage / METRICS
+    rows = read_jsonl(file)
+    if fault := rows_fault(file, rows_written(stage)):
+        raise UserError(f"{stage}: {fault}; {PUT_BACK}")
+    for number, row in enumerate(rows, 1):
+        if lost := [key for key in ("step", *rows[0]) if not isinstance(row.get(key, ""), int | float | None)]:
+            raise damaged(file, f"line {number} has no number {lost[0]}", PUT_BACK)
+    return rows
+
+
+def _usable(result: dict[str, Any]) -> None:
+    """Raise one of MISSHAPEN where no page could be made of the result of a run."""
+    for stage in result.get("stages", {}).values():
+        stage.get("loss")
+    _usable_evaluation(result.get("evaluate", {}))
+
+
+def _usable_evaluation(result: dict[str, Any]) -> None:
+    numbers(result)
+    for name in ("accuracy", "blind_majority", "accuracy_blank"):
+        result.get(name, {}).get("")
+    if "asked" in result:
+        asked_apart({"": result})
 
 
 def telling_keys(runs: Sequence[Run]) -> list[str]:

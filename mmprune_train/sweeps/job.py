@@ -20,9 +20,8 @@ from mmprune_train.config.identity import home_dir, run_dir
 from mmprune_train.config.schema import Config
 from mmprune_train.errors import UserError
 from mmprune_train.reporting.results import numbers, pick
-from mmprune_train.sweeps.records import JobRecord, read_records, relative
+from mmprune_train.sweeps.records import JobRecord, read_records, read_settings, relative
 from mmprune_train.training.cluster import rank_here
-from mmprune_train.training.files import read_json
 from mmprune_train.training.lock import alone_in
 
 
@@ -37,7 +36,7 @@ def run_job(cfg: DictConfig, execute: Callable[[Config], Any]) -> Any:
         return execute(config_from(cfg))  # the first process speaks for the job
     hydra = HydraConfig.get()
     sweep = Path(hydra.sweep.dir)
-    number = (read_json(sweep / "sweep.json") or {}).get("first_job", 0) + hydra.job.num
+    number = read_settings(sweep).get("first_job", 0) + hydra.job.num
     record = JobRecord(number, list(hydra.overrides.task), started=time.strftime("%Y-%m-%dT%H:%M:%S%z"))
     began = time.perf_counter()
     with ExitStack() as held:
@@ -94,7 +93,7 @@ def objectives(found: dict[str, float], names: list[str]) -> dict[str, float]:
 
 def changed(record: JobRecord, sweep: Path) -> str:
     """The overrides that are this job's own, not the command line's for all jobs."""
-    given = (read_json(sweep / "sweep.json") or {}).get("overrides", [])
+    given = read_settings(sweep).get("overrides", [])
     common = {override.lower() for override in given}  # a sweeper may write `true` as `True`
     return " ".join(override for override in record.overrides if override.lower() not in common) or "as it is"
 

@@ -13,12 +13,22 @@ from pathlib import Path
 from typing import Any
 
 from mmprune_train.config.identity import STARTED_OVER
+from mmprune_train.errors import UserError
+from mmprune_train.files import damaged, read_json, write_atomically, write_json
 from mmprune_train.reporting.results import front
 from mmprune_train.reporting.tables import table
-from mmprune_train.training.files import read_json, write_atomically, write_json
+from mmprune_train.run_files import MISSHAPEN
 
 STATES = ("done", "failed", "interrupted", "unfinished")
 """`unfinished`: no end was recorded, so the job runs still, or was killed."""
+
+
+SWEEP = "sweep.json"
+
+
+def read_settings(sweep: Path) -> dict[str, Any]:
+    """What a sweep was asked, from its sweep.json. Raises UserError where that is damaged."""
+    return read_json(sweep / SWEEP, "start the sweep again, which writes it anew") or {}
 
 
 @dataclass
@@ -55,16 +65,37 @@ class JobRecord:
     def write(self, sweep: Path) -> None:
         asked = sorted(override for override in self.overrides if override.lstrip("+").lower() not in STARTED_OVER)
         name = hashlib.sha256(json.dumps(asked).encode()).hexdigest()[:12]
-        write_json(sweep / "jobs" / f"{name}.json", asdict(self))
+        write_json(sweep / "jobs" / f"{name}.json", asdict(self), checked=True)
 
     @classmethod
     def read(cls, path: Path) -> JobRecord:
-        return cls(**read_json(path))
+        """Raises UserError where the record is damaged, or none."""
+        remedy = "put an earlier copy back, or delete it: the same job of the sweep writes it again"
+        found = read_json(path, remedy) or {}
+        try:
+            record = cls(**found)
+            if type(record.job) is not int or record.state not in STATES:
+                raise ValueError("its job is no number, or its state unknown")
+            record.settings.keys(), record.numbers.keys(), record.objectives.keys()
+        except MISSHAPEN as error:
+            raise damaged(path, f"it is no record of a job ({error})", remedy) from None
+        return record
 
 
-def read_records(sweep: Path) -> list[JobRecord]:
-    """All records, in the order of the jobs."""
-    found = [JobRecord.read(path) for path in (sweep / "jobs").glob("*.json")]
+def read_records(sweep: Path, faults: dict[str, str] | None = None) -> list[JobRecord]:
+    """All records, in the order of the jobs.
+
+    Args:
+        faults: gets what is wrong with those that are damaged, by their files; None: the first is a UserError.
+    """
+    found = []
+    for path in sorted((sweep / "jobs").glob("*.json")):
+        try:
+            found.append(JobRecord.read(path))
+        except UserError as error:
+            if faults is None:
+                raise
+            faults[path.name] = str(error)
     return sorted(found, key=lambda record: (record.job, record.started))
 
 
@@ -90,7 +121,7 @@ def write_summary(sweep: Path, settings: Mapping[str, Any], records: Sequence[Jo
     keys = varying([record.settings for record in records])
     best = pareto(records, names, settings["directions"])
     jobs = [asdict(record) | {"front": record in best} for record in records]
-    write_json(sweep / "sweep.json", {**settings, "varies": keys, "jobs": jobs})
+    write_json(sweep / SWEEP, {**settings, "varies": keys, "jobs": jobs}, checked=True)
     text = io.StringIO()
     writer = csv.writer(text)
     writer.writerow(["job", *keys, *names, "front", "state", "seconds", "run", "error"])

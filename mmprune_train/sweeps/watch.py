@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import sys
 import time
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -15,10 +16,12 @@ from omegaconf import DictConfig, OmegaConf
 from mmprune_train.config.checks import check_sweep
 from mmprune_train.config.task_schema import SweepConfig
 from mmprune_train.errors import UserError
-from mmprune_train.sweeps.records import JobRecord, read_records, summary_text, write_summary
+from mmprune_train.files import write_json
+from mmprune_train.folders import Mark, fault_of, mark_of
+from mmprune_train.sweeps.records import SWEEP, JobRecord, read_records, read_settings, summary_text, write_summary
 from mmprune_train.training.cluster import check_sweep_is_alone
-from mmprune_train.training.files import write_json
 
+STUDY = "optuna.db"
 _watch: SweepWatch | None = None
 """The sweep that this process has started."""
 
@@ -36,6 +39,8 @@ class SweepWatch(Callback):
         self.folder = Path(config.hydra.sweep.dir)
         try:
             refuse(config)
+            check_study(self.folder)
+            first = first_job(self.folder, config.hydra.runtime.choices["hydra/sweeper"])
         except UserError as error:  # Hydra turns a callback's exceptions into warnings
             print(f"error: {error}", file=sys.stderr)
             raise SystemExit(2) from error
@@ -47,12 +52,12 @@ class SweepWatch(Callback):
             "launcher": config.hydra.runtime.choices["hydra/launcher"],
             "objectives": list(config.sweep.objectives),
             "directions": list(config.sweep.directions),
-            "first_job": first_job(self.folder, config.hydra.runtime.choices["hydra/sweeper"]),
+            "first_job": first,
             "started": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
         }
         logging.getLogger("hydra_plugins").setLevel(logging.ERROR)  # of failed jobs our own line says more
         self.before = record_times(self.folder)
-        write_json(self.folder / "sweep.json", self.settings)
+        write_json(self.folder / SWEEP, self.settings, checked=True)
         earlier = f" ({len(self.before)} jobs are recorded there already)" if self.before else ""
         print(f"sweep: {self.folder}{earlier}", flush=True)
         _watch = self
@@ -65,14 +70,27 @@ class SweepWatch(Callback):
             return 1
         records = read_records(self.folder)
         names, directions = self.settings["objectives"], self.settings["directions"]
-        write_summary(self.folder, self.settings, records)
+        study = self.folder / STUDY
+        settings = self.settings | ({STUDY: asdict(mark_of(study))} if study.is_file() else {})
+        write_summary(self.folder, settings, records)
         print(f"\n{summary_text(self.folder, records, names, directions)}\n\n{self.folder}", flush=True)
         return exit_code([JobRecord.read(path) for path in fresh])
 
 
+def check_study(folder: Path) -> None:
+    """Raise UserError where Optuna's study is not as the sweep left it: it decides what is tried next."""
+    try:
+        known = read_settings(folder).get(STUDY)
+    except UserError:  # a sweep that starts writes it anew
+        known = None
+    if known is not None and (fault := fault_of(folder, STUDY, Mark(**known))):
+        raise UserError(f"{folder}: {fault}; put an earlier copy back, or move the folder aside to search anew")
+
+
 def first_job(folder: Path, sweeper: str) -> int:
     """What Hydra's numbers are counted from: the basic sweeper starts its jobs again, others go on with new ones."""
-    return 0 if sweeper == "basic" else 1 + max((record.job for record in read_records(folder)), default=-1)
+    last = max((record.job for record in read_records(folder)), default=-1)
+    return 0 if sweeper == "basic" else 1 + last
 
 
 def record_times(folder: Path) -> dict[Path, int]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shutil
 from collections.abc import Callable
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -26,6 +25,8 @@ from mmprune_train.data.templates import get_template
 from mmprune_train.errors import UserError
 from mmprune_train.evaluation.generate import load_images
 from mmprune_train.evaluation.questions import questions_of
+from mmprune_train.files import write_json
+from mmprune_train.folders import sweep, temporary_folder
 from mmprune_train.model.llava import PackedLlava
 from mmprune_train.model.quantize import check_quantization
 from mmprune_train.progress import progress
@@ -33,10 +34,9 @@ from mmprune_train.pruning.patches import Patches
 from mmprune_train.quiet import quiet
 from mmprune_train.reporting.bench_figure import draw_steps
 from mmprune_train.reporting.tables import table
-from mmprune_train.tasks.checkpoint import find_checkpoint, keep_earlier, load
+from mmprune_train.tasks.checkpoint import Results, find_checkpoint, load
 from mmprune_train.tasks.prepare import prepare_data
 from mmprune_train.training.features import fill_for
-from mmprune_train.training.files import write_json
 from mmprune_train.training.inputs import spread_images, stage_image_processor, stage_loader
 from mmprune_train.training.precision import Precision, choose_accelerator, choose_precision
 from mmprune_train.training.run import kernel_lines, load_stage, make_trainable
@@ -54,7 +54,7 @@ def run(config: Config) -> dict[str, Any]:
         raise UserError(
             f"ckpt={config.ckpt}: task=bench needs a run directory, whose config says how samples are prepared"
         )
-    folder = (found.home if found else run_dir(config)) / "bench"
+    results = Results((found.home if found else run_dir(config)) / "bench")
     config = found.config if found else config
     accelerator = choose_accelerator(config.trainer.accelerator)
     precision = choose_precision(config.trainer.precision, accelerator)
@@ -96,19 +96,23 @@ def run(config: Config) -> dict[str, Any]:
         "versions": versions(),
         "git_commit": git_commit(),
     }
-    keep_earlier(folder)
+
+    def write() -> None:
+        with results.writing() as folder:
+            write_json(folder / "result.json", result)
+
     if "train" in config.bench.measure:
         batch = next(loader.steps(0, 1))[0].to(accelerator)
         result["samples"], result["batch_ids"] = batch.sequence.samples, batch.ids
-        result["train"] = _train(config, name, model, batch, pruners, precision, folder)
-        write_json(folder / "result.json", result)  # it takes minutes: what follows may fail
+        result["train"] = _train(config, name, model, batch, pruners, precision, results)
+        write()  # it takes minutes: what follows may fail
     if "generate" in config.bench.measure:
         result["generate"] = _generate(config, model, processor, loader, pruners, precision)
-        write_json(folder / "result.json", result)
+        write()
     if "selection" in config.bench.measure:
         result["selection"] = _selection(config, model, loader, pruners, precision)
-    write_json(folder / "result.json", result)
-    print(f"\n{folder / 'result.json'}", flush=True)
+    write()
+    print(f"\n{results.place / 'result.json'}", flush=True)
     return result
 
 
@@ -143,35 +147,38 @@ def _train(
     batch: Batch,
     pruners: dict[str, PrunerConfig],
     precision: Precision,
-    folder: Path,
+    results: Results,
 ) -> dict[str, Any]:
     ways: dict[str, Way] = {BASELINE: padded(model, batch)} if config.bench.baseline else {}
     for name, settings in pruners.items():
         ways[name] = pruned(model, batch, settings)
-    if config.bench.cached and batch.pixel_values is not None:
-        for name, settings in pruners.items():
-            if read := _cached(config, stage, model, batch, settings, precision, folder / "features"):
-                ways[f"{name} + cache"] = pruned(model, batch, settings, read)
     rounds = config.bench.repeats
 
     def told(numbers: Any) -> Any:
         return progress(list(numbers), "training step", "rounds", rounds + 1)
 
-    costs = step_costs(model, ways, rounds, precision.dtype, told)
+    home = results.folder.parent
+    home.mkdir(parents=True, exist_ok=True)
+    sweep(home, ".bench.*")
+    with temporary_folder(home, ".bench.") as features:
+        if config.bench.cached and batch.pixel_values is not None:
+            for name, settings in pruners.items():
+                if read := _cached(config, stage, model, batch, settings, precision, features):
+                    ways[f"{name} + cache"] = pruned(model, batch, settings, read)
+        costs = step_costs(model, ways, rounds, precision.dtype, told)
     dense = costs.get(DENSE)
     what = f"{config.encoder.name} at {config.encoder.image_size} px, {config.llm.name}, peft={config.peft.name}, "
     what += f"{batch.sequence.samples} samples, {precision.name}"
     print(f"\n{steps_text(costs, what)}", flush=True)
-    figure = folder / "bench.png"
-    draw_steps(
-        {name: cost.seconds for name, cost in costs.items()},
-        PARTS,
-        {name: shares(cost, dense) for name, cost in costs.items()},
-        f"one optimizer step: {what}",
-        figure,
-    )
-    print(f"\n{figure}", flush=True)
-    shutil.rmtree(folder / "features", ignore_errors=True)
+    with results.writing() as folder:
+        draw_steps(
+            {name: cost.seconds for name, cost in costs.items()},
+            PARTS,
+            {name: shares(cost, dense) for name, cost in costs.items()},
+            f"one optimizer step: {what}",
+            folder / "bench.png",
+        )
+    print(f"\n{results.place / 'bench.png'}", flush=True)
     return {name: asdict(cost) | {"keep_ratio": cost.keep_ratio} for name, cost in costs.items()}
 
 

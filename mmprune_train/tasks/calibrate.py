@@ -32,6 +32,7 @@ from mmprune_train.evaluation.calibration import (
     pack,
     with_knee,
 )
+from mmprune_train.files import marked, write_atomically, write_json
 from mmprune_train.model.begin import begin, tower_of
 from mmprune_train.model.llava import PackedLlava
 from mmprune_train.model.vision import encode
@@ -42,9 +43,8 @@ from mmprune_train.quiet import quiet
 from mmprune_train.reporting.budget_figure import KeptTokens, draw_budgets
 from mmprune_train.reporting.calibration import WHAT, outcome, sentence, share, summary, text
 from mmprune_train.tasks import unread
-from mmprune_train.tasks.checkpoint import Checkpoint, find_checkpoint, keep_earlier, load
+from mmprune_train.tasks.checkpoint import Checkpoint, Results, find_checkpoint, load
 from mmprune_train.tasks.prepare import prepare_data
-from mmprune_train.training.files import write_atomically, write_json
 from mmprune_train.training.inputs import stage_reader, template_of
 from mmprune_train.training.precision import choose_accelerator, choose_precision
 from mmprune_train.training.run import MATCHED_IMAGES, fit_projector
@@ -74,15 +74,15 @@ def run(config: Config) -> dict[str, Any]:
     subject = load_subject(chosen, pruner, found)
     check_subject(subject.pruner, asked)
     report, images = measure(chosen, subject)
-    keep_earlier(folder)
-    written = write_presets(folder / "conf", report, chosen)
-    result = {**summary(report), "seed": config.seed, "ckpt": config.ckpt}
-    result["presets"] = sorted(written)
-    if PRESET in written:
-        result["next"] = next_command(config, folder / "conf")
-    write_json(folder / "result.json", result)
-    draw(report, images, folder / "budgets.png")
-    print(f"\n{text(report)}\n\n{folder}", flush=True)
+    with (results := Results(folder)).writing() as folder:
+        written = write_presets(folder / "conf", report, chosen)
+        result = {**summary(report), "seed": config.seed, "ckpt": config.ckpt}
+        result["presets"] = sorted(written)
+        if PRESET in written:
+            result["next"] = next_command(config, folder / "conf")
+        write_json(folder / "result.json", result)
+        draw(report, images, folder / "budgets.png")
+    print(f"\n{text(report)}\n\n{results.place}", flush=True)
     own = report.own
     if own.solution is not None and own.solved is None:
         low, high = own.solution.reachable
@@ -219,7 +219,7 @@ def write_presets(folder: Path, report: Report, config: Config) -> dict[str, Pat
             settings = with_knee(report.pruner, report.stage, row.solved)
             settings = replace(settings, name=f"{settings.name.removesuffix('-' + PRESET)}-{PRESET}")
             written[name] = folder / "pruner" / f"{name}.yaml"
-            write_atomically(written[name], "".join(header(report, row, config)) + to_yaml(settings))
+            write_atomically(written[name], marked("".join(header(report, row, config)) + to_yaml(settings)))
     return written
 
 

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import os
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -20,6 +22,7 @@ from mmprune_train.errors import UserError
 from mmprune_train.model.build import load_model
 from mmprune_train.model.weights.folders import model_folder
 from mmprune_train.quiet import quiet
+from mmprune_train.training.lock import publishing
 from mmprune_train.training.precision import Precision, choose_accelerator, choose_precision
 from mmprune_train.training.rundir import RunDirectory, free_name
 from mmprune_train.training.sources import changed_components
@@ -122,9 +125,33 @@ def choose_orientation(image_processor: Any, configured: bool, named: bool) -> N
         image_processor.exif_orientation = configured
 
 
-def keep_earlier(folder: Path) -> None:
-    """Move the folder of an earlier run of a task aside: what was once found is not lost."""
-    if folder.is_dir() and any(folder.iterdir()):
-        aside = free_name(folder)
-        folder.rename(aside)
-        print(f"moved the earlier {folder.name} to {aside}", flush=True)
+class Results:
+    """Where a task puts what it has found: a folder of its own, also where another process asks the same meanwhile."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        """Its name; what an earlier task has left there is moved aside, not lost."""
+        self.place = folder
+        """Where it was at the last look: one that ended later may have moved it aside in its turn."""
+        self._inode: int | None = None
+
+    @contextmanager
+    def writing(self) -> Iterator[Path]:
+        """The folder, while no other process moves it. The first time something must be written into it."""
+        with publishing(self.folder):
+            if self._inode is None:
+                self._keep_earlier()
+                self.folder.mkdir(parents=True, exist_ok=True)
+                self._inode = self.folder.stat().st_ino
+            self.place = next((place for place in self._places() if place.stat().st_ino == self._inode), self.folder)
+            yield self.place
+
+    def _places(self) -> list[Path]:
+        asides = self.folder.parent.glob(f"{self.folder.name}.old*")
+        return [place for place in (self.folder, *asides) if place.exists()]
+
+    def _keep_earlier(self) -> None:
+        if self.folder.is_dir() and any(self.folder.iterdir()):
+            aside = free_name(self.folder)
+            self.folder.rename(aside)
+            print(f"moved the earlier {self.folder.name} to {aside}", flush=True)

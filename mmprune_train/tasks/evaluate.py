@@ -16,10 +16,11 @@ from mmprune_train.data.templates import Template, get_template, template_name
 from mmprune_train.errors import UserError
 from mmprune_train.evaluation.questions import Question, check_images, choose, counts_by_kind, read_questions
 from mmprune_train.evaluation.run import evaluate, write_predictions
+from mmprune_train.files import write_json
 from mmprune_train.reporting.evaluation import result_table
-from mmprune_train.tasks.checkpoint import Checkpoint, find_checkpoint, keep_earlier, load
+from mmprune_train.run_files import read_result
+from mmprune_train.tasks.checkpoint import Checkpoint, Results, find_checkpoint, load
 from mmprune_train.tasks.prepare import prepare_data
-from mmprune_train.training.files import read_json, write_json
 
 FOLDER = "evaluate"
 """Of an evaluation in its run directory; what is not the run's own case adds to the name."""
@@ -38,9 +39,9 @@ def run(config: Config) -> dict[str, Any]:
     """Evaluate `ckpt=` (a run directory, an exported or a llava-hf folder), by default this config's own run."""
     found = find_checkpoint(config)
     questions = question_set(found.config)
-    folder = found.home / folder_name(found, questions.asked["annotations"])
-    result = evaluate_checkpoint(found, questions, folder)
-    print(f"\n{result_table(result)}\n\n{folder}", flush=True)
+    results = Results(found.home / folder_name(found, questions.asked["annotations"]))
+    result = evaluate_checkpoint(found, questions, results)
+    print(f"\n{result_table(result)}\n\n{results.place}", flush=True)
     return result
 
 
@@ -75,11 +76,13 @@ def _other_case(found: Checkpoint, annotations: str) -> str | None:
     """A name for what is not the run's own case: the file that it was trained to be asked or, where there is none, the
     file and model of the evaluation that lies in `evaluate`. None: this is it."""
     data, model = found.config.data, Path(found.model)
-    own = (read_json(found.home / FOLDER / "result.json") or {}).get("asked", {})
-    if found.trained is not None:
-        file = found.trained.data.evaluate.annotations
-        kept = str(data_root(found.trained.data) / Path(file).expanduser()) if file else own.get("annotations")
-        own = {"annotations": kept}
+    own, file = dict[str, Any](), found.trained and found.trained.data.evaluate.annotations
+    if found.trained is not None and file:
+        own = {"annotations": str(data_root(found.trained.data) / Path(file).expanduser())}
+    else:
+        own = (read_result(found.home / FOLDER / "result.json", _asked) or {}).get("asked", {})
+        if found.trained is not None:
+            own = {"annotations": own.get("annotations")}
     names = []
     if Path(own.get("ckpt") or model) != model:
         names.append(model.name)
@@ -88,32 +91,28 @@ def _other_case(found: Checkpoint, annotations: str) -> str | None:
     return "-".join(names) or None
 
 
-def evaluate_checkpoint(found: Checkpoint, questions: QuestionSet, folder: Path) -> dict[str, Any]:
-    """Ask a model the questions. predictions.jsonl and result.json go to `folder`; an earlier evaluation there is moved
-    aside when the answers are there, not before."""
+def _asked(result: dict[str, Any]) -> list[str]:
+    return [Path(result.get("asked", {}).get(key) or "").name for key in ("ckpt", "annotations")]
+
+
+def evaluate_checkpoint(found: Checkpoint, questions: QuestionSet, results: Results) -> dict[str, Any]:
+    """Ask a model the questions. predictions.jsonl and result.json go to `results`; an earlier evaluation there is
+    moved aside when the answers are there, not before."""
     config = found.config
     answers = training_answers(config)
     model, processor, precision = load(found)
-    made = 0
 
     def save(predictions: Any) -> None:
-        nonlocal made
-        keep_earlier(folder)
-        write_predictions(folder / "predictions.jsonl", predictions)
-        made = folder.stat().st_ino
+        with results.writing() as folder:
+            write_predictions(folder / "predictions.jsonl", predictions)
 
     template = prompt_template(processor)
     scores = evaluate(model, processor, template, questions.chosen, answers, config.evaluate, save, precision.dtype)
     asked = {"ckpt": str(found.model), **questions.asked}
     result = {"pruner": model.pruner.settings.name, "asked": asked, **scores}
-    write_json(now_at(folder, made) / "result.json", result)
+    with results.writing() as folder:
+        write_json(folder / "result.json", result, checked=True)
     return result
-
-
-def now_at(folder: Path, inode: int) -> Path:
-    """Where a folder is that another evaluation of the same name may have moved aside in the meantime."""
-    places = [folder, *folder.parent.glob(f"{folder.name}.old*")]
-    return next((place for place in places if place.exists() and place.stat().st_ino == inode), folder)
 
 
 def prompt_template(processor: Any) -> Template:

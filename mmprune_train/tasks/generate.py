@@ -9,11 +9,12 @@ from typing import Any
 from mmprune_train.config.schema import Config
 from mmprune_train.errors import UserError
 from mmprune_train.evaluation.generate import answer
+from mmprune_train.files import write_json
 from mmprune_train.reporting.tables import table
 from mmprune_train.tasks.checkpoint import find_checkpoint, load
 from mmprune_train.tasks.evaluate import prompt_template
 from mmprune_train.tasks.question import typed_question
-from mmprune_train.training.files import write_json
+from mmprune_train.training.lock import publishing
 
 
 def run(config: Config) -> dict[str, Any]:
@@ -48,8 +49,9 @@ def run(config: Config) -> dict[str, Any]:
         "tokens": counts,
     }
     folder = found.home / "generate"
-    write_json(folder / "result.json", result)
-    with (folder / "answers.jsonl").open("a", encoding="utf-8") as file:
-        file.write(json.dumps(result, ensure_ascii=False) + "\n")
+    with publishing(folder):
+        write_json(folder / "result.json", result)
+        with (folder / "answers.jsonl").open("a", encoding="utf-8") as file:
+            file.write(json.dumps(result, ensure_ascii=False) + "\n")
     print(f"\n{folder / 'answers.jsonl'}", flush=True)
     return result

@@ -6,11 +6,12 @@ from collections.abc import Callable, Sequence
 from functools import cache, partial
 from pathlib import Path
 
-from mmprune_train.assets import say
+from mmprune_train.assets import cache_dir, say
 from mmprune_train.config.identity import run_dir
 from mmprune_train.config.schema import Config
 from mmprune_train.data import sources
 from mmprune_train.errors import NotHere, UserError
+from mmprune_train.folders import sweep
 from mmprune_train.training.rundir import RunDirectory
 
 Found = dict[str, Path | None]
@@ -71,6 +72,8 @@ def find_inputs(config: Config, todo: Sequence[str], splits: Sequence[str], trai
     Raises:
         UserError: something is missing or wrong; where several things are, a list of all.
     """
+    for kind in ("data", "files", "models"):
+        sweep(cache_dir() / kind)
     search = Search()
     _look_for_data(search, config, splits)
     _look_for_weights(search, config, todo)

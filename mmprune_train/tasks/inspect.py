@@ -12,12 +12,12 @@ from mmprune_train.config.schema import Config
 from mmprune_train.data.images import ImageReader
 from mmprune_train.errors import UserError
 from mmprune_train.evaluation.generate import load_images
+from mmprune_train.files import write_json
 from mmprune_train.reporting.figures import PrunedImage, PrunedText, draw
 from mmprune_train.reporting.tables import table
-from mmprune_train.tasks.checkpoint import find_checkpoint, keep_earlier, load
+from mmprune_train.tasks.checkpoint import Results, find_checkpoint, load
 from mmprune_train.tasks.evaluate import prompt_template
 from mmprune_train.tasks.question import typed_question
-from mmprune_train.training.files import write_json
 
 
 def run(config: Config) -> dict[str, Any]:
@@ -36,16 +36,15 @@ def run(config: Config) -> dict[str, Any]:
         drawn, text, traced = trace_prompt(model, processor, inputs)
     asked = {"ckpt": str(found.model), "images": [str(path) for path in question.images], "question": question.text}
     result = {"asked": asked, "pruner": model.pruner.settings.name, **traced}
-    folder = found.home / "inspect"
-    keep_earlier(folder)
-    draw(drawn, text, f"{model.pruner.settings.name}: {question.plain}", folder / "pruning.png")
-    write_json(folder / "result.json", result)
+    with (results := Results(found.home / "inspect")).writing() as folder:
+        draw(drawn, text, f"{model.pruner.settings.name}: {question.plain}", folder / "pruning.png")
+        write_json(folder / "result.json", result)
     rows = [
         [file.name, one.grid**2, len(one.stage1), len(one.stage2)]
         for file, one in zip(question.images, drawn, strict=True)
     ]
     print(table(rows, ["image", "patches", "after stage 1", "after stage 2"]))
-    print(f"\n{folder / 'pruning.png'}", flush=True)
+    print(f"\n{results.place / 'pruning.png'}", flush=True)
     return result
 
 

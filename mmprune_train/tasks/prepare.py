@@ -10,9 +10,10 @@ from mmprune_train.config.identity import run_dir
 from mmprune_train.config.pruner import projects
 from mmprune_train.config.schema import Config
 from mmprune_train.data import sources
+from mmprune_train.files import write_json
 from mmprune_train.reporting.tables import table
 from mmprune_train.tasks.inputs import find_inputs, machine_faults
-from mmprune_train.training.files import write_json
+from mmprune_train.training.lock import publishing
 
 if TYPE_CHECKING:
     from mmprune_train.features.fill import Report
@@ -32,7 +33,9 @@ def run(config: Config) -> dict[str, Any]:
             rows += [[f"features of {name}", report.folder], ["", report.line()]]
         result["features"] = {name: report.numbers() for name, report in reports.items()}
     print(table(rows, ["ready", "where"]))
-    write_json(run_dir(config) / "prepare" / "result.json", result)
+    folder = run_dir(config) / "prepare"
+    with publishing(folder):
+        write_json(folder / "result.json", result)
     return result
 
 

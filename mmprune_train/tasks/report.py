@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import sys
 from pathlib import Path
 from typing import Any
 
 from mmprune_train.config.schema import Config
 from mmprune_train.errors import UserError
+from mmprune_train.files import write_atomically, write_json
 from mmprune_train.reporting.page import Shown, compare, render
-from mmprune_train.reporting.runs import is_run, read_runs
+from mmprune_train.reporting.runs import DAMAGED, is_run, read_runs
 from mmprune_train.reporting.tables import table
-from mmprune_train.training.files import write_atomically, write_json
+from mmprune_train.training.lock import publishing
 
 
 def run(config: Config) -> dict[str, Any]:
@@ -21,10 +23,13 @@ def run(config: Config) -> dict[str, Any]:
             f"report.runs is not given and {folders[0]} has no runs; give report.runs=[FOLDER,...] or +experiment=NAME"
         )
     runs = read_runs(folders)
+    for found in runs:
+        if found.state == DAMAGED:
+            print(f"note: {found.name}: {'; '.join(found.missing)}", file=sys.stderr, flush=True)
     shown = shown_by(config)
     target = output_folder(config, folders)
     title = f"{Path(folders[0]).name}{f' and {len(folders) - 1} more' if len(folders) > 1 else ''}"
-    write_atomically(target / "report.html", render(runs, shown, f"Report: {title}", folders))
+    page = render(runs, shown, f"Report: {title}", folders)
     compared = compare(runs, shown)
     result: dict[str, Any] = {
         "page": str(target / "report.html"),
@@ -42,7 +47,9 @@ def run(config: Config) -> dict[str, Any]:
             for i, (found, values) in enumerate(zip(runs, compared.values, strict=True))
         ],
     }
-    write_json(target / "result.json", result)
+    with publishing(target):
+        write_atomically(target / "report.html", page)
+        write_json(target / "result.json", result)
     rows = [
         [f"{r['name']}{'*' if r['front'] else ''}", *r["settings"].values(), *(r[a] for a in shown.axes), r["state"]]
         for r in result["runs"]

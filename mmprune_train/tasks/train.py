@@ -102,13 +102,13 @@ def _evaluated(config: Config, directory: RunDirectory, asked: dict[str, Any] | 
     """The result of a trained run, after the evaluation that is asked for."""
     result: dict[str, Any] = {"run": str(directory.path), "stages": stage_summaries(directory, config.stages)}
     if asked is not None:
-        from mmprune_train.tasks.checkpoint import Checkpoint
+        from mmprune_train.tasks.checkpoint import Checkpoint, Results
         from mmprune_train.tasks.evaluate import evaluate_checkpoint, folder_name, question_set
 
         trained = Checkpoint(directory.model(config.stages[-1]), directory.path, config, None, config)
         questions = question_set(config)
-        folder = directory.path / folder_name(trained, questions.asked["annotations"])
-        result["evaluate"] = evaluate_checkpoint(trained, questions, folder)
+        results = Results(directory.path / folder_name(trained, questions.asked["annotations"]))
+        result["evaluate"] = evaluate_checkpoint(trained, questions, results)
         result["evaluated_with"] = asked
     directory.write_result(result)
     return result
@@ -147,7 +147,7 @@ def _train(config: Config, directory: RunDirectory, todo: list[str], main: bool,
         run_stage(config, name, directory, start, preemption)
 
 
-NOT_TOLD = ("state", "start", "data", "components")
+NOT_TOLD = ("state", "start", "data", "components", "files")
 """What the manifest keeps of a stage for its own use."""
 
 

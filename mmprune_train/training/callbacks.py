@@ -11,7 +11,7 @@ from typing import Any
 import pytorch_lightning as pl
 from pytorch_lightning.callbacks import TQDMProgressBar
 
-from mmprune_train.training.files import keep_steps
+from mmprune_train.files import keep_steps
 from mmprune_train.training.module import MultimodalModule
 from mmprune_train.training.stream import BatchStream
 

@@ -1,8 +1,9 @@
 """Checkpoints as files: what makes one whole, how damage is found, and which one a run continues.
 
 A checkpoint is a folder `step-00000100.ckpt` with `state`, the file or folder that the strategy writes and reads, and
-`index.json`, written last: the size and CRC-32 of every file. It is written under a name with a dot, brought to disk
-with fsync, and renamed. The checksum finds accidents; it is no protection against a forger.
+`index.json`, written last: the size and CRC-32 of every file, and of the rows that metrics.jsonl had. It is written
+under a name with a dot, brought to disk with fsync, and renamed. The checksum finds accidents; it is no protection
+against a forger.
 """
 
 from __future__ import annotations
@@ -11,10 +12,9 @@ import os
 import re
 import shutil
 import sys
-import zlib
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -22,20 +22,13 @@ import torch
 
 from mmprune_train.errors import UserError
 from mmprune_train.features.ranks import Ranks
-from mmprune_train.training.files import read_json, sync, write_json
+from mmprune_train.files import read_json, sync, write_json
+from mmprune_train.folders import Mark, as_marks, fault_of, files_in, mark_of
+from mmprune_train.run_files import METRICS, rows_fault
 
 PATTERN = re.compile(r"step-(\d+)\.ckpt")
 STATE = "state"
 INDEX = "index.json"
-BLOCK = 1 << 22
-
-
-@dataclass(frozen=True)
-class File:
-    """What a file of a checkpoint is known by."""
-
-    bytes: int
-    crc32: int
 
 
 @dataclass(frozen=True)
@@ -49,8 +42,10 @@ class Index:
     """Processes that wrote it."""
     loss: float | None = None
     """Mean training loss of the steps since the checkpoint before."""
-    files: Mapping[str, File] = field(default_factory=dict)
+    files: Mapping[str, Mark] = field(default_factory=dict)
     """By path inside the checkpoint."""
+    metrics: Mark | None = None
+    """Of the stage's metrics.jsonl up to this step: its rows count in the stage's averages. None: not recorded."""
 
 
 def name_of(step: int) -> str:
@@ -96,12 +91,11 @@ def last_checkpoint(folder: Path, ranks: Ranks | None = None) -> Path | None:
 
 def seal(checkpoint: Path, index: Index, ranks: Ranks) -> None:
     """Bring a written checkpoint to disk and write its index. Every rank must call it when all have written theirs."""
-    names = ranks.exchange(_files(checkpoint))[0]
+    names = ranks.exchange(files_in(checkpoint))[0]
     marks = ranks.all(lambda share: [_bring_to_disk(checkpoint / name) for name in share], names)
     if ranks.rank == 0:
-        whole = Index(index.step, index.strategy, index.world_size, index.loss, dict(zip(names, marks, strict=True)))
-        write_json(checkpoint / INDEX, asdict(whole))
-        sync(checkpoint / INDEX)
+        whole = replace(index, files=dict(zip(names, marks, strict=True)))
+        write_json(checkpoint / INDEX, asdict(whole), checked=True)
         for folder in {(checkpoint / name).parent for name in names}:
             sync(folder)
         sync(checkpoint)
@@ -111,8 +105,12 @@ def read_index(checkpoint: Path) -> Index | None:
     """What a checkpoint says it holds; None where that cannot be read."""
     try:
         found = read_json(checkpoint / INDEX)
-        return found and Index(**{**found, "files": {name: File(**mark) for name, mark in found["files"].items()}})
-    except (OSError, ValueError, TypeError, KeyError, AttributeError):
+        if found is None:
+            return None
+        metrics = found.pop("metrics", None)
+        index = Index(**{**found, "files": as_marks(found["files"])}, metrics=metrics and Mark(**metrics))
+        return index if type(index.step) is int and index.step == step_of(checkpoint) else None
+    except (ValueError, TypeError, KeyError, AttributeError):
         return None
 
 
@@ -128,9 +126,10 @@ def damage(checkpoint: Path, ranks: Ranks | None = None, contents: bool = True) 
         return f"no {INDEX} that can be read"
 
     def faults(share: Sequence[str]) -> list[str | None]:
-        return [_fault(checkpoint / name, name, index.files[name], contents) for name in share]
+        return [fault_of(checkpoint, name, index.files[name], mark_of if contents else None) for name in share]
 
-    return next((fault for fault in ranks.all(faults, list(index.files)) if fault is not None), None)
+    rows = ranks.exchange(rows_fault(checkpoint.parent.parent / METRICS, index.metrics))[0]
+    return next((fault for fault in (*ranks.all(faults, list(index.files)), rows) if fault is not None), None)
 
 
 def check_written_by(checkpoint: Path, strategy: str, world_size: int) -> None:
@@ -188,32 +187,9 @@ def _deepspeed_records() -> list[Any]:
     return [LossScaler, DynamicLossScaler, ZeroStageEnum, fragment_address]
 
 
-def _files(checkpoint: Path) -> list[str]:
-    return sorted(str(path.relative_to(checkpoint)) for path in checkpoint.rglob("*") if path.is_file())
-
-
-def _bring_to_disk(path: Path) -> File:
+def _bring_to_disk(path: Path) -> Mark:
     sync(path)
-    return _mark(path)
-
-
-def _mark(path: Path) -> File:
-    size = crc = 0
-    with path.open("rb") as file:
-        while block := file.read(BLOCK):
-            size += len(block)
-            crc = zlib.crc32(block, crc)
-    return File(size, crc)
-
-
-def _fault(path: Path, name: str, written: File, contents: bool) -> str | None:
-    if not path.is_file():
-        return f"{name} is missing"
-    if (size := path.stat().st_size) != written.bytes:
-        return f"{name} has {size} of {written.bytes} bytes"
-    if contents and _mark(path) != written:
-        return f"{name} has other bytes than were written"
-    return None
+    return mark_of(path)
 
 
 def _processes(number: int) -> str:

@@ -2,21 +2,24 @@
 
 from __future__ import annotations
 
-import contextlib
 import errno
 import fcntl
 import hashlib
+import os
 from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
+from typing import BinaryIO
 
 from mmprune_train.errors import UserError
+from mmprune_train.folders import held
 
 BUSY = (errno.EACCES, errno.EAGAIN)
 _held: set[Path] = set()
 """Run directories that this process is alone in."""
 
 
-@contextlib.contextmanager
+@contextmanager
 def alone_in(run: Path, wait: bool = False) -> Iterator[None]:
     """Let no other process into the run directory `run` while the context lasts; it may be entered again inside.
 
@@ -33,13 +36,8 @@ def alone_in(run: Path, wait: bool = False) -> Iterator[None]:
         yield
         return
     file = run.parent.parent / ".locks"
-    try:
-        file.parent.mkdir(parents=True, exist_ok=True)
-        file.touch()
-    except OSError as error:
-        raise UserError(f"runs_dir: {file.parent} cannot be written to ({error.strerror}); set runs_dir=") from error
     place = int(hashlib.sha256(f"{run.parent.name}/{run.name}".encode()).hexdigest()[:7], 16)
-    with file.open("ab") as handle:
+    with _opened(file) as handle:
         try:
             fcntl.lockf(handle, fcntl.LOCK_EX | fcntl.LOCK_NB, 1, place)
         except OSError as error:
@@ -59,3 +57,32 @@ def alone_in(run: Path, wait: bool = False) -> Iterator[None]:
             yield
         finally:
             _held.discard(where)
+
+
+def _opened(file: Path) -> BinaryIO:
+    """The file that all users of a `runs_dir` lock bytes of, whoever made it."""
+    try:
+        file.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            # not with O_CREAT: in a folder like /tmp Linux refuses that for the file of another user
+            return os.fdopen(os.open(file, os.O_RDWR), "r+b", buffering=0)
+        except FileNotFoundError:
+            handle = file.open("ab", buffering=0)
+            with suppress(OSError):  # another user has made it just now
+                file.chmod(0o666)
+            return handle
+    except OSError as error:
+        raise UserError(
+            f"runs_dir: {file} cannot be written to ({error.strerror}), which every user of a shared runs_dir must be "
+            "able to; make it so (chmod a+rw), or set runs_dir="
+        ) from error
+
+
+@contextmanager
+def publishing(folder: Path) -> Iterator[None]:
+    """Let no other process put a task's results into this folder while the context lasts: each finds there what the one
+    before has left, whole, and moves it aside."""
+    home = folder.parent
+    home.mkdir(parents=True, exist_ok=True)
+    with held(home, wait=True):
+        yield

@@ -7,7 +7,7 @@ import netrc
 import os
 import threading
 from argparse import Namespace
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -17,7 +17,7 @@ from pytorch_lightning.loggers import Logger, WandbLogger
 from pytorch_lightning.utilities import rank_zero_only
 
 from mmprune_train.config.schema import LoggerConfig, WandbConfig
-from mmprune_train.training.files import read_jsonl
+from mmprune_train.files import rows_to
 from mmprune_train.training.preemption import EXIT_CODE, Preempted, withheld
 
 PATIENCE = 30.0
@@ -25,14 +25,16 @@ PATIENCE = 30.0
 
 
 class CsvLogger(Logger):
-    """metrics.csv with one row a step. Lightning's own starts the file anew when a run resumes."""
+    """metrics.csv with one row a step; that of a resumed run begins with the rows of metrics.jsonl."""
 
-    def __init__(self, path: Path, flush_every: int, resumed_step: int) -> None:
+    def __init__(self, path: Path, flush_every: int, earlier: Sequence[dict[str, Any]] = ()) -> None:
+        """Args:
+        earlier: rows of metrics.jsonl up to the step that is continued, with which the file begins.
+        """
         super().__init__()
         self.path = path
         self.flush_every = flush_every
-        self.resumed_step = resumed_step
-        self.rows: list[dict[str, Any]] = []
+        self.rows: list[dict[str, Any]] = list(earlier)
         self.opened = False
 
     @property
@@ -57,28 +59,17 @@ class CsvLogger(Logger):
     def save(self) -> None:
         if not self.rows:
             return
-        if not self.opened:
-            self._cut()
-        with self.path.open("a", newline="", encoding="utf-8") as file:
-            writer = csv.DictWriter(file, list(self.rows[0]))
-            if file.tell() == 0:
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        with self.path.open("a" if self.opened else "w", newline="", encoding="utf-8") as file:
+            writer = csv.DictWriter(file, list(dict.fromkeys(key for row in self.rows for key in row)))
+            if not self.opened:
                 writer.writeheader()
             writer.writerows(self.rows)
-        self.rows = []
+        self.rows, self.opened = [], True
 
     @rank_zero_only
     def finalize(self, status: str) -> None:
         self.save()
-
-    def _cut(self) -> None:
-        """Drop the rows that the resumed run will write again."""
-        self.opened = True
-        self.path.parent.mkdir(parents=True, exist_ok=True)
-        if not self.path.is_file():
-            return
-        lines = self.path.read_text(encoding="utf-8").splitlines(keepends=True)
-        kept = [x for x in lines[1:] if x.endswith("\n") and int(x.split(",", 1)[0]) <= self.resumed_step]
-        self.path.write_text("".join(lines[:1] + kept) if kept else "", encoding="utf-8")
 
 
 class WandbRun(WandbLogger):
@@ -136,8 +127,9 @@ def build_loggers(config: LoggerConfig, stage_dir: Path, run_name: str, resumed_
     resumed_step: optimizer step that the run continues after; 0 for a new one.
     """
     loggers: list[Logger] = []
+    earlier = rows_to(stage_dir / "metrics.jsonl", resumed_step)
     if config.csv is not None:
-        loggers.append(CsvLogger(stage_dir / "metrics.csv", config.csv.flush_every, resumed_step))
+        loggers.append(CsvLogger(stage_dir / "metrics.csv", config.csv.flush_every, earlier))
     if config.tensorboard is not None:
         from pytorch_lightning.loggers import TensorBoardLogger
 
@@ -147,7 +139,7 @@ def build_loggers(config: LoggerConfig, stage_dir: Path, run_name: str, resumed_
             TensorBoardLogger(stage_dir, name="tensorboard", version="", purge_step=purge, flush_secs=seconds)
         )
     if config.wandb is not None:
-        loggers.append(_wandb(config.wandb, stage_dir, run_name, resumed_step))
+        loggers.append(_wandb(config.wandb, stage_dir, run_name, earlier))
     return loggers
 
 
@@ -200,14 +192,13 @@ def _in_netrc(url: str) -> bool:
     return urlsplit(url).hostname in entries.hosts
 
 
-def _wandb(config: WandbConfig, stage_dir: Path, run_name: str, resumed_step: int) -> Logger:
+def _wandb(config: WandbConfig, stage_dir: Path, run_name: str, earlier: list[dict[str, Any]]) -> Logger:
     os.environ.setdefault("WANDB_SILENT", "true")
     offline = wandb_offline(config)
     resume = {} if offline else {"resume": "allow"}  # an offline run cannot ask the server what it has
     stage_dir.mkdir(parents=True, exist_ok=True)
-    rows = [row for row in read_jsonl(stage_dir / "metrics.jsonl") if row["step"] <= resumed_step]
     return WandbRun(
-        rows,
+        earlier,
         project=config.project,
         entity=config.entity,
         name=run_name,

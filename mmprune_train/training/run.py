@@ -15,6 +15,8 @@ from torch import Tensor
 from mmprune_train.config.schema import Config, StageConfig
 from mmprune_train.data.sources import split_files
 from mmprune_train.errors import UserError
+from mmprune_train.files import read_jsonl
+from mmprune_train.folders import whole_folder
 from mmprune_train.model.attention import backend_for
 from mmprune_train.model.begin import begin
 from mmprune_train.model.conversation import converse
@@ -27,12 +29,12 @@ from mmprune_train.model.vision import check_patches
 from mmprune_train.model.weights.adapters import load_adapters
 from mmprune_train.model.weights.start import Start
 from mmprune_train.quiet import quiet
+from mmprune_train.run_files import files_of_stage
 from mmprune_train.training.callbacks import MetricsWriter, progress
 from mmprune_train.training.checkpoint_files import STATE, check_written_by, data_alone, last_checkpoint, step_of
 from mmprune_train.training.checkpoints import Checkpoints, PlainFile
 from mmprune_train.training.cluster import environment
 from mmprune_train.training.features import stage_features, without_tower
-from mmprune_train.training.files import read_jsonl, whole_folder
 from mmprune_train.training.freezing import Part, freeze, freezing_table, image_side, store_frozen
 from mmprune_train.training.inputs import (
     spread_images,
@@ -172,7 +174,9 @@ def run_stage(
             f"(now {config.trainer.num_workers})",
             flush=True,
         )
-    run.update_stage(name, state="done", wall_minutes=(time.perf_counter() - began) / 60, **found)
+    if run.writable:
+        minutes = (time.perf_counter() - began) / 60
+        run.update_stage(name, state="done", wall_minutes=minutes, **found, files=files_of_stage(folder))
     return found
 
 

@@ -17,7 +17,9 @@ from mmprune_train.config.compose import config_from_file, to_yaml
 from mmprune_train.config.identity import differences, run_dir
 from mmprune_train.config.schema import Config
 from mmprune_train.errors import UserError
-from mmprune_train.training.files import read_json, write_atomically, write_json
+from mmprune_train.files import marked, write_atomically, write_json
+from mmprune_train.reporting.training import result_text
+from mmprune_train.run_files import read_manifest, read_result
 
 PACKAGES = ("torch", "transformers", "pytorch-lightning", "peft", "deepspeed", "hydra-core", "numpy", "tokenizers")
 
@@ -42,12 +44,12 @@ class RunDirectory:
 
     @property
     def manifest(self) -> dict[str, Any]:
-        return read_json(self.path / "manifest.json") or {}
+        return read_manifest(self.path) or {}
 
     def update(self, **entries: Any) -> None:
         """Set top-level entries of manifest.json."""
         if self.writable:
-            write_json(self.path / "manifest.json", {**self.manifest, **entries})
+            write_json(self.path / "manifest.json", {**self.manifest, **entries}, checked=True)
 
     def stage_state(self, stage: str) -> dict[str, Any]:
         return self.manifest.get("stages", {}).get(stage, {})
@@ -61,11 +63,11 @@ class RunDirectory:
 
     @property
     def result(self) -> dict[str, Any] | None:
-        return read_json(self.path / "result.json")
+        return read_result(self.path / "result.json", result_text)
 
     def write_result(self, result: dict[str, Any]) -> None:
         if self.writable:
-            write_json(self.path / "result.json", result)
+            write_json(self.path / "result.json", result, checked=True)
 
 
 def open_run(config: Config, writable: bool = True) -> RunDirectory:
@@ -94,7 +96,7 @@ def open_run(config: Config, writable: bool = True) -> RunDirectory:
                 "or restart=true to move the old run aside"
             )
     elif writable:
-        write_atomically(written, to_yaml(config))
+        write_atomically(written, marked(to_yaml(config)))
     run = RunDirectory(path, writable)
     if writable and not run.manifest:
         run.update(

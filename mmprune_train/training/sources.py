@@ -17,7 +17,7 @@ from mmprune_train.config.schema import Config
 from mmprune_train.data.records import count_samples
 from mmprune_train.data.sources import data_root
 from mmprune_train.errors import UserError
-from mmprune_train.training.files import stamp_of
+from mmprune_train.files import stamp_of
 from mmprune_train.training.rundir import RunDirectory
 
 Entry = dict[str, Any]

@@ -13,6 +13,7 @@ from mmprune_train.errors import UserError
 from mmprune_train.model.question import FOLDER
 from mmprune_train.model.weights.folders import ADAPTERS, LLAVA
 from mmprune_train.model.weights.start import Start, asked_start, find_start, first_start, locate
+from mmprune_train.run_files import check_saved
 from mmprune_train.training.base_weights import Entry, unchanged
 from mmprune_train.training.rundir import RunDirectory
 
@@ -69,6 +70,8 @@ def note_start(directory: RunDirectory, name: str, start: Start | None) -> None:
             f"init_adapters: stage {name} began with its adapters {_told(known.get('adapters'))}, they would now be "
             f"{_told(_how(start))}; give the settings as before, or start a new run with run_id="
         )
+    if start is not None and start.own and directory.writable:
+        check_saved(start.key, start.path)
     if directory.writable or known is not None:
         directory.update_stage(name, start=entry_of(name, start, known))
 

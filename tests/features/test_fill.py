@@ -27,6 +27,7 @@ from mmprune_train.features.fill import Report, fill
 from mmprune_train.features.ranks import Ranks
 from mmprune_train.features.settings import feature_settings, folder_name
 from mmprune_train.features.store import ImageFeatures
+from mmprune_train.folders import held
 from mmprune_train.model.llava import PackedLlava
 from mmprune_train.pruning import Pruner
 from mmprune_train.pruning.patches import Patches
@@ -279,7 +280,20 @@ def cut_off_list(shard: Path) -> None:
     listing.write_text(listing.read_text()[:-20])
 
 
-@pytest.mark.parametrize("damage", [cut_off, flip_a_byte, Path.unlink, cut_off_list])
+def flip_in_list(shard: Path) -> None:
+    """Another image, or another number of tokens: each is valid, and would shift what comes after."""
+    listing = shard.with_suffix(".json")
+    shard_of = json.loads(listing.read_text())
+    shard_of["kept"][0] += 1
+    listing.write_text(json.dumps(shard_of))
+
+
+def swapped_images(shard: Path) -> None:
+    listing = shard.with_suffix(".json")
+    listing.write_text(listing.read_text().replace(json.loads(listing.read_text())["images"][0], "0" * 64))
+
+
+@pytest.mark.parametrize("damage", [cut_off, flip_a_byte, Path.unlink, cut_off_list, flip_in_list, swapped_images])
 def test_a_damaged_shard_is_told_and_its_images_are_encoded_again(
     damage: Callable[[Path], None], images: dict[Path, str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -416,3 +430,32 @@ def test_a_folder_that_cannot_be_written_is_a_users_mistake(images: dict[Path, s
     (tmp_path / "cache").write_text("a file")
     with pytest.raises(UserError, match="trainer.feature_cache_dir"):
         Counted().fill(tmp_path / "cache", images)
+
+
+@pytest.mark.parametrize("name", ["/ABSOLUTE", "../model.safetensors", "b.safetensors"])
+def test_a_list_names_no_file_but_its_own(name: str, images: dict[Path, str], tmp_path: Path) -> None:
+    counted, root = Counted(), tmp_path / "cache"
+    folder = Path(counted.fill(root, images)[1].folder)
+    name = str(tmp_path / "model.safetensors") if name == "/ABSOLUTE" else name
+    foreign = folder / name
+    foreign.write_bytes(b"weights")
+    shard = {"name": name, "bytes": 1, "sha256": "0" * 64, "images": ["0" * 64], "kept": [1]}
+    (folder / "a.json").write_text(json.dumps(shard))
+    assert counted.fill(root, images)[1].encoded == 0
+    assert not (folder / "a.json").exists()
+    assert foreign.read_bytes() == b"weights"
+
+
+def test_what_a_stopped_process_left_is_deleted_unless_another_writes_there(
+    images: dict[Path, str], tmp_path: Path
+) -> None:
+    counted, root = Counted(), tmp_path / "cache"
+    folder = Path(counted.fill(root, images)[1].folder)
+    left = [folder / ".x.safetensors.tmp", folder / f"{'0' * 32}.safetensors", root / ".images.json.abc.tmp"]
+    for path in left:
+        path.write_bytes(b"half")
+    with held(folder, together=True):
+        counted.fill(root, images)
+        assert all(path.exists() for path in left[:2])
+    counted.fill(root, images)
+    assert not any(path.exists() for path in left)

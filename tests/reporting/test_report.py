@@ -14,9 +14,11 @@ from reporting.pretended import write_run, write_sweep
 
 from mmprune_train.config.compose import compose_config
 from mmprune_train.errors import UserError
+from mmprune_train.files import write_json
 from mmprune_train.reporting import charts
 from mmprune_train.reporting import page as report_page
-from mmprune_train.reporting.runs import read_runs, telling_keys
+from mmprune_train.reporting.runs import read_run, read_runs, telling_keys
+from mmprune_train.run_files import files_of_stage
 from mmprune_train.tasks import report
 
 
@@ -173,3 +175,56 @@ def test_settings_are_shown_as_they_are_typed_and_kinds_as_they_are_named(tmp_pa
     page = report_page.render(read_runs([str(run)]), report_page.Shown("accuracy", None), "title", [])
     assert "[pretrain,instruct]" in page
     assert ">my_kind</th>" in page and ">yes/no</th>" in page
+
+
+def cut(file: Path) -> None:
+    file.write_text(file.read_text()[:-9])
+
+
+HARMS = {
+    "result.json": cut, "manifest.json": cut, "config.yaml": lambda file: file.write_text(""),
+    "pretrain/metrics.jsonl": lambda file: file.write_text(file.read_text().replace("loss", "l\x00ss", 1)),
+    "instruct/metrics.jsonl": lambda file: file.write_text(file.read_text().replace('"loss"', '"lors"', 1)),
+    "evaluate-x/result.json": lambda file: file.write_text('{"accuracy": 3}'),
+}  # fmt: skip
+
+
+def test_damaged_runs_are_named_and_the_others_shown(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    drawn: list[str] = []
+    monkeypatch.setattr(report_page, "run_charts", lambda run: drawn.append(run.name) or [])
+    for number, (name, harm) in enumerate(HARMS.items()):
+        run = write_run(tmp_path / "smoke" / f"bad{number}")
+        write_json(run / "evaluate-x/result.json", {"accuracy": {"open": 0.5}})
+        harm(run / name)
+    write_run(tmp_path / "smoke" / "good")
+    result = report.run(compose_config(["task=report", f"report.runs=[{tmp_path / 'smoke'}]"]))
+    assert [run["state"] for run in result["runs"]] == ["damaged"] * len(HARMS) + ["done"]
+    said = capsys.readouterr().err.splitlines()
+    for number, name in enumerate(HARMS):
+        assert any(f"bad{number}" in line and name.rpartition("/")[2] in line for line in said), name
+        assert name.rpartition("/")[2] in " ".join(result["runs"][number]["missing"])
+    assert len(drawn) == len(HARMS) + 1
+
+
+def test_rows_that_are_not_those_that_were_written_are_not_drawn(tmp_path: Path) -> None:
+    run = write_run(tmp_path / "run")
+    manifest = json.loads((run / "manifest.json").read_text())
+    manifest["stages"]["pretrain"]["files"] = files_of_stage(run / "pretrain")
+    (run / "manifest.json").write_text(json.dumps(manifest))
+    assert read_run(run).state == "done"
+    file = run / "pretrain/metrics.jsonl"
+    file.write_text(file.read_text().replace("2352", "2353", 1))
+    found = read_run(run)
+    assert found.state == "damaged" and "metrics.jsonl has other rows than were written" in found.missing[0]
+
+
+def test_a_damaged_record_of_a_job_is_named_and_the_others_shown(tmp_path: Path) -> None:
+    sweep = write_sweep(tmp_path)
+    first, second, *_ = sorted((sweep / "jobs").glob("*.json"))
+    cut(first)
+    second.write_text('{"job": "x", "overrides": [1]}')
+    runs = read_runs([sweep])
+    assert [run.state for run in runs].count("damaged") == 2 and len(runs) == 6
+    assert {first.name, second.name} == {Path(run.missing[0].split(":")[0]).name for run in runs[-2:]}

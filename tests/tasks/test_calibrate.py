@@ -21,11 +21,11 @@ from mmprune_train.data.batch import collate
 from mmprune_train.data.records import Record
 from mmprune_train.errors import UserError
 from mmprune_train.evaluation.calibration import draw_records
+from mmprune_train.files import read_jsonl
 from mmprune_train.model.begin import begin
 from mmprune_train.model.build import load_model
 from mmprune_train.model.llava import PackedLlava
 from mmprune_train.tasks import calibrate, train
-from mmprune_train.training.files import read_jsonl
 from mmprune_train.training.inputs import stage_loader
 
 ROOT = Path(__file__).resolve().parents[2]

@@ -6,6 +6,8 @@ import io
 import json
 import os
 import shutil
+import subprocess
+import sys
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -17,10 +19,10 @@ from mmprune_train.config.compose import compose_config, load_pruner
 from mmprune_train.config.identity import run_of
 from mmprune_train.config.schema import SplitConfig
 from mmprune_train.errors import UserError
+from mmprune_train.files import read_json, read_jsonl, write_json
 from mmprune_train.tasks import train
-from mmprune_train.tasks.checkpoint import Checkpoint, check_writable
-from mmprune_train.tasks.evaluate import folder_name, now_at
-from mmprune_train.training.files import read_json, read_jsonl, write_json
+from mmprune_train.tasks.checkpoint import Checkpoint, Results, check_writable
+from mmprune_train.tasks.evaluate import folder_name
 
 Command = Callable[..., tuple[int, str, str]]
 SHORT = ("evaluate.max_new_tokens=2", "evaluate.blank=false", "trainer.precision=fp32")
@@ -230,11 +232,35 @@ def test_a_stages_folder_names_its_run(tmp_path: Path, monkeypatch: pytest.Monke
 
 
 def test_an_evaluation_that_was_moved_aside_meanwhile_gets_its_own_result(tmp_path: Path) -> None:
-    (tmp_path / "evaluate").mkdir()
-    inode = (tmp_path / "evaluate").stat().st_ino
-    (tmp_path / "evaluate").rename(tmp_path / "evaluate.old1")
-    (tmp_path / "evaluate").mkdir()
-    assert now_at(tmp_path / "evaluate", inode) == tmp_path / "evaluate.old1"
+    first, second, third = (Results(tmp_path / "evaluate") for _ in range(3))
+    for number, results in enumerate((first, second, third)):
+        with results.writing() as folder:
+            (folder / "predictions.jsonl").write_text(str(number))
+    for number, results in enumerate((first, second, third)):
+        with results.writing() as folder:
+            (folder / "result.json").write_text(str(number))
+    assert [r.place.name for r in (first, second, third)] == ["evaluate.old1", "evaluate.old2", "evaluate"]
+    for number, results in enumerate((first, second, third)):
+        assert [path.read_text() for path in sorted(results.place.iterdir())] == [str(number)] * 2
+
+
+WRITES = """
+import sys
+from pathlib import Path
+from mmprune_train.tasks.checkpoint import Results
+for number in range(5):
+    results = Results(Path(sys.argv[1]) / "evaluate")
+    for name in ("predictions.jsonl", "result.json"):
+        with results.writing() as folder:
+            (folder / name).write_text(f"{sys.argv[2]} {number}")
+"""
+
+
+def test_two_evaluations_at_once_lose_nothing(tmp_path: Path) -> None:
+    started = [subprocess.Popen([sys.executable, "-c", WRITES, str(tmp_path), name]) for name in "ab"]
+    assert [process.wait() for process in started] == [0, 0]
+    found = [sorted(path.read_text() for path in folder.iterdir()) for folder in tmp_path.iterdir()]
+    assert sorted(found) == [[f"{name} {number}"] * 2 for name in "ab" for number in range(5)]
 
 
 def test_results_that_could_not_be_kept_are_refused_before_anything_is_computed(

@@ -19,6 +19,7 @@ from transformers import AutoConfig, AutoModel, LlamaForCausalLM, LlavaForCondit
 from mmprune_train.config.compose import compose_config, load_pruner
 from mmprune_train.config.schema import Config
 from mmprune_train.errors import UserError
+from mmprune_train.files import read_json
 from mmprune_train.model.build import load_model
 from mmprune_train.model.tokenizer import tiny_tokenizer
 from mmprune_train.tasks import checkpoint, evaluate, generate, inspect, prepare, train
@@ -50,7 +51,7 @@ def test_the_run_directory_is_the_contracts(finished: tuple[Config, dict, Path])
         ("instruct", "done"),
     ]
     assert "random" in manifest["base_weights"]["llm"]["source"]
-    assert json.loads((folder / "result.json").read_text()) == json.loads(json.dumps(result))
+    assert read_json(folder / "result.json") == json.loads(json.dumps(result))
     for stage, steps in (("pretrain", 2), ("instruct", 3)):
         assert len((folder / stage / "metrics.jsonl").read_text().splitlines()) == steps
         assert len((folder / stage / "metrics.csv").read_text().splitlines()) == steps + 1

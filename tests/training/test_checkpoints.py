@@ -14,9 +14,10 @@ import pytest
 import torch
 from training.killed import Killed
 
+from mmprune_train import files
 from mmprune_train.errors import UserError
 from mmprune_train.features.ranks import Ranks
-from mmprune_train.training import checkpoint_files, checkpoints, files
+from mmprune_train.training import checkpoint_files, checkpoints
 from mmprune_train.training.checkpoint_files import (
     all_checkpoints,
     check_written_by,
@@ -188,8 +189,8 @@ def test_ranks_read_their_share_and_agree(trainer: Trainer, monkeypatch: pytest.
     trainer.run(saves, to=2)
     checkpoint = saves.folder / "step-00000002.ckpt"
     read: list[str] = []
-    mark = checkpoint_files._mark
-    monkeypatch.setattr(checkpoint_files, "_mark", lambda path: read.append(path.name) or mark(path))
+    mark = checkpoint_files.mark_of
+    monkeypatch.setattr(checkpoint_files, "mark_of", lambda path: read.append(path.name) or mark(path))
     second = Ranks(1, 2, lambda mine: [mine if not isinstance(mine, list) else [None] * len(mine), mine])
     assert damage(checkpoint, second) is None
     assert read == ["rank_1.pt"]

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from mmprune_train.config.schema import WandbConfig
-from mmprune_train.training.files import keep_steps, read_jsonl
+from mmprune_train.files import keep_steps, read_jsonl
 from mmprune_train.training.loggers import CsvLogger, wandb_offline
 
 
@@ -21,10 +21,10 @@ def test_steps_after_the_checkpoint_are_dropped(tmp_path: Path) -> None:
 
 def test_csv_continues_where_the_run_continues(tmp_path: Path) -> None:
     path = tmp_path / "metrics.csv"
-    first = CsvLogger(path, flush_every=1, resumed_step=0)
+    first = CsvLogger(path, flush_every=1)
     for step in (1, 2, 3):
         first.log_metrics({"loss": step / 10}, step)
-    resumed = CsvLogger(path, flush_every=10, resumed_step=2)
+    resumed = CsvLogger(path, 10, [{"step": 1, "loss": 0.1}, {"step": 2, "loss": 0.2}])
     resumed.log_metrics({"loss": 9.0}, 3)
     resumed.finalize("success")
     assert path.read_text().splitlines() == ["step,loss", "1,0.1", "2,0.2", "3,9.0"]

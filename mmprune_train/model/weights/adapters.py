@@ -17,6 +17,7 @@ from mmprune_train.model.peft import ADAPTER_FILE, PROJECTOR_FILE, fold, linear_
 from mmprune_train.model.weights.files import Tensors, read_config, read_tensors, tensors_of
 from mmprune_train.model.weights.folders import ADAPTER_CONFIG
 from mmprune_train.model.weights.original import projector_tensors
+from mmprune_train.run_files import check_saved
 
 ADAPTER_BIN, NON_LORA = "adapter_model.bin", "non_lora_trainables.bin"
 _NAME = re.compile(r"^(.*?)(layers\.\d+\..+?\.(?:lora_A|lora_B|lora_magnitude_vector))(?:\.default)?(?:\.weight)?$")
@@ -53,7 +54,8 @@ def projector_beside(key: str, folder: Path) -> Tensors:
 
 
 def check_adapters(key: str, folder: Path) -> None:
-    """Raise UserError for adapters of a kind that cannot be taken up."""
+    """Raise UserError for adapters of a kind that cannot be taken up, or that are not as their stage left them."""
+    check_saved(key, folder)
     config = read_config(key, folder / ADAPTER_CONFIG)
     wrong = []
     if config.get("peft_type", "LORA") != "LORA":

