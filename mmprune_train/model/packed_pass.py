@@ -101,7 +101,7 @@ class PackedPass(ImageSide):
             sequence = _in_order(sequence.keep(mask), kept, patches.order)
             if self.pruner.settings.vision.positions == "contiguous":
                 sequence = replace(sequence, position=sequence.within())
-            projected = by_rows(self.hf.model.multi_modal_projector, patches.chosen)  # [K, D]
+            projected: Tensor | None = by_rows(self.hf.model.multi_modal_projector, patches.chosen)  # [K, D]
             row_of = (kept.flatten().cumsum(0) - 1).view_as(kept)  # [I, N]
         else:
             projected, row_of = self.absent_image(), None
@@ -189,8 +189,9 @@ class PackedPass(ImageSide):
     def _enter(
         self, sequence: PackedSequence, states: Tensor, cache: PrunedCache | None
     ) -> tuple[Tensor, Tensor, tuple[Tensor, Tensor], Borders, tuple[Tensor, Tensor]]:
-        """States [T, D] as the layers up to the next pruning compute them, and what these share: positions, rotary tables,
-        borders, token counts. Rows behind the tokens (`rounded_up`) attend to each other, as if they were a sample."""
+        """States [T, D] as the layers up to the next pruning compute them, and what these share: positions, rotary
+        tables, borders, token counts. Rows behind the tokens (`rounded_up`) see each other, as if they were a sample.
+        """
         counts = self._count(sequence)
         hidden = rounded_up(states)
         cu_seqlens, lengths, spare = sequence.cu_seqlens, counts[0].tolist(), len(hidden) - len(states)
