@@ -45,7 +45,7 @@ def test_few_numbers_of_rows_a_little_above_their_own() -> None:
     for count in range(5000):
         assert count <= rounded(count) < count + max(ROWS, count / STEPS) and rounded(count) % ROWS == 0
         assert rounded(rounded(count)) == rounded(count)
-    assert [rounded(count) for count in (0, 1, 16, 17, 257, 513, 4096, 4097)] == [0, 16, 16, 32, 272, 544, 4096, 4352]
+    assert [rounded(count) for count in (0, 1, 16, 17, 257, 513, 4096, 4097)] == [0, 8, 16, 24, 264, 528, 4096, 4224]
     assert len({rounded(count) for count in range(1025, 2049)}) == STEPS
 
 
