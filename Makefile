@@ -11,6 +11,9 @@ JOBS ?= 2
 
 export PIP_ROOT_USER_ACTION := ignore
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
+ifeq ($(GOMP_SPINCOUNT)$(KMP_BLOCKTIME),) # as mmprune_train/threads.py, also where torch is imported first
+export OMP_WAIT_POLICY ?= PASSIVE
+endif
 
 .DEFAULT_GOAL := help
 .PHONY: help install train smoke test test-slow test-slurm test-cuda lint format docs clean

@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import os
+import sys
 from typing import TYPE_CHECKING, Any
+
+from mmprune_train.threads import sleep_while_waiting
 
 __version__ = "0.1.0"
 
@@ -10,6 +14,8 @@ if TYPE_CHECKING:
     from mmprune_train.model.build import load_model
 
 __all__ = ["__version__", "load_model"]
+
+sleep_while_waiting(os.environ, sys.modules)
 
 
 def __getattr__(name: str) -> Any:

@@ -175,14 +175,14 @@ def step_costs(
         for number in progress(range(repeats + 1)):
             for name, way in ways.items():
                 with way.context():
-                    lap = _step(model, way, optimizer, dtype)
+                    lap = one_step(model, way, optimizer, dtype)
                 if number:
                     laps[name].append(lap)
         for name, way in ways.items():
             gc.collect()
             with way.context():
                 with PeakMemory(device) as memory:
-                    _step(model, way, optimizer, dtype)
+                    one_step(model, way, optimizer, dtype)
                 flops = _counted(model, way, optimizer, dtype)
             seconds = {part: [lap.get(part, 0.0) for lap in laps[name]] for part in PARTS}
             seconds["step"] = [sum(lap.values()) for lap in laps[name]]
@@ -205,12 +205,12 @@ def _counted(model: PackedLlava, way: Way, optimizer: torch.optim.Optimizer, dty
     try:
         with flop_counter() as counter:
             model.clock, model.attention = Clock(counter.get_total_flops), "sdpa_per_sample"
-            return _step(model, way, optimizer, dtype)
+            return one_step(model, way, optimizer, dtype)
     finally:
         model.clock, model.attention = seconds, attention
 
 
-def _step(model: PackedLlava, way: Way, optimizer: torch.optim.Optimizer, dtype: torch.dtype) -> dict[str, float]:
+def one_step(model: PackedLlava, way: Way, optimizer: torch.optim.Optimizer, dtype: torch.dtype) -> dict[str, float]:
     """Seconds, or what the model's clock counts, by part. Autocast ends with the loss, as in training: it holds copies
     of trained weights."""
     clock = model.clock

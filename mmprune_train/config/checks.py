@@ -32,7 +32,7 @@ STRATEGIES = (
 )  # fmt: skip
 UNQUANTIZED = ("deepspeed_zero3", "deepspeed_zero3_offload", "fsdp2")
 """Strategies that spread the frozen weights, which they cannot do with 4-bit ones."""
-BENCHED = ("train", "generate", "selection")
+BENCHED = ("train", "generate", "selection", "lengths")
 ATTENTION = ("auto", "flash_4", "flash_3", "flash_2", "torch_varlen", "flex", "cpu_flash", "sdpa_per_sample")
 CACHING_TASKS = ("train", "prepare", "plan")
 """Tasks that `trainer.feature_cache` concerns."""
@@ -294,6 +294,7 @@ def _check_run(config: Config) -> None:
 def _check_bench(config: Config) -> None:
     settings = config.bench
     at_least("bench.images", settings.images, 1)
+    at_least("bench.batches", settings.batches, 1)
     at_least("bench.repeats", settings.repeats, 1)
     at_least("bench.new_tokens", settings.new_tokens, 2)
     if settings.batch_size is not None:

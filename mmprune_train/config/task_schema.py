@@ -38,7 +38,8 @@ class GenerateConfig:
 @dataclass
 class BenchConfig:
     measure: list[str] = field(default_factory=lambda: ["train", "generate"])
-    """`train`: optimizer steps; `generate`: answers; `selection`: stage 1 beside the vision tower, on many images."""
+    """`train`: optimizer steps; `generate`: answers; `selection`: stage 1 beside the vision tower, on many images;
+    `lengths`: optimizer steps on different batches beside as many on one of them."""
     pruners: list[str] = field(default_factory=lambda: ["none", "twostage"])
     """Pruners to measure side by side, by name; the one that `pruner=` chooses has the command line's settings."""
     stage: str | None = None
@@ -53,6 +54,8 @@ class BenchConfig:
     """generate: tokens that each sample writes."""
     images: int = 16
     """selection: images of the batch, spread over the stage's data."""
+    batches: int = 100
+    """lengths: the stage's first batches, each of other lengths; as many steps repeat the one nearest to their mean."""
     repeats: int = 3
     """Counted passes, interleaved; times are their medians."""
 

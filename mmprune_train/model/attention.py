@@ -14,6 +14,7 @@ from torch.nn.functional import scaled_dot_product_attention
 from transformers import AttentionInterface
 
 from mmprune_train.model.kernels import Backend, Borders, choose_backend
+from mmprune_train.model.rows import computed_in
 
 NAME = "mmprune_packed"
 
@@ -30,12 +31,7 @@ def backend_for(setting: str, language_config: Any, device: torch.device, dtype:
     if head_dim is None:
         head_dim = language_config.hidden_size // language_config.num_attention_heads
     dropout = getattr(language_config, "attention_dropout", 0.0) or 0.0
-    return choose_backend(setting, device, _computed_in(device, dtype), head_dim, dropout)
-
-
-def _computed_in(device: torch.device, dtype: torch.dtype) -> torch.dtype:
-    enabled = torch.is_autocast_enabled(device.type)
-    return torch.get_autocast_dtype(device.type) if enabled else dtype
+    return choose_backend(setting, device, computed_in(device, dtype), head_dim, dropout)
 
 
 @torch.compiler.disable  # kernels of any kind, and samples of any length, stay out of compiled graphs
@@ -56,7 +52,7 @@ def packed_attention(
     decides.
     """
     scaling = query.shape[-1] ** -0.5 if scaling is None else scaling
-    dtype = _computed_in(query.device, query.dtype)  # rotary tables in fp32 lift q and k out of the autocast dtype
+    dtype = computed_in(query.device, query.dtype)  # rotary tables in fp32 lift q and k out of the autocast dtype
     query, key, value = query.to(dtype), key.to(dtype), value.to(dtype)
     if borders is not None:
         return borders.backend.run(query, key, value, borders, scaling, dropout), None

@@ -334,7 +334,7 @@ class PrunedCache(DynamicCache):
 
         def file(packed: Tensor) -> Tensor:
             table = packed.new_zeros((*real.shape, packed.shape[1], packed.shape[3]))
-            table[segment, column] = packed[0].transpose(0, 1)
+            table[segment, column] = packed[0].transpose(0, 1)[: len(segment)]  # rows behind the tokens: `rounded_up`
             return table.transpose(1, 2)
 
         super().update(file(key_states), file(value_states), layer_idx)

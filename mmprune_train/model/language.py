@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
 
 from mmprune_train.errors import UserError
+from mmprune_train.model.rows import by_rows
 from mmprune_train.pruning import Pruner
 from mmprune_train.pruning.host import upload
 
@@ -139,12 +140,12 @@ def _projections(attention: Any, normed: Tensor, rows: Tensor) -> tuple[Tensor, 
     """
     if hasattr(attention, "qkv_proj"):
         with without_dropout(attention.qkv_proj):
-            fused = attention.qkv_proj(normed).unflatten(-1, (-1, attention.head_dim))  # [T, H + 2 Hkv, d]
+            fused = by_rows(attention.qkv_proj, normed).unflatten(-1, (-1, attention.head_dim))  # [T, H + 2 Hkv, d]
         groups = attention.num_key_value_heads
         query, keys, _ = fused.split((fused.shape[1] - 2 * groups, groups, groups), dim=1)
         return query[rows], keys
     with without_dropout(attention.q_proj, attention.k_proj):
-        query, keys = attention.q_proj(normed[rows]), attention.k_proj(normed)
+        query, keys = by_rows(attention.q_proj, normed[rows]), by_rows(attention.k_proj, normed)
     return query.unflatten(-1, (-1, attention.head_dim)), keys.unflatten(-1, (-1, attention.head_dim))
 
 

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from mmprune_train.model.kernels import installed
+from mmprune_train.model.rows import computed_in, rounded_up
 
 CHUNK = 1024
 """Positions whose logits exist at a time: 200 MB in fp32 for a vocabulary of 50,000."""
@@ -79,8 +80,7 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, states: Tensor, weight: Tensor, targets: Tensor, chunk: int) -> Tensor:
-        kind = states.device.type
-        dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else states.dtype
+        dtype = computed_in(states.device, states.dtype)
         wide = torch.promote_types(dtype, torch.float32)
         matrix = weight.to(dtype)
         state_gradient = torch.empty_like(states) if ctx.needs_input_grad[0] else None
@@ -88,17 +88,17 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
         total = torch.zeros((), dtype=wide, device=states.device)
         for start in range(0, len(states), chunk):
             part = slice(start, start + chunk)
-            some, target = states[part].to(dtype), targets[part, None]
-            logits = (some @ matrix.T).to(wide)  # [chunk, V], from here on in place
+            some, target = rounded_up(states[part].to(dtype)), targets[part, None]
+            logits = (some @ matrix.T)[: len(target)].to(wide)  # [chunk, V], from here on in place
             logits -= logits.amax(1, keepdim=True)
             right = logits.gather(1, target)
             mass = logits.exp_().sum(1, keepdim=True)
             total += (mass.log() - right).sum()
             if state_gradient is None and weight_gradient is None:
                 continue
-            slope = logits.div_(mass).scatter_(1, target, right.exp() / mass - 1).to(dtype)
+            slope = rounded_up(logits.div_(mass).scatter_(1, target, right.exp() / mass - 1).to(dtype))
             if state_gradient is not None:
-                state_gradient[part] = slope @ matrix
+                state_gradient[part] = (slope @ matrix)[: len(target)]
             if weight_gradient is not None:
                 weight_gradient += slope.T @ some
         ctx.save_for_backward(state_gradient, None if weight_gradient is None else weight_gradient.to(weight.dtype))

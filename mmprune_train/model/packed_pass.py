@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
 
 from mmprune_train.errors import UserError
 from mmprune_train.model.attention import Borders, backend_for
@@ -16,6 +17,7 @@ from mmprune_train.model.images import ImageSide
 from mmprune_train.model.language import ScoringKeys, gathered, rotary
 from mmprune_train.model.loss import cross_entropy_sum
 from mmprune_train.model.question import Words, looks_of
+from mmprune_train.model.rows import by_rows, rounded_up
 from mmprune_train.pruning import IGNORE, PackedSequence, PruningTrace
 from mmprune_train.pruning.host import take, upload
 from mmprune_train.pruning.patches import Patches
@@ -99,7 +101,7 @@ class PackedPass(ImageSide):
             sequence = _in_order(sequence.keep(mask), kept, patches.order)
             if self.pruner.settings.vision.positions == "contiguous":
                 sequence = replace(sequence, position=sequence.within())
-            projected = self.hf.model.multi_modal_projector(patches.chosen)  # [K, D]
+            projected: Tensor | None = by_rows(self.hf.model.multi_modal_projector, patches.chosen)  # [K, D]
             row_of = (kept.flatten().cumsum(0) - 1).view_as(kept)  # [I, N]
         else:
             projected, row_of = self.absent_image(), None
@@ -146,25 +148,27 @@ class PackedPass(ImageSide):
         language: Any = self.hf.model.language_model
         prune_before = self.pruner.layers(len(language.layers))
         sequence = self.pruner.enter_language(sequence, hidden.detach())
-        position, rotation, borders, counts = self._enter(sequence, hidden, cache)
+        hidden, position, rotation, borders, counts = self._enter(sequence, hidden, cache)
         entered = hidden  # what entered the layer before
         for index, layer in enumerate(language.layers):
             if index in prune_before:
+                tokens = slice(len(sequence))
+                states = hidden[tokens]
                 scoring, seen = (language.layers[index - 1], entered) if self.pruner.looks_back else (layer, hidden)
-                keys = ScoringKeys(scoring, seen.detach(), rotation[0][0], rotation[1][0])
+                keys = ScoringKeys(scoring, seen[tokens].detach(), rotation[0][0, tokens], rotation[1][0, tokens])
                 with timed(self.clock, "selection"), gathered(scoring):
-                    pruned = self.pruner.prune_tokens(sequence, hidden, keys, prune_before[index])
+                    pruned = self.pruner.prune_tokens(sequence, states, keys, prune_before[index])
                     if self.training and not keys.ran:  # other ranks score: under ZeRO-3 all must run the same modules
                         keys(torch.zeros(1, dtype=torch.long))
                 if pruned is not None:
-                    hidden, mask, scores = pruned
+                    states, mask, scores = pruned
                     trace.language_scores = scores if trace.language_scores is None else trace.language_scores
-                    sequence, hidden = sequence.keep_with(mask, hidden)
+                    sequence, states = sequence.keep_with(mask, states)
                     if self.pruner.settings.language.positions == "contiguous":
                         sequence = replace(sequence, position=sequence.within())
                 if pruned is not None or self.training:  # as above: other ranks run the rotary module
-                    position, rotation, borders, counts = self._enter(sequence, hidden, cache)
-                trace.language_entered[index] = sequence.entries(borders.lengths)
+                    hidden, position, rotation, borders, counts = self._enter(sequence, states, cache)
+                trace.language_entered[index] = sequence.entries(counts[0].tolist())
             trace.layers.append(counts[0])
             trace.layers_visual.append(counts[1])
             entered = hidden
@@ -179,22 +183,28 @@ class PackedPass(ImageSide):
             )[0]
         if cache is not None:
             cache.end_prompt()
-        trace.language_kept = sequence.entries(borders.lengths)
-        return sequence, language.norm(hidden)
+        trace.language_kept = sequence.entries(counts[0].tolist())
+        return sequence, language.norm(hidden[: len(sequence)])
 
     def _enter(
-        self, sequence: PackedSequence, hidden: Tensor, cache: PrunedCache | None
-    ) -> tuple[Tensor, tuple[Tensor, Tensor], Borders, tuple[Tensor, Tensor]]:
-        """What the layers up to the next pruning share: positions, rotary tables, borders, token counts."""
+        self, sequence: PackedSequence, states: Tensor, cache: PrunedCache | None
+    ) -> tuple[Tensor, Tensor, tuple[Tensor, Tensor], Borders, tuple[Tensor, Tensor]]:
+        """States [T, D] as the layers up to the next pruning compute them, and what these share: positions, rotary
+        tables, borders, token counts. Rows behind the tokens (`rounded_up`) see each other, as if they were a sample.
+        """
         counts = self._count(sequence)
+        hidden = rounded_up(states)
+        cu_seqlens, lengths, spare = sequence.cu_seqlens, counts[0].tolist(), len(hidden) - len(states)
+        if spare:
+            cu_seqlens, lengths = pad(cu_seqlens, (0, 1), value=len(hidden)), [*lengths, spare]
         if cache is not None:
             cache.start_layers(sequence, hidden.device)
         language = self.hf.model.language_model
-        position = upload(sequence.position, hidden.device)[None]
+        position = upload(pad(sequence.position, (0, spare)), hidden.device)[None]
         rotation = rotary(language, hidden[None], position)
         backend, _ = backend_for(self.attention, language.config, hidden.device, hidden.dtype)
-        borders = Borders(upload(sequence.cu_seqlens, hidden.device), counts[0].tolist(), backend)
-        return position, rotation, borders, counts
+        borders = Borders(upload(cu_seqlens, hidden.device), lengths, backend)
+        return hidden, position, rotation, borders, counts
 
     def _run_turn(
         self, sequence: PackedSequence, hidden: Tensor, rows: list[Tensor], cache: PrunedCache

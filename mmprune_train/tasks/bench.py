@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import asdict, replace
+from functools import partial
 from pathlib import Path
+from statistics import fmean
 from typing import Any
 
 import torch
 
 from mmprune_train.benchmark.generation import GenerationCost, generation_costs
+from mmprune_train.benchmark.lengths import LengthsCost, lengths_cost
 from mmprune_train.benchmark.selection import SelectionCost, selection_costs
 from mmprune_train.benchmark.steps import BASELINE, PARTS, StepCost, Way, padded, pruned, step_costs
 from mmprune_train.config.checks import check_feature_cache, check_pruner_fits
@@ -25,6 +29,7 @@ from mmprune_train.data.templates import get_template
 from mmprune_train.errors import UserError
 from mmprune_train.evaluation.generate import load_images
 from mmprune_train.evaluation.questions import questions_of
+from mmprune_train.features.store import ImageFeatures
 from mmprune_train.files import write_json
 from mmprune_train.folders import sweep, temporary_folder
 from mmprune_train.model.llava import PackedLlava
@@ -111,6 +116,9 @@ def run(config: Config) -> dict[str, Any]:
         write()
     if "selection" in config.bench.measure:
         result["selection"] = _selection(config, model, loader, pruners, precision)
+        write()
+    if "lengths" in config.bench.measure:
+        result["lengths"] = _lengths(config, name, model, loader, pruners, precision, results)
     write()
     print(f"\n{results.place / 'result.json'}", flush=True)
     return result
@@ -157,14 +165,11 @@ def _train(
     def told(numbers: Any) -> Any:
         return progress(list(numbers), "training step", "rounds", rounds + 1)
 
-    home = results.folder.parent
-    home.mkdir(parents=True, exist_ok=True)
-    sweep(home, ".bench.*")
-    with temporary_folder(home, ".bench.") as features:
+    with _room_for_features(results) as room:
         if config.bench.cached and batch.pixel_values is not None:
             for name, settings in pruners.items():
-                if read := _cached(config, stage, model, batch, settings, precision, features):
-                    ways[f"{name} + cache"] = pruned(model, batch, settings, read)
+                if features := _cached(config, stage, model, [batch], settings, precision, room):
+                    ways[f"{name} + cache"] = pruned(model, batch, settings, _reads(features, batch, model.device))
         costs = step_costs(model, ways, rounds, precision.dtype, told)
     dense = costs.get(DENSE)
     what = f"{config.encoder.name} at {config.encoder.image_size} px, {config.llm.name}, peft={config.peft.name}, "
@@ -182,17 +187,27 @@ def _train(
     return {name: asdict(cost) | {"keep_ratio": cost.keep_ratio} for name, cost in costs.items()}
 
 
+@contextmanager
+def _room_for_features(results: Results) -> Iterator[Path]:
+    """A folder for feature caches that are measured, gone at the end."""
+    home = results.folder.parent
+    home.mkdir(parents=True, exist_ok=True)
+    sweep(home, ".bench.*")
+    with temporary_folder(home, ".bench.") as room:
+        yield room
+
+
 def _cached(
     config: Config,
     stage: str,
     model: PackedLlava,
-    batch: Batch,
+    batches: list[Batch],
     settings: PrunerConfig,
     precision: Precision,
     root: Path,
-) -> Callable[[], Patches] | None:
-    """Reads what stage 1 of a pruner leaves of the batch's images from a feature cache of their own, filled here; None
-    where it cannot be cached."""
+) -> ImageFeatures | None:
+    """What stage 1 of a pruner leaves of the batches' images, in a feature cache of their own, filled here; None where
+    it cannot be cached."""
     own = replace(config, pruner=settings, trainer=replace(config.trainer, feature_cache_dir=str(root)))
     try:
         check_feature_cache(own, stage)
@@ -200,14 +215,15 @@ def _cached(
         why = str(error).removeprefix("trainer.feature_cache=true: ").split(";")[0]
         print(f"{settings.name} is not measured with a feature cache: {why}", flush=True)
         return None
-    paths = [Path(path) for path in batch.images]
+    paths = dict.fromkeys((Path(path) for batch in batches for path in batch.images), "bench")
     with model.pruned_by(settings):
-        features, _ = fill_for(own, stage, model, dict.fromkeys(paths, "bench"), precision.dtype, model.device)
+        features, _ = fill_for(own, stage, model, paths, precision.dtype, model.device)
+    return features
 
-    def read() -> Patches:
-        return features.read(paths).to(model.device)
 
-    return read
+def _reads(features: ImageFeatures, batch: Batch, device: torch.device) -> Callable[[], Patches]:
+    """Reads those of a batch."""
+    return lambda: features.read([Path(path) for path in batch.images]).to(device)
 
 
 def shares(cost: StepCost, dense: StepCost | None) -> tuple[float | None, float | None, float | None]:
@@ -331,3 +347,38 @@ def _selection(
     title += "; questions are empty" if any(reads_text(pruner.vision) for pruner in pruners.values()) else ""
     print(f"\n{table(rows, header, title)}", flush=True)
     return {"images": len(images), "pruners": {name: asdict(cost) for name, cost in costs.items()}}
+
+
+# -- steps on batches of other lengths -------------------------------------------------------------------------------
+
+
+def _lengths(
+    config: Config,
+    stage: str,
+    model: PackedLlava,
+    loader: TrainLoader,
+    pruners: dict[str, PrunerConfig],
+    precision: Precision,
+    results: Results,
+) -> dict[str, Any]:
+    batches = [step[0].to(model.device) for step in loader.steps(0, config.bench.batches + 1)]
+    costs: dict[str, LengthsCost] = {}
+    with _room_for_features(results) as room:
+        for name, settings in pruners.items():
+            features = None
+            if config.bench.cached:
+                features = _cached(config, stage, model, batches, settings, precision, room)
+            *ways, warm = (
+                pruned(model, batch, settings, None if features is None else _reads(features, batch, model.device))
+                for batch in batches
+            )
+            told = partial(progress, title=name, unit="steps", total=len(ways))
+            costs[f"{name} + cache" if features else name] = lengths_cost(model, warm, ways, precision.dtype, told)
+    rows = [
+        [name, len(set(c.tokens)), fmean(c.tokens), sum(c.seconds), sum(c.repeated_seconds), c.ratio, c.cpu_ratio]
+        for name, c in costs.items()
+    ]
+    header = ["way", "different", "tokens", "seconds", "of one batch", "ratio", "CPU ratio"]
+    title = f"Steps on {config.bench.batches} batches of the stage, and as many on the one of mean length"
+    print(f"\n{table(rows, header, title)}", flush=True)
+    return {name: asdict(cost) | {"ratio": cost.ratio} for name, cost in costs.items()}

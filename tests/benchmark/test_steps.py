@@ -10,13 +10,15 @@ import pytest
 import torch
 from tiny import packed, tiny_llava
 from torch import nn
-from training.short import Loader
+from training.short import Loader, sample
 from training.synthetic import overrides, write_dataset
 
 from mmprune_train.benchmark.baseline import as_transformers, padded_inputs
 from mmprune_train.benchmark.flops import flop_counter
+from mmprune_train.benchmark.lengths import lengths_cost
 from mmprune_train.benchmark.steps import BASELINE, PARTS, padded, pruned, step_costs, timed_module
 from mmprune_train.config.compose import compose_config, load_pruner
+from mmprune_train.data.batch import collate
 from mmprune_train.errors import UserError
 from mmprune_train.model.clock import Clock
 from mmprune_train.model.llava import PackedLlava
@@ -95,6 +97,20 @@ def test_steps_are_told_apart_and_leave_the_model_as_it_was() -> None:
         assert sum(cost.flops[part] for part in PARTS) == cost.flops["step"]
 
 
+def test_steps_on_other_lengths_stand_beside_as_many_on_the_one_of_mean_length() -> None:
+    model, seen = packed(tiny_llava(), "none"), []
+    model.train()
+    before = model.hf.lm_head.weight.clone()
+    batches = [collate([sample(number) for number in numbers]) for numbers in ([3], [1], [1, 2, 3], [0], [2])]
+    warm, *ways = (pruned(model, batch, load_pruner("none")) for batch in batches)
+    model.hf.model.language_model.layers[0].register_forward_pre_hook(lambda _, given: seen.append(given[0].shape[1]))
+    cost = lengths_cost(model, warm, ways, torch.float32)
+    assert cost.tokens == [18, 63, 15, 21] and cost.repeated == 3, "the mean is 29.25"
+    assert seen == [24, 18, 63, 15, 21, *[21] * 4]
+    assert cost.ratio == sum(cost.seconds) / sum(cost.repeated_seconds) > 0 < cost.cpu_ratio
+    assert model.clock is None and torch.equal(model.hf.lm_head.weight, before)
+
+
 def _tower_flops(model: PackedLlava, pixels: Any) -> float:
     """Products of the tower's matrices with its states, up to the feature layer, and of its attention."""
     tower = model.hf.model.vision_tower
@@ -114,7 +130,7 @@ def test_an_unknown_pruner_is_named_with_its_key_before_anything_is_read(tmp_pat
 def test_the_task_writes_tables_json_and_figure(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     root = write_dataset(tmp_path / "squares")
     more = ["task=bench", "bench.batch_size=3", "bench.repeats=1", "bench.pruners=[none,fastervlm]", "bench.images=5"]
-    more += ["bench.measure=[train,generate,selection]", "bench.new_tokens=3"]
+    more += ["bench.measure=[train,generate,selection,lengths]", "bench.new_tokens=3", "bench.batches=2"]
     result = bench.run(compose_config([*overrides(root, tmp_path / "runs"), *more]))
     folder = tmp_path / "runs/smoke/t/bench"
     assert result == json.loads((folder / "result.json").read_text())
@@ -131,5 +147,7 @@ def test_the_task_writes_tables_json_and_figure(tmp_path: Path, capsys: pytest.C
     assert list(result["generate"]) == [BASELINE, "none", "fastervlm"]
     assert result["generate"][BASELINE]["cache_bytes"] >= result["generate"]["none"]["cache_bytes"] > 0
     assert result["selection"]["images"] == 5 and list(result["selection"]["pruners"]) == ["none", "fastervlm"]
+    assert list(result["lengths"]) == ["none + cache", "fastervlm + cache"]
+    assert [len(cost["seconds"]) for cost in result["lengths"].values()] == [2, 2]
     printed = capsys.readouterr().out
-    assert "fastervlm" in printed and "causal ideal" in printed and "first token s" in printed
+    assert all(word in printed for word in ("fastervlm", "causal ideal", "first token s", "CPU ratio"))
