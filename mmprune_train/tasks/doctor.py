@@ -10,9 +10,9 @@ from typing import Any
 
 from mmprune_train.config.identity import run_dir
 from mmprune_train.config.schema import Config
+from mmprune_train.files import write_json
 from mmprune_train.reporting.tables import table
 from mmprune_train.tasks.machine import SECTIONS, TEST, Ask, Note
-from mmprune_train.training.files import write_json
 
 
 class Failure(Note):
