@@ -12,6 +12,7 @@ import shutil
 import subprocess
 import sys
 import tempfile
+import uuid
 import zipfile
 from collections.abc import Iterator
 from pathlib import Path
@@ -44,10 +45,11 @@ def finished_folder(target: Path) -> Iterator[Path]:
     Where another process was faster, its folder stays and ours is thrown away.
     """
     target.parent.mkdir(parents=True, exist_ok=True)
-    part = Path(tempfile.mkdtemp(prefix=f".{target.name}.", dir=target.parent))
-    part.chmod(0o755)  # mkdtemp's 0700 would shut out other users of a shared cache
+    part = target.with_name(f".{target.name}.{uuid.uuid4().hex}")
+    part.mkdir()  # with the user's umask: mkdtemp's 0700 would shut out other users of a shared cache
     try:
         yield part
+        share_alike(part)
         try:
             part.rename(target)
         except OSError:
@@ -55,6 +57,15 @@ def finished_folder(target: Path) -> Iterator[Path]:
                 raise
     finally:
         shutil.rmtree(part, ignore_errors=True)
+
+
+def share_alike(folder: Path) -> None:
+    """Give every file in a new folder the mode that the umask gave the folder: safetensors writes them for their owner
+    alone."""
+    mode = folder.stat().st_mode & 0o666
+    for path in folder.rglob("*"):
+        if path.is_file():
+            path.chmod(mode)
 
 
 @contextlib.contextmanager

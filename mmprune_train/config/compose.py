@@ -23,7 +23,7 @@ from mmprune_train.config.pruner import check_pruner
 from mmprune_train.config.pruner_schema import KneeConfig, PrunerConfig
 from mmprune_train.config.schema import Config
 from mmprune_train.config.sweepers import register_sweepers
-from mmprune_train.config.typed import readable
+from mmprune_train.config.typed import literal, readable
 from mmprune_train.errors import UserError
 
 SCHEMA_NAME = "mmprune_schema"
@@ -94,10 +94,10 @@ def compose_config(overrides: list[str]) -> Config:
 def config_from_file(path: Path) -> Config:
     """The config that a run wrote to its `config.yaml`. Raises UserError where the file is missing or does not fit."""
     try:
-        written = OmegaConf.load(path)
-        if OmegaConf.is_dict(written) and "pruner" in written:
-            written.pruner = as_saved(written.pruner)
-        merged = OmegaConf.merge(OmegaConf.structured(Config), written)
+        written = OmegaConf.to_container(OmegaConf.load(path))
+        if isinstance(written, dict) and "pruner" in written:
+            written["pruner"] = as_saved(written["pruner"])
+        merged = OmegaConf.merge(OmegaConf.structured(Config), OmegaConf.create(literal(written)))
     except FileNotFoundError as error:
         raise UserError(f"{path} is missing: is {path.parent} a run directory of mmprune_train?") from error
     except OmegaConfBaseException as error:
@@ -135,7 +135,7 @@ def load_pruner(spec: str | Mapping[str, Any] | None) -> PrunerConfig:
         )
         tree.knee = OmegaConf.merge(tree.knee, OmegaConf.load(conf_dir() / "knee/kneedle.yaml"))
         preset = OmegaConf.load(conf_dir() / f"pruner/{name}.yaml") if name in known else OmegaConf.create()
-        tree.pruner = OmegaConf.merge(tree.pruner, preset, given)
+        tree.pruner = OmegaConf.merge(tree.pruner, preset, literal(given))
         OmegaConf.resolve(tree)
         pruner = OmegaConf.to_object(tree.pruner)
     except OmegaConfBaseException as error:

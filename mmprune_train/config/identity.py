@@ -13,7 +13,7 @@ from mmprune_train.config.schema import STAGES, Config
 
 NOT_DECISIVE = frozenset(
     {
-        "task", "experiment_name", "run_id", "runs_dir", "stages", "ckpt", "restart", "debug",
+        "task", "experiment_name", "run_id", "runs_dir", "stages", "ckpt", "restart", "trust_components", "debug",
         "logger", "evaluate", "generate", "bench", "calibrate", "plan", "sweep", "report",
         # where things lie and how mistakes are explained
         "data.root", "data.how_to_get",

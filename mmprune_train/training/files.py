@@ -10,6 +10,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from mmprune_train.assets import share_alike
+
 
 def write_atomically(path: Path, text: str) -> None:
     """Write beside the file, bring that to disk, then rename over it."""
@@ -36,6 +38,7 @@ def whole_folder(folder: Path) -> Iterator[Path]:
     shutil.rmtree(temporary, ignore_errors=True)
     temporary.mkdir(parents=True)
     yield temporary
+    share_alike(temporary)
     for path in (*temporary.rglob("*"), temporary):
         sync(path)
     shutil.rmtree(folder, ignore_errors=True)
