@@ -10,10 +10,10 @@ from __future__ import annotations
 import os
 import sys
 import traceback
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from mmprune_train.config.typed import command_line, readable
+from mmprune_train.current_folder import leave_out_in_children, search_last
 from mmprune_train.tasks import check_keys, find_task
 from mmprune_train.usage import usage
 
@@ -50,8 +50,11 @@ def execute(config: Config) -> Any:
     from hydra.types import RunMode
 
     from mmprune_train.config.notes import notes
+    from mmprune_train.config.pruner import components
     from mmprune_train.training.cluster import has_part
 
+    if config.trust_components or components(config.pruner):
+        search_last()
     sweeping = HydraConfig.get().mode == RunMode.MULTIRUN
     check_keys(config.task, command_line(), sweeping)
     if not has_part(config.task, config.trainer.devices, config.trainer.num_nodes, sweeping):
@@ -85,8 +88,7 @@ def compose_and_run() -> None:
 def main() -> None:
     """Entry of `python -m mmprune_train` and of `mmprune`."""
     arguments = sys.argv[1:]
-    if (here := str(Path.cwd())) not in sys.path:  # `mmprune` finds a user's module:function where `python -m` does
-        sys.path.insert(0, here)
+    leave_out_in_children()
     try:
         if "--help" in arguments or "-h" in arguments:
             print(usage(arguments))

@@ -83,8 +83,8 @@ def refuse_foreign(where: object, found: Mapping[str, str], named: Mapping[str, 
     for key, name in found.items():
         if named.get(key) != name:
             raise UserError(
-                f"{where} names {key}={name}, code that is not in that folder and would run: where you trust it, give "
-                f"{key}={name} yourself, or trust_components=true (load_model(..., trust_components=True))"
+                f"{where} names {key}={name}, and code that a folder names is not run unasked: where you trust it, "
+                f"give {key}={name} yourself, or trust_components=true (load_model(..., trust_components=True))"
             )
 
 

@@ -40,6 +40,7 @@ from mmprune_train.model.question import (
 )
 from mmprune_train.model.tokenizer import IMAGE_TOKEN, load_tokenizer
 from mmprune_train.model.vision import check_patches, family_of
+from mmprune_train.model.weights.auto import config_of
 from mmprune_train.model.weights.files import read_config
 from mmprune_train.model.weights.folders import check_folder, model_folder
 from mmprune_train.model.weights.outline import load_whole
@@ -53,7 +54,7 @@ VOCAB_MULTIPLE = 64
 def _vision_config(folder: Path | None, arch: dict[str, Any]) -> PreTrainedConfig:
     if folder is None:
         return AutoConfig.for_model(**arch)
-    config = AutoConfig.from_pretrained(folder)
+    config = config_of(folder)
     return getattr(config, "vision_config", config)
 
 
@@ -89,7 +90,7 @@ def language_model(
     `empty`: the weights are not read.
     """
     if folder is None or empty:
-        config = AutoConfig.for_model(**cfg.arch) if folder is None else AutoConfig.from_pretrained(folder)
+        config = AutoConfig.for_model(**cfg.arch) if folder is None else config_of(folder)
         model = AutoModelForCausalLM.from_config(config, dtype=dtype)
     else:
         model = load_whole(AutoModelForCausalLM, folder, dtype=dtype)
@@ -220,7 +221,7 @@ def load_llava(
     """A llava-hf folder's network; `empty`: on the meta device. Raises UserError unless weights and config agree."""
     if empty:
         with torch.device("meta"):
-            return LlavaForConditionalGeneration._from_config(AutoConfig.from_pretrained(folder), dtype=dtype)
+            return LlavaForConditionalGeneration._from_config(config_of(folder), dtype=dtype)
     return load_whole(LlavaForConditionalGeneration, folder, dtype=dtype)
 
 

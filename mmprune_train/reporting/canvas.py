@@ -8,7 +8,7 @@ from typing import Any, Concatenate, ParamSpec
 
 Arguments = ParamSpec("Arguments")
 
-PLAIN: dict[str, Any] = {"text.parse_math": False}
+PLAIN: Any = {"text.parse_math": False}
 """Questions, settings and names may hold `$`: matplotlib would read a formula, and fail where it is none."""
 
 

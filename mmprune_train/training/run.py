@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from contextlib import nullcontext
 from pathlib import Path
+from pickle import UnpicklingError
 from statistics import fmean, median
 from typing import Any
 
@@ -25,6 +26,7 @@ from mmprune_train.model.peft import add_adapters, merge_adapters, save_adapters
 from mmprune_train.model.projector import match_features
 from mmprune_train.model.vision import check_patches
 from mmprune_train.model.weights.adapters import load_adapters
+from mmprune_train.model.weights.files import pickled
 from mmprune_train.model.weights.start import Start
 from mmprune_train.quiet import quiet
 from mmprune_train.training.callbacks import MetricsWriter, progress
@@ -149,6 +151,10 @@ def run_stage(
             trainer.fit(module, train_dataloaders=stream, ckpt_path=state, weights_only=True if state else None)
         except UserError as error:
             raise with_advice(error, run, name, annotations) from None
+        except UnpicklingError as error:  # a checkpoint of a forger, who made its checksum fit
+            raise UserError(
+                f"{state} {pickled(error)}; put the run's own there, or give restart=true to start the run over"
+            ) from None
     if trainer.global_step < steps:
         raise RuntimeError(f"stage {name} stopped at step {trainer.global_step} of {steps}")
 
