@@ -14,6 +14,8 @@ from typing import TYPE_CHECKING, Any
 
 from mmprune_train.config.typed import command_line, readable
 from mmprune_train.current_folder import leave_out_in_children, search_last
+from mmprune_train.printed import harmless_output
+from mmprune_train.secrets import note_arguments
 from mmprune_train.tasks import check_keys, find_task
 from mmprune_train.usage import usage
 
@@ -33,6 +35,7 @@ def run_task(cfg: DictConfig) -> Any:
 
     from mmprune_train.config.compose import config_from
 
+    note_arguments([*HydraConfig.get().overrides.task, *HydraConfig.get().overrides.hydra])
     if HydraConfig.get().mode == RunMode.MULTIRUN:
         from mmprune_train.sweeps.job import run_job
 
@@ -87,8 +90,13 @@ def compose_and_run() -> None:
 
 def main() -> None:
     """Entry of `python -m mmprune_train` and of `mmprune`."""
-    arguments = sys.argv[1:]
     leave_out_in_children()
+    note_arguments(sys.argv[1:])
+    with harmless_output():
+        _run(sys.argv[1:])
+
+
+def _run(arguments: list[str]) -> None:
     try:
         if "--help" in arguments or "-h" in arguments:
             print(usage(arguments))

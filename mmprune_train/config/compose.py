@@ -9,9 +9,11 @@ import dataclasses
 import functools
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
+import yaml
 from omegaconf import DictConfig, OmegaConf
+from omegaconf._utils import get_omega_conf_dumper
 from omegaconf.errors import OmegaConfBaseException
 
 from mmprune_train.config import checks
@@ -25,6 +27,7 @@ from mmprune_train.config.schema import Config
 from mmprune_train.config.sweepers import register_sweepers
 from mmprune_train.config.typed import literal, readable
 from mmprune_train.errors import UserError
+from mmprune_train.secrets import masked_settings, note_settings
 
 SCHEMA_NAME = "mmprune_schema"
 """Name of the typed tree in Hydra's ConfigStore; the first entry of `conf/config.yaml`'s defaults list."""
@@ -53,6 +56,12 @@ def config_from(cfg: DictConfig) -> Config:
 
     Raises UserError for a missing or inconsistent value.
     """
+    written = OmegaConf.to_container(cfg, resolve=False)
+    note_settings(cast("dict[str, Any]", written))
+    return _typed(cfg)
+
+
+def _typed(cfg: DictConfig) -> Config:
     try:
         _refuse_extra_keys(cfg)
         config = OmegaConf.to_object(cfg)
@@ -103,7 +112,7 @@ def config_from_file(path: Path) -> Config:
     except OmegaConfBaseException as error:
         raise UserError(f"{path}: {explain(error)}") from error
     assert isinstance(merged, DictConfig)
-    return config_from(merged)
+    return _typed(merged)
 
 
 def as_saved(pruner: Mapping[str, Any]) -> dict[str, Any]:
@@ -113,8 +122,10 @@ def as_saved(pruner: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def to_yaml(config: Config | PrunerConfig) -> str:
-    """The config as YAML; `config_from_file` reads a whole Config back, `load_pruner` the mapping of a pruner."""
-    return OmegaConf.to_yaml(OmegaConf.create(dataclasses.asdict(config)))
+    """The config as YAML, without secrets; `config_from_file` reads a whole Config back, `load_pruner` the mapping of a
+    pruner."""
+    tree = masked_settings(dataclasses.asdict(config))
+    return yaml.dump(tree, Dumper=get_omega_conf_dumper(), allow_unicode=True, sort_keys=False)  # `${` is no mistake
 
 
 def load_pruner(spec: str | Mapping[str, Any] | None) -> PrunerConfig:

@@ -11,13 +11,14 @@ from pathlib import Path
 from typing import Any
 
 from mmprune_train.assets import share_alike
+from mmprune_train.secrets import masked
 
 
 def write_atomically(path: Path, text: str) -> None:
-    """Write beside the file, bring that to disk, then rename over it."""
+    """Write beside the file, without secrets, bring that to disk, then rename over it."""
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.tmp")
-    temporary.write_text(text, encoding="utf-8")
+    temporary.write_text(masked(text), encoding="utf-8")
     sync(temporary)
     os.replace(temporary, path)
 

@@ -29,6 +29,7 @@ from mmprune_train.model.weights.adapters import load_adapters
 from mmprune_train.model.weights.files import pickled
 from mmprune_train.model.weights.start import Start
 from mmprune_train.quiet import quiet
+from mmprune_train.secrets import masked
 from mmprune_train.training.callbacks import MetricsWriter, progress
 from mmprune_train.training.checkpoint_files import STATE, check_written_by, data_alone, last_checkpoint, step_of
 from mmprune_train.training.checkpoints import Checkpoints, PlainFile
@@ -212,6 +213,8 @@ def save_stage(model: PackedLlava, processor: Any, folder: Path, start_from: Sta
         merge_adapters(model)
     with whole_folder(folder / "model") as part:
         model.save(part, processor)
+        settings = part / "config.json"
+        settings.write_text(masked(settings.read_text(encoding="utf-8")), encoding="utf-8")
 
 
 def uses_adapters(config: Config, name: str) -> bool:
