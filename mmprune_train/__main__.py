@@ -35,11 +35,12 @@ def run_task(cfg: DictConfig) -> Any:
 
     from mmprune_train.config.compose import config_from
 
-    note_arguments([*HydraConfig.get().overrides.task, *HydraConfig.get().overrides.hydra])
     if HydraConfig.get().mode == RunMode.MULTIRUN:
         from mmprune_train.sweeps.job import run_job
 
-        return run_job(cfg, execute)
+        note_arguments([*HydraConfig.get().overrides.task, *HydraConfig.get().overrides.hydra])
+        with harmless_output():  # a launcher may have started another process for the job
+            return run_job(cfg, execute)
     try:
         return execute(config_from(cfg))
     except Exception as error:

@@ -25,8 +25,8 @@ _SOUNDS = re.compile(
     r"|(^|_)(auth|authorization|bearer|cookie)$"
 )
 _OF_TEXT = (
-    "image", "video", "audio", "visual", "text", "special", "query", "begin", "start", "end", "boi", "eoi", "bos", "eos",
-    "pad", "unk", "cls", "sep", "mask", "stop", "extra", "last", "next", "new", "per",
+    "image", "video", "audio", "visual", "text", "special", "query", "begin", "start", "end", "boi", "eoi", "bos",
+    "eos", "pad", "unk", "cls", "sep", "mask", "stop", "extra", "last", "next", "new", "per",
 )  # fmt: skip
 """Words before `_token` that a tokenizer's settings have."""
 _OPEN = re.compile(

@@ -147,7 +147,6 @@ def load_pruner(spec: str | Mapping[str, Any] | None) -> PrunerConfig:
         tree.knee = OmegaConf.merge(tree.knee, OmegaConf.load(conf_dir() / "knee/kneedle.yaml"))
         preset = OmegaConf.load(conf_dir() / f"pruner/{name}.yaml") if name in known else OmegaConf.create()
         tree.pruner = OmegaConf.merge(tree.pruner, preset, literal(given))
-        OmegaConf.resolve(tree)
         pruner = OmegaConf.to_object(tree.pruner)
     except OmegaConfBaseException as error:
         raise UserError(f"pruner: {explain(error)}") from error
