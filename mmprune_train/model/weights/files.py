@@ -213,7 +213,7 @@ def _of_pickle(key: str, file: Path) -> Tensors:
 def pickled(error: Exception) -> str:
     """What a file is that torch.load refuses to read as data alone."""
     if found := re.search(r"(?:GLOBAL|Unsupported global:|Can only .*?:)\s+(?:GLOBAL )?([\w.]+)", str(error)):
-        return f"holds {found[1]}, code that is never run here"
+        return f"is not a file of weights alone: it holds {found[1]}, code that is never run here"
     reason = next(iter(str(error).strip().splitlines()), type(error).__name__)
     return f"is not a file of weights alone, or damaged ({reason[:120]})"
 
