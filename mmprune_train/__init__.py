@@ -1,12 +1,15 @@
 """mmprune_train: train multimodal LLMs with fewer visual tokens, the pruner in the loop."""
 
-from __future__ import annotations
+# Before any library, not even one of Python's: a file of that name in the current folder would be run in its place.
+from mmprune_train.current_folder import leave_out  # isort: split
 
-import os
-import sys
-from typing import TYPE_CHECKING, Any
+leave_out()
 
-from mmprune_train.threads import sleep_while_waiting
+import os  # noqa: E402
+import sys  # noqa: E402
+from typing import TYPE_CHECKING, Any  # noqa: E402
+
+from mmprune_train.threads import sleep_while_waiting  # noqa: E402
 
 __version__ = "0.1.0"
 

@@ -14,6 +14,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from mmprune_train.config.typed import command_line, readable
+from mmprune_train.current_folder import leave_out_in_children, search_last
+from mmprune_train.printed import harmless_output
+from mmprune_train.secrets import note_arguments
 from mmprune_train.tasks import check_keys, find_task
 from mmprune_train.usage import usage
 
@@ -36,7 +39,9 @@ def run_task(cfg: DictConfig) -> Any:
     if HydraConfig.get().mode == RunMode.MULTIRUN:
         from mmprune_train.sweeps.job import run_job
 
-        return run_job(cfg, execute)
+        note_arguments([*HydraConfig.get().overrides.task, *HydraConfig.get().overrides.hydra])
+        with harmless_output():  # a launcher may have started another process for the job
+            return run_job(cfg, execute)
     try:
         return execute(config_from(cfg))
     except Exception as error:
@@ -50,9 +55,12 @@ def execute(config: Config) -> Any:
     from hydra.types import RunMode
 
     from mmprune_train.config.notes import notes
+    from mmprune_train.config.pruner import components
     from mmprune_train.files import check_marks
     from mmprune_train.training.cluster import has_part
 
+    if config.trust_components or components(config.pruner):
+        search_last()
     sweeping = HydraConfig.get().mode == RunMode.MULTIRUN
     check_keys(config.task, command_line(), sweeping)
     if not has_part(config.task, config.trainer.devices, config.trainer.num_nodes, sweeping):
@@ -88,9 +96,13 @@ def compose_and_run() -> None:
 
 def main() -> None:
     """Entry of `python -m mmprune_train` and of `mmprune`."""
-    arguments = sys.argv[1:]
-    if (here := str(Path.cwd())) not in sys.path:  # `mmprune` finds a user's module:function where `python -m` does
-        sys.path.insert(0, here)
+    leave_out_in_children()
+    note_arguments(sys.argv[1:])
+    with harmless_output():
+        _run(sys.argv[1:])
+
+
+def _run(arguments: list[str]) -> None:
     try:
         if "--help" in arguments or "-h" in arguments:
             print(usage(arguments))

@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from mmprune_train.errors import UserError
+from mmprune_train.secrets import masked
 
 CHECKSUM = "checksum"
 """Last key of a JSON object: CRC-32 of all text before its value."""
@@ -28,7 +29,7 @@ PUT_BACK = "put an earlier copy back"
 
 
 def write_atomically(path: Path, data: str | bytes, shared: bool = False) -> None:
-    """Write beside the file, bring that to disk, then rename over it.
+    """Write beside the file, a text without secrets, bring that to disk, then rename over it.
 
     Args:
         shared: several processes may write it at once.
@@ -37,7 +38,7 @@ def write_atomically(path: Path, data: str | bytes, shared: bool = False) -> Non
     temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex}.tmp" if shared else f".{path.name}.tmp")
     try:
         temporary.unlink(missing_ok=True)  # another user's, who was stopped, might not be written to
-        temporary.write_bytes(data.encode() if isinstance(data, str) else data)
+        temporary.write_bytes(masked(data).encode() if isinstance(data, str) else data)
         sync(temporary)
         os.replace(temporary, path)
     except OSError:
@@ -70,6 +71,7 @@ def write_json(path: Path, value: Any, checked: bool = False, shared: bool = Fal
     text = json.dumps({**value, CHECKSUM: BLANK} if checked else value, indent=2, ensure_ascii=False) + "\n"
     if checked:
         before, after = text.rsplit(BLANK, 1)
+        before = masked(before)
         text = f"{before}{_crc(before)}{after}"
     write_atomically(path, text, shared)
 
@@ -97,6 +99,7 @@ def read_json(path: Path, remedy: str = PUT_BACK) -> dict[str, Any] | None:
 
 def marked(text: str) -> str:
     """YAML with its checksum."""
+    text = masked(text)
     return f"# checksum: {_crc(text)}  (delete this line if you change the file)\n{text}"
 
 

@@ -5,8 +5,8 @@ from __future__ import annotations
 import fcntl
 import os
 import shutil
-import tempfile
 import time
+import uuid
 import zlib
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
@@ -131,6 +131,7 @@ def finished_folder(target: Path) -> Iterator[Path]:
     sweep(target.parent, f".{target.name}.????????")
     with temporary_folder(target.parent, f".{target.name}.") as part:
         yield part
+        share_alike(part)
         try:
             part.rename(target)
         except OSError:
@@ -142,14 +143,14 @@ def finished_folder(target: Path) -> Iterator[Path]:
 def temporary_folder(parent: Path, prefix: str) -> Iterator[Path]:
     """A folder that `sweep` leaves alone while this process lives, and that is deleted at the end, if it is there."""
     while True:
-        part = Path(tempfile.mkdtemp(prefix=prefix, dir=parent))
+        part = parent / f"{prefix}{uuid.uuid4().hex[:8]}"
+        part.mkdir()  # with the user's umask: mkdtemp would shut out other users of a shared cache
         descriptor = os.open(part, os.O_RDONLY)
         with suppress(OSError):  # a file system without locks: `sweep` goes by age there
             fcntl.flock(descriptor, fcntl.LOCK_EX)
         if part.is_dir():  # not swept before it was locked
             break
         os.close(descriptor)
-    part.chmod(0o755)  # mkdtemp's 0700 would shut out other users of a shared cache
     try:
         yield part
     finally:
@@ -191,6 +192,15 @@ def held(folder: Path, wait: bool = False, together: bool = False) -> Iterator[b
         os.close(descriptor)
 
 
+def share_alike(folder: Path) -> None:
+    """Give every file in a new folder the mode that the umask gave the folder: safetensors writes them for their owner
+    alone."""
+    mode = folder.stat().st_mode & 0o666
+    for path in folder.rglob("*"):
+        if path.is_file():
+            path.chmod(mode)
+
+
 @contextmanager
 def whole_folder(folder: Path) -> Iterator[Path]:
     """A new folder that takes the place of `folder` when the block ends well and all of it is on disk."""
@@ -198,6 +208,7 @@ def whole_folder(folder: Path) -> Iterator[Path]:
     shutil.rmtree(temporary, ignore_errors=True)
     temporary.mkdir(parents=True)
     yield temporary
+    share_alike(temporary)
     for path in (*temporary.rglob("*"), temporary):
         sync(path)
     shutil.rmtree(folder, ignore_errors=True)

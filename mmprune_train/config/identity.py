@@ -10,10 +10,11 @@ from pathlib import Path
 from typing import Any
 
 from mmprune_train.config.schema import STAGES, Config
+from mmprune_train.secrets import masked, masked_settings, note_arguments
 
 NOT_DECISIVE = frozenset(
     {
-        "task", "experiment_name", "run_id", "runs_dir", "stages", "ckpt", "restart", "debug",
+        "task", "experiment_name", "run_id", "runs_dir", "stages", "ckpt", "restart", "trust_components", "debug",
         "logger", "evaluate", "generate", "bench", "calibrate", "plan", "sweep", "report",
         # where things lie and how mistakes are explained
         "data.root", "data.how_to_get",
@@ -34,8 +35,7 @@ NOT_DECISIVE = frozenset(
 def decisive(config: Config | Mapping[str, Any]) -> dict[str, Any]:
     """Dotted key -> value of every setting that decides what is trained."""
     tree = dataclasses.asdict(config) if dataclasses.is_dataclass(config) and not isinstance(config, type) else config
-    assert isinstance(tree, Mapping)
-    return dict(_leaves(tree))
+    return dict(_leaves(masked_settings(tree)))
 
 
 def run_id(config: Config) -> str:
@@ -55,7 +55,8 @@ def sweep_name(experiment: str, choices: Mapping[str, Any], overrides: Sequence[
         overrides: the command line's, sweeps not yet expanded.
         params: the sweeper's own.
     """
-    command = sorted(override for override in overrides if override.lstrip("+").lower() not in STARTED_OVER)
+    note_arguments(overrides)
+    command = sorted(masked(override) for override in overrides if override.lstrip("+").lower() not in STARTED_OVER)
     asked = json.dumps([command, choices["hydra/sweeper"], str(params)])
     return f"{choices.get('sweep') or experiment}-{hashlib.sha256(asked.encode()).hexdigest()[:8]}"
 
@@ -101,7 +102,7 @@ _UNSET = object()
 
 def without_effect(finished: Config, asked: Config) -> list[str]:
     """Settings of how to train, as `key=value`, that were others when a run was trained: now nothing is."""
-    before, now = dataclasses.asdict(finished), dataclasses.asdict(asked)
+    before, now = (masked_settings(dataclasses.asdict(config)) for config in (finished, asked))
     changed = [f"trainer.{key}={value}" for key, value in now["trainer"].items() if before["trainer"][key] != value]
     if before["logger"] != now["logger"]:
         changed.append(f"logger={now['logger']}")

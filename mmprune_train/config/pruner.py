@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from dataclasses import replace
+from collections.abc import Iterator, Mapping
+from dataclasses import asdict, replace
 from typing import Any
 
 from mmprune_train.config.pruner_schema import (
@@ -51,6 +52,40 @@ WEIGHING_MERGES = ("prumerge", "centres")
 """Merges that weigh patches by their scores, which must not be negative."""
 PRUNING_STAGES = ("vision", "language")
 POSITIONS = ("contiguous", "original")
+
+
+def components(settings: PrunerConfig | VisionStageConfig | Mapping[str, Any], key: str = "pruner") -> dict[str, str]:
+    """The user's own parts that settings name, by their dotted keys: code that runs where they are used.
+
+    Args:
+        key: of the settings.
+    """
+    tree = settings if isinstance(settings, Mapping) else asdict(settings)
+    return {name: value for name, value in _texts(tree, key) if ":" in value and name != "pruner.name"}
+
+
+def _texts(tree: Any, key: str) -> Iterator[tuple[str, str]]:
+    if isinstance(tree, Mapping):
+        for name, value in tree.items():
+            yield from _texts(value, f"{key}.{name}")
+    elif isinstance(tree, str):
+        yield key, tree
+
+
+def refuse_foreign(where: object, found: Mapping[str, str], named: Mapping[str, str]) -> None:
+    """Raise UserError for a component that settings of somebody else's name, and the user does not.
+
+    Args:
+        where: the file of the settings.
+        found: their components.
+        named: those of the user's own settings.
+    """
+    for key, name in found.items():
+        if named.get(key) != name:
+            raise UserError(
+                f"{where} names {key}={name}, and code that a folder names is not run unasked: where you trust it, "
+                f"give {key}={name} yourself, or trust_components=true (load_model(..., trust_components=True))"
+            )
 
 
 def check_knee(key: str, knee: KneeConfig, least: int = 1) -> None:

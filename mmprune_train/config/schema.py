@@ -305,6 +305,9 @@ class Config:
     stage trains adapters of the same settings (`peft`), else merge."""
     restart: bool = False
     """Start over: an existing run directory is moved aside, never deleted."""
+    trust_components: bool = False
+    """Run the components (`module:function`) that the settings saved with a model name; false: those alone that this
+    command names, too. Nothing else in a folder is ever run."""
     debug: bool = False
     """Show a traceback for the user's own mistakes, too."""
     encoder: EncoderConfig = field(default_factory=EncoderConfig)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 WORDS = ("generate.question",)
@@ -78,8 +78,17 @@ def quoted(text: str) -> str:
     """Words in the quotes from which Hydra, and OmegaConf after it, read exactly these words."""
     from hydra.core.override_parser.types import Quote, QuotedString
 
-    literal = re.sub(r"(\\*)\$\{", r"\1\1\\${", text)  # else an interpolation
-    return QuotedString(literal, Quote.double).with_quotes()
+    return QuotedString(literal(text), Quote.double).with_quotes()
+
+
+def literal(tree: Any) -> Any:
+    """Texts, also those in mappings and lists, as OmegaConf reads them unchanged: what looks like an interpolation, for
+    which it would look into the environment, is none."""
+    if isinstance(tree, Mapping):
+        return {key: literal(value) for key, value in tree.items()}
+    if isinstance(tree, list):
+        return [literal(value) for value in tree]
+    return re.sub(r"(\\*)\$\{", r"\1\1\\${", tree) if isinstance(tree, str) else tree
 
 
 def command_line() -> list[str]:

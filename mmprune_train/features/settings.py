@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import importlib.util
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import asdict
 from importlib.metadata import version
 from pathlib import Path
@@ -15,7 +15,7 @@ import torch
 from torch import nn
 
 from mmprune_train.assets import sha256_of
-from mmprune_train.config.pruner import projects
+from mmprune_train.config.pruner import components, projects
 from mmprune_train.config.pruner_schema import VisionStageConfig
 from mmprune_train.errors import UserError
 from mmprune_train.model.images import ImageSide
@@ -56,7 +56,7 @@ def feature_settings(model: ImageSide, preparation: Mapping[str, Any], dtype: to
         "patches_without_cls": model.config.vision_feature_select_strategy == "default",
         "image_preparation": _plain(preparation),
         "stage_1": stage_settings(stage),
-        "stage_1_code_sha256": {name: _source_hash(name) for name in _functions(asdict(stage))},
+        "stage_1_code_sha256": {name: _source_hash(name) for name in components(stage).values()},
         "projector_weights_sha256": weights_hash(model.hf.model.multi_modal_projector) if projects(stage) else None,
         "code_sha256": {name: _source_hash(name) for name in CODE},
         "dtype": str(dtype).removeprefix("torch."),
@@ -91,15 +91,6 @@ def _plain(settings: Mapping[str, Any]) -> dict[str, Any]:
     """A transformers config without what only tells where it came from."""
     ignored = ("transformers_version", "dtype", "torch_dtype", "architectures", "processor_class")
     return {key: value for key, value in settings.items() if key not in ignored and not key.startswith("_")}
-
-
-def _functions(settings: Any) -> Iterator[str]:
-    """Every `module:function` of the user's in nested settings."""
-    if isinstance(settings, dict):
-        for value in settings.values():
-            yield from _functions(value)
-    elif isinstance(settings, str) and ":" in settings:
-        yield settings
 
 
 def _source_hash(function: str) -> str:

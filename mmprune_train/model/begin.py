@@ -22,6 +22,7 @@ from mmprune_train.model.llava import PackedLlava
 from mmprune_train.model.question import QuestionEncoder, find_question_encoder, new_question_encoder
 from mmprune_train.model.tokenizer import load_tokenizer
 from mmprune_train.model.weights.adapters import merge_folder, projector_beside
+from mmprune_train.model.weights.auto import config_of
 from mmprune_train.model.weights.files import Tensors, read_tensors, tensors_of, weights_of
 from mmprune_train.model.weights.folders import ADAPTERS, LLAVA, ORIGINAL, look
 from mmprune_train.model.weights.original import (
@@ -97,7 +98,7 @@ def tower_of(config: Config, start: Start | None, dtype: torch.dtype = torch.flo
         return vision_tower(config.encoder, encoder_folder(config.encoder), dtype)
     if start.kind == ORIGINAL:
         return _tower(config, tower_tensors(weights_of(start.key, start.path)), start, dtype, empty=False)
-    settings = AutoConfig.from_pretrained(start.path)
+    settings = config_of(start.path)
     settings.text_config.num_hidden_layers = 0
     if getattr(settings.text_config, "layer_types", None):
         settings.text_config.layer_types = []

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from contextlib import nullcontext
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -22,6 +23,7 @@ from transformers import (
 )
 
 from mmprune_train.config.compose import as_saved, load_pruner
+from mmprune_train.config.pruner import components, refuse_foreign
 from mmprune_train.config.pruner_schema import PrunerConfig
 from mmprune_train.config.schema import Config, EncoderConfig, LlmConfig, TextTowerConfig
 from mmprune_train.data.images import image_processor
@@ -38,6 +40,8 @@ from mmprune_train.model.question import (
 )
 from mmprune_train.model.tokenizer import IMAGE_TOKEN, load_tokenizer
 from mmprune_train.model.vision import check_patches, family_of
+from mmprune_train.model.weights.auto import config_of
+from mmprune_train.model.weights.files import read_config
 from mmprune_train.model.weights.folders import check_folder, model_folder
 from mmprune_train.model.weights.outline import load_whole
 from mmprune_train.model.weights.places import encoder_folder, llm_folder, local_or_hub
@@ -50,7 +54,7 @@ VOCAB_MULTIPLE = 64
 def _vision_config(folder: Path | None, arch: dict[str, Any]) -> PreTrainedConfig:
     if folder is None:
         return AutoConfig.for_model(**arch)
-    config = AutoConfig.from_pretrained(folder)
+    config = config_of(folder)
     return getattr(config, "vision_config", config)
 
 
@@ -86,7 +90,7 @@ def language_model(
     `empty`: the weights are not read.
     """
     if folder is None or empty:
-        config = AutoConfig.for_model(**cfg.arch) if folder is None else AutoConfig.from_pretrained(folder)
+        config = AutoConfig.for_model(**cfg.arch) if folder is None else config_of(folder)
         model = AutoModelForCausalLM.from_config(config, dtype=dtype)
     else:
         model = load_whole(AutoModelForCausalLM, folder, dtype=dtype)
@@ -217,7 +221,7 @@ def load_llava(
     """A llava-hf folder's network; `empty`: on the meta device. Raises UserError unless weights and config agree."""
     if empty:
         with torch.device("meta"):
-            return LlavaForConditionalGeneration._from_config(AutoConfig.from_pretrained(folder), dtype=dtype)
+            return LlavaForConditionalGeneration._from_config(config_of(folder), dtype=dtype)
     return load_whole(LlavaForConditionalGeneration, folder, dtype=dtype)
 
 
@@ -229,6 +233,14 @@ def _template_of(processor: LlavaProcessor) -> str:
     return template_name(own)
 
 
+def _saved(key: str, folder: Path) -> dict[str, Any]:
+    """What this project keeps in a model's config.json: the pruner's settings and the conversation's template."""
+    saved = read_config(key, folder / "config.json").get("mmprune") or {}
+    if not isinstance(saved, dict) or not isinstance(saved.get("pruner", {}), dict):
+        raise UserError(f"{key}: `mmprune` of {folder / 'config.json'} holds no settings of a pruner; copy it again")
+    return saved
+
+
 def load_model(
     path: str | Path,
     pruner: str | Mapping[str, Any] | PrunerConfig | None = None,
@@ -237,6 +249,8 @@ def load_model(
     text: str | Path | TextTowerConfig | None = None,
     empty: bool = False,
     key: str = "",
+    trust_components: bool = False,
+    named: Mapping[str, str] = MappingProxyType({}),
 ) -> tuple[PackedLlava, LlavaProcessor]:
     """A trained model and its processor, ready to call and to generate.
 
@@ -248,13 +262,25 @@ def load_model(
             was not trained with one and so has no text tower.
         empty: on the meta device, to be given the weights of another process; `device` is left aside.
         key: the config key that gave `path`, for messages.
+        trust_components: run the components (`module:function`) that the folder's settings name.
+        named: those that may run anyway, by key: the user names them, too.
     Raises:
-        UserError: no such folder, one of another kind, or its weights do not match its config key for key.
+        UserError: no such folder, one of another kind, its weights do not match its config key for key, or its settings
+            name components that are not trusted.
     """
     folder = model_folder(path, key)
-    if isinstance(folder, str):
-        folder = local_or_hub(key or "path", folder)
+    folder = local_or_hub(key or "path", folder) if isinstance(folder, str) else folder
     check_folder(key or "path", folder, "llava", trains=False)
+    saved = _saved(key or "path", folder)
+    if isinstance(pruner, PrunerConfig):
+        settings = pruner
+    elif pruner is None and "pruner" in saved:
+        if not trust_components:
+            refuse_foreign(folder / "config.json", components(saved["pruner"]), named)
+        settings = load_pruner(as_saved(saved["pruner"]))
+    else:
+        settings = load_pruner(pruner)
+    chosen, question = Pruner(settings), None
     try:
         hf = load_llava(folder, dtype, empty)
     except (OSError, ValueError, SafetensorError) as error:
@@ -262,14 +288,6 @@ def load_model(
             raise
         raise UserError(f"{path}: not a whole model folder: {str(error).strip().splitlines()[0]}") from error
     processor = load_processor(folder, hf)
-    saved = getattr(hf.config, "mmprune", None) or {}
-    if isinstance(pruner, PrunerConfig):
-        settings = pruner
-    elif pruner is None and "pruner" in saved:
-        settings = load_pruner(as_saved(saved["pruner"]))
-    else:
-        settings = load_pruner(pruner)
-    chosen, question = Pruner(settings), None
     if chosen.reads_text:
         tower = TextTowerConfig(path=str(text)) if isinstance(text, str | Path) else text
         question = find_question_encoder(Path(folder), tower, dtype)

@@ -6,10 +6,11 @@ from pathlib import Path
 from typing import Any
 
 from PIL import Image
-from transformers import AutoProcessor, LlavaConfig, LlavaForConditionalGeneration, LlavaProcessor
+from transformers import LlavaConfig, LlavaForConditionalGeneration, LlavaProcessor
 
 from mmprune_train.errors import UserError
 from mmprune_train.model.vision import embedded, family_of, feature_indices
+from mmprune_train.model.weights.auto import processor_of
 
 BLANKS = ((64, 48), (48, 64))
 """Sizes of two blank images, which a processor makes the same size."""
@@ -29,7 +30,9 @@ def load_processor(folder: Path | str, hf: LlavaForConditionalGeneration) -> Lla
             model's; names the file and both.
     """
     try:
-        processor: Any = AutoProcessor.from_pretrained(folder)
+        processor: Any = processor_of(folder)
+    except UserError:
+        raise
     except Exception as error:  # of a broken file, anything
         why = next(iter(str(error).strip().splitlines()), "") or type(error).__name__
         raise UserError(f"{folder}: its processor (tokenizer and image processor) does not load: {why}") from error

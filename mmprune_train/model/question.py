@@ -13,11 +13,13 @@ import numpy as np
 import torch
 from tokenizers import processors
 from torch import Tensor, nn
-from transformers import AutoConfig, AutoTokenizer, CLIPConfig, CLIPModel, PreTrainedTokenizerBase
+from transformers import CLIPConfig, CLIPModel, PreTrainedTokenizerBase
 
 from mmprune_train.config.schema import EncoderConfig, TextTowerConfig
 from mmprune_train.errors import UserError
 from mmprune_train.model.tokenizer import tiny_tokenizer
+from mmprune_train.model.weights.auto import config_of, tokenizer_of
+from mmprune_train.model.weights.folders import check_folder
 from mmprune_train.model.weights.outline import load_whole
 from mmprune_train.model.weights.places import text_folder
 from mmprune_train.pruning import PackedSequence
@@ -210,13 +212,12 @@ def load_question_encoder(folder: Path, dtype: torch.dtype, key: str) -> Questio
     Args:
         key: what named the folder, for messages.
     """
+    check_folder(key, folder, "text")
     try:
-        config: Any = AutoConfig.from_pretrained(folder)
-        if config.model_type != "clip":
-            raise UserError(f"{key}: {folder} holds a {config.model_type}; give a CLIP checkpoint with both towers")
+        config: Any = config_of(folder)
         config.vision_config.num_hidden_layers = 0
         clip = load_whole(CLIPModel, folder, beside=("vision_model.encoder.layers",), config=config, dtype=dtype)
-        tokenizer = AutoTokenizer.from_pretrained(folder)
+        tokenizer = tokenizer_of(folder)
     except UserError:
         raise
     except (OSError, ValueError) as error:

@@ -5,9 +5,10 @@ from __future__ import annotations
 from pathlib import Path
 
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, processors, trainers
-from transformers import AutoTokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast
+from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 from mmprune_train.errors import UserError
+from mmprune_train.model.weights.auto import tokenizer_of
 from mmprune_train.model.weights.outline import no_report
 
 IMAGE_TOKEN = "<image>"
@@ -62,7 +63,9 @@ def load_tokenizer(folder: Path | None, key: str = "llm.path") -> PreTrainedToke
     """
     try:
         with no_report():
-            tokenizer = tiny_tokenizer() if folder is None else AutoTokenizer.from_pretrained(folder)
+            tokenizer = tiny_tokenizer() if folder is None else tokenizer_of(folder)
+    except UserError as error:
+        raise UserError(f"{key}: {error}") from None
     except Exception as error:  # a damaged file is answered by any kind
         reason = (str(error).strip().splitlines() or [""])[0]
         raise UserError(

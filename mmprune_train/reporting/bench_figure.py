@@ -6,11 +6,15 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from mmprune_train.reporting.canvas import drawn
+
 COLOURS = ("#4477aa", "#ee6677", "#228833", "#66ccee", "#bbbbbb")
 """Of vision, selection, forward, backward and optimizer: Paul Tol's bright scheme, safe for colour-blind eyes."""
 
 
+@drawn
 def draw_steps(
+    plt: Any,
     seconds: Mapping[str, Mapping[str, float]],
     parts: Sequence[str],
     shares: Mapping[str, tuple[float | None, float | None, float | None]],
@@ -24,11 +28,6 @@ def draw_steps(
         shares: way -> the LLM's operations, the LLM's seconds and the peak memory, each as a share of the dense packed
             model's; None: not to be had.
     """
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
     names = list(seconds)
     figure, (left, right) = plt.subplots(
         1, 2, figsize=(11, 1.7 + 0.45 * len(names)), width_ratios=[1.5, 1], sharey=True

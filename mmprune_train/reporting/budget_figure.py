@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from mmprune_train.reporting.canvas import drawn
 from mmprune_train.reporting.figures import CURVE, DROPPED, KEPT
 
 
@@ -26,7 +27,9 @@ class KeptTokens:
     """Whether this is the run's own budget."""
 
 
+@drawn
 def draw_budgets(
+    plt: Any,
     budgets: Sequence[KeptTokens],
     scores: NDArray[np.float64] | None,
     target: float | None,
@@ -41,11 +44,6 @@ def draw_budgets(
         target: kept tokens a row that meet the target.
         what: label of the tokens' axis.
     """
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
     columns = 1 if scores is None else 2
     figure, axes = plt.subplots(
         1, columns, figsize=(6.5 + 5.0 * (columns - 1), 1.6 + 0.42 * len(budgets)), squeeze=False,
@@ -99,6 +97,7 @@ def _curves(axis: Any, scores: NDArray[np.float64], target: float | None) -> Non
         axis.axvline(target, color="black", lw=0.8, ls=":")
     if curves.max() > 10 * curves.min() > 0:
         axis.set_yscale("log")
+        axis.yaxis.set_major_formatter("{x:g}")  # the usual one writes powers as formulas
     axis.set_xlabel("patches, by score")
     axis.set_ylabel("stage-1 score")
     axis.legend(fontsize=8, frameon=False)

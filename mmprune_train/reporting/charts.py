@@ -8,6 +8,8 @@ import re
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, ParamSpec
 
+from mmprune_train.reporting.canvas import PLAIN
+
 INK, RULE = "#100001", "#100002"
 SERIES = ("#100011", "#100012", "#100013", "#100014", "#100015", "#100016", "#100017", "#100018")
 """Stand-ins that the page's stylesheet has the colours for: `--ink`, `--rule`, `--s1` and on."""
@@ -16,6 +18,7 @@ COLOURS = {INK: "var(--ink)", RULE: "var(--rule)", FADED: "var(--faded)"} | {
     colour: f"var(--s{number})" for number, colour in enumerate(SERIES, 1)
 }
 STYLE: Any = {
+    **PLAIN,
     "svg.fonttype": "none",
     "text.color": INK,
     "axes.edgecolor": RULE,

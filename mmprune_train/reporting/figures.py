@@ -5,9 +5,12 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
+
+from mmprune_train.reporting.canvas import drawn
 
 KEPT, CURVE, DROPPED = "#c2410c", "#1d4ed8", "#9ca3af"
 
@@ -50,16 +53,12 @@ def faded(image: PrunedImage, kept: Sequence[int]) -> NDArray[np.uint8]:
     return np.where(shown[..., None], image.pixels, washed).astype(np.uint8)
 
 
-def draw(images: Sequence[PrunedImage], text: PrunedText, title: str, path: Path) -> None:
+@drawn
+def draw(plt: Any, images: Sequence[PrunedImage], text: PrunedText, title: str, path: Path) -> None:
     """One row an image (as seen, after stage 1, after stage 2, the sorted curve), the prompt's text tokens below.
 
     Needs no display; the format follows the file's ending.
     """
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
     figure, axes = plt.subplots(
         len(images), 4, figsize=(13, 3.3 * len(images) + 1.3), squeeze=False, width_ratios=[1, 1, 1, 1.5]
     )

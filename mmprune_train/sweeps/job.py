@@ -20,6 +20,7 @@ from mmprune_train.config.identity import home_dir, run_dir
 from mmprune_train.config.schema import Config
 from mmprune_train.errors import UserError
 from mmprune_train.reporting.results import numbers, pick
+from mmprune_train.secrets import masked
 from mmprune_train.sweeps.records import JobRecord, read_records, read_settings, relative
 from mmprune_train.training.cluster import rank_here
 from mmprune_train.training.lock import alone_in
@@ -37,7 +38,7 @@ def run_job(cfg: DictConfig, execute: Callable[[Config], Any]) -> Any:
     hydra = HydraConfig.get()
     sweep = Path(hydra.sweep.dir)
     number = read_settings(sweep).get("first_job", 0) + hydra.job.num
-    record = JobRecord(number, list(hydra.overrides.task), started=time.strftime("%Y-%m-%dT%H:%M:%S%z"))
+    record = JobRecord(number, list(map(masked, hydra.overrides.task)), started=time.strftime("%Y-%m-%dT%H:%M:%S%z"))
     began = time.perf_counter()
     with ExitStack() as held:
         try:

@@ -18,6 +18,7 @@ from mmprune_train.config.task_schema import SweepConfig
 from mmprune_train.errors import UserError
 from mmprune_train.files import write_json
 from mmprune_train.folders import Mark, fault_of, mark_of
+from mmprune_train.secrets import masked
 from mmprune_train.sweeps.records import SWEEP, JobRecord, read_records, read_settings, summary_text, write_summary
 from mmprune_train.training.cluster import check_sweep_is_alone
 
@@ -46,7 +47,7 @@ class SweepWatch(Callback):
             raise SystemExit(2) from error
         self.folder.mkdir(parents=True, exist_ok=True)  # before a sweeper opens its storage there
         self.settings = {
-            "overrides": list(config.hydra.overrides.task),
+            "overrides": list(map(masked, config.hydra.overrides.task)),
             "params": _sweeper(config).get("params"),
             "sweeper": config.hydra.runtime.choices["hydra/sweeper"],
             "launcher": config.hydra.runtime.choices["hydra/launcher"],

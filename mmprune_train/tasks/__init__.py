@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
     Run = Callable[[Config], dict[str, Any] | float | None]
 
-ANYWHERE = ("task", "experiment", "experiment_name", "run_id", "runs_dir", "seed", "debug")
+ANYWHERE = ("task", "experiment", "experiment_name", "run_id", "runs_dir", "seed", "trust_components", "debug")
 """Keys that every task reads."""
 STARTS = ("init_from", "init_adapters")
 BUILT = ("encoder", "llm", "projector", "knee", "pruner", "data", "stage", "stages", "peft", *STARTS)

@@ -15,6 +15,7 @@ from omegaconf import OmegaConf
 from mmprune_train.config.checks import check_pruner_fits
 from mmprune_train.config.compose import config_from_file
 from mmprune_train.config.identity import home_dir, run_dir, run_of
+from mmprune_train.config.pruner import components
 from mmprune_train.config.pruner_schema import PrunerConfig
 from mmprune_train.config.schema import Config
 from mmprune_train.config.typed import command_line, key_of
@@ -106,7 +107,13 @@ def load(found: Checkpoint) -> tuple[Any, Any, Precision]:
     precision = choose_precision(trainer.precision, accelerator)
     with quiet():
         model, processor = load_model(
-            found.model, pruner=found.pruner, device=accelerator, text=found.config.encoder.text, key="ckpt"
+            found.model,
+            pruner=found.pruner,
+            device=accelerator,
+            text=found.config.encoder.text,
+            key="ckpt",
+            trust_components=found.config.trust_components,
+            named=components(found.config.pruner),
         )
     if found.trained is not None:
         stage = Path(found.model).parent.name

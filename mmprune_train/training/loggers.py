@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import netrc
 import os
+import sys
 import threading
 from argparse import Namespace
 from collections.abc import Iterator, Mapping, Sequence
@@ -18,6 +19,8 @@ from pytorch_lightning.utilities import rank_zero_only
 
 from mmprune_train.config.schema import LoggerConfig, WandbConfig
 from mmprune_train.files import rows_to
+from mmprune_train.printed import harmless_output
+from mmprune_train.secrets import masked
 from mmprune_train.training.preemption import EXIT_CODE, Preempted, withheld
 
 PATIENCE = 30.0
@@ -87,7 +90,11 @@ class WandbRun(WandbLogger):
 
     def open(self) -> None:
         """Begin the run, or go on with it. Online wandb says where it is; offline each start has an empty folder."""
-        first = self.experiment.step
+        given, sys.argv = sys.argv, list(map(masked, sys.argv))  # which wandb keeps
+        try:
+            first = self.experiment.step
+        finally:
+            sys.argv = given
         for row in self.rows:
             if row["step"] >= first:
                 self.log_metrics({k: v for k, v in row.items() if k != "step"}, row["step"])
@@ -152,7 +159,8 @@ def open_loggers(loggers: list[Logger]) -> Iterator[None]:
         for run in runs:
             run.open()
     try:
-        yield
+        with harmless_output():  # also in the copy that wandb takes of it
+            yield
     except BaseException as error:
         code = EXIT_CODE if isinstance(error, Preempted) else 1
         closing = [threading.Thread(target=run.close, args=(code,), daemon=True) for run in runs]

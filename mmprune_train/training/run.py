@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from contextlib import nullcontext
 from pathlib import Path
+from pickle import UnpicklingError
 from statistics import fmean, median
 from typing import Any
 
@@ -27,9 +28,11 @@ from mmprune_train.model.peft import add_adapters, merge_adapters, save_adapters
 from mmprune_train.model.projector import match_features
 from mmprune_train.model.vision import check_patches
 from mmprune_train.model.weights.adapters import load_adapters
+from mmprune_train.model.weights.files import pickled
 from mmprune_train.model.weights.start import Start
 from mmprune_train.quiet import quiet
 from mmprune_train.run_files import files_of_stage
+from mmprune_train.secrets import masked
 from mmprune_train.training.callbacks import MetricsWriter, progress
 from mmprune_train.training.checkpoint_files import STATE, check_written_by, data_alone, last_checkpoint, step_of
 from mmprune_train.training.checkpoints import Checkpoints, PlainFile
@@ -151,6 +154,10 @@ def run_stage(
             trainer.fit(module, train_dataloaders=stream, ckpt_path=state, weights_only=True if state else None)
         except UserError as error:
             raise with_advice(error, run, name, annotations) from None
+        except UnpicklingError as error:  # a checkpoint of a forger, who made its checksum fit
+            raise UserError(
+                f"{state} {pickled(error)}; put the run's own there, or give restart=true to start the run over"
+            ) from None
     if trainer.global_step < steps:
         raise RuntimeError(f"stage {name} stopped at step {trainer.global_step} of {steps}")
 
@@ -210,6 +217,8 @@ def save_stage(model: PackedLlava, processor: Any, folder: Path, start_from: Sta
         merge_adapters(model)
     with whole_folder(folder / "model") as part:
         model.save(part, processor)
+        settings = part / "config.json"
+        settings.write_text(masked(settings.read_text(encoding="utf-8")), encoding="utf-8")
 
 
 def uses_adapters(config: Config, name: str) -> bool:

@@ -5,13 +5,12 @@ from __future__ import annotations
 
 import hashlib
 import importlib.util
-import re
 from collections.abc import Iterator, Mapping
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 from mmprune_train.assets import sha256_of
+from mmprune_train.config.pruner import components
 from mmprune_train.config.pruner_schema import PrunerConfig
 from mmprune_train.config.schema import Config
 from mmprune_train.data.records import count_samples
@@ -50,7 +49,7 @@ def component_files(pruner: PrunerConfig) -> dict[str, Path]:
     """The source file of each `module:function` that a pruner names, of a package its folder; those that cannot be
     found are left out."""
     found = {}
-    for name in sorted(set(_names(asdict(pruner)))):
+    for name in sorted(set(components(pruner).values())):
         try:
             spec = importlib.util.find_spec(name.partition(":")[0])
         except (ImportError, ValueError):  # told by name when the component is looked for
@@ -126,11 +125,3 @@ def _checkpoints(run: RunDirectory, stage: str) -> list[Path]:
     from mmprune_train.training.checkpoint_files import all_checkpoints  # imports torch, which a finished run need not
 
     return all_checkpoints(run.stage(stage) / "checkpoints")
-
-
-def _names(tree: Any) -> Iterator[str]:
-    if isinstance(tree, Mapping):
-        for value in tree.values():
-            yield from _names(value)
-    elif isinstance(tree, str) and re.fullmatch(r"[\w.]+:\w+", tree):
-        yield tree

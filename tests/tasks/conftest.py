@@ -17,6 +17,7 @@ Command = Callable[..., tuple[int, str, str]]
 def mmprune(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> Command:
     """`mmprune("task=evaluate", ...)`: exit code, stdout and stderr, in a folder of its own."""
     monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("PYTHONSAFEPATH", "1")  # as `main` sets it, and not beyond the test
 
     def start(*arguments: str) -> tuple[int, str, str]:
         monkeypatch.setattr(sys, "argv", ["mmprune", *arguments])

@@ -3,12 +3,17 @@
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
+from typing import Any
 
 import pytest
+import torch
+from safetensors.torch import save_file
 
 from mmprune_train.config.schema import WandbConfig
 from mmprune_train.files import keep_steps, read_jsonl
+from mmprune_train.folders import finished_folder, whole_folder
 from mmprune_train.training.loggers import CsvLogger, wandb_offline
 
 
@@ -41,3 +46,19 @@ def test_wandb_is_offline_without_an_account(tmp_path: Path, monkeypatch: pytest
     assert wandb_offline(WandbConfig(mode="offline"))
     monkeypatch.setenv("WANDB_MODE", "offline")
     assert wandb_offline(auto) and not wandb_offline(WandbConfig(mode="online"))
+
+
+@pytest.mark.parametrize("umask", [0o002, 0o027])
+@pytest.mark.parametrize("make", [whole_folder, finished_folder])
+def test_files_of_a_new_folder_have_the_mode_of_the_umask(make: Any, umask: int, tmp_path: Path) -> None:
+    before = os.umask(umask)
+    try:
+        with make(tmp_path / "new") as part:
+            (part / "inside").mkdir()
+            save_file({"a": torch.ones(1)}, part / "inside" / "model.safetensors")
+            (part / "config.json").write_text("{}")
+    finally:
+        os.umask(before)
+    modes = {path.is_dir(): path.stat().st_mode & 0o777 for path in (tmp_path / "new", *(tmp_path / "new").rglob("*"))}
+    assert modes == {True: 0o777 & ~umask, False: 0o666 & ~umask}
+    assert {path.stat().st_mode & 0o777 for path in (tmp_path / "new").rglob("*") if path.is_file()} == {0o666 & ~umask}

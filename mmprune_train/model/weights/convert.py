@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from mmprune_train.errors import UserError
+from mmprune_train.model.weights.auto import DATA_ALONE, tokenizer_of
 from mmprune_train.quiet import quiet
 
 COMPARED = (
@@ -33,9 +34,11 @@ def gguf_to_folder(file: Path, folder: Path, arch: dict[str, Any]) -> None:
     transformers cannot save what it has just read from GGUF, so the tensors go into a model made from `arch`; every
     field that both configurations have must agree, since a wrong RoPE base would otherwise go unnoticed.
     """
-    from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+    from transformers import AutoConfig, AutoModelForCausalLM
 
-    source = AutoModelForCausalLM.from_pretrained(str(file.parent), gguf_file=file.name, dtype=torch.float32)
+    source = AutoModelForCausalLM.from_pretrained(
+        str(file.parent), gguf_file=file.name, dtype=torch.float32, **DATA_ALONE
+    )
     config = AutoConfig.for_model(**arch)
     for name in COMPARED:
         stated, found = getattr(config, name, None), getattr(source.config, name, None)
@@ -44,7 +47,7 @@ def gguf_to_folder(file: Path, folder: Path, arch: dict[str, Any]) -> None:
     model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
     model.load_state_dict(source.state_dict(), strict=True)
     model.save_pretrained(folder)
-    AutoTokenizer.from_pretrained(str(file.parent), gguf_file=file.name).save_pretrained(folder)
+    tokenizer_of(str(file.parent), gguf_file=file.name).save_pretrained(folder)
 
 
 def _agree(stated: Any, found: Any) -> bool:
@@ -67,7 +70,7 @@ def onnx_to_folder(file: Path, folder: Path, arch: dict[str, Any]) -> None:
     config = AutoConfig.for_model(**arch)
     save_file(dinov2_tensors(file), folder / "model.safetensors", metadata={"format": "pt"})
     config.save_pretrained(folder)
-    model, info = AutoModel.from_pretrained(folder, output_loading_info=True, dtype=torch.float32)
+    model, info = AutoModel.from_pretrained(folder, output_loading_info=True, dtype=torch.float32, **DATA_ALONE)
     wrong = {key: sorted(value) for key, value in info.items() if value and key != "error_msgs"}
     if wrong:
         raise UserError(f"{file.name} does not fit encoder.arch: {wrong}; correct the key")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import pickle
+import re
 import zipfile
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -203,11 +204,18 @@ def _of_pickle(key: str, file: Path) -> Tensors:
     try:
         found = torch.load(file, map_location="meta", mmap=zipped or None, weights_only=True)
     except (RuntimeError, pickle.UnpicklingError, EOFError, OSError, ValueError) as error:
-        reason = str(error).strip().splitlines()[0][:120]
-        raise UserError(f"{key}: {file} is not a file of weights alone, or damaged ({reason}); copy it again") from None
+        raise UserError(f"{key}: {file} {pickled(error)}; copy it again, or as safetensors") from None
     if not isinstance(found, dict):
         raise UserError(f"{key}: {file} holds a {type(found).__name__}, not weights by name; give a state dict")
     return {n: Entry(file, n, tuple(t.shape), str(t.dtype)) for n, t in found.items() if isinstance(t, Tensor)}
+
+
+def pickled(error: Exception) -> str:
+    """What a file is that torch.load refuses to read as data alone."""
+    if found := re.search(r"(?:GLOBAL|Unsupported global:|Can only .*?:)\s+(?:GLOBAL )?([\w.]+)", str(error)):
+        return f"is not a file of weights alone: it holds {found[1]}, code that is never run here"
+    reason = next(iter(str(error).strip().splitlines()), type(error).__name__)
+    return f"is not a file of weights alone, or damaged ({reason[:120]})"
 
 
 def read_tensors(tensors: Tensors) -> dict[str, Tensor]:

@@ -12,6 +12,7 @@ from mmprune_train.config.schema import Config, EncoderConfig, LlmConfig
 from mmprune_train.errors import UserError
 from mmprune_train.model.tokenizer import IMAGE_TOKEN, load_tokenizer
 from mmprune_train.model.vision import feature_indices
+from mmprune_train.model.weights.auto import config_of
 from mmprune_train.model.weights.files import Tensors, read_config
 from mmprune_train.model.weights.folders import ADAPTERS, LLAVA, ORIGINAL, PROJECTOR, Folder
 from mmprune_train.model.weights.original import projector_tensors, text_config, tower_tensors, unsupported
@@ -50,7 +51,7 @@ def check_fit(config: Config, key: str, found: Folder, tensors: Tensors) -> None
 
 
 def _llava(config: Config, key: str, found: Folder, tensors: Tensors) -> Iterator[Difference]:
-    there: Any = AutoConfig.from_pretrained(found.path)
+    there: Any = config_of(found.path)
     encoder, vision = config.encoder, there.vision_config
     yield from _language(config.llm, there.text_config)
     yield from _differences("encoder", chosen_config(encoder), vision, VISION)
@@ -150,7 +151,7 @@ def chosen_config(part: EncoderConfig | LlmConfig) -> PreTrainedConfig:
     """transformers' config of the chosen encoder or LLM: its folder's, where `path` names one, else `arch`'s."""
     folder = Path(part.path).expanduser() if part.path else None
     if folder is not None and (folder / "config.json").is_file():
-        config = AutoConfig.from_pretrained(folder)
+        config = config_of(folder)
         return getattr(config, "vision_config", config)
     return AutoConfig.for_model(**part.arch)
 

@@ -13,6 +13,7 @@ from transformers.models.auto.configuration_auto import CONFIG_MAPPING_NAMES
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 from mmprune_train.errors import UserError
+from mmprune_train.model.weights.auto import config_of
 from mmprune_train.model.weights.files import (
     Tensors,
     check_small_files,
@@ -73,6 +74,10 @@ LIBRARIES = {
     "fp_quant": "fp_quant",
 }
 """Way of quantisation, as config.json names it -> module that transformers needs to read it."""
+
+
+KERNELS = ("attn_implementation", "_attn_implementation", "experts_implementation", "_experts_implementation")
+"""Keys of a config.json for which transformers would fetch a kernel from the hub and run it."""
 
 
 @dataclass(frozen=True)
@@ -203,6 +208,13 @@ def _check_code(key: str, found: Folder) -> None:
     """Weights come without code: what needs its own is refused before transformers would ask whether to run it."""
     if found.kind != ORIGINAL and "auto_map" in found.config and not _known(found.config):
         raise UserError(f"{key}: {found.path} holds {unfit(found)}; give a checkpoint of an architecture it has")
+    for part in (found.config, *(value for value in found.config.values() if isinstance(value, dict))):
+        kernels = [str(part[name]) for name in KERNELS if "/" in str(part.get(name))]
+        if kernels:
+            raise UserError(
+                f"{key}: {found.path}/config.json asks for a kernel of the hub ({kernels[0]}), code that is never run "
+                "here; take attn_implementation (or experts_implementation) out of it"
+            )
     file = found.path / "tokenizer_config.json"
     if found.kind in (LANGUAGE, LLAVA, ORIGINAL) and file.is_file():
         import transformers
@@ -219,12 +231,10 @@ def _check_code(key: str, found: Folder) -> None:
 
 
 def _check_language(key: str, found: Folder) -> None:
-    from transformers import AutoConfig
-
     from mmprune_train.model.language import check_language_model
 
     try:
-        config: Any = AutoConfig.from_pretrained(found.path)
+        config: Any = config_of(found.path)
         check_language_model(getattr(config, "text_config", config))
     except UserError as error:
         raise UserError(f"{key}: {found.path}: {error}") from None
@@ -238,8 +248,6 @@ def _said(error: Exception) -> str:
 
 
 def _check_outline(key: str, found: Folder, tensors: Tensors) -> None:
-    from transformers import AutoConfig
-
     from mmprune_train.model.weights.original import BESIDE_LLM, text_config
     from mmprune_train.model.weights.outline import check_outline
 
@@ -248,7 +256,7 @@ def _check_outline(key: str, found: Folder, tensors: Tensors) -> None:
         if found.kind == ORIGINAL:
             check_outline(source, text_config(key, found.config), tensors, BESIDE_LLM)
         else:
-            check_outline(source, AutoConfig.from_pretrained(found.path), tensors)
+            check_outline(source, config_of(found.path), tensors)
     except UserError:
         raise
     except Exception as error:  # whatever a wrong value leads to when the model is made

@@ -13,6 +13,7 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 from transformers.utils import logging
 
 from mmprune_train.errors import UserError
+from mmprune_train.model.weights.auto import DATA_ALONE
 from mmprune_train.model.weights.files import Tensors
 
 REPORT = {"output_loading_info": True, "ignore_mismatched_sizes": True}
@@ -36,7 +37,7 @@ def load_whole(
         absent: how names begin that the folder may lack.
     """
     with no_report():
-        model, info = model_class.from_pretrained(folder, **options, **REPORT)
+        model, info = model_class.from_pretrained(folder, weights_only=True, **DATA_ALONE, **options, **REPORT)
     extra = [name for name in info["unexpected_keys"] if not any(part in name for part in beside)]
     missing = [name for name in info["missing_keys"] if not name.startswith(absent)]
     _complete({**info, "unexpected_keys": extra, "missing_keys": missing}, source or folder)
