@@ -225,6 +225,7 @@ def test_a_training_checkpoint_is_data_alone(tmp_path: Path, ran: Path, mmprune:
     run = open_run(compose_config(command))
     checkpoint = run.stage("pretrain") / "checkpoints/step-00000001.ckpt"
     checkpoint.mkdir(parents=True)
+    (run.stage("pretrain") / "metrics.jsonl").write_text('{"step": 1}\n')
     torch.save({"state_dict": {}, "evil": Payload(ran)}, checkpoint / STATE)
     seal(checkpoint, Index(1, "single", 1), Ranks())
     code, _, err = mmprune(*command)
