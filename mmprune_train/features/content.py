@@ -44,7 +44,7 @@ def image_digests(images: Mapping[Path, str], root: Path, ranks: Ranks) -> dict[
     if ranks.rank == 0 and any(index.get(names[path]) != now for path, now in found.items()):
         index.update({names[path]: now for path, now in found.items()})
         with suppress(OSError):  # it only saves time
-            write_whole(root / INDEX, json.dumps(index).encode())
+            write_whole(root / INDEX, json.dumps(index, allow_nan=False).encode())
     return {path: now.sha256 for path, now in found.items()}
 
 

@@ -112,7 +112,7 @@ def fill(
     try:
         folder.mkdir(parents=True, exist_ok=True)
         if ranks.rank == 0 and not (folder / SETTINGS).is_file():
-            write_whole(folder / SETTINGS, json.dumps(settings, indent=2).encode())
+            write_whole(folder / SETTINGS, json.dumps(settings, indent=2, allow_nan=False).encode())
     except OSError as error:
         raise UserError(f"trainer.feature_cache_dir: cannot write to {root} ({error}); name another folder") from error
     digests = image_digests(images, root, ranks)

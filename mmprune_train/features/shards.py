@@ -115,7 +115,7 @@ class ShardWriter:
         shard = Shard(name, len(data), sha256(data).hexdigest(), self._images, self._kept)
         try:
             write_whole(self.folder / name, data)
-            write_whole((self.folder / name).with_suffix(".json"), json.dumps(asdict(shard)).encode())
+            write_whole((self.folder / name).with_suffix(".json"), json.dumps(asdict(shard), allow_nan=False).encode())
         except OSError as error:
             raise UserError(
                 f"trainer.feature_cache: cannot write to {self.folder} ({error}); make room there, or name another "

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import time
 from typing import Any
 
@@ -13,7 +12,7 @@ from mmprune_train.reporting.tables import table
 from mmprune_train.tasks.checkpoint import find_checkpoint, load
 from mmprune_train.tasks.evaluate import prompt_template
 from mmprune_train.tasks.question import typed_question
-from mmprune_train.training.files import write_json
+from mmprune_train.training.files import json_text, write_json
 
 
 def run(config: Config) -> dict[str, Any]:
@@ -50,6 +49,6 @@ def run(config: Config) -> dict[str, Any]:
     folder = found.home / "generate"
     write_json(folder / "result.json", result)
     with (folder / "answers.jsonl").open("a", encoding="utf-8") as file:
-        file.write(json.dumps(result, ensure_ascii=False) + "\n")
+        file.write(json_text(result) + "\n")
     print(f"\n{folder / 'answers.jsonl'}", flush=True)
     return result
