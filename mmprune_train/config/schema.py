@@ -265,8 +265,8 @@ class TrainerConfig:
     keep_best: bool = False
     """Keep one more, the checkpoint with the lowest mean training loss of the steps since the one before it."""
     on_nonfinite: str = "stop"
-    """A step whose loss or gradient is NaN or infinite is never applied: `stop` the run there, with exit code 1, or `skip`
-    it and go on; see docs/checkpoints.md."""
+    """A step whose loss or gradient is NaN or infinite is never applied: `stop` the run there, with exit code 1, or
+    `skip` it and go on; see docs/checkpoints.md."""
     max_nonfinite_steps: int = 10
     """on_nonfinite=skip: such steps in a row; one more stops the run. Our choice."""
     feature_cache: bool = False

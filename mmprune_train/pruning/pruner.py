@@ -184,8 +184,8 @@ class Pruner:
         """Raise UserError: of images with these scores of the first pass nothing was kept.
 
         Args:
-            training: let scores pass of which none is finite: what diverges while it trains is not the user's input. The
-                caller keeps all of such an image, as NaN (`poison`).
+            training: let scores pass of which no row is finite: what diverges while it trains is not the user's input.
+                The caller keeps all of such an image, as NaN (`poison`).
         """
         whole = torch.full(scores.shape[:1], scores.shape[1], device=scores.device)
         if training and not bool(sound_rows(scores, whole).any()):

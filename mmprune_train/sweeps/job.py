@@ -71,7 +71,7 @@ def run_job(cfg: DictConfig, execute: Callable[[Config], Any]) -> Any:
 
 
 def fail(record: JobRecord, error: Exception, debug: bool) -> str:
-    """Record the error; a traceback is printed for what is neither the user's mistake nor divergence, or with `debug`."""
+    """Record the error; a traceback is printed for what no line explains, or with `debug`."""
     message = user_mistake(error)
     record.state, record.mistake = "failed", message is not None
     foreseen = isinstance(error, NotFinite)

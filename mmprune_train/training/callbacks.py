@@ -85,8 +85,9 @@ class MetricsWriter(StepWatch):
         if trainer.is_global_zero:
             with self.path.open("a", encoding="utf-8") as file:
                 file.write(json_text(row) + "\n")
+        logged = {k: math.nan if v is None else v for k, v in row.items() if k != "step"}
         for logger in trainer.loggers:
-            logger.log_metrics({k: math.nan if v is None else v for k, v in row.items() if k != "step"}, step=row["step"])
+            logger.log_metrics(logged, step=row["step"])
 
 
 class PlainProgress(StepWatch):

@@ -104,8 +104,8 @@ class Checkpoints(StepWatch):
             print(f"\ninterrupted; the same command continues {kept}", flush=True)
 
     def save(self, trainer: pl.Trainer) -> None:
-        """Write a checkpoint of the present step, unless it has one, or no step was applied yet: FSDP2 would write a state
-        of the optimizer that there is not. Every rank must call this, between two steps.
+        """Write a checkpoint of the present step, unless it has one, or no step was applied yet (FSDP2 would make
+        a state of the optimizer for it). Every rank must call this, between two steps.
 
         Older ones are deleted when the new one is on disk, under its name, and every file has its size.
 

@@ -1,4 +1,4 @@
-"""Training that has diverged ends, and is told as what it is: no weights, checkpoint or model with NaN in it are kept."""
+"""Training that has diverged ends and is told as that; no checkpoint with NaN in it is kept."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 
+from mmprune_train.data.batch import Batch
 from mmprune_train.errors import NotFinite
 from mmprune_train.model.llava import PackedLlava
 from mmprune_train.training.callbacks import StepWatch
@@ -18,6 +19,7 @@ from mmprune_train.training.checkpoint_files import all_checkpoints
 from mmprune_train.training.freezing import named_parameters, parts_of
 from mmprune_train.training.module import MultimodalModule
 from mmprune_train.training.processes import ranks_of
+from mmprune_train.training.spread import spreads
 
 TOLD = 8
 """Samples of a step that a message names."""
@@ -39,6 +41,7 @@ class Divergence(StepWatch):
         self.last = last
         self.most = most if skip else 0
         self.in_a_row = 0
+        self.batch: Batch | None = None
         self.samples: list[str] = []
         """Of the step, on this rank."""
 
@@ -51,25 +54,38 @@ class Divergence(StepWatch):
     def on_train_batch_start(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int
     ) -> None:
-        self.samples = [*([] if batch.place.first else self.samples), *batch.ids]
+        self.batch, self.samples = batch, [*([] if batch.place.first else self.samples), *batch.ids]
 
     def on_step_end(self, trainer: pl.Trainer, pl_module: Any) -> None:
         if pl_module.applied:
             self.in_a_row = 0
+            if trainer.global_step == self.last and not self._still_finite(trainer, pl_module):
+                end_stage(trainer, "the loss is not finite any more after this last step", self.checkpoints)
             return
         self.in_a_row += 1
         what = f"{_source(pl_module)} is not finite, so the step is not applied; samples {self._told(trainer)}"
         if self.in_a_row <= self.most and self.in_a_row < self.last:
             if trainer.is_global_zero:
                 step = f"{pl_module.stage_name} {trainer.global_step}/{self.last}"
-                print(f"{step}  {what}; {self.in_a_row} such steps in a row, {self.most} are allowed", flush=True)
+                print(f"{step}  {what}; in a row: {self.in_a_row} of {self.most}", flush=True)
             return
         if self.in_a_row > 1:
-            what += f"; {self.in_a_row} such steps in a row"
+            what += f"; such steps in a row: {self.in_a_row}"
         if broken := broken_parts(pl_module.model, trainer.strategy):
             what += f"; the weights of {', '.join(broken)} are not finite either"
         skip = "; trainer.on_nonfinite=skip goes on without such steps"
         end_stage(trainer, what, self.checkpoints, "" if self.most else skip)
+
+    def _still_finite(self, trainer: pl.Trainer, module: MultimodalModule) -> bool:
+        """Whether the loss of the last micro-batch is finite after the last step: no step would look at it any more.
+        Where weights are spread over ranks it is not asked, a forward pass out of turn could make them wait."""
+        batch = self.batch
+        assert batch is not None
+        if spreads(trainer.strategy):
+            return True
+        with torch.no_grad(), trainer.precision_plugin.forward_context():
+            loss = module.model.forward_packed(batch.sequence, batch.pixel_values, patches=batch.patches).loss_sum
+        return not bool(trainer.strategy.reduce((~loss.isfinite()).int(), reduce_op="max"))
 
     def _told(self, trainer: pl.Trainer) -> str:
         """Samples of the step, on all ranks."""
@@ -81,7 +97,8 @@ class Divergence(StepWatch):
 def _source(module: MultimodalModule) -> str:
     if module.step_metrics()["loss"] is None:
         return "the loss"
-    return f"the gradient norm of {', '.join(module.broken_gradients)}" if module.broken_gradients else "the gradient norm"
+    parts = ", ".join(module.broken_gradients)
+    return f"the gradient norm of {parts}" if parts else "the gradient norm"
 
 
 def refuse_broken(trainer: pl.Trainer, checkpoints: Path) -> None:

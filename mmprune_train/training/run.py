@@ -201,8 +201,8 @@ def load_stage(
         if not empty and (broken := broken_tensors(model)):
             source = "encoder.path, llm.path" if start_from is None else f"{start_from.key}={start_from.path}"
             raise UserError(
-                f"{source}: the weights that stage {name} starts from hold NaN or infinity ({named(broken)}); get their "
-                "files anew, or start from others (init_from)"
+                f"{source}: the weights that stage {name} starts from hold NaN or infinity ({named(broken)}); get "
+                "their files anew, or start from others (init_from)"
             )
     model.vision_chunk = config.trainer.vision_chunk
     model.attention, model.logits_chunk = config.trainer.attention, config.trainer.logits_chunk
