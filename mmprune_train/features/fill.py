@@ -104,7 +104,8 @@ def fill(
         device: where to encode.
         num_workers: processes that read images.
     Raises:
-        UserError: an image is missing or broken, or the folder cannot be written or is not shared.
+        UserError: an image is missing or broken, or its features are not finite, or the folder cannot be written or is
+            not shared.
     """
     ranks = ranks or Ranks()
     began = time.perf_counter()

@@ -117,7 +117,7 @@ class ImageSide:
         lost = order[:, 0] < 0
         if bool(lost.any()):
             assert scores is not None
-            self.pruner.refuse_patches(scores[upload(lost, scores.device)], self.training)
+            self.pruner.refuse_patches(scores, lost, self.training)
             order = torch.where(lost[:, None], torch.arange(order.shape[1]), order)
             features = features * upload(poison(lost), features.device)[:, None, None].to(features.dtype)
         return Patches.cut(features, order, scores)

@@ -180,15 +180,16 @@ class Pruner:
         whole = torch.full(scores.shape[:1], scores.shape[1], device=scores.device)
         return sound_rows(scores, whole, _paced(knee, pace).method)[:, None]
 
-    def refuse_patches(self, scores: Float[Tensor, "I N"], training: bool) -> None:
-        """Raise UserError: of images with these scores of the first pass nothing was kept.
+    def refuse_patches(self, scores: Float[Tensor, "I N"], lost: Bool[Tensor, " I"], training: bool) -> None:
+        """Raise UserError: of some images nothing was kept.
 
         Args:
+            scores: of the first pass. lost: those images, on the host.
             training: let scores pass of which no row is finite: what diverges while it trains is not the user's input.
                 The caller keeps all of such an image, as NaN (`poison`).
         """
         whole = torch.full(scores.shape[:1], scores.shape[1], device=scores.device)
-        if training and not bool(sound_rows(scores, whole).any()):
+        if training and not bool(fetch(sound_rows(scores, whole))[lost].any()):
             return
         method, score = _paced(self.settings.vision.knee, self._pace_of("vision")).method, self.settings.vision.score
         refuse_unsound(scores, whole, method, f"pruner.vision.score={score}: ")

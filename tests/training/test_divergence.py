@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 import json
+import os
+import subprocess
+import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -31,6 +35,14 @@ Spoil = Callable[[MultimodalModule], None]
 @pytest.fixture(scope="module")
 def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return write_dataset(tmp_path_factory.mktemp("data") / "squares")
+
+
+@pytest.fixture(scope="module", autouse=True)
+def no_clock() -> Iterator[None]:
+    """The machine's speed is not measured, which takes longer than these trainings."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(run_module, "peak", lambda *_: SimpleNamespace(tflops=1.0, source="made up"))
+        yield
 
 
 def config_of(root: Path, runs: Path, *more: str) -> Config:
@@ -109,8 +121,8 @@ def undisturbed(root: Path, tmp_path_factory: pytest.TempPathFactory) -> list[di
     ("spoil", "named"),
     [
         (loss_of(torch.nan), "the loss is not finite"),
-        (loss_of(torch.inf), "the loss is not finite"),
-        (gradient_of(torch.nan), "the gradient norm of projector is not finite"),
+        pytest.param(loss_of(torch.inf), "the loss is not finite", marks=pytest.mark.slow),
+        pytest.param(gradient_of(torch.nan), "the gradient norm of projector is not finite", marks=pytest.mark.slow),
         (gradient_of(1e30), "the gradient norm of projector is not finite"),  # its square overflows
     ],
 )
@@ -133,7 +145,7 @@ def test_a_step_that_is_not_finite_ends_the_run_and_the_same_command_goes_on(
     assert all(row["grad_norm"] > 0 and row["steps_skipped"] == 0 for row in rows)
 
 
-@pytest.mark.parametrize("spoil", [loss_of(torch.nan), gradient_of(torch.inf)])
+@pytest.mark.parametrize("spoil", [loss_of(torch.nan), pytest.param(gradient_of(torch.inf), marks=pytest.mark.slow)])
 def test_a_skipped_step_changes_nothing_is_counted_and_survives_a_kill(
     spoil: Spoil, root: Path, tmp_path: Path, undisturbed: list[dict[str, Any]], capfd: pytest.CaptureFixture[str]
 ) -> None:
@@ -160,7 +172,7 @@ def test_weights_and_optimizer_stay_as_they_were(root: Path, tmp_path: Path) -> 
     assert {int(entry["step"]) for entry in last.values()} == {3}
 
 
-@pytest.mark.parametrize(("steps", "most"), [((3, 4, 5), 2), (range(1, 7), 10)])
+@pytest.mark.parametrize(("steps", "most"), [((3, 4, 5), 2), pytest.param(range(1, 7), 10, marks=pytest.mark.slow)])
 def test_too_many_in_a_row_or_all_of_them_end_the_run(steps: Any, most: int, root: Path, tmp_path: Path) -> None:
     """Counted over a kill, too."""
     config = config_of(root, tmp_path, "trainer.on_nonfinite=skip", f"trainer.max_nonfinite_steps={most}")
@@ -173,8 +185,10 @@ def test_too_many_in_a_row_or_all_of_them_end_the_run(steps: Any, most: int, roo
     assert not run.model("pretrain").exists() and not run.finished("pretrain")
 
 
-@pytest.mark.parametrize("value", [torch.nan, torch.inf])
-@pytest.mark.parametrize("saved", ["trainer.checkpoint_every_steps=2", "trainer.save_every_minutes=1e-9"])
+@pytest.mark.parametrize(
+    ("saved", "value"),
+    [("trainer.checkpoint_every_steps=2", torch.nan), ("trainer.save_every_minutes=1e-9", torch.inf)],
+)
 def test_no_checkpoint_holds_weights_that_are_not_finite(
     saved: str, value: float, root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -194,7 +208,7 @@ def test_no_checkpoint_holds_weights_that_are_not_finite(
         assert all(weight.isfinite().all() for weight in torch.load(path / "state")["state_dict"].values())
 
 
-@pytest.mark.parametrize("steps", [1, 2, 4])
+@pytest.mark.parametrize("steps", [1, 2, pytest.param(4, marks=pytest.mark.slow)])
 def test_a_learning_rate_beyond_all_measure_is_no_success(steps: int, root: Path, tmp_path: Path) -> None:
     """Also where the last step alone has broken the weights, which are finite still."""
     more = ("stage.pretrain.lr=1e30", "optim.warmup_ratio=0", f"stage.pretrain.max_steps={steps}")
@@ -235,3 +249,44 @@ def test_no_model_is_saved_with_nan(stage: str, root: Path, tmp_path: Path, monk
     with pytest.raises(NotFinite, match="not finite"):
         run_stage(config, stage, open_run(config), None)
     assert not (tmp_path / "smoke/t" / stage / "model").exists()
+
+
+SPOILED_RANK = """
+import sys
+from mmprune_train.__main__ import main
+from mmprune_train.model.llava import PackedLlava
+from mmprune_train.training.module import MultimodalModule
+
+step = MultimodalModule.training_step
+
+def training_step(self, batch, index):
+    loss = step(self, batch, index)
+    bad = self.global_rank == 1 and batch.place.step == 1 and batch.place.last
+    if bad:
+        self.loss_sum = self.loss_sum * float("nan")
+    return loss * float("nan") if bad else loss
+
+MultimodalModule.training_step = training_step
+main()
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("strategy", ["ddp", "fsdp2", "deepspeed_zero1", "deepspeed_zero2", "deepspeed_zero3"])
+@pytest.mark.parametrize("choice", ["stop", "skip"])
+def test_all_ranks_agree_on_what_one_of_them_saw(strategy: str, choice: str, root: Path, tmp_path: Path) -> None:
+    script = tmp_path / "spoiled.py"
+    script.write_text(SPOILED_RANK)
+    more = [f"strategy={strategy}", "trainer.devices=2", "stages=[pretrain]", "evaluate.after_train=false"]
+    more += ["stage.pretrain.max_steps=4", "stage.pretrain.global_batch_size=8", f"trainer.on_nonfinite={choice}"]
+    command = [sys.executable, str(script), *overrides(root, tmp_path), "trainer.checkpoint_every_steps=1", *more]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=600)
+    run = RunDirectory(tmp_path / "smoke" / "t", writable=False)
+    assert "Traceback" not in done.stderr
+    if choice == "stop":
+        assert done.returncode == 1 and done.stderr.count("error: stage pretrain, step 2: the loss is not finite") == 1
+        assert [row["step"] for row in rows_of(run)] == [1] and not run.model("pretrain").exists()
+        return
+    assert done.returncode == 0, done.stderr
+    assert [row["steps_skipped"] for row in rows_of(run)] == [0, 1, 0, 0] and run.finished("pretrain")

@@ -5,10 +5,11 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from mmprune_train.config.schema import WandbConfig
-from mmprune_train.training.files import keep_steps, read_jsonl
+from mmprune_train.training.files import json_text, keep_steps, read_jsonl, write_json
 from mmprune_train.training.loggers import CsvLogger, wandb_offline
 
 
@@ -41,3 +42,15 @@ def test_wandb_is_offline_without_an_account(tmp_path: Path, monkeypatch: pytest
     assert wandb_offline(WandbConfig(mode="offline"))
     monkeypatch.setenv("WANDB_MODE", "offline")
     assert wandb_offline(auto) and not wandb_offline(WandbConfig(mode="online"))
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf"), np.float64("nan")])
+def test_json_has_null_for_what_it_has_no_word_for(value: float, tmp_path: Path) -> None:
+    def refuse(word: str) -> None:
+        raise AssertionError(word)
+
+    found = {"loss": value, "parts": [1, (value, 2.5)], "deep": {"a": {"b": value}}, "word": "NaN", "yes": True}
+    wanted = {"loss": None, "parts": [1, [None, 2.5]], "deep": {"a": {"b": None}}, "word": "NaN", "yes": True}
+    write_json(tmp_path / "result.json", found)
+    for text in ((tmp_path / "result.json").read_text(), json_text(found)):
+        assert json.loads(text, parse_constant=refuse) == wanted
