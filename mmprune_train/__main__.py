@@ -1,7 +1,7 @@
 """The command line: compose the config, run one task, say in an exit code how it went.
 
 Exit codes: 0 done; 2 the user's input is wrong (one or two lines, a traceback only with `debug=true`); 75 a signal has
-ended the run (`training/preemption.py`); 1 anything else.
+ended the run (`training/preemption.py`); 1 anything else, without a traceback where training has diverged.
 Of a sweep: 0 all jobs are done; 2 none is, each for wrong input; 1 anything else.
 """
 
@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 from mmprune_train.config.typed import command_line, readable
 from mmprune_train.current_folder import leave_out_in_children, search_last
+from mmprune_train.errors import NotFinite
 from mmprune_train.printed import harmless_output
 from mmprune_train.secrets import note_arguments
 from mmprune_train.tasks import check_keys, find_task
@@ -115,13 +116,13 @@ def _run(arguments: list[str]) -> None:
     except Exception as error:
         from mmprune_train.config.explain import user_mistake
 
-        message = user_mistake(error)
+        mistake = user_mistake(error)
+        message = str(error) if isinstance(error, NotFinite) else mistake
         if message is None or any(argument.lstrip("+").lower() == "debug=true" for argument in arguments):
             traceback.print_exception(error)
-        if message is None:
-            sys.exit(1)
-        print(f"error: {message}", file=sys.stderr)
-        sys.exit(2)
+        if message is not None:
+            print(f"error: {message}", file=sys.stderr)
+        sys.exit(1 if mistake is None else 2)
 
 
 if __name__ == "__main__":

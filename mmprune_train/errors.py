@@ -1,4 +1,4 @@
-"""The one exception that means: the user's input is wrong, and this line says how to mend it."""
+"""The exceptions whose message says all: what is wrong and how to mend it. They are told without a traceback."""
 
 
 class UserError(ValueError):
@@ -7,3 +7,8 @@ class UserError(ValueError):
 
 class NotHere(UserError):
     """Weights or data that are not on this machine yet, and may be fetched."""
+
+
+class NotFinite(ArithmeticError):
+    """NaN or infinity where training, a model that is saved, or an answer would go on with it. The message names where,
+    what is kept and the remedy; exit code 1."""

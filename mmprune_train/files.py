@@ -7,11 +7,12 @@ of an earlier version or because its owner took it out, is taken as it is.
 from __future__ import annotations
 
 import json
+import math
 import os
 import re
 import uuid
 import zlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -63,12 +64,25 @@ def stamp_of(file: Path) -> list[Any]:
     return [str(file.resolve()), found.st_size, found.st_ino, found.st_mtime_ns, found.st_ctime_ns]
 
 
+def json_text(value: Any, indent: int | None = None) -> str:
+    """JSON that any reader takes: NaN and infinity, which it does not have, are null."""
+    return json.dumps(_without_nan(value), indent=indent, ensure_ascii=False, allow_nan=False)
+
+
+def _without_nan(value: Any) -> Any:
+    if isinstance(value, float):
+        return value if math.isfinite(value) else None
+    if isinstance(value, Mapping):
+        return {key: _without_nan(part) for key, part in value.items()}
+    return [_without_nan(part) for part in value] if isinstance(value, list | tuple) else value
+
+
 def write_json(path: Path, value: Any, checked: bool = False, shared: bool = False) -> None:
     """Args:
     checked: with a checksum, of an object that `read_json` reads back.
     shared: as in `write_atomically`.
     """
-    text = json.dumps({**value, CHECKSUM: BLANK} if checked else value, indent=2, ensure_ascii=False) + "\n"
+    text = json_text({**value, CHECKSUM: BLANK} if checked else value, indent=2) + "\n"
     if checked:
         before, after = text.rsplit(BLANK, 1)
         before = masked(before)

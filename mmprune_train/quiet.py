@@ -19,6 +19,7 @@ EXPECTED = (
     ".*`is_gradient_checkpointing` is deprecated.*",  # peft, of transformers
     ".*does not have many workers.*",
     ".*`srun` command is available.*",  # on a login node, or under torchrun in a job
+    ".*Detected call of `lr_scheduler.step.*",  # where the very first step is not applied
     ".*LeafSpec.*",
     ".*each worker will save a shard.*",
     ".*torch.distributed..* is deprecated.*",  # deepspeed, of torch

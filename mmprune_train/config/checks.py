@@ -260,6 +260,8 @@ def _check_run(config: Config) -> None:
     one_of("trainer.attention", trainer.attention, ATTENTION)
     for count in ("devices", "num_nodes", "log_every", "keep_checkpoints", "vision_chunk", "logits_chunk"):
         at_least(f"trainer.{count}", getattr(trainer, count), 1)
+    one_of("trainer.on_nonfinite", trainer.on_nonfinite, ("stop", "skip"))
+    at_least("trainer.max_nonfinite_steps", trainer.max_nonfinite_steps, 1)
     if trainer.checkpoint_every_steps is not None:
         at_least("trainer.checkpoint_every_steps", trainer.checkpoint_every_steps, 1)
     if trainer.save_every_minutes is not None and trainer.save_every_minutes <= 0:

@@ -22,7 +22,7 @@ NOT_DECISIVE = frozenset(
         "knee",
         # how fast and how safely, not what
         "trainer.num_workers", "trainer.log_every", "trainer.checkpoint_every_steps", "trainer.keep_checkpoints",
-        "trainer.save_every_minutes", "trainer.keep_best",
+        "trainer.save_every_minutes", "trainer.keep_best", "trainer.on_nonfinite", "trainer.max_nonfinite_steps",
         "trainer.vision_chunk", "trainer.feature_cache", "trainer.feature_cache_dir", "trainer.attention",
         "trainer.logits_chunk", "trainer.compile",
         "data.evaluate",

@@ -264,6 +264,11 @@ class TrainerConfig:
     """Newest checkpoints of a stage that stay: one to continue from, and one in case that is damaged."""
     keep_best: bool = False
     """Keep one more, the checkpoint with the lowest mean training loss of the steps since the one before it."""
+    on_nonfinite: str = "stop"
+    """A step whose loss or gradient is NaN or infinite is never applied: `stop` the run there, with exit code 1, or
+    `skip` it and go on; see docs/checkpoints.md."""
+    max_nonfinite_steps: int = 10
+    """on_nonfinite=skip: such steps in a row; one more stops the run. Our choice."""
     feature_cache: bool = False
     """Keep on disk what stage 1 leaves of each image, so that a frozen encoder reads it once for all epochs, stages and
     runs with the same encoder and stage 1. Filled before a stage trains; see docs/feature_cache.md."""

@@ -10,9 +10,12 @@ from typing import Any, TypeVar
 
 import torch
 from PIL import Image
+from torch import Tensor
+from transformers import LogitsProcessor, LogitsProcessorList
 
 from mmprune_train.data.images import ImageReader, read_image
 from mmprune_train.data.templates import Template
+from mmprune_train.errors import NotFinite
 from mmprune_train.evaluation.questions import Question
 from mmprune_train.progress import progress
 
@@ -26,6 +29,19 @@ class Prediction:
     text: str
     counts: dict[str, float]
     """Tokens of the prompt after each stage, the trace's per-sample names."""
+
+
+class FiniteLogits(LogitsProcessor):
+    """Sees whether the logits that answers are read off are finite; leaves them as they are."""
+
+    def __init__(self) -> None:
+        self.lost: Tensor | None = None
+        """[B] samples with a NaN or an infinite largest logit, on the device."""
+
+    def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
+        lost = ~scores.amax(-1).isfinite()
+        self.lost = lost if self.lost is None else self.lost | lost
+        return scores
 
 
 def load_images(question: Question, read: Callable[[Path, str], Image.Image] = read_image) -> list[Image.Image]:
@@ -62,6 +78,8 @@ def answer(
         template: puts a question into the conversation format.
         images_of: a question's images; None: those in its files, read as the processor asks for.
         dtype: bfloat16 computes under autocast.
+    Raises:
+        NotFinite: logits are NaN or infinite, so that an answer would be of no meaning.
     """
     model.eval()
     if images_of is None:
@@ -74,7 +92,16 @@ def answer(
         texts = [question.prompt(template) for question in batch]
         inputs = processor(images=images or None, text=texts, return_tensors="pt", padding=True).to(device)
         with torch.autocast(device.type, dtype=dtype, enabled=dtype != torch.float32):
-            out = model.generate(**inputs, max_new_tokens=max_new_tokens, do_sample=False)
+            seen = FiniteLogits()
+            out = model.generate(
+                **inputs, max_new_tokens=max_new_tokens, do_sample=False, logits_processor=LogitsProcessorList([seen])
+            )
+        if seen.lost is not None and bool(seen.lost.any()):
+            question = batch[int(seen.lost.int().argmax())]
+            raise NotFinite(
+                f"question {question.id}: the model's logits are NaN or infinite, so nothing is an answer; look at its "
+                "weights, or compute in fp32 (trainer.precision=fp32)"
+            )
         told = processor.batch_decode(out[:, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
         counts = model.last_pruning.per_sample
         for row, (question, text) in enumerate(zip(batch, told, strict=True)):

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from statistics import fmean
@@ -15,6 +14,7 @@ from mmprune_train.data.templates import Template
 from mmprune_train.evaluation.generate import Prediction, answer, blank_images
 from mmprune_train.evaluation.metrics import accuracy_by_kind, blind_majority
 from mmprune_train.evaluation.questions import Question
+from mmprune_train.files import json_text
 
 
 def evaluate(
@@ -104,4 +104,4 @@ def write_predictions(path: Path, predictions: Sequence[Prediction]) -> None:
             if p.question.answer:
                 row["answer"] = p.question.answer
             row |= {f"visual_tokens_{s}": int(p.counts[f"visual_{s}"]) for s in ("dense", "stage1", "stage2")}
-            file.write(json.dumps(row, ensure_ascii=False) + "\n")
+            file.write(json_text(row) + "\n")

@@ -103,7 +103,8 @@ def fill(
         device: where to encode.
         num_workers: processes that read images.
     Raises:
-        UserError: an image is missing or broken, or the folder cannot be written or is not shared.
+        UserError: an image is missing or broken, or its features are not finite, or the folder cannot be written or is
+            not shared.
     """
     ranks = ranks or Ranks()
     began = time.perf_counter()
@@ -129,7 +130,9 @@ def fill(
             chunks = progress(chunks, title, total=-(-len(share) // size))
         with ShardWriter(folder, shard_bytes) as writer, encoder_of(model, dtype, device) as encoder:
             for names, pixels in chunks:
-                writer.add(names, encoder(pixels))
+                patches = encoder(pixels)
+                refuse_broken(patches, [missing[name] for name in names])
+                writer.add(names, patches)
         return writer.written
 
     size, patches = model.vision_chunk, model.config.image_seq_length
@@ -148,6 +151,18 @@ def fill(
         seconds=time.perf_counter() - began,
     )
     return ImageFeatures(folder, shards, digests, patches, width, dtype), report
+
+
+def refuse_broken(patches: Patches, paths: Sequence[Path]) -> None:
+    """Raise UserError where the features of one of these images are not finite."""
+    finite = patches.chosen.isfinite().all(1)
+    if not bool(finite.all()):
+        row = int(finite.int().argmin())
+        image = int((patches.kept.sum(1).cumsum(0) <= row).sum())
+        raise UserError(
+            f"feature cache: the encoder's features of {paths[image]} are NaN or infinite and are not kept; look at "
+            "encoder.image_mean, encoder.image_std and the encoder's weights, or use trainer.precision=fp32"
+        )
 
 
 def _see_all(folder: Path, shards: Sequence[Shard]) -> None:

@@ -16,7 +16,8 @@ from mmprune_train.model.language import looking
 from mmprune_train.model.question import Asked, Looks, QuestionEncoder
 from mmprune_train.model.vision import encode, features_of
 from mmprune_train.pruning import Pruner
-from mmprune_train.pruning.host import fetch
+from mmprune_train.pruning.budgets import poison
+from mmprune_train.pruning.host import fetch, upload
 from mmprune_train.pruning.patches import Patches
 from mmprune_train.pruning.scores import VisionView
 
@@ -113,9 +114,12 @@ class ImageSide:
         kept, scores = self.pruner.keep_patches(view, projected, scores)
         features, places = self.pruner.merge_patches(states, kept, scores, view)
         order = fetch(self.pruner.entry_order(kept, places, scores))
-        if bool((order[:, 0] < 0).any()):
+        lost = order[:, 0] < 0
+        if bool(lost.any()):
             assert scores is not None
-            self.pruner.refuse_patches(scores)
+            self.pruner.refuse_patches(scores, lost, self.training)
+            order = torch.where(lost[:, None], torch.arange(order.shape[1]), order)
+            features = features * upload(poison(lost), features.device)[:, None, None].to(features.dtype)
         return Patches.cut(features, order, scores)
 
     @torch.no_grad()

@@ -157,7 +157,7 @@ class PackedPass(ImageSide):
                 scoring, seen = (language.layers[index - 1], entered) if self.pruner.looks_back else (layer, hidden)
                 keys = ScoringKeys(scoring, seen[tokens].detach(), rotation[0][0, tokens], rotation[1][0, tokens])
                 with timed(self.clock, "selection"), gathered(scoring):
-                    pruned = self.pruner.prune_tokens(sequence, states, keys, prune_before[index])
+                    pruned = self.pruner.prune_tokens(sequence, states, keys, prune_before[index], self.training)
                     if self.training and not keys.ran:  # other ranks score: under ZeRO-3 all must run the same modules
                         keys(torch.zeros(1, dtype=torch.long))
                 if pruned is not None:

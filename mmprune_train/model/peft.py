@@ -13,7 +13,7 @@ from torch import nn
 from transformers import LlavaForConditionalGeneration
 
 from mmprune_train.config.schema import PeftConfig
-from mmprune_train.errors import UserError
+from mmprune_train.errors import NotFinite, UserError
 from mmprune_train.model.llava import PackedLlava
 from mmprune_train.model.lora import add_in_place
 from mmprune_train.model.quantize import is_quantized, quantize_linears, weight_of
@@ -105,7 +105,10 @@ def fold(hf: LlavaForConditionalGeneration) -> None:
 def _merged(layer: Any) -> nn.Module:
     base = layer.get_base_layer()
     if not is_quantized(base):
-        layer.merge(safe_merge=True)
+        try:
+            layer.merge(safe_merge=True)
+        except ValueError as error:
+            raise NotFinite(f"the adapters cannot be merged, the sum is not finite: {error}") from error
         return base
     plain = _plain(base)  # PEFT's own merge would quantise the sum again
     for adapter in layer.active_adapters:

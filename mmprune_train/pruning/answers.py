@@ -73,7 +73,7 @@ def _row(bad: Tensor) -> int:
 
 
 def vision_scores(told: str, answer: object, view: Any) -> None:
-    """[I, N] finite scores of patches."""
+    """[I, N] scores of patches, finite where the patches are."""
     patches = view.patches
     scores = _table(
         told,
@@ -83,7 +83,7 @@ def vision_scores(told: str, answer: object, view: Any) -> None:
         patches.device,
         _floating(answer),
     )
-    if (image := _row(~scores.isfinite().all(1))) >= 0:
+    if (image := _row(~scores.isfinite().all(1) & patches.isfinite().all(2).all(1))) >= 0:
         raise UserError(
             f"{told} returned NaN or infinite scores for image {image} of the batch; wanted are finite ones"
         )

@@ -262,16 +262,13 @@ def needs_features(method: str) -> bool:
 
 
 def _valid_features(features: Tensor | None, inside: Tensor, method: str) -> Float[Tensor, "B N D"]:
-    """The features in float64 with zeros beyond each row's length; UserError where they do not fit."""
+    """The features in float64 with zeros beyond each row's length; UserError where their shape does not fit."""
     batch, size = inside.shape
     if features is None:
         raise UserError(f"budget {method!r} needs features=[{batch}, {size}, D], the tokens that the scores belong to")
     if features.dim() != 3 or features.shape[:2] != inside.shape or features.shape[2] == 0:
         raise UserError(f"features must be [{batch}, {size}, D] with D >= 1, got {tuple(features.shape)}")
-    features = features.to(inside.device, torch.float64).masked_fill(~inside[..., None], 0)
-    if bool((bad := ~features.isfinite().all(dim=2).all(dim=1)).any()):
-        raise UserError(f"features row {int(bad.int().argmax())} holds NaN or infinite values; check the precision")
-    return features
+    return features.to(inside.device, torch.float64).masked_fill(~inside[..., None], 0)
 
 
 @torch.no_grad()
@@ -315,17 +312,27 @@ def find_knee(
     if lengths.shape != (batch,) or bool(((lengths < 1) | (lengths > size)).any()):
         raise UserError(f"lengths must be [{batch}] with every entry in 1..{size}, got {lengths.tolist()}")
     refuse_unsound(scores, lengths, method)
+    if needs_features(method):
+        bad = ~_valid_features(features, valid_entries(scores, lengths), method).isfinite().all(dim=2).all(dim=1)
+        if bool(bad.any()):
+            raise UserError(f"features row {int(bad.int().argmax())} holds NaN or infinite values; check the precision")
     return count_tokens(
         scores, method, lengths, features=features, min_tokens=min_tokens, max_tokens=max_tokens, key="method", **params
     )
 
 
-def sound_rows(scores: Float[Tensor, "B N"], lengths: Lengths, method: str) -> Bool[Tensor, " B"]:
+def sound_rows(scores: Float[Tensor, "B N"], lengths: Lengths, method: str = "") -> Bool[Tensor, " B"]:
     """[B] the rows that a budget can count: finite, and not negative where it shares out their sum."""
     sound = scores.isfinite()
     if method in SHARE_METHODS:
         sound = sound & (scores >= 0)
     return (sound | ~valid_entries(scores, lengths)).all(dim=1)
+
+
+def poison(lost: Bool[Tensor, " N"]) -> Float[Tensor, " N"]:
+    """Factors, NaN where something is lost and 1 elsewhere: a loss that sees what they multiply is NaN, and so are all
+    its gradients."""
+    return torch.ones(lost.shape).masked_fill(lost, torch.nan)
 
 
 def refuse_unsound(scores: Float[Tensor, "B N"], lengths: Lengths, method: str, told: str = "") -> None:
@@ -365,7 +372,7 @@ def count_tokens(
     curve = wide.masked_fill(~inside, -torch.inf).sort(dim=1, descending=True).values
     curve = curve.masked_fill(~inside, 0)  # padding sorts last, and no budget may meet an infinity
     if needs_features(method):
-        params["features"] = _valid_features(features, inside, method)
+        params["features"] = _valid_features(features, inside, method).nan_to_num(0.0, 0.0, 0.0)
     return bounded(_budget(method, key)(curve, lengths, **params).long(), lengths, min_tokens, max_tokens)
 
 

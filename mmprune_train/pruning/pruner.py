@@ -20,6 +20,7 @@ from mmprune_train.pruning.budgets import (
     budget_parameters,
     count_tokens,
     needs_features,
+    poison,
     refuse_unsound,
     sound_rows,
 )
@@ -179,9 +180,17 @@ class Pruner:
         whole = torch.full(scores.shape[:1], scores.shape[1], device=scores.device)
         return sound_rows(scores, whole, _paced(knee, pace).method)[:, None]
 
-    def refuse_patches(self, scores: Float[Tensor, "I N"]) -> None:
-        """Raise UserError: of an image with these scores of the first pass nothing was kept."""
+    def refuse_patches(self, scores: Float[Tensor, "I N"], lost: Bool[Tensor, " I"], training: bool) -> None:
+        """Raise UserError: of some images nothing was kept.
+
+        Args:
+            scores: of the first pass. lost: those images, on the host.
+            training: let scores pass of which no row is finite: what diverges while it trains is not the user's input.
+                The caller keeps all of such an image, as NaN (`poison`).
+        """
         whole = torch.full(scores.shape[:1], scores.shape[1], device=scores.device)
+        if training and not bool(fetch(sound_rows(scores, whole))[lost].any()):
+            return
         method, score = _paced(self.settings.vision.knee, self._pace_of("vision")).method, self.settings.vision.score
         refuse_unsound(scores, whole, method, f"pruner.vision.score={score}: ")
         raise UserError(
@@ -259,11 +268,15 @@ class Pruner:
         hidden: Float[Tensor, "T D"],
         query_keys: Callable[[Tensor], tuple[Tensor, Tensor]],
         place: int = 0,
+        training: bool = False,
     ) -> tuple[Float[Tensor, "T D"], Bool[Tensor, " T"], Float[Tensor, " T"]] | None:
         """Stage 2 before one LLM layer; None where no sample has anything to drop.
 
         Args:
             place: which of `pruner.language.layer` this layer is.
+            training: tokens whose scores are not finite all stay, as NaN: what diverges while it trains is not the
+                user's input, and every rank must come to know of it by the loss. Elsewhere that is a UserError, as are
+                scores of the user's own that are not finite where the states are.
         Returns:
             the states with what each turn's dropped visual tokens leave in them, through which gradients flow; the kept
             tokens, those that merging made among them, on the host; the candidates' scores (NaN elsewhere).
@@ -302,8 +315,14 @@ class Pruner:
         if stage.merge != "none":
             hidden, kept = self._recycle(sequence, hidden, places, kept, scores)
         stays = fetch(kept & sound)
-        if bool((torch.zeros(len(table)).index_add(0, row, stays.float()) == 0).any()):
-            refuse_unsound(table, lengths, method, f"pruner.language.score={stage.score}: ")
+        lost = torch.zeros(len(table)).index_add(0, row, stays.float()) == 0  # [rows]
+        if bool(lost.any()):
+            own = ":" in stage.score and bool(hidden.isfinite().all())
+            if own or not training or bool(fetch(sound_rows(table, lengths))[lost].any()):
+                refuse_unsound(table, lengths, method, f"pruner.language.score={stage.score}: ")
+            stays = stays | lost[row]
+            bad = poison(torch.zeros(len(sequence), dtype=torch.bool).index_fill(0, places[lost[row]], True))
+            hidden = hidden * upload(bad, hidden.device)[:, None].to(hidden.dtype)
         mask = torch.ones(len(sequence), dtype=torch.bool)
         mask[places] = stays
         return hidden, mask, scores.masked_fill(upload(~candidate, scores.device), torch.nan)

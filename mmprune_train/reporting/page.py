@@ -345,6 +345,7 @@ def run_charts(run: Run) -> list[str]:
     stages = [name for name, rows in run.metrics.items() if rows]
     panels = (
         ("loss", "loss"),
+        ("grad_norm", "gradient norm"),
         ("keep_ratio", "keep ratio"),
         ("step_seconds", "seconds a step"),
         ("mfu", "MFU"),
@@ -374,7 +375,7 @@ def run_charts(run: Run) -> list[str]:
 
 
 def _steps(run: Run, stage: str, key: str) -> charts.Line:
-    rows = run.metrics[stage]
+    rows = [row for row in run.metrics[stage] if row[key] is not None]  # the loss of a step that was not applied
     return [row["step"] for row in rows], [row[key] for row in rows]
 
 

@@ -17,14 +17,14 @@ FIRST = "evaluate."
 
 
 def numbers(result: Mapping[str, Any], prefix: str = "") -> dict[str, float]:
-    """Dotted key -> value of every number in a result; lists and words are left out."""
+    """Dotted key -> value of every finite number in a result; lists and words are left out."""
     found: dict[str, float] = {}
     for key, value in result.items():
         if key in ASKED:
             continue
         if isinstance(value, Mapping):
             found |= numbers(value, f"{prefix}{key}.")
-        elif isinstance(value, int | float) and not isinstance(value, bool):
+        elif isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value):
             found[f"{prefix}{key}"] = value
     return found
 

@@ -15,6 +15,7 @@ STAGE_NUMBERS = {
     "samples": "samples trained on",
     "samples_truncated": "of them cut to max_length",
     "tokens_truncated": "tokens cut off",
+    "steps_skipped": "steps not applied (not finite)",
     "loss": "loss (last 10 steps)",
     "step_seconds": "seconds per step (median)",
     "samples_per_second": "samples per second",

@@ -18,7 +18,7 @@ from mmprune_train.config.compose import config_from
 from mmprune_train.config.explain import user_mistake
 from mmprune_train.config.identity import home_dir, run_dir
 from mmprune_train.config.schema import Config
-from mmprune_train.errors import UserError
+from mmprune_train.errors import NotFinite, UserError
 from mmprune_train.reporting.results import numbers, pick
 from mmprune_train.secrets import masked
 from mmprune_train.sweeps.records import JobRecord, read_records, read_settings, relative
@@ -71,12 +71,13 @@ def run_job(cfg: DictConfig, execute: Callable[[Config], Any]) -> Any:
 
 
 def fail(record: JobRecord, error: Exception, debug: bool) -> str:
-    """Record the error; a traceback is printed for what is not the user's mistake, or with `debug`."""
+    """Record the error; a traceback is printed for what no line explains, or with `debug`."""
     message = user_mistake(error)
     record.state, record.mistake = "failed", message is not None
-    if message is None or debug:
+    foreseen = isinstance(error, NotFinite)
+    if (message is None and not foreseen) or debug:
         traceback.print_exception(error)
-    text = f"{type(error).__name__}: {error}" if message is None else message
+    text = message or (str(error) if foreseen else f"{type(error).__name__}: {error}")
     record.error = " ".join(text.split())
     return record.error
 

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import json
 import time
 from typing import Any
 
 from mmprune_train.config.schema import Config
 from mmprune_train.errors import UserError
 from mmprune_train.evaluation.generate import answer
-from mmprune_train.files import write_json
+from mmprune_train.files import json_text, write_json
 from mmprune_train.reporting.tables import table
 from mmprune_train.secrets import masked
 from mmprune_train.tasks.checkpoint import find_checkpoint, load
@@ -53,6 +52,6 @@ def run(config: Config) -> dict[str, Any]:
     with publishing(folder):
         write_json(folder / "result.json", result)
         with (folder / "answers.jsonl").open("a", encoding="utf-8") as file:
-            file.write(masked(json.dumps(result, ensure_ascii=False)) + "\n")
+            file.write(masked(json_text(result)) + "\n")
     print(f"\n{folder / 'answers.jsonl'}", flush=True)
     return result

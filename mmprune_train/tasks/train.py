@@ -13,7 +13,7 @@ from mmprune_train.config.identity import run_dir, without_effect
 from mmprune_train.config.schema import Config
 from mmprune_train.data.records import read_records
 from mmprune_train.data.sources import data_root, split_files
-from mmprune_train.errors import UserError
+from mmprune_train.errors import NotFinite, UserError
 from mmprune_train.reporting.training import result_text
 from mmprune_train.tasks.inputs import find_inputs
 from mmprune_train.training.cluster import is_next_turn, join, rank_here
@@ -91,7 +91,7 @@ def _make(config: Config, todo: list[str], asked: dict[str, Any] | None, main: b
                     check_sources(config, directory)
                 if todo:
                     _train(config, directory, todo, main, preemption)
-            except UserError:
+            except (NotFinite, UserError):
                 if new:
                     discard_unstarted(directory)
                 raise

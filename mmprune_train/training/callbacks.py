@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import json
+import math
 import sys
 import time
 from pathlib import Path
@@ -11,7 +11,7 @@ from typing import Any
 import pytorch_lightning as pl
 from pytorch_lightning.callbacks import TQDMProgressBar
 
-from mmprune_train.files import keep_steps
+from mmprune_train.files import json_text, keep_steps
 from mmprune_train.training.module import MultimodalModule
 from mmprune_train.training.stream import BatchStream
 
@@ -84,9 +84,10 @@ class MetricsWriter(StepWatch):
         self.latest = row
         if trainer.is_global_zero:
             with self.path.open("a", encoding="utf-8") as file:
-                file.write(json.dumps(row) + "\n")
+                file.write(json_text(row) + "\n")
+        logged = {k: math.nan if v is None else v for k, v in row.items() if k != "step"}
         for logger in trainer.loggers:
-            logger.log_metrics({k: v for k, v in row.items() if k != "step"}, step=row["step"])
+            logger.log_metrics(logged, step=row["step"])
 
 
 class PlainProgress(StepWatch):
@@ -111,11 +112,15 @@ class PlainProgress(StepWatch):
             row = self.metrics.latest
             each = (time.perf_counter() - self.began) / (step - self.first)
             print(
-                f"{self.stage} {step}/{self.total_steps}  loss {row['loss']:.4f}  lr {row['lr']:.2e}  "
+                f"{self.stage} {step}/{self.total_steps}  loss {loss_of(row)}  lr {row['lr']:.2e}  "
                 f"kept {row['keep_ratio']:.3f}  {each:.2f} s/step{waiting(row)}  MFU {row['mfu']:.2f}  "
                 f"{cut(row)}{(self.total_steps - step) * each:.0f} s left",
                 flush=True,
             )
+
+
+def loss_of(row: dict[str, Any]) -> str:
+    return "not finite" if row["loss"] is None else f"{row['loss']:.4f}"
 
 
 def waiting(row: dict[str, Any]) -> str:
@@ -144,7 +149,7 @@ class StepBar(TQDMProgressBar):
             return {}
         wait = f"{row['data_seconds'] / row['step_seconds']:.0%}"
         return {
-            "loss": f"{row['loss']:.4f}", "kept": f"{row['keep_ratio']:.3f}", "mfu": f"{row['mfu']:.2f}",
+            "loss": loss_of(row), "kept": f"{row['keep_ratio']:.3f}", "mfu": f"{row['mfu']:.2f}",
             "data": wait, "step": row["step"],
         }  # fmt: skip
 

@@ -31,6 +31,7 @@ from mmprune_train.training.checkpoint_files import (
     step_of,
     unfinished,
 )
+from mmprune_train.training.divergence import refuse_broken
 from mmprune_train.training.processes import ranks_of
 
 DAMAGED = ".damaged"
@@ -85,7 +86,8 @@ class Checkpoints(StepWatch):
 
     def on_step_end(self, trainer: pl.Trainer, pl_module: Any) -> None:
         step = trainer.global_step
-        self.losses.append(self.metrics.latest["loss"])
+        if self.metrics.latest["loss"] is not None:  # of a step that is not applied
+            self.losses.append(self.metrics.latest["loss"])
         by_steps = self.every_steps is not None and step % self.every_steps == 0
         if step == self.last or by_steps or self._time_is_up(trainer):
             self.save(trainer)
@@ -103,13 +105,17 @@ class Checkpoints(StepWatch):
             print(f"\ninterrupted; the same command continues {kept}", flush=True)
 
     def save(self, trainer: pl.Trainer) -> None:
-        """Write a checkpoint of the present step, unless it has one. Every rank must call this, between two steps.
+        """Write a checkpoint of the present step, unless it has one, or no step was applied yet (FSDP2 would make
+        a state of the optimizer for it). Every rank must call this, between two steps.
 
         Older ones are deleted when the new one is on disk, under its name, and every file has its size.
+
+        Raises NotFinite where the trained weights are not finite: no checkpoint holds such.
         """
         step = trainer.global_step
-        if step == self.saved_step:
+        if step == self.saved_step or not trainer.optimizers[0].state:
             return
+        refuse_broken(trainer, self.folder)
         final = self.folder / name_of(step)
         temporary = self.folder / unfinished(final.name)
         for logger in trainer.loggers:  # what they hold back would be missing after the resume

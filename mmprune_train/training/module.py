@@ -10,6 +10,8 @@ from typing import Any
 import pytorch_lightning as pl
 import torch
 from torch import Tensor
+from torch.distributed.tensor import DTensor
+from torch.nn.utils import get_total_norm
 
 from mmprune_train.config.schema import OptimConfig
 from mmprune_train.data.batch import Batch, Place
@@ -18,7 +20,7 @@ from mmprune_train.model.llava import PackedLlava
 from mmprune_train.pruning import PruningTrace
 from mmprune_train.pruning.schedule import pace
 from mmprune_train.training.freezing import Part
-from mmprune_train.training.optim import adamw, parameter_groups, schedule
+from mmprune_train.training.optim import NO_DECAY, adamw, parameter_groups, schedule
 from mmprune_train.training.spread import Spreading
 
 TOTALS = (
@@ -53,6 +55,10 @@ class MultimodalModule(pl.LightningModule):
     data parallelism leave it unchanged. Randomness (dropout, random scores) is a function of seed, stage, rank and
     micro-batch: no generator has a state that a resumed run would have to get back. The pruner's schedule knows only
     the optimizer step, and holds while a training step runs its forward pass.
+
+    A step whose gradient norm is not finite leaves weights and optimizer as they were (`applied`): where DeepSpeed does
+    not see to that itself, AdamW finds no gradients. A loss that is not finite makes all gradients so, by which every
+    rank comes to know of it.
 
     Where a micro-batch stands in its optimizer step is the batch's to say (`Batch.place`), so steps may have different
     numbers of them.
@@ -91,6 +97,10 @@ class MultimodalModule(pl.LightningModule):
         self.spread = torch.zeros(2, dtype=torch.float64)  # samples with images; sum of their tokens^2 / images
         self.loss_sum: Tensor | float = 0.0
         """Of the step, float64 on the device: read once, at its end, so that no micro-batch waits for its loss."""
+        self.norm: float | None = None
+        """Of the gradients of all ranks, as `on_before_optimizer_step` reads it with the loss."""
+        self.broken_gradients: list[str] = []
+        """Parts whose gradients are not finite, of a step that is not applied; DeepSpeed does not tell."""
         self.rate = 0.0
 
     @property
@@ -119,7 +129,7 @@ class MultimodalModule(pl.LightningModule):
                 self.model.least_passes = int(self.trainer.strategy.reduce(passes, reduce_op="max"))
             self.totals = dict.fromkeys(TOTALS, 0.0)
             self.spread = torch.zeros(2, dtype=torch.float64)
-            self.loss_sum = 0.0
+            self.loss_sum, self.norm, self.broken_gradients = 0.0, None, []
             self.rate = float(self.trainer.optimizers[0].param_groups[-1]["lr"])
 
     def _accumulate(self, place: Place) -> None:
@@ -155,15 +165,41 @@ class MultimodalModule(pl.LightningModule):
             self.totals["overruns"] += counts["stage1"] > self.token_budget
             self.totals["held"] += batch.sequence.ids.numel()
             self.spread += _spread(output.trace, self._patches)
-        return output.loss_sum * (self._split() / self.supervised)
+        poison = output.loss_sum.detach() * 0 + 1  # 1, or NaN
+        return output.loss_sum * (self._split() / self.supervised) * poison
 
     def _split(self) -> int:
         """What will divide the loss on its way to the gradients, to be undone beforehand: Lightning divides by the
         accumulation, data parallelism by the ranks."""
         return self.trainer.accumulate_grad_batches * self.trainer.world_size
 
+    def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
+        """Measure the step's gradients, before they are clipped, and take them away where they are not finite."""
+        if self.trainer.strategy.handles_gradient_accumulation:  # DeepSpeed's engine, which does both
+            return
+        norm = _norm(optimizer.param_groups)
+        self.loss_sum, self.norm = torch.stack([torch.as_tensor(self.loss_sum, device=norm.device), norm]).tolist()
+        if not self.applied:
+            broken = [group["name"] for group in optimizer.param_groups if not bool(_norm([group]).isfinite())]
+            self.broken_gradients = list(dict.fromkeys(name.removesuffix(NO_DECAY) for name in broken))
+            optimizer.zero_grad()
+
+    @property
+    def gradient_norm(self) -> float:
+        """Of the step that has just ended, over all trained weights and ranks, before clipping."""
+        if self.norm is None:
+            self.norm = float(self.trainer.model.get_global_grad_norm())
+            assert self.applied == self.trainer.model.was_step_applied(), "DeepSpeed has another view of the step"
+        return self.norm
+
+    @property
+    def applied(self) -> bool:
+        """Whether the step that has just ended has changed the weights."""
+        return math.isfinite(self.gradient_norm)
+
     def step_metrics(self) -> dict[str, Any]:
-        """Metrics of the optimizer step that has just ended, over all ranks (every rank must call this).
+        """Metrics of the optimizer step that has just ended, over all ranks (every rank must call this); None in place
+        of a loss or a norm that is not finite.
 
         `flops` and `images` (as `KeptTokens.observe` takes it) are for the caller's own use.
         """
@@ -175,7 +211,8 @@ class MultimodalModule(pl.LightningModule):
         total = dict(zip(TOTALS, totals, strict=True))
         visual = total["visual_layer_mean"] / total["visual_dense"] if total["visual_dense"] else 1.0
         metrics = {
-            "loss": total["loss_sum"] / max(1.0, total["supervised"]),
+            "loss": _finite(total["loss_sum"] / max(1.0, total["supervised"])),
+            "grad_norm": _finite(self.gradient_norm),
             "lr": self.rate,
             "samples": int(total["samples"]),
             "tokens_dense": int(total["dense"]),
@@ -187,6 +224,7 @@ class MultimodalModule(pl.LightningModule):
             "supervised_tokens": int(total["supervised"]),
             "samples_truncated": int(total["samples_truncated"]),
             "tokens_truncated": int(total["tokens_truncated"]),
+            "steps_skipped": int(not self.applied),
             "flops": total["flops"],
             "images": (samples, total["visual_dense"] / self._patches, total["visual_stage1"], squares),
         }
@@ -231,6 +269,17 @@ class MultimodalModule(pl.LightningModule):
 
     def _trained(self) -> set[str]:
         return {name for name, parameter in self.named_parameters() if parameter.requires_grad}
+
+
+def _norm(groups: Iterable[dict[str, Any]]) -> Tensor:
+    """2-norm of the gradients of an optimizer's groups, float64, whatever they are spread over."""
+    gradients = [p.grad for group in groups for p in group["params"] if p.grad is not None]
+    norm = get_total_norm(gradients)
+    return (norm.full_tensor() if isinstance(norm, DTensor) else norm).double()
+
+
+def _finite(value: float) -> float | None:
+    return value if math.isfinite(value) else None
 
 
 def _spread(trace: PruningTrace, patches: int) -> Tensor:

@@ -14,18 +14,20 @@ from mmprune_train.errors import UserError
 from mmprune_train.model.llava import PackedLlava
 from mmprune_train.training.freezing import Part, named_parameters, parts_of
 
+NO_DECAY = " (no decay)"
+
 
 def parameter_groups(model: PackedLlava, parts: list[Part], weight_decay: float) -> list[dict[str, Any]]:
     """Trainable parameters by part and by whether weight decay applies (matrices only).
 
-    A group's `name` is the part's, with ` (no decay)` for norms and biases.
+    A group's `name` is the part's, with `NO_DECAY` for norms and biases.
     """
     groups = []
     for part, modules in zip(parts, parts_of(model).values(), strict=True):
         trained = [p for _, p in named_parameters(modules) if p.requires_grad]
         for name, chosen, decay in (
             (part.name, [p for p in trained if _dims(p) >= 2], weight_decay),
-            (f"{part.name} (no decay)", [p for p in trained if _dims(p) < 2], 0.0),
+            (part.name + NO_DECAY, [p for p in trained if _dims(p) < 2], 0.0),
         ):
             if chosen:
                 groups.append({"name": name, "params": chosen, "lr": part.lr, "weight_decay": decay})

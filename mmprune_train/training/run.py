@@ -15,7 +15,7 @@ from torch import Tensor
 
 from mmprune_train.config.schema import Config, StageConfig
 from mmprune_train.data.sources import split_files
-from mmprune_train.errors import UserError
+from mmprune_train.errors import NotFinite, UserError
 from mmprune_train.files import read_jsonl
 from mmprune_train.folders import whole_folder
 from mmprune_train.model.attention import backend_for
@@ -37,6 +37,7 @@ from mmprune_train.training.callbacks import MetricsWriter, progress
 from mmprune_train.training.checkpoint_files import STATE, check_written_by, data_alone, last_checkpoint, step_of
 from mmprune_train.training.checkpoints import Checkpoints, PlainFile
 from mmprune_train.training.cluster import environment
+from mmprune_train.training.divergence import Divergence, broken_tensors
 from mmprune_train.training.features import stage_features, without_tower
 from mmprune_train.training.freezing import Part, freeze, freezing_table, image_side, store_frozen
 from mmprune_train.training.inputs import (
@@ -133,7 +134,10 @@ def run_stage(
         config.trainer.keep_checkpoints,
         config.trainer.keep_best,
     )
-    trainer.callbacks += [metrics, progress(name, steps, config.trainer.log_every, metrics), saves]
+    divergence = Divergence(
+        folder / "checkpoints", steps, config.trainer.on_nonfinite == "skip", config.trainer.max_nonfinite_steps
+    )
+    trainer.callbacks += [divergence, metrics, progress(name, steps, config.trainer.log_every, metrics), saves]
     if preemption is not None:
         trainer.callbacks.append(EndWhenAsked(preemption, saves))
 
@@ -175,6 +179,8 @@ def run_stage(
             f"{found['tokens_truncated']:,} tokens were not trained on",
             flush=True,
         )
+    if skipped := found.get("steps_skipped"):
+        print(f"{name}: {skipped} of {steps} steps were not applied, their loss or gradient was not finite", flush=True)
     if found.get("data_share", 0.0) >= STARVED:
         print(
             f"{name}: {found['data_share']:.0%} of the time went into waiting for data; raise trainer.num_workers "
@@ -203,6 +209,12 @@ def load_stage(
         parts = make_trainable(model, config, name, precision)
         if start_from is not None and start_from.goes_on and not empty:
             load_adapters(model.hf, start_from.key, start_from.path)
+        if not empty and (broken := broken_tensors(model)):
+            source = "encoder.path, llm.path" if start_from is None else f"{start_from.key}={start_from.path}"
+            raise UserError(
+                f"{source}: the weights that stage {name} starts from hold NaN or infinity ({named(broken)}); get "
+                "their files anew, or start from others (init_from)"
+            )
     model.vision_chunk = config.trainer.vision_chunk
     model.attention, model.logits_chunk = config.trainer.attention, config.trainer.logits_chunk
     converse(model, processor, template_of(config, name))
@@ -210,15 +222,27 @@ def load_stage(
 
 
 def save_stage(model: PackedLlava, processor: Any, folder: Path, start_from: Start | None, adapters: bool) -> None:
-    """Write what a stage has trained below its folder: `model/`, and `adapters/` before they are merged into it."""
+    """Write what a stage has trained below its folder: `model/`, and `adapters/` before they are merged into it.
+
+    Raises NotFinite, and writes no `model/`, where that would not be finite.
+    """
     if adapters:
         with whole_folder(folder / "adapters") as part:
             save_adapters(model, part, None if start_from is None else start_from.adapted)
         merge_adapters(model)
+    if broken := broken_tensors(model):
+        raise NotFinite(
+            f"{folder / 'model'} is not written: {named(broken)} of the trained network is not finite; train with a "
+            f"lower stage.{folder.name}.lr and another run_id=, or restart=true"
+        )
     with whole_folder(folder / "model") as part:
         model.save(part, processor)
         settings = part / "config.json"
         settings.write_text(masked(settings.read_text(encoding="utf-8")), encoding="utf-8")
+
+
+def named(tensors: list[str]) -> str:
+    return tensors[0] if len(tensors) == 1 else f"{tensors[0]} (and {len(tensors) - 1} more)"
 
 
 def uses_adapters(config: Config, name: str) -> bool:
@@ -302,7 +326,7 @@ def trainer_settings(
 def summary(metrics: Path) -> dict[str, float]:
     """What a stage's metrics.jsonl says about the whole stage; unlike a clock, it survives interruptions."""
     rows = read_jsonl(metrics)
-    last = rows[-min(10, len(rows)) :]
+    losses = [row["loss"] for row in rows if row["loss"] is not None]
     seconds = sum(row["step_seconds"] for row in rows)
     packed = (
         {
@@ -315,7 +339,8 @@ def summary(metrics: Path) -> dict[str, float]:
         else {}
     )
     return {
-        "loss": fmean(row["loss"] for row in last),
+        "loss": fmean(losses[-10:]),
+        "steps_skipped": sum(row.get("steps_skipped", 0) for row in rows),
         "train_minutes": seconds / 60,
         "step_seconds": median(row["step_seconds"] for row in rows),
         "keep_ratio": sum(r["tokens_layer_mean"] for r in rows) / sum(r["tokens_dense"] for r in rows),

@@ -459,3 +459,22 @@ def test_what_a_stopped_process_left_is_deleted_unless_another_writes_there(
         assert all(path.exists() for path in left[:2])
     counted.fill(root, images)
     assert not any(path.exists() for path in left)
+
+
+@pytest.mark.parametrize(("pruner", "value"), [("none", torch.nan), ("twostage", torch.nan), ("none", torch.inf)])
+def test_features_that_are_not_finite_are_not_kept(
+    pruner: str, value: float, images: dict[Path, str], tmp_path: Path
+) -> None:
+    counted = Counted(pruner)
+    encode = counted.model.encode_images
+
+    def spoiled(pixels: torch.Tensor) -> Any:
+        if counted.images == 2:  # the second chunk
+            pixels[1, 0, 0, 0] = value
+        return encode(pixels)
+
+    counted.model.encode_images = spoiled
+    named = r"features of .*3.png are NaN or infinite.*encoder.image_std"
+    told = named if pruner == "none" else "scores row 1 holds NaN"
+    with pytest.raises(UserError, match=told):
+        counted.fill(tmp_path / "cache", images)

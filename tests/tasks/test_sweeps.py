@@ -22,7 +22,7 @@ from mmprune_train.config.checks import check
 from mmprune_train.config.compose import compose_config, load_pruner
 from mmprune_train.config.paths import conf_dir, options
 from mmprune_train.config.schema import Config
-from mmprune_train.errors import UserError
+from mmprune_train.errors import NotFinite, UserError
 from mmprune_train.tasks import TASKS, Task
 from mmprune_train.training.lock import alone_in
 
@@ -36,6 +36,8 @@ def scored(config: Config) -> dict:
         raise RuntimeError("out of memory\non device 0")
     if layer == 2:
         raise UserError("pruner.language.layer=2: not here")
+    if config.seed == 13:
+        raise NotFinite("stage pretrain, step 3: the loss is not finite.\nkept.\nLower it")
     if layer == 9:
         raise KeyboardInterrupt
     print("worked on", layer, config.knee.method)
@@ -263,3 +265,19 @@ def test_optuna_searches_in_parallel(squares: Path, tmp_path: Path) -> None:
     assert "Pareto front" in done.stdout
     (folder,) = (tmp_path / "runs" / "sweeps").iterdir()
     assert "solutions" in (folder / "optimization_results.yaml").read_text()
+
+
+@pytest.mark.parametrize("seeds", ["13", "1,13"])
+def test_a_job_that_diverges_has_failed_and_shows_no_traceback(sweep: Sweep, seeds: str) -> None:
+    code, _, err = sweep(f"seed={seeds}", "pruner.language.layer=1")
+    jobs = json.loads((directory() / "sweep.json").read_text())["jobs"]
+    assert code == 1 and "Traceback" not in err and "the loss is not finite" in err
+    assert (jobs[-1]["state"], jobs[-1]["mistake"]) == ("failed", False)
+    assert jobs[-1]["error"] == "stage pretrain, step 3: the loss is not finite. kept. Lower it"
+
+
+@pytest.mark.parametrize("debug", [False, True])
+def test_divergence_ends_a_run_with_exit_code_1_and_its_three_lines(sweep: Sweep, mmprune: Sweep, debug: bool) -> None:
+    code, _, err = mmprune("+experiment=smoke", "seed=13", "pruner.language.layer=1", f"debug={str(debug).lower()}")
+    assert code == 1 and ("Traceback" in err) == debug
+    assert err.endswith("error: stage pretrain, step 3: the loss is not finite.\nkept.\nLower it\n")

@@ -7,12 +7,13 @@ import os
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from safetensors.torch import save_file
 
 from mmprune_train.config.schema import WandbConfig
-from mmprune_train.files import keep_steps, read_jsonl
+from mmprune_train.files import json_text, keep_steps, read_jsonl, write_json
 from mmprune_train.folders import finished_folder, whole_folder
 from mmprune_train.training.loggers import CsvLogger, wandb_offline
 
@@ -62,3 +63,15 @@ def test_files_of_a_new_folder_have_the_mode_of_the_umask(make: Any, umask: int,
     modes = {path.is_dir(): path.stat().st_mode & 0o777 for path in (tmp_path / "new", *(tmp_path / "new").rglob("*"))}
     assert modes == {True: 0o777 & ~umask, False: 0o666 & ~umask}
     assert {path.stat().st_mode & 0o777 for path in (tmp_path / "new").rglob("*") if path.is_file()} == {0o666 & ~umask}
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf"), np.float64("nan")])
+def test_json_has_null_for_what_it_has_no_word_for(value: float, tmp_path: Path) -> None:
+    def refuse(word: str) -> None:
+        raise AssertionError(word)
+
+    found = {"loss": value, "parts": [1, (value, 2.5)], "deep": {"a": {"b": value}}, "word": "NaN", "yes": True}
+    wanted = {"loss": None, "parts": [1, [None, 2.5]], "deep": {"a": {"b": None}}, "word": "NaN", "yes": True}
+    write_json(tmp_path / "result.json", found)
+    for text in ((tmp_path / "result.json").read_text(), json_text(found)):
+        assert json.loads(text, parse_constant=refuse) == wanted

@@ -45,9 +45,9 @@ def test_the_loss_is_the_mean_over_supervised_tokens(tmp_path: Path) -> None:
 def test_metrics_have_the_contracts_keys(tmp_path: Path) -> None:
     rows, _ = fit(tmp_path, batch_size=4, window=2, pruner="twostage")
     keys = (
-        "step epoch loss lr samples tokens_dense tokens_stage1 tokens_stage2 tokens_layer_mean keep_ratio "
-        "visual_keep_ratio supervised_tokens samples_truncated tokens_truncated step_seconds data_seconds "
-        "samples_per_second tflops mfu"
+        "step epoch loss grad_norm lr samples tokens_dense tokens_stage1 tokens_stage2 tokens_layer_mean keep_ratio "
+        "visual_keep_ratio supervised_tokens samples_truncated tokens_truncated steps_skipped step_seconds "
+        "data_seconds samples_per_second tflops mfu"
     )
     assert list(rows[0]) == keys.split()
     assert [row["step"] for row in rows] == [1, 2, 3] and [row["epoch"] for row in rows] == [0.5, 1.0, 1.5]

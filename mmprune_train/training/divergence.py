@@ -1,0 +1,161 @@
+"""Training that has diverged ends and is told as that; no checkpoint with NaN in it is kept."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any, NoReturn
+
+import pytorch_lightning as pl
+import torch
+from torch import Tensor
+from torch.distributed.tensor import DTensor
+
+from mmprune_train.data.batch import Batch
+from mmprune_train.errors import NotFinite
+from mmprune_train.model.llava import PackedLlava
+from mmprune_train.training.callbacks import StepWatch
+from mmprune_train.training.checkpoint_files import all_checkpoints
+from mmprune_train.training.freezing import named_parameters, parts_of
+from mmprune_train.training.module import MultimodalModule
+from mmprune_train.training.processes import ranks_of
+from mmprune_train.training.spread import spreads
+
+TOLD = 8
+"""Samples of a step that a message names."""
+
+
+class Divergence(StepWatch):
+    """Sees to the steps that were not applied (`MultimodalModule.applied`): ends the stage at one, or counts those in a
+    row. Must come before MetricsWriter, so that no row is written of a step that ends the stage."""
+
+    def __init__(self, checkpoints: Path, last: int, skip: bool, most: int) -> None:
+        """Args:
+        checkpoints: the stage's folder of them.
+        last: the stage's last step.
+        skip: go on after such a step.
+        most: such steps in a row, after which the stage ends.
+        """
+        super().__init__()
+        self.checkpoints = checkpoints
+        self.last = last
+        self.most = most if skip else 0
+        self.in_a_row = 0
+        self.batch: Batch | None = None
+        self.samples: list[str] = []
+        """Of the step, on this rank."""
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"in_a_row": self.in_a_row}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        self.in_a_row = state_dict["in_a_row"]
+
+    def on_train_batch_start(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int
+    ) -> None:
+        self.batch, self.samples = batch, [*([] if batch.place.first else self.samples), *batch.ids]
+
+    def on_step_end(self, trainer: pl.Trainer, pl_module: Any) -> None:
+        if pl_module.applied:
+            self.in_a_row = 0
+            if trainer.global_step == self.last and not self._still_finite(trainer, pl_module):
+                end_stage(trainer, "the loss is not finite any more after this last step", self.checkpoints)
+            return
+        self.in_a_row += 1
+        what = f"{_source(pl_module)} is not finite, so the step is not applied; samples {self._told(trainer)}"
+        if self.in_a_row <= self.most and self.in_a_row < self.last:
+            if trainer.is_global_zero:
+                step = f"{pl_module.stage_name} {trainer.global_step}/{self.last}"
+                print(f"{step}  {what}; in a row: {self.in_a_row} of {self.most}", flush=True)
+            return
+        if self.in_a_row > 1:
+            what += f"; such steps in a row: {self.in_a_row}"
+        if broken := broken_parts(pl_module.model, trainer.strategy):
+            what += f"; the weights of {', '.join(broken)} are not finite either"
+        skip = "; trainer.on_nonfinite=skip goes on without such steps"
+        end_stage(trainer, what, self.checkpoints, "" if self.most else skip)
+
+    def _still_finite(self, trainer: pl.Trainer, module: MultimodalModule) -> bool:
+        """Whether the loss of the last micro-batch is finite after the last step: no step would look at it any more.
+        Where weights are spread over ranks it is not asked, a forward pass out of turn could make them wait."""
+        batch = self.batch
+        assert batch is not None
+        if spreads(trainer.strategy):
+            return True
+        with torch.no_grad(), trainer.precision_plugin.forward_context():
+            loss = module.model.forward_packed(batch.sequence, batch.pixel_values, patches=batch.patches).loss_sum
+        return not bool(trainer.strategy.reduce((~loss.isfinite()).int(), reduce_op="max"))
+
+    def _told(self, trainer: pl.Trainer) -> str:
+        """Samples of the step, on all ranks."""
+        names = [name for found in ranks_of(trainer).exchange(self.samples) for name in found]
+        more = f" and {len(names) - TOLD} more" if len(names) > TOLD else ""
+        return ", ".join(names[:TOLD]) + more
+
+
+def _source(module: MultimodalModule) -> str:
+    if module.step_metrics()["loss"] is None:
+        return "the loss"
+    parts = ", ".join(module.broken_gradients)
+    return f"the gradient norm of {parts}" if parts else "the gradient norm"
+
+
+def refuse_broken(trainer: pl.Trainer, checkpoints: Path) -> None:
+    """End the stage where its trained weights are not finite. Every rank must call it."""
+    module: Any = trainer.lightning_module
+    if broken := broken_parts(module.model, trainer.strategy, trained=True):
+        end_stage(trainer, f"the weights of {', '.join(broken)} are not finite, so they are not saved", checkpoints)
+
+
+def end_stage(trainer: pl.Trainer, what: str, checkpoints: Path, more: str = "") -> NoReturn:
+    """Raise NotFinite on rank 0; other ranks end in silence, and without a failure that would have a launcher end rank
+    0 before it has spoken."""
+    if not trainer.is_global_zero:
+        raise SystemExit(0)
+    module: Any = trainer.lightning_module
+    rates = ", ".join(f"{part.name} {part.lr:g}" for part in module.parts if part.lr is not None)
+    raise NotFinite(
+        f"stage {module.stage_name}, step {trainer.global_step}: {what}.\n{what_is_kept(checkpoints)}.\n"
+        f"Lower stage.{module.stage_name}.lr ({rates}) or set optim.grad_clip=1.0, with another run_id= or "
+        f"restart=true, or mend the samples{more}"
+    )
+
+
+def what_is_kept(checkpoints: Path) -> str:
+    """Which checkpoint the same command goes on from."""
+    done = all_checkpoints(checkpoints)
+    return f"The same command goes on from {done[-1]}" if done else "The same command begins the stage anew"
+
+
+def broken_parts(model: PackedLlava, strategy: Any, trained: bool = False) -> list[str]:
+    """Parts of the network with a weight that is not finite, on any rank; every rank must call it.
+
+    Args:
+        trained: look at the trained weights alone.
+    """
+    broken = {
+        name: ~_finite(p for _, p in named_parameters(modules) if p.requires_grad or not trained)
+        for name, modules in parts_of(model).items()
+    }
+    flags = torch.stack([flag.int().to(strategy.root_device) for flag in broken.values()])
+    found = strategy.reduce(flags, reduce_op="max").tolist()
+    return [name for name, flag in zip(broken, found, strict=True) if flag]
+
+
+def broken_tensors(model: torch.nn.Module) -> list[str]:
+    """Names of a network's weights that are not finite."""
+    return [name for name, parameter in model.named_parameters() if not bool(_finite([parameter]))]
+
+
+def _finite(parameters: Iterable[Tensor]) -> Tensor:
+    """Whether all values are, of what this rank holds of them: one pass, without a mask in memory; not on the host."""
+    held = [_held(parameter.detach()) for parameter in parameters]
+    ends = [end for part in held if part.is_floating_point() and part.numel() for end in part.aminmax()]
+    return torch.stack([end.isfinite() for end in ends]).all() if ends else torch.tensor(True)
+
+
+def _held(parameter: Tensor) -> Tensor:
+    if isinstance(parameter, DTensor):
+        return parameter.to_local()
+    return getattr(parameter, "ds_tensor", parameter)  # ZeRO-3's part
