@@ -15,7 +15,7 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from mmprune_train.config import checks
-from mmprune_train.config.explain import all_keys, explain, unknown_key, unknown_name
+from mmprune_train.config.explain import all_keys, explain, unknown_key, unknown_name, user_mistake
 from mmprune_train.config.identity import sweep_name
 from mmprune_train.config.launchers import register_launchers
 from mmprune_train.config.paths import conf_dir, options
@@ -86,8 +86,10 @@ def compose_config(overrides: list[str]) -> Config:
     with initialize_config_dir(config_dir=str(conf_dir()), version_base="1.3", job_name="mmprune"):
         try:
             cfg = compose(config_name="config", overrides=readable(overrides))
-        except (HydraException, OmegaConfBaseException) as error:
-            raise UserError(explain(error)) from error
+        except (HydraException, OmegaConfBaseException, AssertionError) as error:
+            if (message := user_mistake(error)) is None:
+                raise
+            raise UserError(message) from error
     return config_from(cfg)
 
 

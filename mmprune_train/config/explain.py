@@ -4,16 +4,19 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import errno
 import functools
 import re
 import shlex
+import traceback
 import types
 from collections.abc import Iterable
+from pathlib import Path
 from typing import Union, get_args, get_origin, get_type_hints
 
 from mmprune_train.config.paths import options
 from mmprune_train.config.schema import STAGES, Config
-from mmprune_train.config.typed import quoted
+from mmprune_train.config.typed import command_line, quoted
 from mmprune_train.errors import UserError
 
 _PLUS_GROUPS = ("experiment", "sweep", "hydra/launcher", "hydra/sweeper")
@@ -64,16 +67,62 @@ def all_keys(cls: type = Config, prefix: str = "") -> tuple[str, ...]:
     return tuple(keys)
 
 
+_DISK = {
+    errno.EACCES: "give this user the right to it, or name another place",
+    errno.EPERM: "give this user the right to it, or name another place",
+    errno.EROFS: "name a place that can be written to",
+    errno.ENOSPC: "make room there, or name another place",
+    errno.EDQUOT: "make room there, or name another place",
+    errno.ENOTDIR: "a file stands where a folder is needed: correct the path",
+    errno.EISDIR: "a folder stands where a file is needed: correct the path",
+    errno.ENAMETOOLONG: "give a shorter one",
+    errno.ELOOP: "its links go round: correct the path",
+}
+"""What an operating system finds wrong with a place that the user has named -> the remedy."""
+
+
 def user_mistake(error: Exception) -> str | None:
-    """The message for the user when the error is their input's, else None."""
-    if isinstance(error, UserError):
-        return str(error)
+    """The message for the user when the error is their input's, or their disk's, else None."""
     from hydra.errors import HydraException
     from omegaconf.errors import OmegaConfBaseException
 
-    if isinstance(error, HydraException | OmegaConfBaseException):
-        return explain(error)
+    if isinstance(error, UserError):
+        message = str(error)
+    elif isinstance(error, HydraException | OmegaConfBaseException):
+        message = explain(error)
+    elif isinstance(error, OSError) and error.errno in _DISK and error.filename:
+        message = f"{_named(error.filename)}: {error.strerror}; {_DISK[error.errno]}"
+    elif isinstance(error, AssertionError) and (key := _below_null(error)):
+        message = absent_section(key)
+    else:
+        return None
+    return re.sub(r"\S{400,}", lambda word: f"{word[0][:200]}...{word[0][-40:]}", message)
+
+
+def _named(place: object) -> str:
+    """A file or folder behind the key of the command line that names it, or a folder around it."""
+    path = Path(str(place))
+    for override in command_line():
+        key, _, value = override.partition("=")
+        if value and Path(value).expanduser() in (path, *path.parents):
+            return f"{key}: {path}"
+    return str(path)
+
+
+def _below_null(error: AssertionError) -> str | None:
+    """The key that OmegaConf was to set in a section that is null, of which it says the type alone."""
+    for frame, _ in traceback.walk_tb(error.__traceback__):
+        if frame.f_code.co_name == "update" and "Unexpected type for root: NoneType" in str(error):
+            return str(frame.f_locals.get("key"))
     return None
+
+
+def absent_section(key: str) -> str:
+    """A line for a key of a section that is null here."""
+    section, group = key.rpartition(".")[0], key.split(".", 1)[0]
+    name = section.rpartition(".")[2]
+    choose = f"logger={name}, or logger=[csv,{name}]" if group == "logger" else f"a {group}= that has it"
+    return f"{key}: {section} is not chosen, so it has no keys; choose {choose}"
 
 
 def explain(error: BaseException) -> str:

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import csv
+import hashlib
 import netrc
 import os
+import re
 import threading
 from argparse import Namespace
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
@@ -182,7 +185,26 @@ def wandb_offline(config: WandbConfig) -> bool:
         return config.mode == "offline"
     if os.environ.get("WANDB_MODE"):
         return os.environ["WANDB_MODE"] != "online"
-    return not (os.environ.get("WANDB_API_KEY") or _in_netrc(os.environ.get("WANDB_BASE_URL", "https://api.wandb.ai")))
+    return not _has_account()
+
+
+def _has_account() -> bool:
+    server = os.environ.get("WANDB_BASE_URL", "https://api.wandb.ai")
+    return bool(os.environ.get("WANDB_API_KEY")) or _in_netrc(server)
+
+
+def logger_faults(config: LoggerConfig) -> list[str]:
+    """What this machine lacks for the chosen loggers, in a line each."""
+    faults = []
+    for name in ("tensorboard", "wandb"):
+        if getattr(config, name) is not None and find_spec(name) is None:
+            faults.append(f"logger={name}: {name} is not installed; pip install {name}, or choose logger=csv")
+    if config.wandb is not None and not wandb_offline(config.wandb) and not _has_account():
+        faults.append(
+            f"logger.wandb.mode={config.wandb.mode}: no account is set up here; run `wandb login` (or set "
+            "WANDB_API_KEY), or set logger.wandb.mode=offline"
+        )
+    return faults
 
 
 def _in_netrc(url: str) -> bool:
@@ -192,6 +214,12 @@ def _in_netrc(url: str) -> bool:
     except (OSError, netrc.NetrcParseError):
         return False
     return urlsplit(url).hostname in entries.hosts
+
+
+def _wandb_id(run_name: str) -> str:
+    """The name without what wandb does not take, and short enough to be part of file names."""
+    name = re.sub(r"[:;,#?/'%\\]", "-", run_name)
+    return name if len(name) <= 120 else f"{name[:80]}-{hashlib.sha256(name.encode()).hexdigest()[:16]}"
 
 
 def _wandb(config: WandbConfig, stage_dir: Path, run_name: str, resumed_step: int) -> Logger:
@@ -205,7 +233,7 @@ def _wandb(config: WandbConfig, stage_dir: Path, run_name: str, resumed_step: in
         project=config.project,
         entity=config.entity,
         name=run_name,
-        id=run_name,
+        id=_wandb_id(run_name),
         save_dir=stage_dir,
         offline=offline,
         mode="offline" if offline else "online",
