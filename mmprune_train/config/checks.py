@@ -68,6 +68,8 @@ def check(config: Config) -> None:
 def check_encoder(encoder: EncoderConfig) -> None:
     arch = encoder.arch
     check_arch("encoder.arch", arch)
+    if arch.get("num_channels", 3) != 3:
+        raise UserError(f"encoder.arch.num_channels={arch['num_channels']}: images have 3; choose another encoder=")
     if encoder.text is not None:
         check_arch("encoder.text.arch", {"model_type": "clip_text_model", **encoder.text.arch})
     _wheel("encoder.wheel", encoder.wheel)
@@ -214,8 +216,8 @@ def _check_stage(config: Config, name: str, stage: StageConfig) -> None:
     room = (context or math.inf) - tokens
     if config.task == "train" and config.evaluate.after_train and config.evaluate.max_new_tokens >= room:
         raise UserError(
-            f"evaluate.max_new_tokens={config.evaluate.max_new_tokens}: llm {config.llm.name} reads {context} tokens, an "
-            f"image takes {tokens} of them; set less than {room}"
+            f"evaluate.max_new_tokens={config.evaluate.max_new_tokens}: llm {config.llm.name} reads {context} tokens, "
+            f"{tokens} of them an image's; set less than {room}"
         )
 
 
@@ -338,14 +340,21 @@ def check_arch(key: str, arch: dict[str, Any]) -> None:
             most = 1000 if name.endswith("_layers") else 10**8
             if not whole or not 1 <= value <= most:
                 raise UserError(f"{key}.{name}={value} must be a whole number from 1 to {most:,}")
+        elif "dropout" in name and (not (whole or isinstance(value, float)) or not 0 <= value < 1):
+            raise UserError(f"{key}.{name}={value} is a probability: a number from 0 to less than 1")
         elif name.endswith("_eps") and (not (whole or isinstance(value, float)) or not 0 <= value <= 1):
             raise UserError(f"{key}.{name}={value} must be a number from 0 to 1")
         elif name.endswith("_token_id"):
-            words = arch.get("vocab_size", 10**8)
+            words = arch.get("vocab_size") or 10**8
             for token in value if isinstance(value, list) else [value]:
                 if token is not None and not (type(token) is int and -1 <= token < words):
                     raise UserError(f"{key}.{name}={value} is no token: {key}.vocab_size={words} are from 0")
-    width, heads, groups = (arch.get(name) for name in ("hidden_size", "num_attention_heads", "num_key_value_heads"))
+    rotary = arch.get("rope_parameters")
+    theta = (rotary if isinstance(rotary, dict) else arch).get("rope_theta", 1)
+    if isinstance(theta, bool) or not isinstance(theta, int | float) or theta < 1:
+        raise UserError(f"{key}: rope_theta={theta} must be a number of at least 1; 10000 is the usual one")
+    width, heads = arch.get("hidden_size"), arch.get("num_attention_heads")
+    groups = arch.get("num_key_value_heads")
     if width and heads and not arch.get("head_dim") and width % heads:
         raise UserError(f"{key}.hidden_size={width} is no multiple of {key}.num_attention_heads={heads}; correct one")
     if heads and groups and heads % groups:
@@ -354,7 +363,7 @@ def check_arch(key: str, arch: dict[str, Any]) -> None:
         )
     if key == "llm.arch" and width and heads and (arch.get("head_dim") or width // heads) % 2:
         raise UserError(
-            f"{key}: heads of {arch.get('head_dim') or width // heads} features cannot be rotated by position in pairs; "
+            f"{key}: heads of {arch.get('head_dim') or width // heads} features have no pairs to rotate by position; "
             f"make hidden_size={width} / num_attention_heads={heads} (or head_dim) even"
         )
 

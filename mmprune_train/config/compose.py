@@ -86,7 +86,7 @@ def compose_config(overrides: list[str]) -> Config:
     with initialize_config_dir(config_dir=str(conf_dir()), version_base="1.3", job_name="mmprune"):
         try:
             cfg = compose(config_name="config", overrides=readable(overrides))
-        except (HydraException, OmegaConfBaseException, AssertionError) as error:
+        except (HydraException, OmegaConfBaseException, AssertionError, ValueError) as error:
             if (message := user_mistake(error)) is None:
                 raise
             raise UserError(message) from error

@@ -12,7 +12,7 @@ import traceback
 import types
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Union, get_args, get_origin, get_type_hints
+from typing import Any, Union, get_args, get_origin, get_type_hints
 
 from mmprune_train.config.paths import options
 from mmprune_train.config.schema import STAGES, Config
@@ -92,11 +92,13 @@ def user_mistake(error: Exception) -> str | None:
         message = explain(error)
     elif isinstance(error, OSError) and error.errno in _DISK and error.filename:
         message = f"{_named(error.filename)}: {error.strerror}; {_DISK[error.errno]}"
-    elif isinstance(error, AssertionError) and (key := _below_null(error)):
+    elif isinstance(error, AssertionError) and (key := _local(error, "Unexpected type for root: NoneType", "key")):
         message = absent_section(key)
+    elif isinstance(error, ValueError) and (override := _local(error, "Config group override must be", "override")):
+        message = f"{override.input_line}: give the name of an option, or a list of them"
     else:
         return None
-    return re.sub(r"\S{400,}", lambda word: f"{word[0][:200]}...{word[0][-40:]}", message)
+    return re.sub(r"\S{300,}", lambda word: f"{word[0][:120]}...{word[0][-40:]}", message)
 
 
 def _named(place: object) -> str:
@@ -109,19 +111,20 @@ def _named(place: object) -> str:
     return str(path)
 
 
-def _below_null(error: AssertionError) -> str | None:
-    """The key that OmegaConf was to set in a section that is null, of which it says the type alone."""
-    for frame, _ in traceback.walk_tb(error.__traceback__):
-        if frame.f_code.co_name == "update" and "Unexpected type for root: NoneType" in str(error):
-            return str(frame.f_locals.get("key"))
-    return None
+def _local(error: Exception, words: str, name: str) -> Any:
+    """What a variable held where an error with these words was raised: Hydra and OmegaConf do not say which override
+    they were at. None: it is another error."""
+    if words not in str(error):
+        return None
+    *_, (frame, _) = traceback.walk_tb(error.__traceback__)
+    return frame.f_locals.get(name)
 
 
 def absent_section(key: str) -> str:
     """A line for a key of a section that is null here."""
     section, group = key.rpartition(".")[0], key.split(".", 1)[0]
     name = section.rpartition(".")[2]
-    choose = f"logger={name}, or logger=[csv,{name}]" if group == "logger" else f"a {group}= that has it"
+    choose = f"logger={name}, or logger=[csv,{name}]" if group == "logger" else f"{group}= with one that has it"
     return f"{key}: {section} is not chosen, so it has no keys; choose {choose}"
 
 

@@ -68,6 +68,8 @@ def check_values(tree: Any, prefix: str = "") -> None:
     """
     for item in dataclasses.fields(tree):
         key, value = prefix + item.name, getattr(tree, item.name)
+        if value == "" and (item.default is None or (item.name in PATHS and item.name != "images")):
+            raise UserError(f"{key} is empty; give it a value, or leave it out")
         for where, leaf in _leaves(key, value):
             _check_leaf(where, leaf, item.metadata.get("range"))
 

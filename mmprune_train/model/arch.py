@@ -35,12 +35,12 @@ def arch_config(key: str, arch: Mapping[str, Any]) -> PreTrainedConfig:
     for name in fields:
         if name not in known:
             raise UserError(f"{key}.{name}: a {kind} has no such field{nearest(name, known)}")
-    with described(key):
+    with described(key, arch):
         return config_class(**{name: arch[name] for name in fields})
 
 
 @contextmanager
-def described(key: str) -> Iterator[None]:
+def described(key: str, arch: Mapping[str, Any] | None = None) -> Iterator[None]:
     """While a network is made of an `arch`: what transformers says against it as a UserError.
 
     It says so with errors of any kind: a name that it looks up is a KeyError, heads that are 0 a ZeroDivisionError.
@@ -49,16 +49,17 @@ def described(key: str) -> Iterator[None]:
         yield
     except UserError:
         raise
-    except MemoryError as error:
-        raise UserError(
-            f"{key} describes a network that this machine has no memory for; choose a smaller one"
-        ) from error
     except Exception as error:
-        if isinstance(error, StrictDataclassError) and error.__cause__ is not None:
-            lines = [str(error.__cause__)]
-        else:
-            lines = str(error).strip().splitlines() or [""]
-        told = f"{type(error).__name__}: {lines[0]}" if isinstance(error, KeyError) else lines[0]
-        raise UserError(
-            f"{key} describes no network ({told[:200]}); see the files in conf/ for ones that do"
-        ) from error
+        cause = error.__cause__ if isinstance(error, StrictDataclassError) and error.__cause__ else error
+        told = (str(cause).strip().splitlines() or [type(cause).__name__])[0][:200]
+        if isinstance(error, KeyError):  # the name of an activation or a kind of positions
+            named = [name for name, value in _flat(key, arch or {}) if [value] == list(error.args)]
+            told = f"{' or '.join(named) or key}={told}: transformers has no such"
+        raise UserError(f"{key} describes no network ({told}); compare it with the files in conf/") from error
+
+
+def _flat(key: str, arch: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
+    for name, value in arch.items():
+        yield f"{key}.{name}", value
+        if isinstance(value, Mapping):
+            yield from _flat(f"{key}.{name}", value)

@@ -69,7 +69,7 @@ def vision_tower(cfg: EncoderConfig, folder: Path | None, dtype: torch.dtype, em
             f"encoder.path: {folder} holds a {config.model_type} of width {config.hidden_size} and "
             f"{config.num_hidden_layers} layers, encoder={cfg.name} describes another; choose the fitting encoder="
         )
-    with torch.device("meta"), described("encoder.arch" if folder is None else str(folder)):
+    with torch.device("meta"), described("encoder.arch" if folder is None else str(folder), cfg.arch):
         outline = AutoModel.from_config(config)
     check_patches(outline, cfg)
     if folder is None or empty:
@@ -90,7 +90,7 @@ def language_model(
     if folder is None or empty:
         config = arch_config("llm.arch", cfg.arch) if folder is None else AutoConfig.from_pretrained(folder)
         check_language_model(config)
-        with described("llm.arch" if folder is None else str(folder)):
+        with described("llm.arch" if folder is None else str(folder), cfg.arch):
             model = AutoModelForCausalLM.from_config(config, dtype=dtype)
     else:
         model = load_whole(AutoModelForCausalLM, folder, dtype=dtype)

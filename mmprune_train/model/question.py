@@ -186,7 +186,7 @@ def _random_clip(cfg: EncoderConfig, text: TextTowerConfig) -> CLIPModel:
     arch_config("encoder.text.arch", {"model_type": "clip_text_model", **text.arch})
     vision = {**cfg.arch, "num_hidden_layers": 0}
     projection = {"projection_dim": text.arch["projection_dim"]} if "projection_dim" in text.arch else {}
-    with described("encoder.text.arch"):
+    with described("encoder.text.arch", text.arch):
         return CLIPModel(CLIPConfig(text_config=dict(text.arch), vision_config=vision, **projection))
 
 

@@ -193,9 +193,7 @@ def machine_faults(config: Config, todo: Sequence[str]) -> list[str]:
                 f"trainer.devices={wanted}: this machine has {there} CUDA device(s); set trainer.devices={there}"
             )
         if accelerator == "cpu" and wanted > (most := max(8, 4 * (os.cpu_count() or 1))):
-            faults.append(
-                f"trainer.devices={wanted}: too many processes for this machine's processor; set {most} or less"
-            )
+            faults.append(f"trainer.devices={wanted}: too many processes for this processor; set {most} or less")
         if config.peft.name == "qlora" and any(config.stage[name].use_peft for name in todo):
             check_quantization(accelerator)
     except UserError as error:

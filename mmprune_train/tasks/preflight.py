@@ -6,7 +6,7 @@ from __future__ import annotations
 import shutil
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from mmprune_train.config.identity import run_dir
 from mmprune_train.config.schema import Config
@@ -14,6 +14,9 @@ from mmprune_train.devices import CPU, GIB, device_peak
 from mmprune_train.errors import UserError
 from mmprune_train.tasks.inputs import Found, find_inputs
 from mmprune_train.training.rundir import RunDirectory
+
+if TYPE_CHECKING:
+    from mmprune_train.model.llava import PackedLlava
 
 
 def check_inputs(config: Config, todo: Sequence[str], evaluates: bool) -> None:
@@ -51,7 +54,7 @@ def _check_stages(config: Config, todo: Sequence[str], found: Found) -> None:
         if begins_anew(config, todo, name):
             with quiet():
                 model, processor = begin(config, start_of(config, directory, name, download=False), empty=True)
-            _check_room(config, todo, sum(p.numel() for p in model.hf.parameters()), found)
+            _check_room(config, todo, model, found)
         if uses_adapters(config, name):
             adapter_targets(model.hf, config.peft)
         data = stage_annotations(config, name)
@@ -61,10 +64,11 @@ def _check_stages(config: Config, todo: Sequence[str], found: Found) -> None:
             loader.dataset.check_cuts()
 
 
-def _check_room(config: Config, todo: Sequence[str], parameters: int, found: Found) -> None:
+def _check_room(config: Config, todo: Sequence[str], model: PackedLlava, found: Found) -> None:
     """Raise UserError where a random network does not fit in this machine's memory, or the models not on the disk."""
-    needs, there = 4 * parameters, device_peak(CPU).memory_bytes
-    for part in ("encoder", "llm"):
+    there, parameters = device_peak(CPU).memory_bytes, sum(p.numel() for p in model.hf.parameters())
+    tower = sum(p.numel() for p in model.hf.model.vision_tower.parameters())
+    for part, needs in (("encoder", 4 * tower), ("llm", 4 * (parameters - tower))):
         if found.get(part, part) is None and needs > there:
             raise UserError(
                 f"{part}.arch describes a network for which this machine has no memory ({needs / GIB:,.0f} GiB of "
