@@ -226,6 +226,10 @@ def _check_peft(config: Config) -> None:
     one_of("peft.name", peft.name, ("none", "lora", "dora", "qlora"))
     if peft.name == "none":
         return
+    if peft.r > (width := config.llm.arch.get("hidden_size") or math.inf):
+        raise UserError(
+            f"peft.r={peft.r} is more than the width of llm {config.llm.name}: adapters have at most {width}"
+        )
     users = [name for name, stage in stages.items() if stage.use_peft]
     if not users:
         raise UserError(f"peft={peft.name}, but no stage uses it: set stage.instruct.use_peft=true")
@@ -337,16 +341,17 @@ def check_arch(key: str, arch: dict[str, Any]) -> None:
     for name, value in arch.items():
         whole = isinstance(value, int) and not isinstance(value, bool)
         if re.search(SIZES, name) and value is not None:
+            least = 8 if name == "max_position_embeddings" else 1  # special tokens and a word
             most = 1000 if name.endswith("_layers") else 10**8
-            if not whole or not 1 <= value <= most:
-                raise UserError(f"{key}.{name}={value} must be a whole number from 1 to {most:,}")
+            if not whole or not least <= value <= most:
+                raise UserError(f"{key}.{name}={value} must be a whole number from {least} to {most:,}")
         elif "dropout" in name and (not (whole or isinstance(value, float)) or not 0 <= value < 1):
             raise UserError(f"{key}.{name}={value} is a probability: a number from 0 to less than 1")
         elif name.endswith("_eps") and (not (whole or isinstance(value, float)) or not 0 <= value <= 1):
             raise UserError(f"{key}.{name}={value} must be a number from 0 to 1")
         elif name.endswith("_token_id"):
             words = arch.get("vocab_size") or 10**8
-            for token in value if isinstance(value, list) else [value]:
+            for token in (value or [[]]) if isinstance(value, list) else [value]:
                 if token is not None and not (type(token) is int and -1 <= token < words):
                     raise UserError(f"{key}.{name}={value} is no token: {key}.vocab_size={words} are from 0")
     rotary = arch.get("rope_parameters")

@@ -208,8 +208,8 @@ class PeftConfig:
 class OptimConfig:
     name: str = "adamw"
     betas: list[float] = number([0.9, 0.999], 0, 1, below=True)
-    eps: float = positive(1e-8, 1e6)
-    weight_decay: float = number(0.0, 0, 1e6)
+    eps: float = positive(1e-8, 1)
+    weight_decay: float = number(0.0, 0, 1000)
     grad_clip: float | None = positive(None, says="; null turns clipping off")
     """Largest gradient norm; null: no clipping (as LLaVA)."""
     schedule: str = "cosine"

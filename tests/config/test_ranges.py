@@ -7,6 +7,7 @@ import dataclasses
 import errno
 import math
 import os
+import re
 from collections.abc import Iterator
 from typing import Any, get_type_hints
 
@@ -34,9 +35,7 @@ def numbers(tree: Any, path: tuple[str, ...] = ()) -> Iterator[tuple[tuple[str, 
         for name, part in inner:
             if dataclasses.is_dataclass(part):
                 yield from numbers(part, (*path, item.name, *([name] if name else [])))
-        if {"int", "float"} & set(
-            str(hints[item.name]).replace("[", " ").replace("]", " ").replace("'", " ").split()
-        ) or hints[item.name] in (int, float):
+        if re.search(r"\b(int|float)\b", str(hints[item.name])):
             yield (*path, item.name), item
 
 
@@ -84,6 +83,7 @@ def test_every_number_is_held_to_a_range(config: Config) -> None:
         ("run_id=" + "x" * 300, r"run_id=x+\.\.\. names a folder: at most 160 bytes, this has 300"),
         ("evaluate.name='a\tb'", "no control characters"),
         ("data.name=../x", "no slashes"),
+        ("peft.r=65", "peft.r=65 is more than the width of llm tiny_llama: adapters have at most 64"),
         ("data.root=" + "x" * 300, "no path is as long"),
         ("init_from='a\0b'", "a character that no file name"),
         ("llm.path=", "llm.path is empty"),
@@ -114,6 +114,8 @@ def test_a_pruner_alone_is_held_to_its_ranges_too() -> None:
         ("vocab_size", 1.5, "must be a whole number"),
         ("rms_norm_eps", -1.0, "rms_norm_eps=-1.0 must be a number from 0 to 1"),
         ("attention_dropout", 5, "is a probability"),
+        ("eos_token_id", [], "llm.arch.eos_token_id=.. is no token"),
+        ("max_position_embeddings", 1, "must be a whole number from 8"),
         ("eos_token_id", 512, "llm.arch.eos_token_id=512 is no token"),
         ("rope_parameters", {"rope_type": "default", "rope_theta": "x"}, "rope_theta=x must be a number"),
         ("model_type", 3, "llm.arch.model_type is not set"),
