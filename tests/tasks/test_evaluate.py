@@ -25,7 +25,8 @@ from mmprune_train.training.files import read_json, read_jsonl, write_json
 Command = Callable[..., tuple[int, str, str]]
 SHORT = ("evaluate.max_new_tokens=2", "evaluate.blank=false", "trainer.precision=fp32")
 ALL = ("evaluate.limit=null", "trainer.precision=fp32")
-ASKED = ("stages=[instruct]", "stage.instruct.max_steps=1", "evaluate.limit=2", *SHORT)
+SIX = "stage.instruct.global_batch_size=4"  # the samples are six
+ASKED = ("stages=[instruct]", "stage.instruct.max_steps=1", SIX, "evaluate.limit=2", *SHORT)
 
 
 @pytest.fixture(scope="module")
