@@ -100,7 +100,7 @@ def _check_leaf(key: str, value: Any, allowed: Range | None) -> None:
 
 def _check_text(key: str, text: str) -> None:
     if "\0" in text or any("\ud800" <= character <= "\udfff" for character in text):
-        raise UserError(f"{key}={text!r} has a character that no file name or text can hold; write it without")
+        raise UserError(f"{key}={text!r} is not valid UTF-8, or holds a NUL character; write it without")
     is_path = key.rpartition(".")[2] in PATHS or key in FILES
     if is_path and (len(text.encode()) > 4000 or any(len(part.encode()) > 255 for part in text.split("/"))):
         raise UserError(f"{key}={text[:60]}...: no path is as long as that ({len(text)} characters); correct it")

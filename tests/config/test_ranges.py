@@ -85,7 +85,7 @@ def test_every_number_is_held_to_a_range(config: Config) -> None:
         ("data.name=../x", "no slashes"),
         ("peft.r=65", "peft.r=65 is more than the width of llm tiny_llama: adapters have at most 64"),
         ("data.root=" + "x" * 300, "no path is as long"),
-        ("init_from='a\0b'", "a character that no file name"),
+        ("init_from='a\0b'", "holds a NUL character"),
         ("llm.path=", "llm.path is empty"),
         ("evaluate.max_new_tokens=5000", "set less than 2012"),
         ("logger.wandb.project=a/b", "logger.wandb.project: 1 to 128 characters"),
