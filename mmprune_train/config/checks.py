@@ -6,6 +6,7 @@ concerns the pruner alone is in `pruner.py`.
 
 from __future__ import annotations
 
+import math
 import re
 from typing import Any
 
@@ -22,9 +23,10 @@ from mmprune_train.config.pruner import (
     reads_text,
     stage_one_scores,
 )
+from mmprune_train.config.ranges import check_folder_name, check_values
 from mmprune_train.config.schema import STAGES, Config, EncoderConfig, LlmConfig, OptimConfig, StageConfig, WheelConfig
-from mmprune_train.config.task_schema import PlanConfig, ReportConfig, SweepConfig
-from mmprune_train.config.values import at_least, one_of
+from mmprune_train.config.task_schema import ReportConfig, SweepConfig
+from mmprune_train.config.values import one_of
 from mmprune_train.errors import UserError
 
 STRATEGIES = (
@@ -33,6 +35,8 @@ STRATEGIES = (
 )  # fmt: skip
 UNQUANTIZED = ("deepspeed_zero3", "deepspeed_zero3_offload", "fsdp2")
 """Strategies that spread the frozen weights, which they cannot do with 4-bit ones."""
+SIZES = r"(_size|_dim|_heads|_layers|_channels|^max_position_embeddings)$"
+"""Fields of an `arch` that count something of the network."""
 BENCHED = ("train", "generate", "selection", "lengths")
 ATTENTION = ("auto", "flash_4", "flash_3", "flash_2", "torch_varlen", "flex", "cpu_flash", "sdpa_per_sample")
 CACHING_TASKS = ("train", "prepare", "plan")
@@ -47,6 +51,7 @@ DIRECTIONS = ("maximize", "minimize")
 
 def check(config: Config) -> None:
     """Raise UserError at the first setting that cannot work."""
+    check_values(config)
     check_encoder(config.encoder)
     check_llm(config.llm)
     one_of("projector.name", config.projector.name, ("linear", "mlp2x_gelu"))
@@ -62,10 +67,12 @@ def check(config: Config) -> None:
 
 def check_encoder(encoder: EncoderConfig) -> None:
     arch = encoder.arch
-    _model_type("encoder", arch)
+    check_arch("encoder.arch", arch)
+    if arch.get("num_channels", 3) != 3:
+        raise UserError(f"encoder.arch.num_channels={arch['num_channels']}: images have 3; choose another encoder=")
+    if encoder.text is not None:
+        check_arch("encoder.text.arch", {"model_type": "clip_text_model", **encoder.text.arch})
     _wheel("encoder.wheel", encoder.wheel)
-    at_least("encoder.image_size", encoder.image_size, 1)
-    at_least("encoder.patch_size", encoder.patch_size, 1)
     if arch.get("patch_size", encoder.patch_size) != encoder.patch_size:
         raise UserError(
             f"encoder.patch_size={encoder.patch_size} differs from encoder.arch.patch_size={arch['patch_size']}: "
@@ -97,7 +104,7 @@ def check_encoder(encoder: EncoderConfig) -> None:
 
 
 def check_llm(llm: LlmConfig) -> None:
-    _model_type("llm", llm.arch)
+    check_arch("llm.arch", llm.arch)
     _wheel("llm.wheel", llm.wheel)
     one_of("llm.template", llm.template, ("v1", "chat"))
 
@@ -174,13 +181,6 @@ def _check_stage(config: Config, name: str, stage: StageConfig) -> None:
     one_of(f"{key}.image_aspect_ratio", stage.image_aspect_ratio, ("square", "pad"))
     if not (stage.train_projector or stage.train_llm or stage.train_vision):
         raise UserError(f"{key} trains nothing: set one of train_projector, train_llm, train_vision to true")
-    for rate in ("lr", "projector_lr", "vision_lr"):
-        value = getattr(stage, rate)
-        if value is not None and value <= 0:
-            raise UserError(f"{key}.{rate}={value} must be more than 0; to freeze a part set its train_ key to false")
-    for count in ("batch_size", "global_batch_size", "token_budget", "epochs", "max_steps"):
-        if getattr(stage, count) is not None:
-            at_least(f"{key}.{count}", getattr(stage, count), 1)
     if config.trainer.feature_cache and config.task in CACHING_TASKS:
         check_feature_cache(config, name)
     processes = config.trainer.devices * config.trainer.num_nodes
@@ -213,17 +213,23 @@ def _check_stage(config: Config, name: str, stage: StageConfig) -> None:
         raise UserError(
             f"{key}.max_length={stage.max_length} is longer than llm {config.llm.name} can read: at most {context}"
         )
+    room = (context or math.inf) - tokens
+    if config.task == "train" and config.evaluate.after_train and config.evaluate.max_new_tokens >= room:
+        raise UserError(
+            f"evaluate.max_new_tokens={config.evaluate.max_new_tokens}: llm {config.llm.name} reads {context} tokens, "
+            f"{tokens} of them an image's; set less than {room}"
+        )
 
 
 def _check_peft(config: Config) -> None:
     peft, stages = config.peft, config.stage
     one_of("peft.name", peft.name, ("none", "lora", "dora", "qlora"))
-    at_least("peft.r", peft.r, 1)
-    at_least("peft.alpha", peft.alpha, 1)
-    if not 0 <= peft.dropout < 1:
-        raise UserError(f"peft.dropout={peft.dropout} is a probability: from 0 to less than 1")
     if peft.name == "none":
         return
+    if peft.r > (width := config.llm.arch.get("hidden_size") or math.inf):
+        raise UserError(
+            f"peft.r={peft.r} is more than the width of llm {config.llm.name}: adapters have at most {width}"
+        )
     users = [name for name, stage in stages.items() if stage.use_peft]
     if not users:
         raise UserError(f"peft={peft.name}, but no stage uses it: set stage.instruct.use_peft=true")
@@ -241,16 +247,8 @@ def _check_peft(config: Config) -> None:
 def check_optim(optim: OptimConfig) -> None:
     one_of("optim.name", optim.name, ("adamw",))
     one_of("optim.schedule", optim.schedule, ("cosine", "linear", "constant"))
-    if len(optim.betas) != 2 or not all(0 <= beta < 1 for beta in optim.betas):
-        raise UserError(f"optim.betas={optim.betas} must be two numbers from 0 to less than 1, [0.9,0.999]")
-    if optim.eps <= 0:
-        raise UserError(f"optim.eps={optim.eps} must be more than 0")
-    if optim.weight_decay < 0:
-        raise UserError(f"optim.weight_decay={optim.weight_decay} must not be negative")
-    if not 0 <= optim.warmup_ratio < 1:
-        raise UserError(f"optim.warmup_ratio={optim.warmup_ratio} is a share of the steps: from 0 to less than 1")
-    if optim.grad_clip is not None and optim.grad_clip <= 0:
-        raise UserError(f"optim.grad_clip={optim.grad_clip} must be more than 0; null turns clipping off")
+    if len(optim.betas) != 2:
+        raise UserError(f"optim.betas={optim.betas} must be two numbers, [0.9,0.999]")
 
 
 def _check_run(config: Config) -> None:
@@ -258,50 +256,31 @@ def _check_run(config: Config) -> None:
     one_of("trainer.accelerator", trainer.accelerator, ("auto", "cpu", "cuda"))
     one_of("trainer.precision", trainer.precision, ("auto", "bf16", "fp32"))
     one_of("trainer.attention", trainer.attention, ATTENTION)
-    for count in ("devices", "num_nodes", "log_every", "keep_checkpoints", "vision_chunk", "logits_chunk"):
-        at_least(f"trainer.{count}", getattr(trainer, count), 1)
     one_of("trainer.on_nonfinite", trainer.on_nonfinite, ("stop", "skip"))
-    at_least("trainer.max_nonfinite_steps", trainer.max_nonfinite_steps, 1)
-    if trainer.checkpoint_every_steps is not None:
-        at_least("trainer.checkpoint_every_steps", trainer.checkpoint_every_steps, 1)
-    if trainer.save_every_minutes is not None and trainer.save_every_minutes <= 0:
-        raise UserError(
-            f"trainer.save_every_minutes={trainer.save_every_minutes} must be more than 0; null saves by "
-            "trainer.checkpoint_every_steps alone"
-        )
-    at_least("trainer.num_workers", trainer.num_workers, 0)
     one_of("init_adapters", config.init_adapters, ("auto", "continue", "merge"))
     one_of("data.source", config.data.source, ("easy_vqa", None))
-    for split in (*STAGES, "evaluate"):
-        if (limit := getattr(config.data, split).limit) is not None:
-            at_least(f"data.{split}.limit", limit, 1)
-    if evaluate.limit is not None:
-        at_least("evaluate.limit", evaluate.limit, 1)
     one_of("evaluate.turns", evaluate.turns, ("all", "first"))
-    at_least("evaluate.batch_size", evaluate.batch_size, 1)
-    at_least("evaluate.max_new_tokens", evaluate.max_new_tokens, 1)
-    at_least("generate.max_new_tokens", config.generate.max_new_tokens, 1)
     _check_bench(config)
     _check_calibrate(config)
-    _check_plan(config.plan)
+    one_of("plan.device", config.plan.device, (*DEVICES, None))
     check_sweep(config.sweep)
     _check_report(config.report)
     if config.logger.wandb is not None:
         one_of("logger.wandb.mode", config.logger.wandb.mode, ("auto", "online", "offline"))
-    folders = {"experiment_name": config.experiment_name, "run_id": config.run_id, "evaluate.name": evaluate.name}
-    for key, name in folders.items():
-        if name is not None and (not name or name in (".", "..") or "/" in name or "\\" in name):
-            raise UserError(f"{key}={name} names a folder: no slashes, not empty; runs_dir= says where runs go")
+        for key in ("project", "entity"):
+            if not re.fullmatch(r"[^/\\#?%:]{1,128}", getattr(config.logger.wandb, key) or "x" * (key == "entity")):
+                raise UserError(f"logger.wandb.{key}: 1 to 128 characters, none of them / \\ # ? % :")
+        if any(not 1 <= len(tag) <= 64 for tag in config.logger.wandb.tags):
+            raise UserError(f"logger.wandb.tags={config.logger.wandb.tags}: tags have 1 to 64 characters")
+    check_folder_name("experiment_name", config.experiment_name)
+    check_folder_name("run_id", config.run_id)
+    check_folder_name("evaluate.name", evaluate.name)
+    check_folder_name("pruner.name", config.pruner.name)
+    check_folder_name("data.name", config.data.name)
 
 
 def _check_bench(config: Config) -> None:
     settings = config.bench
-    at_least("bench.images", settings.images, 1)
-    at_least("bench.batches", settings.batches, 1)
-    at_least("bench.repeats", settings.repeats, 1)
-    at_least("bench.new_tokens", settings.new_tokens, 2)
-    if settings.batch_size is not None:
-        at_least("bench.batch_size", settings.batch_size, 1)
     for name in settings.measure:
         one_of("bench.measure", name, BENCHED)
     if not settings.measure:
@@ -314,15 +293,10 @@ def _check_bench(config: Config) -> None:
 
 def _check_calibrate(config: Config) -> None:
     settings = config.calibrate
-    at_least("calibrate.images", settings.images, 1)
     one_of("calibrate.split", settings.split, STAGES)
     one_of("calibrate.measure", settings.measure, ("vision", "layer_mean"))
     for name in settings.budgets:
         one_of("calibrate.budgets", name, KNEE_METHODS)
-    if settings.target is not None and not 0 < settings.target <= 1:
-        raise UserError(
-            f"calibrate.target={settings.target} is a share of the tokens: more than 0, at most 1; null reports only"
-        )
     vision = config.pruner.vision
     if config.task == "calibrate" and (reads_text(vision) or (vision.enabled and vision.recover.enabled)):
         raise UserError(
@@ -340,16 +314,6 @@ def _check_calibrate(config: Config) -> None:
             f"calibrate.split={settings.split}, but stage.{settings.split} is not set: it says how images and samples "
             "are prepared; choose the other split, or a stage group that has it"
         )
-
-
-def _check_plan(plan: PlanConfig) -> None:
-    if plan.device is not None:
-        one_of("plan.device", plan.device, DEVICES)
-    if not 0 < plan.mfu <= 1:
-        raise UserError(f"plan.mfu={plan.mfu} is a share of the device's peak: more than 0, at most 1")
-    if plan.keep is not None and not 0 < plan.keep <= 1:
-        raise UserError(f"plan.keep={plan.keep} is a share of the visual tokens: more than 0, at most 1")
-    at_least("plan.samples", plan.samples, 1)
 
 
 def check_sweep(sweep: SweepConfig) -> None:
@@ -370,9 +334,44 @@ def _check_report(report: ReportConfig) -> None:
         raise UserError(f"report.heat={report.heat} needs two different keys, rows first; [] chooses them itself")
 
 
-def _model_type(key: str, arch: dict[str, Any]) -> None:
-    if not arch.get("model_type"):
-        raise UserError(f"{key}.arch.model_type is not set: name a transformers model, e.g. llama; see conf/{key}/")
+def check_arch(key: str, arch: dict[str, Any]) -> None:
+    """Raise UserError for fields of a transformers config that no network can have; which fields there are, and what
+    else they may be, only transformers knows (`model/arch.py`)."""
+    if not arch.get("model_type") or not isinstance(arch["model_type"], str):
+        raise UserError(f"{key}.model_type is not set: name a transformers model, e.g. llama; see conf/{key[:-5]}/")
+    for name, value in arch.items():
+        whole = isinstance(value, int) and not isinstance(value, bool)
+        if re.search(SIZES, name) and value is not None:
+            least = 8 if name == "max_position_embeddings" else 1  # special tokens and a word
+            most = 1000 if name.endswith("_layers") else 10**8
+            if not whole or not least <= value <= most:
+                raise UserError(f"{key}.{name}={value} must be a whole number from {least} to {most:,}")
+        elif "dropout" in name and (not (whole or isinstance(value, float)) or not 0 <= value < 1):
+            raise UserError(f"{key}.{name}={value} is a probability: a number from 0 to less than 1")
+        elif name.endswith("_eps") and (not (whole or isinstance(value, float)) or not 0 <= value <= 1):
+            raise UserError(f"{key}.{name}={value} must be a number from 0 to 1")
+        elif name.endswith("_token_id"):
+            words = arch.get("vocab_size") or 10**8
+            for token in (value or [[]]) if isinstance(value, list) else [value]:
+                if token is not None and not (type(token) is int and -1 <= token < words):
+                    raise UserError(f"{key}.{name}={value} is no token: {key}.vocab_size={words} are from 0")
+    rotary = arch.get("rope_parameters")
+    theta = (rotary if isinstance(rotary, dict) else arch).get("rope_theta", 1)
+    if isinstance(theta, bool) or not isinstance(theta, int | float) or theta < 1:
+        raise UserError(f"{key}: rope_theta={theta} must be a number of at least 1; 10000 is the usual one")
+    width, heads = arch.get("hidden_size"), arch.get("num_attention_heads")
+    groups = arch.get("num_key_value_heads")
+    if width and heads and not arch.get("head_dim") and width % heads:
+        raise UserError(f"{key}.hidden_size={width} is no multiple of {key}.num_attention_heads={heads}; correct one")
+    if heads and groups and heads % groups:
+        raise UserError(
+            f"{key}.num_attention_heads={heads} is no multiple of {key}.num_key_value_heads={groups}; correct one"
+        )
+    if key == "llm.arch" and width and heads and (arch.get("head_dim") or width // heads) % 2:
+        raise UserError(
+            f"{key}: heads of {arch.get('head_dim') or width // heads} features have no pairs to rotate by position; "
+            f"make hidden_size={width} / num_attention_heads={heads} (or head_dim) even"
+        )
 
 
 def _wheel(key: str, wheel: WheelConfig | None) -> None:

@@ -17,7 +17,7 @@ from omegaconf._utils import get_omega_conf_dumper
 from omegaconf.errors import OmegaConfBaseException
 
 from mmprune_train.config import checks
-from mmprune_train.config.explain import all_keys, explain, unknown_key, unknown_name
+from mmprune_train.config.explain import all_keys, explain, unknown_key, unknown_name, user_mistake
 from mmprune_train.config.identity import sweep_name
 from mmprune_train.config.launchers import register_launchers
 from mmprune_train.config.paths import conf_dir, options
@@ -98,8 +98,10 @@ def compose_config(overrides: list[str]) -> Config:
     try:
         with initialize_config_dir(config_dir=str(conf_dir()), version_base="1.3", job_name="mmprune"):
             cfg = compose(config_name="config", overrides=readable(overrides))
-    except (HydraException, OmegaConfBaseException) as error:
-        raise UserError(explain(error)) from error
+    except (HydraException, OmegaConfBaseException, AssertionError, ValueError) as error:
+        if (message := user_mistake(error)) is None:
+            raise
+        raise UserError(message) from error
     finally:
         GlobalHydra.instance().hydra = running
     return config_from(cfg)

@@ -8,23 +8,21 @@ import errno
 import functools
 import re
 import shlex
+import traceback
 import types
 from collections.abc import Iterable
-from typing import Union, get_args, get_origin, get_type_hints
+from pathlib import Path
+from typing import Any, Union, get_args, get_origin, get_type_hints
 
 from mmprune_train.config.paths import options
 from mmprune_train.config.schema import STAGES, Config
-from mmprune_train.config.typed import quoted
+from mmprune_train.config.typed import command_line, quoted
 from mmprune_train.errors import UserError
 
 _PLUS_GROUPS = ("experiment", "sweep", "hydra/launcher", "hydra/sweeper")
 
 _PLUGINS = {"hydra/sweeper": ("optuna",), "hydra/launcher": ("joblib", "submitit_local", "submitit_slurm")}
 """What the extra `sweep` installs."""
-
-
-NOT_ALLOWED = (errno.EACCES, errno.EPERM, errno.EROFS)
-"""Of files and folders that are another user's."""
 
 
 def nearest(word: str, known: Iterable[str]) -> str:
@@ -69,21 +67,66 @@ def all_keys(cls: type = Config, prefix: str = "") -> tuple[str, ...]:
     return tuple(keys)
 
 
+_RIGHTS = "let this user in there, or name another place: runs_dir=, of the cache the variable MMPRUNE_CACHE"
+_DISK = {
+    errno.EACCES: _RIGHTS,
+    errno.EPERM: _RIGHTS,
+    errno.EROFS: "name a place that can be written to: runs_dir=, of the cache the variable MMPRUNE_CACHE",
+    errno.ENOSPC: "make room there, or name another place",
+    errno.EDQUOT: "make room there, or name another place",
+    errno.ENOTDIR: "a file stands where a folder is needed: correct the path",
+    errno.EISDIR: "a folder stands where a file is needed: correct the path",
+    errno.ENAMETOOLONG: "give a shorter one",
+    errno.ELOOP: "its links go round: correct the path",
+}
+"""What an operating system finds wrong with a place that the user has named -> the remedy."""
+
+
 def user_mistake(error: Exception) -> str | None:
-    """The message for the user when the error is their input's, else None."""
-    if isinstance(error, UserError):
-        return str(error)
-    if isinstance(error, OSError) and error.errno in NOT_ALLOWED and error.filename:
-        return (
-            f"{error.filename}: {error.strerror}; let this user write there, or name another place: runs_dir=, "
-            "of the cache the variable MMPRUNE_CACHE"
-        )
+    """The message for the user when the error is their input's, or their disk's, else None."""
     from hydra.errors import HydraException
     from omegaconf.errors import OmegaConfBaseException
 
-    if isinstance(error, HydraException | OmegaConfBaseException):
-        return explain(error)
-    return None
+    if isinstance(error, UserError):
+        message = str(error)
+    elif isinstance(error, HydraException | OmegaConfBaseException):
+        message = explain(error)
+    elif isinstance(error, OSError) and error.errno in _DISK and error.filename:
+        message = f"{_named(error.filename)}: {error.strerror}; {_DISK[error.errno]}"
+    elif isinstance(error, AssertionError) and (key := _local(error, "Unexpected type for root: NoneType", "key")):
+        message = absent_section(key)
+    elif isinstance(error, ValueError) and (override := _local(error, "Config group override must be", "override")):
+        message = f"{override.input_line}: give the name of an option, or a list of them"
+    else:
+        return None
+    return re.sub(r"\S{300,}", lambda word: f"{word[0][:120]}...{word[0][-40:]}", message)
+
+
+def _named(place: object) -> str:
+    """A file or folder behind the key of the command line that names it, or a folder around it."""
+    path = Path(str(place))
+    for override in command_line():
+        key, _, value = override.partition("=")
+        if value and Path(value).expanduser() in (path, *path.parents):
+            return f"{key}: {path}"
+    return str(path)
+
+
+def _local(error: Exception, words: str, name: str) -> Any:
+    """What a variable held where an error with these words was raised: Hydra and OmegaConf do not say which override
+    they were at. None: it is another error."""
+    if words not in str(error):
+        return None
+    *_, (frame, _) = traceback.walk_tb(error.__traceback__)
+    return frame.f_locals.get(name)
+
+
+def absent_section(key: str) -> str:
+    """A line for a key of a section that is null here."""
+    section, group = key.rpartition(".")[0], key.split(".", 1)[0]
+    name = section.rpartition(".")[2]
+    choose = f"logger={name}, or logger=[csv,{name}]" if group == "logger" else f"{group}= with one that has it"
+    return f"{key}: {section} is not chosen, so it has no keys; choose {choose}"
 
 
 def explain(error: BaseException) -> str:

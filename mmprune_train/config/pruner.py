@@ -15,6 +15,7 @@ from mmprune_train.config.pruner_schema import (
     ScheduleConfig,
     VisionStageConfig,
 )
+from mmprune_train.config.ranges import check_values
 from mmprune_train.config.schema import EncoderConfig
 from mmprune_train.config.values import at_least, component, one_of
 from mmprune_train.errors import UserError
@@ -92,18 +93,6 @@ def check_knee(key: str, knee: KneeConfig, least: int = 1) -> None:
     """`key` is the dotted name of this budget, for the messages; `least` the smallest `min_tokens` it may have."""
     component(f"{key}.method", knee.method, KNEE_METHODS)
     one_of(f"{key}.no_knee", knee.no_knee, ("keep_all", "max_chord"))
-    if not 0 < knee.ratio <= 1:
-        raise UserError(f"{key}.ratio={knee.ratio} is a share of the tokens: more than 0, at most 1")
-    if knee.sensitivity < 0:
-        raise UserError(f"{key}.sensitivity={knee.sensitivity} must not be negative; 1.0 is Kneedle's default")
-    if not 0 < knee.mass <= 1:
-        raise UserError(f"{key}.mass={knee.mass} is a share of the scores' sum: more than 0, at most 1")
-    if not 0 <= knee.factor < math.inf:
-        raise UserError(f"{key}.factor={knee.factor} must be finite and not negative; 1.5 is the usual one")
-    if not 0 < knee.scale < math.inf:
-        raise UserError(f"{key}.scale={knee.scale} must be finite and more than 0; 1.0 keeps the count as measured")
-    at_least(f"{key}.neighbors", knee.neighbors, 1)
-    at_least(f"{key}.count", knee.count, 1)
     at_least(f"{key}.min_tokens", knee.min_tokens, least)
     if knee.max_tokens is not None and knee.max_tokens < knee.min_tokens:
         raise UserError(
@@ -112,6 +101,7 @@ def check_knee(key: str, knee: KneeConfig, least: int = 1) -> None:
 
 
 def check_pruner(pruner: PrunerConfig) -> None:
+    check_values(pruner, "pruner.")
     _check_vision_stage(pruner.vision)
     _check_language_stage(pruner.language)
     _check_schedule(pruner.schedule, pruner)
@@ -130,10 +120,6 @@ def _check_language_stage(stage: LanguageStageConfig) -> None:
     one_of(f"{key}.positions", stage.positions, POSITIONS)
     check_knee(f"{key}.knee", stage.knee)
     _check_shares(key, stage, "text_attention")
-    if not 0 < stage.merge_share <= 1:
-        raise UserError(f"{key}.merge_share={stage.merge_share} is a share of the dropped tokens: in (0, 1]")
-    at_least(f"{key}.merge_size", stage.merge_size, 1)
-    at_least(f"{key}.min_per_image", stage.min_per_image, 0)
     layers = _listed(stage.layer)
     if not layers or not all(map(_is_layer, layers)):
         raise UserError(
@@ -283,9 +269,6 @@ def _check_vision_stage(stage: VisionStageConfig) -> None:
     one_of(f"{key}.positions", stage.positions, POSITIONS)
     check_knee(f"{key}.knee", stage.knee)
     _check_shares(key, stage, "cls_attention")
-    at_least(f"{key}.merge_count", stage.merge_count, 1)
-    if not 0 <= stage.share <= 1:
-        raise UserError(f"{key}.share={stage.share} is the share of the budget that goes by score: from 0 to 1")
     component(f"{key}.recover.score", stage.recover.score, VISION_SCORES)
     check_knee(f"{key}.recover.knee", stage.recover.knee, least=0)
     if not stage.enabled:
@@ -328,14 +311,10 @@ def _check_schedule(schedule: ScheduleConfig, pruner: PrunerConfig) -> None:
     one_of(f"{key}.shape", schedule.shape, ("cosine", "linear"))
     for name in schedule.applies_to:
         one_of(f"{key}.applies_to", name, PRUNING_STAGES)
-    if not 0 <= schedule.start < schedule.end <= 1:
-        raise UserError(
-            f"{key}.start={schedule.start} and {key}.end={schedule.end} are shares of the steps: 0 <= start < end <= 1"
-        )
-    if not 0 < schedule.low <= schedule.high <= 1:
-        raise UserError(
-            f"{key}.low={schedule.low} and {key}.high={schedule.high} are shares of the tokens: 0 < low <= high <= 1"
-        )
+    if schedule.start >= schedule.end:
+        raise UserError(f"{key}.start={schedule.start} must be less than {key}.end={schedule.end}")
+    if schedule.low > schedule.high:
+        raise UserError(f"{key}.low={schedule.low} must be at most {key}.high={schedule.high}")
     if schedule.name != "constant" and not any(getattr(pruner, name).enabled for name in schedule.applies_to):
         on = [name for name in PRUNING_STAGES if getattr(pruner, name).enabled]
         raise UserError(

@@ -5,6 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any
 
+from mmprune_train.config.ranges import COUNT, number, positive, share
+
 
 @dataclass
 class KneeConfig:
@@ -13,25 +15,25 @@ class KneeConfig:
     method: str = "kneedle"
     """`kneedle`, `max_chord`, `l_method`, `menger`, `second_difference`, `otsu`, `iqr`, `lof`, `cumulative_mass`,
     `attention_entropy`, `effective_rank`, `fixed_ratio` or `fixed_count`; see docs/budgets.md."""
-    sensitivity: float = 1.0
+    sensitivity: float = number(1.0, 0, 1e6)
     """kneedle: S of Satopaa et al. 2011; larger waits longer before it calls a bend a knee."""
     no_knee: str = "keep_all"
     """kneedle: what to do with a curve that has no knee: `keep_all` or `max_chord`."""
-    factor: float = 1.5
+    factor: float = number(1.5, 0, 1e6)
     """iqr: interquartile ranges above the third quartile where an outlier begins; larger keeps fewer."""
-    neighbors: int = 20
+    neighbors: int = number(20, 1)
     """lof: neighbours whose density an outlier falls short of; a shorter row uses all it has."""
-    mass: float = 0.9
+    mass: float = share(0.9, "the scores' sum")
     """cumulative_mass: share of the scores' sum that is kept."""
-    scale: float = 1.0
+    scale: float = positive(1.0, 1e6)
     """attention_entropy, effective_rank: tokens kept per token of spread or per dimension."""
-    ratio: float = 0.25
+    ratio: float = share(0.25, "the tokens")
     """fixed_ratio: share of the row to keep."""
-    count: int = 64
+    count: int = number(64, 1)
     """fixed_count: tokens to keep."""
-    min_tokens: int = 1
+    min_tokens: int = number(1, 0)
     """Never keep fewer than this (or than the row has)."""
-    max_tokens: int | None = None
+    max_tokens: int | None = number(None, 1)
     """Never keep more than this; null: no limit."""
 
 
@@ -60,21 +62,21 @@ class VisionStageConfig:
     """`cls_attention`, `cls_attention_wide`, `cls_cosine` (encoders with CLS), `map_attention` (SigLIP),
     `text_similarity`, `text_similarity_bare`, `text_dissimilarity` (CLIP with its text tower), `pooled_cosine`,
     `feature_norm`, `uniform_grid` or `random`; `docs/scores.md` says what each is."""
-    layer: int | None = None
+    layer: int | None = number(None, -10_000, 10_000)
     """Encoder block, from 0 or negative from the end, whose queries and keys give the `cls_attention` scores and the
     keys of merges, and whose output the text scores read; null: the block that made the feature layer."""
     knee: KneeConfig = field(default_factory=_follow("knee"))
     selection: str = "top"
     """Which patches the budget keeps: `top` (the best scores), `max_min`, `dpp`, `top_and_uniform` or
     `top_and_distinct`; see `docs/methods.md`."""
-    share: float = 0.5
+    share: float = number(0.5, 0, 1, says=": the share of the budget that goes by score")
     """top_and_distinct: share of the budget that goes by score."""
     space: str = "features"
     """What diverse selections measure distances on: the encoder's `features`, or `projected`: after the projector."""
     recover: RecoverConfig = field(default_factory=RecoverConfig)
     merge: str = "none"
     """What dropped patches leave behind: `none`, `nearest`, `mean_token`, `prumerge`, `contextual` or `centres`."""
-    merge_count: int = 32
+    merge_count: int = number(32, 1)
     """prumerge, centres: neighbours a patch takes in; contextual: tokens made of dropped patches."""
     order: str = "raster"
     """How kept patches enter the LLM: `raster`, or `rank`: best score first, tokens that a merge made last."""
@@ -103,7 +105,7 @@ class LanguageStageConfig:
     """First LLM layer that sees the short sequence: its index from 0, or a share of the LLM's depth (0.25), or a rising
     list of them (a pyramid)."""
     knee: KneeConfig = field(default_factory=_follow("knee"))
-    amounts: list[float] | None = None
+    amounts: list[float] | None = positive(None, COUNT)
     """One for each layer, in place of `knee.ratio` (fixed_ratio; a share of what that layer still has) or `knee.count`
     (fixed_count); null: the same budget at every layer."""
     candidates: str = "visual_and_text"
@@ -111,7 +113,7 @@ class LanguageStageConfig:
     ranking: str = "per_kind"
     """`per_kind`: a turn's visual tokens have a curve and a knee of their own, its text tokens another; `joint`: both
     kinds share one, where text, which attends to its neighbours, leaves few visual tokens."""
-    min_per_image: int = 1
+    min_per_image: int = number(1, 0)
     """Visual tokens of every image that stay at each pruning layer, whatever the budget: the image's best, in exchange
     for the lowest-ranked others of its turn, or beyond the count where that is smaller. 0: a turn of several images may
     lose all tokens of one."""
@@ -119,9 +121,9 @@ class LanguageStageConfig:
     """A turn without question text (the plain template): `keep_all` or `last_token_attention`."""
     merge: str = "none"
     """What dropped visual tokens leave behind: `none`, or `recycle`: the best of them, as means of clusters."""
-    merge_share: float = 0.3
+    merge_share: float = share(0.3, "the dropped tokens")
     """recycle: share of a turn's dropped visual tokens, best score first, that are clustered; at least one."""
-    merge_size: int = 10
+    merge_size: int = number(10, 1)
     """recycle: tokens a cluster has on average."""
     positions: str = "original"
     """Position ids after pruning: `original` or `contiguous`."""
@@ -136,15 +138,15 @@ class ScheduleConfig:
     optimizer step draws a share that takes the place of the budgets' counts."""
     applies_to: list[str] = field(default_factory=lambda: ["vision", "language"])
     """Pruning stages whose budgets move: `vision`, `language` or both."""
-    start: float = 0.1
+    start: float = number(0.1, 0, 1, says=": a share of the steps")
     """anneal: share of the steps before which everything is kept."""
-    end: float = 0.6
+    end: float = number(0.6, 0, 1, says=": a share of the steps")
     """anneal: share of the steps from which on the budgets' own counts are kept."""
     shape: str = "cosine"
     """anneal: how it falls in between, `cosine` or `linear`."""
-    low: float = 0.1
+    low: float = share(0.1, "the tokens")
     """random: smallest share of a row's tokens that a step may keep."""
-    high: float = 1.0
+    high: float = share(1.0, "the tokens")
     """random: largest one."""
 
 

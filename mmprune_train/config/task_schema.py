@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
+from mmprune_train.config.ranges import number, share
+
 
 @dataclass
 class EvaluateConfig:
@@ -14,10 +16,10 @@ class EvaluateConfig:
     turns: str = "all"
     """`all`: every turn of a conversation is a question, asked after the turns before it with their reference answers;
     `first`: the first alone."""
-    limit: int | None = None
+    limit: int | None = number(None, 1)
     """First N questions of each kind; null: all."""
-    batch_size: int = 32
-    max_new_tokens: int = 16
+    batch_size: int = number(32, 1, 10**6)
+    max_new_tokens: int = number(16, 1, 10**6)
     blank: bool = True
     """Also measure with the image blanked (the mean colour), which shows what the text alone gives away."""
     kinds: list[str] = field(default_factory=list)
@@ -32,7 +34,7 @@ class GenerateConfig:
     """Everything behind the `=`; `-` reads standard input. Images stand where it says `<image>`, else before it."""
     question_file: str | None = None
     """Text file with the question, in place of `question`."""
-    max_new_tokens: int = 64
+    max_new_tokens: int = number(64, 1, 10**6)
 
 
 @dataclass
@@ -44,19 +46,19 @@ class BenchConfig:
     """Pruners to measure side by side, by name; the one that `pruner=` chooses has the command line's settings."""
     stage: str | None = None
     """Training stage whose samples, template and frozen parts are measured; null: the last of `stages`."""
-    batch_size: int | None = None
+    batch_size: int | None = number(None, 1, 10**6)
     """Samples of the batch; null: the stage's."""
     baseline: bool = True
     """Also measure transformers' own LlavaForConditionalGeneration: padded, dense, logits at every position."""
     cached: bool = True
     """train: also measure each pruner with a warm feature cache, where its stage 1 can be cached."""
-    new_tokens: int = 16
+    new_tokens: int = number(16, 2, 10**6)
     """generate: tokens that each sample writes."""
-    images: int = 16
+    images: int = number(16, 1, 10**6)
     """selection: images of the batch, spread over the stage's data."""
-    batches: int = 100
+    batches: int = number(100, 1, 10**6)
     """lengths: the stage's first batches, each of other lengths; as many steps repeat the one nearest to their mean."""
-    repeats: int = 3
+    repeats: int = number(3, 1, 10**6)
     """Counted passes, interleaved; times are their medians."""
 
 
@@ -64,14 +66,14 @@ class BenchConfig:
 class CalibrateConfig:
     """What `task=calibrate` measures, and on what."""
 
-    images: int = 256
+    images: int = number(256, 1)
     """Different images to look at, drawn by `seed`; fewer where the split has fewer."""
     split: str = "instruct"
     """`pretrain` or `instruct`: whose samples, template and image preparation; never the questions of evaluation."""
     measure: str = "vision"
     """`vision`: visual tokens that stage 1 leaves / dense ones; `layer_mean`: the keep ratio, tokens entering an LLM
     layer averaged over layers / dense tokens, with stage 2 in the loop."""
-    target: float | None = 0.22
+    target: float | None = share(0.22, "the tokens; null reports only")
     """Share to meet, the method's headline unless given; null: report only."""
     budgets: list[str] = field(default_factory=list)
     """Budgets to report; empty: all. The chosen one is always among them."""
@@ -85,12 +87,12 @@ class PlanConfig:
     """Accelerator to plan for: `b200_180gb`, `h200_141gb`, `h100_80gb`, `h100_pcie_80gb`, `h100_nvl_94gb`, `a100_80gb`,
     `a100_40gb`, `l40s_48gb`, `rtx_a6000_48gb`, `rtx4090_24gb`, `rtx3090_24gb`, `l4_24gb`, `a10_24gb` or `cpu`; null:
     the GPU that is here, else `a100_80gb`."""
-    mfu: float = 0.4
+    mfu: float = share(0.4, "the device's peak")
     """Share of the device's peak throughput that a step reaches, recomputation counted as work: an assumption."""
-    keep: float | None = None
+    keep: float | None = share(None, "the visual tokens")
     """Share of visual tokens that enter an LLM layer, averaged over layers, for budgets that depend on the images (the
     `visual_keep_ratio` of metrics.jsonl); null: what a run of these settings kept, else 0.22."""
-    samples: int = 512
+    samples: int = number(512, 1)
     """Samples of a stage whose lengths are counted, drawn by `seed`."""
 
 

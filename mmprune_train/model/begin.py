@@ -6,7 +6,6 @@ from contextlib import nullcontext
 
 import torch
 from transformers import (
-    AutoConfig,
     AutoModel,
     AutoModelForCausalLM,
     LlavaForConditionalGeneration,
@@ -17,6 +16,7 @@ from transformers import (
 
 from mmprune_train.config.pruner import reads_text
 from mmprune_train.config.schema import Config
+from mmprune_train.model.arch import arch_config
 from mmprune_train.model.build import fresh, grown, load_llava, load_model, packed, put_together, vision_tower
 from mmprune_train.model.llava import PackedLlava
 from mmprune_train.model.question import QuestionEncoder, find_question_encoder, new_question_encoder
@@ -131,7 +131,7 @@ def _tower(config: Config, inside: Tensors, start: Start, dtype: torch.dtype, em
     """The vision tower of an original checkpoint: its own, where it holds one, else the chosen encoder."""
     if not inside:
         return vision_tower(config.encoder, encoder_folder(config.encoder), dtype, empty)
-    settings = AutoConfig.for_model(**config.encoder.arch)
+    settings = arch_config("encoder.arch", config.encoder.arch)
     if empty:
         return AutoModel.from_config(settings, dtype=dtype)
     with torch.device("meta"):

@@ -11,7 +11,6 @@ from typing import Any
 import torch
 from safetensors import SafetensorError
 from transformers import (
-    AutoConfig,
     AutoModel,
     AutoModelForCausalLM,
     LlavaConfig,
@@ -29,7 +28,9 @@ from mmprune_train.config.schema import Config, EncoderConfig, LlmConfig, TextTo
 from mmprune_train.data.images import image_processor
 from mmprune_train.data.templates import template_name
 from mmprune_train.errors import UserError
+from mmprune_train.model.arch import arch_config, described
 from mmprune_train.model.conversation import converse
+from mmprune_train.model.language import check_language_model
 from mmprune_train.model.llava import PackedLlava
 from mmprune_train.model.processor import load_processor
 from mmprune_train.model.projector import new_projector
@@ -53,7 +54,7 @@ VOCAB_MULTIPLE = 64
 
 def _vision_config(folder: Path | None, arch: dict[str, Any]) -> PreTrainedConfig:
     if folder is None:
-        return AutoConfig.for_model(**arch)
+        return arch_config("encoder.arch", arch)
     config = config_of(folder)
     return getattr(config, "vision_config", config)
 
@@ -71,7 +72,7 @@ def vision_tower(cfg: EncoderConfig, folder: Path | None, dtype: torch.dtype, em
             f"encoder.path: {folder} holds a {config.model_type} of width {config.hidden_size} and "
             f"{config.num_hidden_layers} layers, encoder={cfg.name} describes another; choose the fitting encoder="
         )
-    with torch.device("meta"):
+    with torch.device("meta"), described("encoder.arch" if folder is None else str(folder), cfg.arch):
         outline = AutoModel.from_config(config)
     check_patches(outline, cfg)
     if folder is None or empty:
@@ -90,8 +91,10 @@ def language_model(
     `empty`: the weights are not read.
     """
     if folder is None or empty:
-        config = AutoConfig.for_model(**cfg.arch) if folder is None else config_of(folder)
-        model = AutoModelForCausalLM.from_config(config, dtype=dtype)
+        config = arch_config("llm.arch", cfg.arch) if folder is None else config_of(folder)
+        check_language_model(config)
+        with described("llm.arch" if folder is None else str(folder), cfg.arch):
+            model = AutoModelForCausalLM.from_config(config, dtype=dtype)
     else:
         model = load_whole(AutoModelForCausalLM, folder, dtype=dtype)
     return grown(model, tokenizer)
@@ -156,13 +159,14 @@ def make_processor(
 
 def build_on_meta(config: Config) -> PackedLlava:
     """The run's network without weights, from the config alone: for planning, and for testing 7B models on a laptop."""
-    vision, text = AutoConfig.for_model(**config.encoder.arch), AutoConfig.for_model(**config.llm.arch)
+    vision, text = arch_config("encoder.arch", config.encoder.arch), arch_config("llm.arch", config.llm.arch)
     image_token = text.vocab_size
     text.vocab_size = -(-(text.vocab_size + 1) // VOCAB_MULTIPLE) * VOCAB_MULTIPLE
     with torch.device("meta"):
-        hf = LlavaForConditionalGeneration(
-            llava_config(config.encoder, vision, text, config.projector.name, image_token)
-        )
+        with described("encoder.arch or llm.arch"):
+            hf = LlavaForConditionalGeneration(
+                llava_config(config.encoder, vision, text, config.projector.name, image_token)
+            )
         check_patches(hf.model.vision_tower, config.encoder)
         if config.projector.name == "linear":
             hf.model.multi_modal_projector.linear_2.requires_grad_(False)

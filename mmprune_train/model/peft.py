@@ -27,6 +27,14 @@ def linear_names(module: nn.Module) -> list[str]:
     return sorted({name.rsplit(".", 1)[-1] for name, part in module.named_modules() if isinstance(part, nn.Linear)})
 
 
+def adapter_targets(hf: LlavaForConditionalGeneration, cfg: PeftConfig) -> list[str]:
+    """Last name parts of the Linears that get adapters. Raises UserError for one that the LLM has not."""
+    known = linear_names(hf.model.language_model.layers)
+    if unknown := sorted(set(cfg.target_modules) - set(known)):
+        raise UserError(f"peft.target_modules: this LLM has no {', '.join(unknown)}; it has {', '.join(known)}")
+    return list(cfg.target_modules) or known
+
+
 def add_adapters(model: PackedLlava, cfg: PeftConfig, quantize: torch.dtype | None = None) -> None:
     """Put LoRA (Hu et al. 2021), DoRA (Liu et al. 2024) or QLoRA (Dettmers et al. 2023) on the LLM's decoder layers, in
     place, all else frozen.
@@ -39,11 +47,7 @@ def add_adapters(model: PackedLlava, cfg: PeftConfig, quantize: torch.dtype | No
     """
     if cfg.name == "none":
         return
-    layers = model.hf.model.language_model.layers
-    known = linear_names(layers)
-    targets = list(cfg.target_modules) or known
-    if unknown := sorted(set(targets) - set(known)):
-        raise UserError(f"peft.target_modules: this LLM has no {', '.join(unknown)}; it has {', '.join(known)}")
+    layers, targets = model.hf.model.language_model.layers, adapter_targets(model.hf, cfg)
     lora = LoraConfig(
         r=cfg.r,
         lora_alpha=cfg.alpha,

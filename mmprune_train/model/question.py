@@ -17,6 +17,7 @@ from transformers import CLIPConfig, CLIPModel, PreTrainedTokenizerBase
 
 from mmprune_train.config.schema import EncoderConfig, TextTowerConfig
 from mmprune_train.errors import UserError
+from mmprune_train.model.arch import arch_config, described
 from mmprune_train.model.tokenizer import tiny_tokenizer
 from mmprune_train.model.weights.auto import config_of, tokenizer_of
 from mmprune_train.model.weights.folders import check_folder
@@ -184,9 +185,11 @@ def question_encoder_on_meta(cfg: EncoderConfig) -> QuestionEncoder:
 
 
 def _random_clip(cfg: EncoderConfig, text: TextTowerConfig) -> CLIPModel:
+    arch_config("encoder.text.arch", {"model_type": "clip_text_model", **text.arch})
     vision = {**cfg.arch, "num_hidden_layers": 0}
     projection = {"projection_dim": text.arch["projection_dim"]} if "projection_dim" in text.arch else {}
-    return CLIPModel(CLIPConfig(text_config=dict(text.arch), vision_config=vision, **projection))
+    with described("encoder.text.arch", text.arch):
+        return CLIPModel(CLIPConfig(text_config=dict(text.arch), vision_config=vision, **projection))
 
 
 def find_question_encoder(folder: Path, text: TextTowerConfig | None, dtype: torch.dtype) -> QuestionEncoder:

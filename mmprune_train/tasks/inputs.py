@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Sequence
 from functools import cache, partial
 from pathlib import Path
@@ -181,6 +182,7 @@ def machine_faults(config: Config, todo: Sequence[str]) -> list[str]:
     import torch
 
     from mmprune_train.model.quantize import check_quantization
+    from mmprune_train.training.loggers import logger_faults
     from mmprune_train.training.precision import choose_accelerator
 
     faults: list[str] = []
@@ -193,10 +195,13 @@ def machine_faults(config: Config, todo: Sequence[str]) -> list[str]:
             faults.append(
                 f"trainer.devices={wanted}: this machine has {there} CUDA device(s); set trainer.devices={there}"
             )
+        if accelerator == "cpu" and wanted > (most := max(8, 4 * (os.cpu_count() or 1))):
+            faults.append(f"trainer.devices={wanted}: too many processes for this processor; set {most} or less")
         if config.peft.name == "qlora" and any(config.stage[name].use_peft for name in todo):
             check_quantization(accelerator)
     except UserError as error:
         faults.append(str(error))
+    faults += logger_faults(config.logger)
     names = {config.stage[name].strategy or config.strategy.name for name in todo}
     deep = sorted(name for name in names if name.startswith("deepspeed"))
     if deep and find_spec("deepspeed") is None:

@@ -8,13 +8,13 @@ from statistics import fmean
 from typing import Any
 
 import torch
-from transformers import AutoConfig
 
 from mmprune_train.config.identity import run_dir
 from mmprune_train.config.schema import Config
 from mmprune_train.devices import CPU, Device, device_peak, present_device
 from mmprune_train.errors import NotHere
 from mmprune_train.files import read_jsonl, write_json
+from mmprune_train.model.arch import arch_config
 from mmprune_train.planning.lengths import data_dependent, solve_share
 from mmprune_train.planning.plan import StagePlan, plan_stage
 from mmprune_train.planning.remedies import first_that_fits
@@ -132,7 +132,7 @@ def budget_share(config: Config, name: str, data: StageSamples) -> tuple[float, 
         rows = read_jsonl(run_dir(config) / name / "metrics.jsonl")
         keep = fmean(row["visual_keep_ratio"] for row in rows) if rows else HEADLINE
         source = f"measured by {run_dir(config) / name}" if rows else "ASSUMED, the method's headline; set plan.keep"
-    depth = int(AutoConfig.for_model(**config.llm.arch).num_hidden_layers)
+    depth = int(arch_config("llm.arch", config.llm.arch).num_hidden_layers)
     share = solve_share(config.pruner, data.samples[:SOLVED_ON], config.encoder.patches, depth, keep)
     note = "" if config.pruner.schedule.name == "constant" else "; pruner.schedule moves it, early steps may run dense"
     return share, f"{keep:.2f} of the visual tokens, averaged over layers ({source}){note}"

@@ -11,11 +11,9 @@ from mmprune_train.assets import sha256_of
 from mmprune_train.config.compose import config_from_file
 from mmprune_train.config.identity import run_dir, without_effect
 from mmprune_train.config.schema import Config
-from mmprune_train.data.records import read_records
-from mmprune_train.data.sources import data_root, split_files
+from mmprune_train.data.sources import data_root
 from mmprune_train.errors import NotFinite, UserError
 from mmprune_train.reporting.training import result_text
-from mmprune_train.tasks.inputs import find_inputs
 from mmprune_train.training.cluster import is_next_turn, join, rank_here
 from mmprune_train.training.lock import alone_in
 from mmprune_train.training.rundir import RunDirectory, discard_unstarted, open_run
@@ -82,7 +80,9 @@ def _make(config: Config, todo: list[str], asked: dict[str, Any] | None, main: b
     end_with_parent()
     join(config.trainer.devices)
     with Preemption(config.restart) as preemption:
-        _check_inputs(config, todo, asked is not None)
+        from mmprune_train.tasks.preflight import check_inputs
+
+        check_inputs(config, todo, asked is not None)
         with alone_in(run_dir(config)) if main else nullcontext():
             new = main and (config.restart or not run_dir(config).exists())
             directory = open_run(config, writable=main)
@@ -112,19 +112,6 @@ def _evaluated(config: Config, directory: RunDirectory, asked: dict[str, Any] | 
         result["evaluated_with"] = asked
     directory.write_result(result)
     return result
-
-
-def _check_inputs(config: Config, todo: list[str], evaluates: bool) -> None:
-    """Before the run directory is made: a run that cannot start leaves nothing behind."""
-    find_inputs(config, todo, [*todo, *(["evaluate"] if evaluates else [])])
-    if evaluates:
-        from mmprune_train.tasks.evaluate import question_set, training_answers
-
-        question_set(config)  # a mistake in it is told now, not after hours of training
-        if config.data.blind:
-            training_answers(config)
-    for name in todo:  # a mistake in a later stage's data would show after the stages before it were trained
-        read_records(*split_files(config.data, name), getattr(config.data, name).limit)
 
 
 def _train(config: Config, directory: RunDirectory, todo: list[str], main: bool, preemption: Preemption) -> None:

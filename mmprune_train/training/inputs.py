@@ -19,6 +19,7 @@ from mmprune_train.data.loader import TrainLoader, train_loader
 from mmprune_train.data.records import Annotations, Record, read_annotations
 from mmprune_train.data.sources import split_files
 from mmprune_train.data.templates import get_template
+from mmprune_train.errors import UserError
 from mmprune_train.training.stream import steps_of
 
 
@@ -58,6 +59,12 @@ def stage_extent(config: Config, name: str, data: Annotations) -> Extent:
     """What stage `name` sees of `data`, its annotation file."""
     stage, limit, used = config.stage[name], getattr(config.data, name).limit, len(data.records)
     size = stage.global_batch_size
+    if size > used:
+        limited = f", data.{name}.limit={limit}" if used < data.available else ""
+        raise UserError(
+            f"stage.{name}.global_batch_size={size} is more than the {used} samples of data.{name}{limited}: one step "
+            f"would see samples twice; set it to {used} or less, or give more data"
+        )
     whole = steps_of(used, stage.epochs, size, None)
     steps = whole if stage.max_steps is None else stage.max_steps
     passes = steps * size / used

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import csv
+import hashlib
 import netrc
 import os
+import re
 import sys
 import threading
 from argparse import Namespace
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
@@ -191,6 +194,20 @@ def has_wandb_account() -> bool:
     return bool(os.environ.get("WANDB_API_KEY")) or _in_netrc(server)
 
 
+def logger_faults(config: LoggerConfig) -> list[str]:
+    """What this machine lacks for the chosen loggers, in a line each."""
+    faults = []
+    for name in ("tensorboard", "wandb"):
+        if getattr(config, name) is not None and find_spec(name) is None:
+            faults.append(f"logger={name}: {name} is not installed; pip install {name}, or choose logger=csv")
+    if config.wandb is not None and not wandb_offline(config.wandb) and not has_wandb_account():
+        faults.append(
+            f"logger.wandb.mode={config.wandb.mode}: no account is set up here; run `wandb login` (or set "
+            "WANDB_API_KEY), or set logger.wandb.mode=offline"
+        )
+    return faults
+
+
 def _in_netrc(url: str) -> bool:
     """Whether `wandb login` has left an entry for this server."""
     try:
@@ -198,6 +215,12 @@ def _in_netrc(url: str) -> bool:
     except (OSError, netrc.NetrcParseError):
         return False
     return urlsplit(url).hostname in entries.hosts
+
+
+def _wandb_id(run_name: str) -> str:
+    """The name without what wandb does not take, and short enough to be part of file names."""
+    name = re.sub(r"[:;,#?/'%\\]", "-", run_name)
+    return name if len(name) <= 120 else f"{name[:80]}-{hashlib.sha256(name.encode()).hexdigest()[:16]}"
 
 
 def _wandb(config: WandbConfig, stage_dir: Path, run_name: str, earlier: list[dict[str, Any]]) -> Logger:
@@ -210,7 +233,7 @@ def _wandb(config: WandbConfig, stage_dir: Path, run_name: str, earlier: list[di
         project=config.project,
         entity=config.entity,
         name=run_name,
-        id=run_name,
+        id=_wandb_id(run_name),
         save_dir=stage_dir,
         offline=offline,
         mode="offline" if offline else "online",

@@ -27,7 +27,8 @@ from mmprune_train.tasks.evaluate import folder_name
 Command = Callable[..., tuple[int, str, str]]
 SHORT = ("evaluate.max_new_tokens=2", "evaluate.blank=false", "trainer.precision=fp32")
 ALL = ("evaluate.limit=null", "trainer.precision=fp32")
-ASKED = ("stages=[instruct]", "stage.instruct.max_steps=1", "evaluate.limit=2", *SHORT)
+SIX = "stage.instruct.global_batch_size=4"  # the samples are six
+ASKED = ("stages=[instruct]", "stage.instruct.max_steps=1", SIX, "evaluate.limit=2", *SHORT)
 
 
 @pytest.fixture(scope="module")

@@ -22,7 +22,7 @@ from mmprune_train.errors import UserError
 from mmprune_train.files import read_json
 from mmprune_train.model.build import load_model
 from mmprune_train.model.tokenizer import tiny_tokenizer
-from mmprune_train.tasks import checkpoint, evaluate, generate, inspect, prepare, train
+from mmprune_train.tasks import checkpoint, evaluate, generate, inspect, preflight, prepare, train
 from mmprune_train.tasks.checkpoint import find_checkpoint
 from mmprune_train.training.inputs import stage_image_processor
 
@@ -105,7 +105,7 @@ def test_a_finished_run_prints_its_table_again_and_trains_nothing(
 ) -> None:
     config, result, _ = finished
     monkeypatch.setattr(train, "_train", lambda *_: pytest.fail("trained again"))
-    monkeypatch.setattr(train, "find_inputs", lambda *_: pytest.fail("looked for weights"))
+    monkeypatch.setattr(preflight, "find_inputs", lambda *_: pytest.fail("looked for weights"))
     assert train.run(config) == json.loads(json.dumps(result))
     told = capsys.readouterr().out
     assert "blind majority" in told and "image blanked" in told and "seconds per step" in told

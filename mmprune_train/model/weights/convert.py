@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from mmprune_train.errors import UserError
+from mmprune_train.model.arch import arch_config
 from mmprune_train.model.weights.auto import DATA_ALONE, tokenizer_of
 from mmprune_train.quiet import quiet
 
@@ -34,12 +35,12 @@ def gguf_to_folder(file: Path, folder: Path, arch: dict[str, Any]) -> None:
     transformers cannot save what it has just read from GGUF, so the tensors go into a model made from `arch`; every
     field that both configurations have must agree, since a wrong RoPE base would otherwise go unnoticed.
     """
-    from transformers import AutoConfig, AutoModelForCausalLM
+    from transformers import AutoModelForCausalLM
 
     source = AutoModelForCausalLM.from_pretrained(
         str(file.parent), gguf_file=file.name, dtype=torch.float32, **DATA_ALONE
     )
-    config = AutoConfig.for_model(**arch)
+    config = arch_config("llm.arch", arch)
     for name in COMPARED:
         stated, found = getattr(config, name, None), getattr(source.config, name, None)
         if found is not None and not _agree(stated, found):
@@ -65,9 +66,9 @@ def onnx_to_folder(file: Path, folder: Path, arch: dict[str, Any]) -> None:
     the installed transformers; `load_state_dict` would leave the attention projections untouched without a word.
     """
     from safetensors.torch import save_file
-    from transformers import AutoConfig, AutoModel
+    from transformers import AutoModel
 
-    config = AutoConfig.for_model(**arch)
+    config = arch_config("encoder.arch", arch)
     save_file(dinov2_tensors(file), folder / "model.safetensors", metadata={"format": "pt"})
     config.save_pretrained(folder)
     model, info = AutoModel.from_pretrained(folder, output_loading_info=True, dtype=torch.float32, **DATA_ALONE)

@@ -6,10 +6,11 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from transformers import AutoConfig, PreTrainedConfig
+from transformers import PreTrainedConfig
 
 from mmprune_train.config.schema import Config, EncoderConfig, LlmConfig
 from mmprune_train.errors import UserError
+from mmprune_train.model.arch import arch_config
 from mmprune_train.model.tokenizer import IMAGE_TOKEN, load_tokenizer
 from mmprune_train.model.vision import feature_indices
 from mmprune_train.model.weights.auto import config_of
@@ -153,7 +154,7 @@ def chosen_config(part: EncoderConfig | LlmConfig) -> PreTrainedConfig:
     if folder is not None and (folder / "config.json").is_file():
         config = config_of(folder)
         return getattr(config, "vision_config", config)
-    return AutoConfig.for_model(**part.arch)
+    return arch_config("encoder.arch" if isinstance(part, EncoderConfig) else "llm.arch", part.arch)
 
 
 def _language(llm: LlmConfig, there: Any) -> Iterator[Difference]:

@@ -1,0 +1,123 @@
+"""What numbers and texts may be: the range stands at each field of the config, and is held here.
+
+Standard library only.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+from mmprune_train.config.typed import FILES, PATHS
+from mmprune_train.errors import UserError
+
+COUNT = 10**9
+"""Most of what is counted: samples, steps, tokens."""
+LARGE = 1e30
+"""Most of what is measured: in fp32 its square is infinite."""
+SMALL = 1e-15
+"""Least of what must be more than 0."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Range:
+    """From `least` to `most`, both among it unless `below` says that `most` is not."""
+
+    least: float
+    most: float
+    below: bool = False
+    says: str = ""
+    """What else helps, for the message."""
+
+    def fault(self, value: float) -> str | None:
+        """What the value must be; None: it is that."""
+        if value < self.least:
+            positive = self.least == SMALL and value <= 0
+            return f"{'more than 0' if positive else f'at least {_plain(self.least)}'}{self.says}"
+        if value > self.most or (self.below and value == self.most):
+            return f"{'less than' if self.below else 'at most'} {_plain(self.most)}{self.says}"
+        return None
+
+
+def number(default: Any, least: float, most: float = COUNT, below: bool = False, says: str = "") -> Any:
+    """A field that holds a number in this range, or a list of such numbers; None where its type lets it be null."""
+    held = {"range": Range(least, most, below, says)}
+    if isinstance(default, list):
+        return dataclasses.field(default_factory=lambda: list(default), metadata=held)
+    return dataclasses.field(default=default, metadata=held)
+
+
+def positive(default: Any, most: float = LARGE, says: str = "") -> Any:
+    """One that is more than 0."""
+    return number(default, SMALL, most, says=says)
+
+
+def share(default: Any, of: str) -> Any:
+    """One that is more than 0 and at most 1."""
+    return number(default, SMALL, 1, says=f": a share of {of}")
+
+
+def check_values(tree: Any, prefix: str = "") -> None:
+    """Raise UserError for a number out of its key's range or not finite, and a text that no file or library takes.
+
+    Args:
+        tree: a config, or one of its dataclasses.
+        prefix: dotted name of the tree with a dot behind it, for the messages.
+    """
+    for item in dataclasses.fields(tree):
+        key, value = prefix + item.name, getattr(tree, item.name)
+        if value == "" and (item.default is None or (item.name in PATHS and item.name != "images")):
+            raise UserError(f"{key} is empty; give it a value, or leave it out")
+        for where, leaf in _leaves(key, value):
+            _check_leaf(where, leaf, item.metadata.get("range"))
+
+
+def _leaves(key: str, value: Any) -> Iterator[tuple[str, Any]]:
+    if dataclasses.is_dataclass(value):
+        check_values(value, f"{key}.")
+    elif isinstance(value, Mapping):
+        for name, inner in value.items():
+            yield key, name
+            yield from _leaves(f"{key}.{name}", inner)
+    elif isinstance(value, list | tuple):
+        for inner in value:
+            yield from _leaves(key, inner)
+    else:
+        yield key, value
+
+
+def _check_leaf(key: str, value: Any, allowed: Range | None) -> None:
+    if isinstance(value, str):
+        _check_text(key, value)
+    elif isinstance(value, int | float) and not isinstance(value, bool):
+        if not math.isfinite(value):
+            raise UserError(f"{key}={value} is not finite; give a number")
+        if allowed is not None and (fault := allowed.fault(value)):
+            raise UserError(f"{key}={value} must be {fault}")
+
+
+def _check_text(key: str, text: str) -> None:
+    if "\0" in text or any("\ud800" <= character <= "\udfff" for character in text):
+        raise UserError(f"{key}={text!r} is not valid UTF-8, or holds a NUL character; write it without")
+    is_path = key.rpartition(".")[2] in PATHS or key in FILES
+    if is_path and (len(text.encode()) > 4000 or any(len(part.encode()) > 255 for part in text.split("/"))):
+        raise UserError(f"{key}={text[:60]}...: no path is as long as that ({len(text)} characters); correct it")
+
+
+def check_folder_name(key: str, name: str | None) -> None:
+    """Raise UserError where a text cannot name one folder: other words are put behind it, so it may not be as long as a
+    file system allows."""
+    if name is None:
+        return
+    if not name or name in (".", "..") or "/" in name or "\\" in name:
+        raise UserError(f"{key}={name} names a folder: no slashes, not empty; runs_dir= says where runs go")
+    if len(name.encode()) > 160:
+        raise UserError(f"{key}={name[:40]}... names a folder: at most 160 bytes, this has {len(name.encode())}")
+    if not name.isprintable() or name != name.strip():
+        raise UserError(f"{key}={name!r} names a folder: no control characters, no spaces around it")
+
+
+def _plain(value: float) -> str:
+    return f"{value:,}" if isinstance(value, int) and value < COUNT else f"{value:g}"
