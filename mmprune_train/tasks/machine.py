@@ -179,13 +179,12 @@ def kinds(config: Config) -> list[str]:
 
 def attention(config: Config) -> dict[str, Ask]:
     """Every kernel for the heads of `llm=` on the device and in the precision that training would take."""
-    from transformers import AutoConfig
-
+    from mmprune_train.model.arch import arch_config
     from mmprune_train.model.attention import backend_for
     from mmprune_train.model.kernels import BACKENDS, Backend, Needs
 
     device, in_which = chosen(config)
-    llm = AutoConfig.for_model(**config.llm.arch)
+    llm = arch_config("llm.arch", config.llm.arch)
     dropout = getattr(llm, "attention_dropout", 0.0) or 0.0
     head = getattr(llm, "head_dim", None) or llm.hidden_size // llm.num_attention_heads
     needs = Needs(device, in_which.dtype, head, dropout)
