@@ -228,7 +228,7 @@ def _path(rng: random.Random, records: list[Any], folder: Path) -> str:
             "a.png/b", "./a.png", "A.PNG",
             "a" * 300 + ".png", "a/" * 3000 + "a.png", "a.png\0", "\ud800.png", "a.png ", "", "~/a.png", "C:\\a",
             "file:///a.png", "//a.png",
-            str(folder / "outside.png"), "https://example.com/a.png", "images/a.png", "\x1b[2J.png", "a\n.png", "🟥.png",
+            str(folder / "outside.png"), "http://example.com/a.png", "images/a.png", "\x1b[2J.png", "a\n.png", "🟥.png",
         ]
     )  # fmt: skip
     owners = [record for record in records if isinstance(record, dict)]
