@@ -19,8 +19,8 @@ from training.synthetic import entry
 from mmprune_train.config.compose import compose_config
 from mmprune_train.config.schema import STAGES, Config, SplitConfig
 from mmprune_train.data.batch import Batch
-from mmprune_train.evaluation.questions import check_images, read_questions
 from mmprune_train.model.tokenizer import VOCABULARY, tiny_tokenizer
+from mmprune_train.tasks.evaluate import question_set
 from mmprune_train.training.inputs import stage_annotations, stage_loader
 
 PLAIN = 2
@@ -84,12 +84,13 @@ def _case(told: str, data: bytes, suffix: str, stage: str, rng: random.Random, f
     evaluates = rng.random() < 0.25
     config: Config = _known["config"]
     split = SplitConfig(str(file), str(images))
-    config = replace(config, data=replace(config.data, root=str(folder), pretrain=split, instruct=split))
+    config = replace(
+        config, data=replace(config.data, root=str(folder), pretrain=split, instruct=split, evaluate=split)
+    )
 
     def run() -> str:
         if evaluates:
-            questions = read_questions(file, images, None, "all")
-            check_images(questions)
+            question_set(config)
             return "accepted as questions"
         data = stage_annotations(config, stage)
         loader = stage_loader(config, stage, _known["tokenizer"], TOKENS, 0, 1, data.records)
