@@ -126,7 +126,8 @@ def _group(rng: random.Random, folder: Path) -> Case:
         value = rng.choice([option for option in options(group) if "deepspeed" not in option and option != "qlora"])
     else:
         value = rng.choice(NO_OPTIONS)
-    return _case(f"{rng.choice(['', '', '', '+', '++', '~'])}{group}={value}", _names(group, value), "", folder)
+    names = [*_names(group, value), *(leaf.key for leaf in _known["leaves"] if "." in leaf.key)]  # what it sets
+    return _case(f"{rng.choice(['', '', '', '+', '++', '~'])}{group}={value}", names, "", folder)
 
 
 def _names(key: str, value: str) -> list[str]:
