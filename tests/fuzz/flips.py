@@ -103,7 +103,7 @@ def readers_of(file: Path) -> list[str]:
     """What reads a file, of `READERS`."""
     parts = file.parts
     if parts[0] == "cache":
-        return ["again", "evaluate"]
+        return {"files": ["convert"], "wheels": ["fetch"]}.get(parts[1], ["again", "evaluate"])
     if parts[:3] == (*RUNS.parts, "cut"):
         return ["go_on"]
     own = ["next_stage"] if "pretrain/model" in str(file) else ["from_adapters"] if "adapters" in parts else []
@@ -123,6 +123,17 @@ def _go_on() -> dict[str, Any]:
 def _again() -> dict[str, Any]:
     said = command(*_known["settings"], "run_id=again")
     return {**_trained(RUNS / "again"), "_": said}
+
+
+def _convert_again() -> dict[str, Any]:
+    shutil.rmtree("cache/models")
+    return _again()
+
+
+def _fetch_again() -> dict[str, Any]:
+    for folder in ("models", "files", "data"):
+        shutil.rmtree(f"cache/{folder}")
+    return _again()
 
 
 def _next_stage() -> dict[str, Any]:
@@ -151,7 +162,8 @@ def _report() -> dict[str, Any]:
 
 
 READERS = {
-    "show": _show, "go_on": _go_on, "again": _again, "next_stage": _next_stage, "from_adapters": _from_adapters,
+    "show": _show, "go_on": _go_on, "again": _again, "convert": _convert_again, "fetch": _fetch_again,
+    "next_stage": _next_stage, "from_adapters": _from_adapters,
     "evaluate": _evaluate,
     "report": _report,
 }  # fmt: skip
@@ -322,16 +334,17 @@ def _convert(file: Path, folder: Path, arch: dict[str, Any]) -> None:
 
 
 def _write_easy_vqa(shelf: Path) -> None:
-    """A wheel of easy-vqa with a few squares, and the checksum it must have."""
-    digest = hashlib.sha256()
+    """A wheel of easy-vqa with a few squares, and the checksums it must have."""
+    digest, pictures = hashlib.sha256(), {"train": hashlib.sha256(), "test": hashlib.sha256()}
     contents: dict[str, bytes] = {}
-    for split in ("train", "test"):
+    for split in pictures:
         questions = []
         for number in range(6):
             colour = COLOURS[number % 4]
             file = shelf / "square.png"
             Image.new("RGB", (64, 64), colour).save(file)
-            contents[f"easy_vqa/data/{split}/images/{number}.png"] = file.read_bytes()
+            contents[f"easy_vqa/data/{split}/images/{number}.png"] = content = file.read_bytes()
+            pictures[split].update(f"{number}.png\0".encode() + content)
             file.unlink()
             questions.append(["what color is the rectangle?", colour, number])
             questions.append(["is there a red shape?", "yes" if colour == "red" else "no", number])
@@ -341,3 +354,4 @@ def _write_easy_vqa(shelf: Path) -> None:
             archive.writestr(name, content)
             digest.update(name.encode() + b"\0" + content)
     easy_vqa.SHA256 = digest.hexdigest()
+    easy_vqa.PICTURES = {split: found.hexdigest() for split, found in pictures.items()}
