@@ -16,7 +16,7 @@ export OMP_WAIT_POLICY ?= PASSIVE
 endif
 
 .DEFAULT_GOAL := help
-.PHONY: help install train smoke test test-slow test-slurm test-cuda lint format docs clean
+.PHONY: help install train smoke test test-slow test-fuzz test-slurm test-cuda lint format docs clean
 
 help: ## this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /  make \1\t/' | expand -t 20
@@ -36,10 +36,13 @@ smoke: $(STAMP) ## both stages with tiny random models, under a minute
 	$(BIN)/python -m mmprune_train +experiment=smoke $(ARGS)
 
 test: $(STAMP) ## the tests that fit ten minutes (ARGS="tests/config -k typo")
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(JOBS) -m "not slow and not slurm and not cuda" $(ARGS)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(JOBS) -m "not slow and not slurm and not fuzz and not cuda" $(ARGS)
 
 test-slow: $(STAMP) ## the tests that take long
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m "slow and not slurm and not cuda" $(ARGS)
+
+test-fuzz: $(STAMP) ## broken records, images, overrides and files by the thousand (ARGS="--fuzz-seed=7")
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(JOBS) -m fuzz tests/fuzz $(ARGS)
 
 test-slurm: $(STAMP) ## jobs of a real Slurm of two nodes on this machine, which root installs where apt-get can
 	$(BIN)/python tests/slurm/cluster.py install
