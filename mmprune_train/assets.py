@@ -17,6 +17,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from mmprune_train.errors import UserError
+from mmprune_train.user_files import file_status
 
 
 def cache_dir() -> Path:
@@ -33,6 +34,7 @@ def say(line: str) -> None:
 
 
 def sha256_of(path: Path) -> str:
+    file_status(path)
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
@@ -73,8 +75,9 @@ def wheel(package: str, version: str) -> Iterator[zipfile.ZipFile]:
             _pip_download(package, version, temporary, shelf)
             found = sorted(temporary.glob("*.whl"))
         try:
+            file_status(found[0])
             yield stack.enter_context(zipfile.ZipFile(found[0]))
-        except zipfile.BadZipFile as error:
+        except (zipfile.BadZipFile, OSError) as error:
             raise UserError(f"{found[0]} is not a whole wheel ({error}); delete it and run the command again") from None
 
 

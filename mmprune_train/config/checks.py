@@ -6,6 +6,7 @@ concerns the pruner alone is in `pruner.py`.
 
 from __future__ import annotations
 
+import re
 from typing import Any
 
 from mmprune_train.config.explain import unknown_name
@@ -23,7 +24,7 @@ from mmprune_train.config.pruner import (
 )
 from mmprune_train.config.schema import STAGES, Config, EncoderConfig, LlmConfig, OptimConfig, StageConfig, WheelConfig
 from mmprune_train.config.task_schema import PlanConfig, ReportConfig, SweepConfig
-from mmprune_train.config.values import at_least, one_of
+from mmprune_train.config.values import at_least, file_name, one_of
 from mmprune_train.errors import UserError
 
 STRATEGIES = (
@@ -285,10 +286,17 @@ def _check_run(config: Config) -> None:
     _check_report(config.report)
     if config.logger.wandb is not None:
         one_of("logger.wandb.mode", config.logger.wandb.mode, ("auto", "online", "offline"))
-    folders = {"experiment_name": config.experiment_name, "run_id": config.run_id, "evaluate.name": evaluate.name}
-    for key, name in folders.items():
-        if name is not None and (not name or name in (".", "..") or "/" in name or "\\" in name):
-            raise UserError(f"{key}={name} names a folder: no slashes, not empty; runs_dir= says where runs go")
+    names = {"experiment_name": config.experiment_name, "run_id": config.run_id, "evaluate.name": evaluate.name}
+    for key, name in names.items():
+        if name is not None:
+            file_name(key, name, "; runs_dir= says where runs go")
+    for key, part in (
+        ("encoder", config.encoder),
+        ("llm", config.llm),
+        ("data", config.data),
+        ("pruner", config.pruner),
+    ):
+        file_name(f"{key}.name", part.name)
 
 
 def _check_bench(config: Config) -> None:
@@ -375,3 +383,8 @@ def _wheel(key: str, wheel: WheelConfig | None) -> None:
     for part in ("package", "version", "file", "sha256"):
         if wheel is not None and not getattr(wheel, part):
             raise UserError(f"{key}.{part} is not set: a wheel needs package, version, file and sha256")
+    if wheel is not None:
+        file_name(f"{key}.package", wheel.package)
+        file_name(f"{key}.version", wheel.version)
+        if not re.fullmatch("[0-9a-fA-F]{64}", wheel.sha256):
+            raise UserError(f"{key}.sha256={wheel.sha256} is no SHA-256: 64 hexadecimal digits")

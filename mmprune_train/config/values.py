@@ -26,3 +26,9 @@ def component(key: str, name: str, known: Sequence[str]) -> None:
 def at_least(key: str, value: int, least: int) -> None:
     if value < least:
         raise UserError(f"{key}={value} must be at least {least}")
+
+
+def file_name(key: str, name: str, where: str = "") -> None:
+    """A name that files or folders are called by, which must not lead elsewhere."""
+    if not name or name in (".", "..") or re.search(r"[/\\\x00-\x1f]", name):
+        raise UserError(f"{key}={name} names a folder: no slashes, not empty{where}")

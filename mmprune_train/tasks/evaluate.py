@@ -51,7 +51,7 @@ def question_set(config: Config) -> QuestionSet:
     settings, records = config.evaluate, config.data.evaluate.limit
     questions = read_questions(annotations, images, records, settings.turns)
     chosen = choose(questions, settings.kinds, settings.limit)
-    check_images(chosen)
+    check_images(chosen, images)
     asked = {
         "annotations": str(annotations),
         "sha256": sha256_of(annotations),

@@ -227,12 +227,12 @@ def test_the_processor_says_whether_orientation_counts_for_training_and_for_answ
     exif[0x0112] = 6
     Image.new("RGB", (8, 4), "red").save(tmp_path / "x.jpg", exif=exif)
     question = Question("q", [tmp_path / "x.jpg"], "", "", "open")
-    for upright, size in ((True, (4, 8)), (False, (8, 4))):
+    for upright in (True, False):
         image_processor(ENCODER, "pad", upright).save_pretrained(tmp_path / "saved")
         reader = ImageReader(type(image_processor(ENCODER, "pad")).from_pretrained(tmp_path / "saved"))
-        assert reader.open(tmp_path / "x.jpg").size == size
-        assert load_images(question, reader.open)[0].size == size
-        blank = reader(tmp_path / "x.jpg")[0, :, 0] < 0.1  # of the mean colour, where the image is narrow
+        for image in (reader.open(tmp_path / "x.jpg"), *load_images(question, reader.open)):
+            assert bool((np.asarray(image)[:, 0, 0] < 200).all()) == upright  # the mean colour, where it is narrow
+        blank = reader(tmp_path / "x.jpg")[0, :, 0] < 0.1
         assert bool(blank.all()) == upright
     assert load_images(question)[0].size == (4, 8)
 
@@ -280,7 +280,7 @@ def test_whatever_cannot_be_read_is_one_line_that_names_file_and_asker(tmp_path:
 
 @pytest.mark.parametrize("error", [RuntimeError(""), KeyError("x"), zlib.error("bad"), struct.error("s"), EOFError()])
 def test_any_error_of_a_decoder_is_told(error: Exception, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def broken(*_: object) -> None:
+    def broken(*_: object, **__: object) -> None:
         raise error
 
     Image.new("RGB", (4, 4)).save(tmp_path / "x.png")
@@ -293,7 +293,7 @@ def test_any_error_of_a_decoder_is_told(error: Exception, tmp_path: Path, monkey
 def test_what_is_no_fault_of_the_file_is_not_told_as_one(
     error: type[BaseException], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def full(*_: object) -> None:
+    def full(*_: object, **__: object) -> None:
         raise error
 
     Image.new("RGB", (4, 4)).save(tmp_path / "x.png")
@@ -330,7 +330,7 @@ def test_tiny_and_narrow_images_keep_their_colour(ratio: str, size: tuple[int, i
         assert red > green
 
 
-@pytest.mark.parametrize(("ratio", "size"), [("square", (1, 1200000)), ("pad", (20000, 2))])
+@pytest.mark.parametrize(("ratio", "size"), [("square", (1, 300000)), ("square", (5000000, 1)), ("pad", (40000, 2))])
 def test_a_strip_that_would_fill_the_memory_is_refused(ratio: str, size: tuple[int, int], tmp_path: Path) -> None:
     Image.new("1", size).save(tmp_path / "x.png")
     with pytest.raises(UserError, match=f"s: image .*{size[0]} x {size[1]} pixels are too long a strip"):

@@ -54,7 +54,7 @@ def test_missing_files_name_the_key_and_how_to_get_them(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"data\.pretrain\.images: .*images is missing; download it"):
         split_files(data, "pretrain")
     (tmp_path / "images").mkdir()
-    assert split_files(data, "pretrain") == (tmp_path / "a.json", tmp_path / "images")
+    assert split_files(data, "pretrain") == (tmp_path / "a.json", ImageFolder(tmp_path / "images"))
     with pytest.raises(UserError, match=r"data\.evaluate\.annotations is not set; name a file in LLaVA's format"):
         split_files(data, "evaluate")
 
