@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import stat
 from pathlib import Path
 from typing import Any
@@ -50,7 +51,7 @@ def parse_json(text: str | bytes, strict: bool = False) -> Any:
         BadJson: also for what is nested too deeply and for numbers of more digits than Python reads.
     """
     try:
-        return json.loads(text, object_pairs_hook=_object, parse_constant=_no_number) if strict else json.loads(text)
+        return json.loads(text, **_STRICT) if strict else json.loads(text)
     except BadJson:
         raise
     except RecursionError:
@@ -71,3 +72,20 @@ def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 
 def _no_number(name: str) -> Any:
     raise BadJson(f"not JSON ({name} is no number of it)")
+
+
+_STRICT: dict[str, Any] = {"object_pairs_hook": _object, "parse_constant": _no_number}
+
+
+def item_refused(text: str) -> int | None:
+    """Number of the first item, from 0, for which strict `parse_json` refuses a list; None: the text is no list."""
+    decoder, between, number = json.JSONDecoder(**_STRICT), re.compile(r"[\s,]*"), 0
+    start = re.match(r"\s*\[\s*", text)
+    end = start.end() if start else len(text)
+    try:
+        while end < len(text):
+            _, end = decoder.raw_decode(text, end)
+            number, end = number + 1, between.match(text, end).end()  # type: ignore[union-attr]
+    except (ValueError, RecursionError):
+        return number
+    return None

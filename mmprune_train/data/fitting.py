@@ -1,35 +1,37 @@
-"""An image processor's resizing, padding and cropping with bounded memory: the same bytes, computed in parts.
+"""An image processor's resizing, padding and cropping with bounded memory: the same bytes.
 
-transformers makes the whole padded or enlarged picture, several times over, and then cuts out the middle. Pillow
-enlarges first every row, then every column, each by itself, so parts of rows and of columns give the same bytes.
+transformers makes the whole padded or enlarged picture, several times over, and then cuts out the middle. Of a strip
+that is enlarged only the middle is made here, and what is padded is resized in bands of rows.
 """
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 from PIL import Image
 from transformers.image_processing_backends import PilBackend
 
 from mmprune_train.data.rgb import bands
 
-PART = 1 << 22
-"""Pixels of a part."""
-MOST_WORK = 1 << 30
-"""Pixels that a picture may have when it is padded or enlarged; some seconds."""
-MOST_BETWEEN = 1 << 26
-"""Pixels that may be left between rows and columns: 256 MiB."""
-MOST_LONG = 1 << 22
-"""Pixels of the long side after enlarging, of each of which Pillow holds 60 bytes of weights."""
+MOST_PIXELS = 1 << 25
+"""That are made on the way to the encoder's size: 128 MiB."""
+MOST_PADDED = 1 << 29
+"""Pixels of a padded square, of which a band is held at a time: they take a second or two."""
+BITS = 22
+"""Of the whole numbers that Pillow's weights are rounded to."""
 
 
 @dataclass(frozen=True)
 class Plan:
     """What is done with an image."""
 
+    image: tuple[int, int]
+    """Its width and height."""
     canvas: tuple[int, int]
-    """Width and height after padding, the image in the middle."""
+    """The same after padding, the image in the middle."""
     colour: tuple[int, ...]
     """Of the padding."""
     size: tuple[int, int]
@@ -37,6 +39,23 @@ class Plan:
     window: tuple[int, int, int, int]
     """What is cut out of that: left, top, right, bottom."""
     resample: Image.Resampling
+
+    @property
+    def pads(self) -> bool:
+        return self.canvas != self.image
+
+    @property
+    def strip(self) -> bool:
+        """Whether it is enlarged to so much that only the middle is to be made."""
+        enlarged = self.image[0] <= self.size[0] and self.image[1] <= self.size[1]
+        return math.prod(self.size) > MOST_PIXELS and enlarged and self.resample == Image.Resampling.BICUBIC
+
+    def possible(self) -> bool:
+        """Whether time and memory are bounded."""
+        if self.pads:
+            return math.prod(self.canvas) <= MOST_PADDED
+        left, top, right, bottom = self.window if self.strip else (0, 0, *self.size)
+        return (right - left) * (bottom - top) <= MOST_PIXELS
 
 
 def plan(processor: Any, width: int, height: int) -> Plan | None:
@@ -57,7 +76,7 @@ def plan(processor: Any, width: int, height: int) -> Plan | None:
     known = all(size) and isinstance(resample, int) and resample != Image.Resampling.NEAREST
     if not known or not all(0 <= channel <= 255 for channel in colour) or (pads and size[0] != size[1]):
         return None
-    return Plan(canvas, colour, size, window, Image.Resampling(resample))
+    return Plan((width, height), canvas, colour, size, window, Image.Resampling(resample))
 
 
 def _middle(size: tuple[int, int], cut: Any) -> tuple[int, int, int, int]:
@@ -76,16 +95,14 @@ def _middle(size: tuple[int, int], cut: Any) -> tuple[int, int, int, int]:
 
 def check_size(processor: Any, width: int, height: int) -> None:
     """Raise ValueError for too long a strip: it would take seconds, or much memory, to reach the encoder's size."""
+    how = plan(processor, width, height)
     long, short = max(width, height), max(1, min(width, height))
-    how = plan(processor, short, long)  # a strip that lies is treated alike, for it may be turned
     if how is not None:
-        across = how.window[2] - how.window[0]
-        work = max(how.canvas[0] * long, across * how.size[1])
-        fits = work <= MOST_WORK and across * how.canvas[1] <= MOST_BETWEEN and how.size[1] <= MOST_LONG
+        fits = how.possible()
     else:
         edge = getattr(getattr(processor, "size", None), "shortest_edge", None) or 0
         padded = long**2 if getattr(processor, "do_pad", False) else 0
-        fits = max(width * height, padded, edge**2 * long / short) <= MOST_BETWEEN // 2
+        fits = max(width * height, padded, edge**2 * long / short) <= MOST_PIXELS
     if not fits:
         raise ValueError(f"{width} x {height} pixels are too long a strip")
 
@@ -96,21 +113,55 @@ def fit(processor: Any, image: Image.Image) -> Image.Image:
     how = plan(processor, *image.size)
     if how is None:
         return image
+    if how.pads:
+        return _padded(how, image)
+    return _middle_of_strip(how, image) if how.strip else image.resize(how.size, how.resample).crop(how.window)
+
+
+def _padded(how: Plan, image: Image.Image) -> Image.Image:
+    """Pillow resizes rows before columns where both change alike, each row by itself."""
+    (width, height), (canvas, long) = how.size, how.canvas
+    rows = Image.new("RGB", (width, long), how.colour)
+    for top, band in bands(image, MOST_PIXELS // 8 * image.width // canvas):
+        whole = Image.new("RGB", (canvas, band.height), how.colour)
+        whole.paste(band, ((canvas - image.width) // 2, 0))
+        rows.paste(whole.resize((width, band.height), how.resample), (0, (long - image.height) // 2 + top))
+    return rows.resize((width, height), how.resample).crop(how.window)
+
+
+def _middle_of_strip(how: Plan, image: Image.Image) -> Image.Image:
+    """Pillow enlarges rows before columns; the short side whole, of the long one what is needed."""
     (width, height), (left, top, right, bottom) = how.size, how.window
-    if how.canvas == image.size and height < image.height:  # made smaller, perhaps columns first
-        return image.resize(how.size, how.resample).crop(how.window)
-    beside, above = (how.canvas[0] - image.width) // 2, (how.canvas[1] - image.height) // 2
-    across = Image.new("RGB", (right - left, how.canvas[1]), how.colour)
-    for row, band in bands(image, PART * image.width // max(width, how.canvas[0])):
-        if band.width != how.canvas[0]:
-            padded = Image.new("RGB", (how.canvas[0], band.height), how.colour)
-            padded.paste(band, (beside, 0))
-            band = padded
-        part = band.resize((width, band.height), how.resample).crop((left, 0, right, band.height))
-        across.paste(part, (0, above + row))
-    cut = Image.new("RGB", (right - left, bottom - top))
-    columns = max(1, PART // max(height, across.height))
-    for column in range(0, across.width, columns):
-        part = across.crop((column, 0, min(column + columns, across.width), across.height))
-        cut.paste(part.resize((part.width, height), how.resample).crop((0, top, part.width, bottom)), (column, 0))
-    return cut
+    if width > height:
+        places, weights = _enlarging(image.width, width, left, right)
+        first, last = int(places.min()), int(places.max()) + 1
+        part = np.asarray(image.crop((first, 0, last, image.height))).swapaxes(0, 1)
+        return Image.fromarray(_mix(part, places - first, weights).swapaxes(0, 1).copy()).resize(
+            (right - left, height), how.resample
+        )
+    places, weights = _enlarging(image.height, height, top, bottom)
+    first, last = int(places.min()), int(places.max()) + 1
+    part = np.asarray(image.crop((0, first, image.width, last)).resize((width, last - first), how.resample))
+    return Image.fromarray(_mix(part, places - first, weights))
+
+
+def _mix(part: np.ndarray, places: np.ndarray, weights: np.ndarray) -> np.ndarray:
+    """[n, w, 3] bytes to [k, w, 3]: the rows at `places` [k, 4], by their weights."""
+    total = np.full((len(places), *part.shape[1:]), 1 << (BITS - 1), dtype=np.int64)
+    for place, weight in zip(places.T, weights.T, strict=True):
+        total += part[place].astype(np.int64) * weight[:, None, None]
+    return (total >> BITS).clip(0, 255).astype(np.uint8)
+
+
+def _enlarging(size: int, enlarged: int, start: int, stop: int) -> tuple[np.ndarray, np.ndarray]:
+    """Pillow's bicubic weights, whole numbers, for places `start` to `stop` of a side that is enlarged, and the four
+    places of the side that they are for: both [k, 4]."""
+    centre = (np.arange(start, stop) + 0.5) * (size / enlarged)
+    places = (np.floor(centre - 1.5)[:, None] + np.arange(4)).astype(np.int64)
+    away = np.abs(places - centre[:, None] + 0.5)
+    near = (1.5 * away - 2.5) * away * away + 1
+    far = (((away - 5) * away + 8) * away - 4) * -0.5
+    weights = np.where(away < 1, near, np.where(away < 2, far, 0.0)) * ((places >= 0) & (places < size))
+    weights = weights / weights.sum(axis=1, keepdims=True)
+    whole = np.trunc(weights * (1 << BITS) + np.copysign(0.5, weights)).astype(np.int64)
+    return places.clip(0, size - 1), whole

@@ -75,7 +75,7 @@ def unreadable(path: Path, asked_by: str, error: Exception) -> UserError:
         why = f"no image of a format that is read: {', '.join(FORMATS)}" if path.stat().st_size else "the file is empty"
     else:
         why = reason_of(error)
-    return UserError(f"{who}image {short(str(path))} cannot be read ({why}); replace it or leave it out")
+    return UserError(f"{who}image {short(str(path), 500)} cannot be read ({why}); replace it or leave it out")
 
 
 def read_image(

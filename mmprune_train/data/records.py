@@ -10,7 +10,7 @@ from typing import Any
 from mmprune_train.data.extras import foreign_placeholder, is_address, unread_picture
 from mmprune_train.data.image_folder import OUTSIDE_REMEDY, ImageFolder
 from mmprune_train.errors import UserError
-from mmprune_train.user_files import BadJson, file_status, parse_json, reason_of, short
+from mmprune_train.user_files import BadJson, file_status, item_refused, parse_json, reason_of, short
 
 IMAGE_PLACEHOLDER = "<image>"
 KNOWN = frozenset({"id", "image", "conversations", "kind"})
@@ -103,7 +103,8 @@ def _items(file: Path, limit: int | None) -> Iterator[Any]:
                         raise UserError(f"{file}, line {number}: {error}; correct that line") from None
                     yield item
                 return
-            items = parse_json(stream.read(), strict=True)
+            text = stream.read()
+            items = parse_json(text, strict=True)
     except FileNotFoundError:
         raise UserError(
             f"there is no annotation file {file}; correct the split's `annotations` or run `task=prepare`"
@@ -112,8 +113,9 @@ def _items(file: Path, limit: int | None) -> Iterator[Any]:
         raise UserError(f"{file}: cannot be read ({reason_of(error)}); correct the split's `annotations`") from None
     except (BadJson, UnicodeDecodeError) as error:
         hint = "; name a file of one object a line .jsonl" if isinstance(error.__cause__, ValueError) else ""
-        told = error if isinstance(error, BadJson) else f"not JSON ({error})"
-        raise UserError(f"{file}: {told}; correct the file{hint}") from None
+        told, place = (error, item_refused(text)) if isinstance(error, BadJson) else (f"not JSON ({error})", None)
+        where = "" if place is None else f"[{place}]"
+        raise UserError(f"{file}{where}: {told}; correct the file{hint}") from None
     if not isinstance(items, list):
         raise UserError(f"{file}: expected a list of samples, found {type(items).__name__}; see docs/data.md")
     yield from items

@@ -9,6 +9,7 @@ import pytest
 
 from mmprune_train.config.schema import DataConfig, SplitConfig
 from mmprune_train.data.easy_vqa import captions_of, prepare
+from mmprune_train.data.image_folder import ImageFolder
 from mmprune_train.data.records import read_records
 from mmprune_train.data.sources import data_root, prepare_data, split_files
 from mmprune_train.errors import UserError
