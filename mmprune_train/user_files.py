@@ -83,7 +83,7 @@ def item_refused(text: str) -> int | None:
     start = re.match(r"\s*\[\s*", text)
     end = start.end() if start else len(text)
     try:
-        while end < len(text):
+        while end < len(text) and text[end] != "]":
             _, end = decoder.raw_decode(text, end)
             number, end = number + 1, between.match(text, end).end()  # type: ignore[union-attr]
     except (ValueError, RecursionError):

@@ -15,7 +15,7 @@ from mmprune_train.user_files import file_status
 
 IMAGES = "generate.images"
 LONGEST_QUESTION = 1 << 20
-"""Bytes of a question's file."""
+"""Bytes of a question's file, or characters from standard input."""
 
 
 def typed_question(asked: GenerateConfig, name: str) -> Question:
@@ -62,7 +62,11 @@ def _text(asked: GenerateConfig) -> tuple[str, str]:
     elif asked.question == "-":
         if sys.stdin.isatty():
             print("the question, ended by Ctrl-D on a line of its own:", file=sys.stderr, flush=True)
-        text = sys.stdin.read()
+        text = sys.stdin.read(LONGEST_QUESTION + 1)
+        if len(text) > LONGEST_QUESTION:
+            raise UserError(
+                f"{key}=-: more than {LONGEST_QUESTION:,} characters came from standard input; ask in fewer"
+            )
         if not text.strip():
             raise UserError(f"{key}=-: nothing came from standard input")
     else:

@@ -135,7 +135,7 @@ def test_the_same_picture_may_be_named_again_but_no_other(tmp_path: Path, key: s
     ],
 )
 def test_a_key_that_is_given_twice_is_not_dropped(tmp_path: Path, sample: str, told: str) -> None:
-    for name, text, place in (("a.json", f"[{sample}]", ""), ("a.jsonl", f"\n{sample}", ", line 2")):
+    for name, text, place in (("a.json", f"[{sample}]", r"\[0\]"), ("a.jsonl", f"\n{sample}", ", line 2")):
         (tmp_path / name).write_text(text)
         with pytest.raises(UserError, match=rf"{name}{place}: an object .*{told}"):
             read_records(tmp_path / name, tmp_path)
