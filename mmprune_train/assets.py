@@ -18,6 +18,7 @@ from pathlib import Path
 
 from mmprune_train.errors import UserError
 from mmprune_train.folders import finished_folder, sweep, temporary_folder
+from mmprune_train.user_files import file_status
 
 DAMAGED = (zipfile.BadZipFile, zlib.error, EOFError, NotImplementedError)
 """What reading a damaged archive raises."""
@@ -37,6 +38,7 @@ def say(line: str) -> None:
 
 
 def sha256_of(path: Path) -> str:
+    file_status(path)
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
@@ -58,8 +60,9 @@ def wheel(package: str, version: str) -> Iterator[zipfile.ZipFile]:
             _pip_download(package, version, temporary, shelf)
             found = sorted(temporary.glob("*.whl"))
         try:
+            file_status(found[0])
             yield stack.enter_context(zipfile.ZipFile(found[0]))
-        except DAMAGED as error:
+        except (*DAMAGED, OSError) as error:
             raise UserError(f"{found[0]} is not a whole wheel ({error}); delete it and run the command again") from None
 
 

@@ -277,6 +277,8 @@ def _check_run(config: Config) -> None:
     check_folder_name("evaluate.name", evaluate.name)
     check_folder_name("pruner.name", config.pruner.name)
     check_folder_name("data.name", config.data.name)
+    check_folder_name("encoder.name", config.encoder.name)
+    check_folder_name("llm.name", config.llm.name)
 
 
 def _check_bench(config: Config) -> None:
@@ -383,3 +385,5 @@ def _wheel(key: str, wheel: WheelConfig | None) -> None:
             raise UserError(
                 f"{key}.{part}={getattr(wheel, part)}: give the project's name on the package index and its version"
             )
+    if wheel is not None and not re.fullmatch("[0-9a-fA-F]{64}", wheel.sha256):
+        raise UserError(f"{key}.sha256={wheel.sha256} is no SHA-256: 64 hexadecimal digits")

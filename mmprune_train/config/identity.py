@@ -17,7 +17,7 @@ NOT_DECISIVE = frozenset(
         "task", "experiment_name", "run_id", "runs_dir", "stages", "ckpt", "restart", "trust_components", "debug",
         "logger", "evaluate", "generate", "bench", "calibrate", "plan", "sweep", "report",
         # where things lie and how mistakes are explained
-        "data.root", "data.how_to_get",
+        "data.root", "data.how_to_get", "data.outside_images",
         # `knee` only feeds the pruner's own budgets, which count
         "knee",
         # how fast and how safely, not what

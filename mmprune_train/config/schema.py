@@ -127,6 +127,8 @@ class DataConfig:
     exif_orientation: bool = True
     """Turn photos as their EXIF orientation says, as viewers show them; false: as they are stored, as LLaVA's own code
     reads them. Saved with the model, whose evaluation and answers follow it; see docs/images.md."""
+    outside_images: bool = False
+    """Read images also where their paths lead out of the split's image folder: absolute paths, `..`, links."""
     how_to_get: str = ""
     """One line for the error message when a file is missing."""
     pretrain: SplitConfig = field(default_factory=SplitConfig)

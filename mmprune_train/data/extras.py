@@ -71,16 +71,17 @@ Leaf = tuple[tuple[str, ...], Any, bool]
 """Keys down to a value, the value, whether it stands in a list."""
 
 
-def _leaves(value: Any, path: tuple[str, ...] = (), listed: bool = False) -> Iterator[Leaf]:
-    """Everything that is no object and no list."""
-    if isinstance(value, Mapping):
-        for name, part in value.items():
-            yield from _leaves(part, (*path, str(name)))
-    elif isinstance(value, list):
-        for part in value:
-            yield from _leaves(part, path, True)
-    else:
-        yield path, value, listed
+def _leaves(extras: Mapping[str, Any]) -> Iterator[Leaf]:
+    """Everything that is no object and no list, in order, however deep."""
+    todo: list[Leaf] = [((), extras, False)]
+    while todo:
+        path, value, listed = todo.pop()
+        if isinstance(value, Mapping):
+            todo += [((*path, str(name)), part, listed) for name, part in reversed([*value.items()])]
+        elif isinstance(value, list):
+            todo += [(path, part, True) for part in reversed(value)]
+        else:
+            yield path, value, listed
 
 
 def _says_so(path: tuple[str, ...], beside: bool) -> bool:

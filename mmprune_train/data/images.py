@@ -2,24 +2,37 @@
 
 from __future__ import annotations
 
-import os
-import stat
+import math
 import warnings
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
-from typing import Any
 
-import numpy as np
 import torch
 from PIL import ExifTags, Image, UnidentifiedImageError
 from torch import Tensor
 from transformers.models.llava.image_processing_pil_llava import LlavaImageProcessorPil
 
 from mmprune_train.config.schema import EncoderConfig
+from mmprune_train.data.fitting import check_size, fit
+from mmprune_train.data.image_folder import OUTSIDE_REMEDY, ImageFolder
+from mmprune_train.data.rgb import to_rgb
 from mmprune_train.errors import UserError
+from mmprune_train.user_files import file_status, reason_of, short
 
-LONGEST_PADDED = 1 << 14
-"""Pixels: a square of this side is the most that an image may become on its way to the encoder's size."""
+FORMATS = {
+    "PNG": 8, "JPEG": 8, "WEBP": 18, "GIF": 8, "TIFF": 14, "BMP": 8, "PPM": 8, "JPEG2000": 28, "AVIF": 22,
+}  # fmt: skip
+"""What is read, by Pillow's names, and the most bytes a pixel that decoding and converting hold at a time. Of Pillow's
+other formats some start programs (EPS), and none is common in data sets."""
+PROGRESSIVE = 4
+"""More bytes a pixel of a progressive JPEG, all of whose coefficients are held."""
+MOST_MEMORY = 960 << 20
+"""Bytes that reading an image may take: with what is the same for all images, 1 GiB."""
+MOST_BYTES = 1 << 29
+"""Of an image file."""
+TILE_SIDES = (322, 323)
+"""TIFF's tags TileWidth and TileLength."""
 
 UPRIGHT = {
     2: Image.Transpose.FLIP_LEFT_RIGHT,
@@ -31,9 +44,6 @@ UPRIGHT = {
     8: Image.Transpose.ROTATE_90,
 }
 """EXIF orientation -> what makes an image stored so upright."""
-
-WHITE_IS_ZERO, PHOTOMETRIC, BITS = 0, 262, 258
-"""A value of TIFF's tag PhotometricInterpretation, that tag, and BitsPerSample."""
 
 
 def image_processor(encoder: EncoderConfig, aspect_ratio: str, exif_orientation: bool = True) -> LlavaImageProcessorPil:
@@ -62,47 +72,71 @@ def unreadable(path: Path, asked_by: str, error: Exception) -> UserError:
     if isinstance(error, FileNotFoundError):
         return UserError(f"{who}image {path} is missing; correct the path or the split's `images`")
     if isinstance(error, UnidentifiedImageError):
-        why = "not an image of a format that Pillow knows" if path.stat().st_size else "the file is empty"
-    elif isinstance(error, OSError) and error.strerror:
-        why = error.strerror
+        why = f"no image of a format that is read: {', '.join(FORMATS)}" if path.stat().st_size else "the file is empty"
     else:
-        why = next(iter(str(error).strip().splitlines()), "") or type(error).__name__
-    return UserError(f"{who}image {path} cannot be read ({why}); replace it or leave it out")
+        why = reason_of(error)
+    return UserError(f"{who}image {short(str(path), 500)} cannot be read ({why}); replace it or leave it out")
 
 
-def status_of(path: Path) -> os.stat_result:
-    """Size and times of a file; OSError for what is none: a pipe or a device would keep its reader waiting."""
-    status = path.stat()
-    if not stat.S_ISREG(status.st_mode):
-        raise OSError("a folder, not a file" if stat.S_ISDIR(status.st_mode) else "not a regular file")
-    return status
-
-
-def read_image(path: str | Path, asked_by: str = "", orientation: bool = True) -> Image.Image:
+def read_image(
+    path: str | Path,
+    asked_by: str = "",
+    orientation: bool = True,
+    check: Callable[[int, int], None] | None = None,
+) -> Image.Image:
     """The picture in a file, RGB: the first where there are several, the way a viewer shows it.
 
     Args:
         asked_by: who wants it (a sample, a question, a key), for errors.
         orientation: turn it as its EXIF orientation says.
+        check: raises ValueError for a width and height, as stored, that are not wanted.
     Raises:
-        UserError: the file is missing, broken, no image, or its values say no brightness.
+        UserError: the file is missing, broken, too large, no image, or its values say no brightness.
     """
     path = Path(path)
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # Pillow's do not name the file; what matters ends in an error
-            status_of(path)
-            with Image.open(path) as file:
+            size = file_status(path).st_size
+            if size > MOST_BYTES:
+                raise ValueError(f"the file has {size:,} bytes, at most {MOST_BYTES:,} are read")
+            with Image.open(path, formats=list(FORMATS)) as file:
+                _check_memory(file, size)
+                if check is not None:
+                    check(*file.size)
                 file.load()
-                if 0 in file.size:
-                    raise ValueError(f"it has {file.width} x {file.height} pixels")
                 image = to_rgb(file)
                 turn = UPRIGHT.get(_orientation(file)) if orientation else None
-                return image if turn is None else image.transpose(turn)
+                if image is not file:
+                    file.close()  # its pixels, too
+                if turn is not None:
+                    return image.transpose(turn)
+                return image.copy() if image is file else image
     except MemoryError:
         raise
     except Exception as error:  # decoders raise almost anything for a broken file
         raise unreadable(path, asked_by, error) from None
+
+
+def _check_memory(file: Image.Image, size: int) -> None:
+    """Raise ValueError for pixels that are none, or too many to be made.
+
+    Args:
+        size: of the file, bytes.
+    """
+    width, height = file.size
+    if not (width and height):
+        raise ValueError(f"it has {width} x {height} pixels")
+    kind = "JPEG" if file.format == "MPO" else str(file.format)
+    each = FORMATS[kind] + (PROGRESSIVE if "progressive" in file.info else 0)
+    tags = getattr(file, "tag_v2", {})
+    pixels = max(width * height, math.prod(tags.get(side, 0) for side in TILE_SIDES))
+    needs = pixels * each + (size if each > FORMATS["PNG"] else 0)  # others hold the file, too
+    if needs > MOST_MEMORY:
+        raise ValueError(
+            f"{width} x {height} pixels of {kind} take {needs >> 20:,} MiB to read, at most {MOST_MEMORY >> 20} may: "
+            "make it smaller"
+        )
 
 
 def _orientation(file: Image.Image) -> int:
@@ -115,83 +149,25 @@ def _orientation(file: Image.Image) -> int:
         return 1
 
 
-def to_rgb(image: Image.Image) -> Image.Image:
-    """Any mode of Pillow as RGB: more than 8 bits scaled down to 8, what is transparent on white.
-
-    Raises:
-        ValueError: values that are no numbers; a mode that Pillow cannot convert.
-    """
-    if image.mode == "F" or image.mode.startswith("I"):
-        return _grey(image).convert("RGB")
-    if not image.has_transparency_data:
-        return image.convert("RGB")
-    clear = image.info.get("transparency")
-    if image.mode == "RGB" and isinstance(clear, tuple) and max(clear) > 255:  # of 16 bits, unlike what Pillow reads
-        image.info["transparency"] = tuple(value >> 8 for value in clear)
-    rgba = (image.convert("L") if image.mode == "1" else image).convert("RGBA")
-    return Image.alpha_composite(Image.new("RGBA", rgba.size, "white"), rgba).convert("RGB")
-
-
-def _grey(image: Image.Image) -> Image.Image:
-    """One channel of 16 or 32 bits as 8 bits."""
-    values = np.asarray(image).astype(np.float64)  # [H, W]
-    if not np.isfinite(values).all():
-        raise ValueError("it has values that are NaN or infinite")
-    low, high = float(values.min()), float(values.max())
-    white = _white(image, low, high)
-    black, white = (low, high) if white is None else (0.0, white)
-    grey = (values - black) * (255 / (white - black)) if white > black else np.zeros_like(values)
-    tags = getattr(image, "tag_v2", {})
-    if tags.get(PHOTOMETRIC) == WHITE_IS_ZERO:
-        grey = 255 - grey
-    clear = image.info.get("transparency")
-    if isinstance(clear, int):
-        grey[values == clear] = 255
-    return Image.fromarray(grey.round().clip(0, 255).astype(np.uint8))
-
-
-def _white(image: Image.Image, low: float, high: float) -> float | None:
-    """The value that is white; None: the image's own largest one, its smallest being black.
-
-    A format of 16 bits says so itself. Other numbers come without a unit: those of 0..1 (floats), of 8 and of 16 bits
-    are told by the largest, unless it is so small that the picture would be all but black.
-    """
-    if image.mode.startswith("I;16"):
-        bits = getattr(image, "tag_v2", {}).get(BITS, (16,))[0]
-        return float((1 << bits) - 1)
-    if image.mode == "I" and image.format == "PPM":
-        return 65535.0
-    if low < 0:
-        return None
-    smallest = 1.0 if image.mode == "F" else 255.0
-    if high <= smallest:
-        return smallest
-    return next((white for white in (255.0, 65535.0) if white / 4 <= high <= white), None)
-
-
 class ImageReader:
     """Reads images for an image processor, or raises a UserError that names who asks: never another image instead."""
 
-    def __init__(self, processor: Callable[..., dict[str, Tensor]]) -> None:
+    def __init__(self, processor: Callable[..., dict[str, Tensor]], folder: ImageFolder | None = None) -> None:
+        """Args:
+        folder: that images must lie in, links followed; None: anywhere.
+        """
         self.processor = processor
+        self.folder = folder
 
     def open(self, path: Path, asked_by: str = "") -> Image.Image:
-        """The picture, RGB, as the processor is to get it: `read_image`, by the processor's own `exif_orientation`."""
-        image = read_image(path, asked_by, getattr(self.processor, "exif_orientation", True))
-        if prepared_pixels(self.processor, *image.size) > LONGEST_PADDED**2:
-            raise unreadable(path, asked_by, ValueError(f"{image.width} x {image.height} pixels are too long a strip"))
-        return image
+        """The picture, RGB, as the processor is to get it: upright where its own `exif_orientation` says so, and at the
+        size that it would be given."""
+        if self.folder is not None and (reason := self.folder.refuses(Path(path))):
+            raise UserError(f"{asked_by}{': ' if asked_by else ''}image {path} {reason}; {OUTSIDE_REMEDY}")
+        upright = getattr(self.processor, "exif_orientation", True)
+        return fit(self.processor, read_image(path, asked_by, upright, partial(check_size, self.processor)))
 
     def __call__(self, path: Path, asked_by: str = "") -> Tensor:
         """[3, H, W] float32."""
         pixels: Tensor = self.processor(self.open(path, asked_by), return_tensors="pt")["pixel_values"][0]
         return pixels.to(torch.float32)
-
-
-def prepared_pixels(processor: Any, width: int, height: int) -> float:
-    """How many pixels a processor makes of an image before it cuts or shrinks it to the encoder's size."""
-    long, short = max(width, height), min(width, height)
-    if getattr(processor, "do_pad", False):
-        return long**2
-    edge = (getattr(processor, "size", None) or {}).get("shortest_edge")
-    return edge**2 * long / short if edge else 0

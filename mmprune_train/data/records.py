@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from mmprune_train.data.extras import foreign_placeholder, is_address, unread_picture
+from mmprune_train.data.image_folder import OUTSIDE_REMEDY, ImageFolder
 from mmprune_train.errors import UserError
+from mmprune_train.user_files import BadJson, file_status, item_refused, parse_json, reason_of, short
 
 IMAGE_PLACEHOLDER = "<image>"
 KNOWN = frozenset({"id", "image", "conversations", "kind"})
@@ -20,6 +21,9 @@ OTHER_ROLES = {
     "system": "write its text into the first question, or remove the message",
 }
 """Other formats' roles, and what to do with a message of theirs."""
+
+LONGEST_PATH = 4096
+"""Characters, as Linux has it."""
 
 SYSTEM = frozenset({"system", "system_prompt", "system_message"})
 """Keys under which other formats have a text for the model."""
@@ -55,25 +59,26 @@ class Annotations:
 
 
 def read_records(
-    annotations: Path, image_root: Path, limit: int | None = None, require_answers: bool = True
+    annotations: Path, images: ImageFolder | Path, limit: int | None = None, require_answers: bool = True
 ) -> list[Record]:
-    """The first `limit` records of a LLaVA JSON or JSONL file; image paths start from `image_root`.
+    """The first `limit` records of a LLaVA JSON or JSONL file; image paths start from `images`, and stay in it.
 
     A first turn that is not human is dropped, as in LLaVA. Images are not opened here. `require_answers=False` lets the
     last question stand without an answer. Raises UserError at the first malformed sample.
     """
-    return read_annotations(annotations, image_root, limit, require_answers).records
+    return read_annotations(annotations, images, limit, require_answers).records
 
 
 def read_annotations(
-    annotations: Path, image_root: Path, limit: int | None = None, require_answers: bool = True
+    annotations: Path, images: ImageFolder | Path, limit: int | None = None, require_answers: bool = True
 ) -> Annotations:
     """As `read_records`, with the number of samples that the file has."""
+    folder = images if isinstance(images, ImageFolder) else ImageFolder(images)
     records: list[Record] = []
     available = 0
     for available, item in enumerate(_items(Path(annotations), limit), 1):
         if limit is None or available <= limit:
-            records.append(parse_record(item, f"{annotations}[{available - 1}]", Path(image_root), require_answers))
+            records.append(parse_record(item, f"{annotations}[{available - 1}]", folder, require_answers))
     if not records:
         raise UserError(f"{annotations} holds no samples; check the file or the split's `limit`")
     return Annotations(records, available)
@@ -86,79 +91,72 @@ def count_samples(annotations: Path) -> int:
 
 def _items(file: Path, limit: int | None) -> Iterator[Any]:
     """Each sample; lines behind `limit` of a JSONL file, which are only counted, as None."""
-    if not file.is_file():
-        raise UserError(f"there is no annotation file {file}; correct the split's `annotations` or run `task=prepare`")
     try:
+        file_status(file)
         with file.open(encoding="utf-8-sig") as stream:
             if file.suffix == ".jsonl":
                 lines = ((number, line) for number, line in enumerate(stream, 1) if line.strip())
                 for taken, (number, line) in enumerate(lines):
                     try:
-                        item = _json(line) if limit is None or taken < limit else None
-                    except _NOT_READ as error:
-                        raise UserError(f"{file}, line {number}: {_reason(error)}; correct that line") from None
+                        item = parse_json(line, strict=True) if limit is None or taken < limit else None
+                    except BadJson as error:
+                        raise UserError(f"{file}, line {number}: {error}; correct that line") from None
                     yield item
                 return
-            items = _json(stream.read())
-    except (*_NOT_READ, UnicodeDecodeError) as error:
-        hint = "; name a file of one object a line .jsonl" if isinstance(error, json.JSONDecodeError) else ""
-        raise UserError(f"{file}: {_reason(error)}; correct the file{hint}") from None
+            text = stream.read()
+            items = parse_json(text, strict=True)
+    except FileNotFoundError:
+        raise UserError(
+            f"there is no annotation file {file}; correct the split's `annotations` or run `task=prepare`"
+        ) from None
+    except OSError as error:
+        raise UserError(f"{file}: cannot be read ({reason_of(error)}); correct the split's `annotations`") from None
+    except (BadJson, UnicodeDecodeError) as error:
+        hint = "; name a file of one object a line .jsonl" if isinstance(error.__cause__, ValueError) else ""
+        told, place = (error, item_refused(text)) if isinstance(error, BadJson) else (f"not JSON ({error})", None)
+        where = "" if place is None else f"[{place}]"
+        raise UserError(f"{file}{where}: {told}; correct the file{hint}") from None
     if not isinstance(items, list):
         raise UserError(f"{file}: expected a list of samples, found {type(items).__name__}; see docs/data.md")
     yield from items
 
 
-class _KeyTwice(ValueError):
-    """An object that has a key twice, of which JSON readers keep the last."""
-
-
-_NOT_READ = (json.JSONDecodeError, _KeyTwice, RecursionError)
-
-
-def _json(text: str) -> Any:
-    return json.loads(text, object_pairs_hook=_object)
-
-
-def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    found = dict(pairs)
-    if len(found) < len(pairs):
-        names = [name for name, _ in pairs]
-        twice = next(name for name in names if names.count(name) > 1)
-        told = f"of {found['id']!r} " if "id" in found else ""
-        raise _KeyTwice(f"an object {told}has the key {_printable(twice)!r} twice ({_printable(str(found)[:80])}...)")
-    return found
-
-
-def _reason(error: Exception) -> str:
-    return str(error) if isinstance(error, _KeyTwice) else f"not JSON ({error})"
-
-
-def parse_record(item: Any, where: str, image_root: Path, require_answers: bool = True) -> Record:
+def parse_record(item: Any, where: str, images: ImageFolder, require_answers: bool = True) -> Record:
     """One sample; `where` is named in errors. Raises UserError with the reason and what to change."""
     if not isinstance(item, dict):
         raise UserError(f"{where}: a sample must be an object with `conversations`, found {type(item).__name__}")
-    name = where.rsplit("/", 1)[-1] if item.get("id") is None else str(item["id"])
+    asked = item.get("id")
+    name = where.rsplit("/", 1)[-1] if asked is None or isinstance(asked, dict | list) else str(asked)
 
     def wrong(reason: str, remedy: str) -> UserError:
-        return UserError(f"{where} (id {_printable(name)}): {reason}; {remedy}")
+        return UserError(short(f"{where} (id {short(name, 80)}): {reason}; {remedy}", 800))
 
-    images = item.get("image")
-    paths = [] if images is None else [images] if isinstance(images, str) else images
+    if isinstance(asked, dict | list):
+        raise wrong(f"`id` is a {type(asked).__name__}", "write a name or a number")
+    named = item.get("image")
+    paths = [] if named is None else [named] if isinstance(named, str) else named
     if not isinstance(paths, list) or not all(isinstance(path, str) and path for path in paths):
         raise wrong("`image` must be a path or a list of paths", "leave the key out for a text-only sample")
     for path in paths:
         if is_address(path):
             raise wrong(f"`image` is an address ({path[:60]})", "save the picture as a file below the image folder")
-        if "\0" in path:
-            raise wrong("a path in `image` contains a NUL character", "correct it")
+        if "\0" in path or len(path) > LONGEST_PATH:
+            what = "contains a NUL character" if "\0" in path else f"has {len(path):,} characters"
+            raise wrong(f"a path in `image` {what}", "correct it")
     kind = item.get("kind")
     if not isinstance(kind, str | int | None):
         raise wrong("`kind` is not a word", "write the class that the question is counted in, or leave it out")
     kind = "" if kind is None else str(kind).strip()
     for what, text in (("the id", name), ("a path in `image`", "".join(paths)), ("`kind`", kind)):
         _check_text(what, text, wrong)
-    _check_extras("`{}`", {key: item[key] for key in item.keys() - KNOWN}, paths, image_root, wrong)
-    turns = _turns(item, paths, image_root, wrong, require_answers)
+    places = []
+    for path in paths:
+        place, fault = images.place(path)
+        if fault:
+            raise wrong(f"image {short(path)} {fault}", OUTSIDE_REMEDY)
+        places.append(place)
+    _check_extras("`{}`", {key: item[key] for key in item.keys() - KNOWN}, paths, images.path, wrong)
+    turns = _turns(item, paths, images.path, wrong, require_answers)
     if any(IMAGE_PLACEHOLDER in turn.answer for turn in turns):
         raise wrong(f"an answer contains {IMAGE_PLACEHOLDER}", "move it into the question")
     placeholders = sum(turn.question.count(IMAGE_PLACEHOLDER) for turn in turns)
@@ -167,7 +165,7 @@ def parse_record(item: Any, where: str, image_root: Path, require_answers: bool 
             f"{placeholders} {IMAGE_PLACEHOLDER} for {len(paths)} image(s)",
             "write one placeholder for each image into the questions, and name each picture under `image`",
         )
-    return Record(name, [image_root / path for path in paths], turns, where, kind)
+    return Record(name, places, turns, where, kind)
 
 
 Wrong = Callable[[str, str], UserError]
@@ -180,12 +178,12 @@ def _check_extras(key: str, extras: dict[str, Any], images: list[str], root: Pat
         return
     if found := unread_picture(extras, images, root):
         raise wrong(
-            f"{key.format(found[0])} names a picture, a video or a sound ({_printable(found[1])}) and is not read",
+            f"{key.format(short(found[0], 80))} names a picture, a video or a sound ({found[1]}) and is not read",
             "name pictures under `image`, a path or a list of paths, with one <image> for each in the questions; "
             "remove the key if it is none",
         )
     for name, text in extras.items():
-        if name.lower() in SYSTEM and text and str(text).strip():
+        if name.lower() in SYSTEM and (text.strip() if isinstance(text, str) else text):
             raise wrong(f"{key.format(name)} is not read", "write its text into the first question, or remove the key")
 
 
@@ -196,15 +194,11 @@ def _check_text(what: str, text: str, wrong: Wrong) -> None:
     try:
         text.encode()
     except UnicodeEncodeError as error:
-        half = _printable(text[error.start])
+        half = short(text[error.start])
         raise wrong(
             f"{what} has half of a surrogate pair ({half}) at character {error.start}",
             "write the whole character, or remove it",
         ) from None
-
-
-def _printable(text: str) -> str:
-    return text.encode(errors="backslashreplace").decode()
 
 
 def _turns(item: dict[str, Any], images: list[str], root: Path, wrong: Wrong, require_answers: bool) -> list[Turn]:
@@ -222,13 +216,14 @@ def _turns(item: dict[str, Any], images: list[str], root: Path, wrong: Wrong, re
             raise wrong("a message is not {from, value} with a text value", "correct it")
         if message.get("from") not in ("human", "gpt"):
             role = message.get("from")
+            told = repr(short(role, 80)) if isinstance(role, str) else f"of type {type(role).__name__}"
             remedy = OTHER_ROLES.get(role, "use human or gpt") if isinstance(role, str) else "use human or gpt"
-            raise wrong(f"unknown role {_printable(repr(role))}", remedy)
+            raise wrong(f"unknown role {told}", remedy)
         text = message["value"]
         _check_text(f"message {position}", text, wrong)
         if written := foreign_placeholder(text):
             raise wrong(
-                f"message {position} has another format's picture ({_printable(written[:60])})",
+                f"message {position} has another format's picture ({written[:60]})",
                 "write <image> in its place, and name the picture under `image`",
             )
         if len(message) > 2:

@@ -10,7 +10,9 @@ from typing import Any
 from mmprune_train.assets import cache_dir
 from mmprune_train.config.schema import DataConfig, SplitConfig
 from mmprune_train.data import easy_vqa
+from mmprune_train.data.image_folder import ImageFolder
 from mmprune_train.errors import UserError
+from mmprune_train.user_files import file_status, reason_of
 
 
 @dataclass(frozen=True)
@@ -44,7 +46,12 @@ def prepare_data(data: DataConfig) -> dict[str, Any] | None:
     return SOURCES[data.source].prepare(data_root(data))
 
 
-def split_files(data: DataConfig, part: str) -> tuple[Path, Path]:
+def image_folder(data: DataConfig, part: str) -> ImageFolder:
+    """The image folder of a split, which need not be there."""
+    return ImageFolder(data_root(data) / Path(getattr(data, part).images).expanduser(), data.outside_images)
+
+
+def split_files(data: DataConfig, part: str) -> tuple[Path, ImageFolder]:
     """(annotation file, image folder) of `pretrain`, `instruct` or `evaluate`.
 
     Raises UserError that names the key and how to get the data where either is missing.
@@ -53,10 +60,22 @@ def split_files(data: DataConfig, part: str) -> tuple[Path, Path]:
     remedy = data.how_to_get or f"set data.root and data.{part}.annotations"
     if not split.annotations:
         raise UserError(f"data.{part}.annotations is not set; name a file in LLaVA's format (docs/data.md)")
-    root = data_root(data)
-    annotations, images = root / Path(split.annotations).expanduser(), root / Path(split.images).expanduser()
-    missing = [f"data.{part}.annotations: {annotations} is missing"] if not annotations.is_file() else []
-    missing += [f"data.{part}.images: {images} is missing"] if not images.is_dir() else []
+    annotations, images = data_root(data) / Path(split.annotations).expanduser(), image_folder(data, part)
+    missing = []
+    try:
+        file_status(annotations)
+    except OSError as error:
+        why = "missing" if isinstance(error, FileNotFoundError) else f"not read ({reason_of(error)})"
+        missing.append(f"data.{part}.annotations: {annotations} is {why}")
+    if not _is_folder(images.path):
+        missing.append(f"data.{part}.images: {images.path} is missing")
     if missing:
         raise UserError(f"{'; '.join(missing)}; {remedy}")
     return annotations, images
+
+
+def _is_folder(path: Path) -> bool:
+    try:
+        return path.is_dir()
+    except (OSError, ValueError):  # too long, or no path at all
+        return False

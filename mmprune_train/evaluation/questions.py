@@ -7,10 +7,13 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from mmprune_train.data.image_folder import OUTSIDE_REMEDY, ImageFolder
+from mmprune_train.data.images import unreadable
 from mmprune_train.data.records import IMAGE_PLACEHOLDER, Record, Turn, read_records
 from mmprune_train.data.templates import Template
 from mmprune_train.errors import UserError
 from mmprune_train.evaluation.metrics import normalise
+from mmprune_train.user_files import file_status, short
 
 FIRST_KINDS = ("open", "yes_no")
 """Kinds that come first where nothing else is asked for: those that a question without one gets."""
@@ -47,7 +50,9 @@ class Question:
         return template.prompt(self.text, n_images=len(self.images) - placed, history=self.history)
 
 
-def read_questions(annotations: Path, images: Path, limit: int | None = None, turns: str = "all") -> list[Question]:
+def read_questions(
+    annotations: Path, images: ImageFolder | Path, limit: int | None = None, turns: str = "all"
+) -> list[Question]:
     """All questions in the file's order; answers may be missing.
 
     Args:
@@ -98,15 +103,24 @@ def choose(questions: Sequence[Question], kinds: Sequence[str], per_kind: int | 
     return [q for kind in wanted for q in [q for q in questions if q.kind == kind][:per_kind]]
 
 
-def check_images(questions: Sequence[Question]) -> None:
-    """Raise UserError, with the question, for an image that is not there; none is opened."""
+def check_images(questions: Sequence[Question], folder: ImageFolder) -> None:
+    """Raise UserError, with the question, for an image that is not there, or not in the folder; none is opened."""
     seen: set[Path] = set()
     for question in questions:
         for path in question.images:
-            if path not in seen and not path.is_file():
+            if path in seen:
+                continue
+            who = f"question {short(question.id, 80)}"
+            if reason := folder.refuses(path):
+                raise UserError(f"{who}: image {path} {reason}; {OUTSIDE_REMEDY}")
+            try:
+                file_status(path)
+            except FileNotFoundError:
                 raise UserError(
-                    f"question {question.id}: there is no image {path}; correct the record or data.evaluate.images"
-                )
+                    f"{who}: there is no image {path}; correct the record or data.evaluate.images"
+                ) from None
+            except OSError as error:
+                raise unreadable(path, who, error) from None
             seen.add(path)
 
 

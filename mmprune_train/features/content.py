@@ -8,10 +8,11 @@ from pathlib import Path
 from typing import NamedTuple
 
 from mmprune_train.assets import sha256_of
-from mmprune_train.data.images import status_of, unreadable
+from mmprune_train.data.images import unreadable
 from mmprune_train.features.ranks import Ranks
 from mmprune_train.features.shards import INDEX
 from mmprune_train.files import read_json, write_json
+from mmprune_train.user_files import file_status
 
 
 class Known(NamedTuple):
@@ -47,11 +48,11 @@ def image_digests(images: Mapping[Path, str], root: Path, ranks: Ranks) -> dict[
 
 def _look(path: Path, before: Known | None, asker: str) -> Known:
     try:
-        now = status_of(path)
+        now = file_status(path)
         if before is not None and before[:2] == (now.st_size, now.st_mtime_ns):
             return before
         return Known(now.st_size, now.st_mtime_ns, sha256_of(path))
-    except (OSError, ValueError) as error:  # a path with a zero byte
+    except OSError as error:
         raise unreadable(path, asker, error) from None
 
 

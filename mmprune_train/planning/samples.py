@@ -14,7 +14,7 @@ from mmprune_train.config.schema import Config
 from mmprune_train.data.batch import Sample
 from mmprune_train.data.encode import Example, encode
 from mmprune_train.data.records import IMAGE_PLACEHOLDER, Record, read_records
-from mmprune_train.data.sources import data_root
+from mmprune_train.data.sources import data_root, image_folder
 from mmprune_train.data.templates import get_template
 from mmprune_train.errors import NotHere
 from mmprune_train.model.tokenizer import load_tokenizer
@@ -101,7 +101,7 @@ def stage_samples(config: Config, name: str, image_tokens: int, count: int) -> S
 
 def _from_file(config: Config, name: str, image_tokens: int, count: int, file: Path) -> StageSamples:
     split, stage = getattr(config.data, name), config.stage[name]
-    records = read_records(file, data_root(config.data) / split.images, split.limit)
+    records = read_records(file, image_folder(config.data, name), split.limit)
     drawn = random.Random(config.seed).sample(records, min(count, len(records)))
     images = len({path for record in records for path in record.images})
     template, tokenizer = template_of(config, name), _tokenizer(config, name)

@@ -23,7 +23,7 @@ TRAINED = (*BUILT, "strategy", "optim", "logger", "trainer", "evaluate", "restar
 COMPUTED = ("trainer.accelerator", "trainer.precision", "trainer.attention", "trainer.vision_chunk")
 ORIENTATION = "data.exif_orientation"
 """Of the images that any task reads; no option of the group sets it."""
-DATA = ("data.name", "data.root", "data.source", "data.how_to_get", "data.instruct")
+DATA = ("data.name", "data.root", "data.source", "data.how_to_get", "data.outside_images", "data.instruct")
 LOADED = ("ckpt", "stages", "pruner", "knee", "encoder.text", ORIENTATION)
 ASKED = (*LOADED, *COMPUTED)
 STEPS = (*COMPUTED, "trainer.logits_chunk", "trainer.compile", "trainer.num_workers")

@@ -298,7 +298,7 @@ def _generate(
     template = get_template(config.llm.template, processor.tokenizer)
     questions = [questions_of(record, "first")[0] for record in loader.dataset.records[:size]]
     processor.tokenizer.padding_side = "left"
-    read = ImageReader(processor.image_processor).open
+    read = ImageReader(processor.image_processor, loader.dataset.reader.folder).open
     inputs = processor(
         images=[image for question in questions for image in load_images(question, read)] or None,
         text=[question.prompt(template) for question in questions],

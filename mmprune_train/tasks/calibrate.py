@@ -144,7 +144,7 @@ def load_subject(config: Config, pruner: PrunerConfig | None, found: Checkpoint 
     with quiet():
         if found is not None:
             model, processor, _ = load(found)
-            reader = ImageReader(processor.image_processor)
+            reader = ImageReader(processor.image_processor, reader.folder)
             return Subject(model.pruner.settings, model.encode_images, reader, device, model, processor)
         start = start_of(config, None, asked.split)
         if asked.measure == "vision":

@@ -52,7 +52,7 @@ def question_set(config: Config) -> QuestionSet:
     settings, records = config.evaluate, config.data.evaluate.limit
     questions = read_questions(annotations, images, records, settings.turns)
     chosen = choose(questions, settings.kinds, settings.limit)
-    check_images(chosen)
+    check_images(chosen, images)
     asked = {
         "annotations": str(annotations),
         "sha256": sha256_of(annotations),
@@ -136,5 +136,6 @@ def training_answers(config: Config) -> list[tuple[str, str]]:
             raise UserError(f"data.blind: {error}") from None
         print(f"note: no blind majority, its data are not here: {error}", file=sys.stderr, flush=True)
         return []
-    turns = [turn for record in read_records(annotations, images) for turn in record.turns]
+    unseen = replace(images, outside=True)  # its answers alone are read
+    turns = [turn for record in read_records(annotations, unseen) for turn in record.turns]
     return [(turn.question.replace(IMAGE_PLACEHOLDER, "").strip(), turn.answer) for turn in turns]

@@ -39,7 +39,7 @@ def run(config: Config) -> dict[str, Any]:
     return result
 
 
-def prepare_data(config: Config, split: str) -> tuple[Path, Path]:
+def prepare_data(config: Config, split: str) -> tuple[Path, sources.ImageFolder]:
     """(annotation file, image folder) of a split, fetched first where a built-in source has them.
 
     Raises UserError where one is missing: one line that names its key and how to get it.

@@ -11,8 +11,11 @@ from mmprune_train.data.images import read_image
 from mmprune_train.data.records import IMAGE_PLACEHOLDER
 from mmprune_train.errors import UserError
 from mmprune_train.evaluation.questions import Question
+from mmprune_train.user_files import file_status
 
 IMAGES = "generate.images"
+LONGEST_QUESTION = 1 << 20
+"""Bytes of a question's file, or characters from standard input."""
 
 
 def typed_question(asked: GenerateConfig, name: str) -> Question:
@@ -48,7 +51,10 @@ def _text(asked: GenerateConfig) -> tuple[str, str]:
         if asked.question != GenerateConfig.question:
             raise UserError(f"{key} and generate.question are both given: leave one out")
         try:
-            text = Path(asked.question_file).expanduser().read_text(encoding="utf-8-sig")
+            file = Path(asked.question_file).expanduser()
+            if (size := file_status(file).st_size) > LONGEST_QUESTION:
+                raise OSError(f"it has {size:,} bytes, at most {LONGEST_QUESTION:,} are read")
+            text = file.read_text(encoding="utf-8-sig")
         except (OSError, UnicodeDecodeError) as error:
             raise UserError(f"{key}={asked.question_file}: cannot be read as text ({error}); name another") from None
         if not text.strip():
@@ -56,7 +62,11 @@ def _text(asked: GenerateConfig) -> tuple[str, str]:
     elif asked.question == "-":
         if sys.stdin.isatty():
             print("the question, ended by Ctrl-D on a line of its own:", file=sys.stderr, flush=True)
-        text = sys.stdin.read()
+        text = sys.stdin.read(LONGEST_QUESTION + 1)
+        if len(text) > LONGEST_QUESTION:
+            raise UserError(
+                f"{key}=-: more than {LONGEST_QUESTION:,} characters came from standard input; ask in fewer"
+            )
         if not text.strip():
             raise UserError(f"{key}=-: nothing came from standard input")
     else:

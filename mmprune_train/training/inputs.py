@@ -17,7 +17,7 @@ from mmprune_train.data.images import ImageReader, image_processor
 from mmprune_train.data.lengths import VisualTokens
 from mmprune_train.data.loader import TrainLoader, train_loader
 from mmprune_train.data.records import Annotations, Record, read_annotations
-from mmprune_train.data.sources import split_files
+from mmprune_train.data.sources import image_folder, split_files
 from mmprune_train.data.templates import get_template
 from mmprune_train.errors import UserError
 from mmprune_train.training.stream import steps_of
@@ -87,7 +87,7 @@ def stage_image_processor(config: Config, name: str) -> LlavaImageProcessorPil:
 
 def stage_reader(config: Config, name: str) -> ImageReader:
     """Reads images as stage `name` prepares them."""
-    return ImageReader(stage_image_processor(config, name))
+    return ImageReader(stage_image_processor(config, name), image_folder(config.data, name))
 
 
 def stage_loader(

@@ -239,3 +239,23 @@ def test_a_stage_that_is_not_run_is_not_checked():
 
 def test_free_form_architecture_fields_can_be_added():
     assert compose_config(["+experiment=smoke", "+llm.arch.attention_bias=true"]).llm.arch["attention_bias"] is True
+
+
+@pytest.mark.parametrize("name", ["../../x", "/x", "..", "a/b", "a\\\\b"])
+@pytest.mark.parametrize("key", ["encoder.name", "llm.name", "data.name", "pruner.name", "experiment_name", "run_id"])
+def test_a_name_that_files_are_called_by_leads_nowhere_else(key, name):
+    with pytest.raises(UserError, match=f"{key}=.* names a folder: no slashes"):
+        compose_config([f"{key}='{name}'"])
+
+
+@pytest.mark.parametrize(
+    ("part", "words"),
+    [
+        ("package=../x", "encoder.wheel.package=../x: give the project's name"),
+        ("version=../1.0", "encoder.wheel.version=../1.0: give the project's name"),
+        ("sha256=../../x", "encoder.wheel.sha256=../../x is no SHA-256"),
+    ],
+)
+def test_a_wheel_has_its_own_place_in_the_cache(part, words):
+    with pytest.raises(UserError, match=words):
+        compose_config(["encoder=dinov2_small", f"encoder.wheel.{part}"])

@@ -10,13 +10,15 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from PIL import Image, ImageOps
+from PIL import Image, ImageFile, ImageOps
 
 from mmprune_train.config.schema import EncoderConfig
 from mmprune_train.data.images import UPRIGHT, ImageReader, image_processor, read_image
 from mmprune_train.errors import UserError
 from mmprune_train.evaluation.generate import load_images
 from mmprune_train.evaluation.questions import Question
+from mmprune_train.features.content import image_digests
+from mmprune_train.features.ranks import Ranks
 
 SIDE = 32
 RAMP = np.tile(np.linspace(0, 1, SIDE), (SIDE, 1))
@@ -227,12 +229,12 @@ def test_the_processor_says_whether_orientation_counts_for_training_and_for_answ
     exif[0x0112] = 6
     Image.new("RGB", (8, 4), "red").save(tmp_path / "x.jpg", exif=exif)
     question = Question("q", [tmp_path / "x.jpg"], "", "", "open")
-    for upright, size in ((True, (4, 8)), (False, (8, 4))):
+    for upright in (True, False):
         image_processor(ENCODER, "pad", upright).save_pretrained(tmp_path / "saved")
         reader = ImageReader(type(image_processor(ENCODER, "pad")).from_pretrained(tmp_path / "saved"))
-        assert reader.open(tmp_path / "x.jpg").size == size
-        assert load_images(question, reader.open)[0].size == size
-        blank = reader(tmp_path / "x.jpg")[0, :, 0] < 0.1  # of the mean colour, where the image is narrow
+        for image in (reader.open(tmp_path / "x.jpg"), *load_images(question, reader.open)):
+            assert bool((np.asarray(image)[:, 0, 0] < 200).all()) == upright  # the mean colour, where it is narrow
+        blank = reader(tmp_path / "x.jpg")[0, :, 0] < 0.1
         assert bool(blank.all()) == upright
     assert load_images(question)[0].size == (4, 8)
 
@@ -280,7 +282,7 @@ def test_whatever_cannot_be_read_is_one_line_that_names_file_and_asker(tmp_path:
 
 @pytest.mark.parametrize("error", [RuntimeError(""), KeyError("x"), zlib.error("bad"), struct.error("s"), EOFError()])
 def test_any_error_of_a_decoder_is_told(error: Exception, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def broken(*_: object) -> None:
+    def broken(*_: object, **__: object) -> None:
         raise error
 
     Image.new("RGB", (4, 4)).save(tmp_path / "x.png")
@@ -293,7 +295,7 @@ def test_any_error_of_a_decoder_is_told(error: Exception, tmp_path: Path, monkey
 def test_what_is_no_fault_of_the_file_is_not_told_as_one(
     error: type[BaseException], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def full(*_: object) -> None:
+    def full(*_: object, **__: object) -> None:
         raise error
 
     Image.new("RGB", (4, 4)).save(tmp_path / "x.png")
@@ -316,6 +318,84 @@ def test_a_large_photo_is_read_without_a_warning(tmp_path: Path, monkeypatch: py
         assert read_image(tmp_path / "x.png").size == (30, 40)
 
 
+# -- programs and inputs without end ---------------------------------------------------------------------------------
+
+EPS = b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 8 8\n%%EndComments\n8 8 8 [8 0 0 8 0 0] {<00>} image\n%%EOF\n"
+FLI = struct.pack("<IHHHHHHI", 256, 0xAF12, 1, 8, 8, 8, 3, 70) + bytes(108)
+
+
+@pytest.mark.parametrize("name", ["x.eps", "x.png"])
+@pytest.mark.parametrize(
+    "content", [EPS, b"\xc5\xd0\xd3\xc6" + struct.pack("<II", 32, len(EPS)) + bytes(20) + EPS, FLI]
+)
+def test_only_pictures_are_opened_and_no_program_is_run(
+    content: bytes, name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    program = tmp_path / "gs"
+    program.write_text(f"#!/bin/sh\ntouch {tmp_path}/ran\n")
+    program.chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
+    (tmp_path / name).write_bytes(content)
+    with pytest.raises(UserError, match=r"cannot be read \(no image of a format that is read: PNG, JPEG"):
+        read_image(tmp_path / name, "s")
+    assert not (tmp_path / "ran").exists()
+
+
+@pytest.mark.parametrize("what", ["pipe", "/dev/zero", "/dev/stdin", "link to /dev/zero"])
+def test_what_has_no_end_is_not_read(what: str, tmp_path: Path) -> None:
+    path = tmp_path / "x.png"
+    if what == "pipe":
+        os.mkfifo(path)
+    elif what.startswith("link"):
+        path.symlink_to(what.split()[-1])
+    path = Path(what) if what.startswith("/") else path
+    if what == "/dev/stdin" and path.is_file():
+        pytest.skip("standard input is a file")
+    with pytest.raises(UserError, match=r"s: image .* cannot be read \((a pipe|a device), not a file\)"):
+        read_image(path, "s")
+    with pytest.raises(UserError, match=r"s: image .* cannot be read \((a pipe|a device), not a file\)"):
+        image_digests({path: "s"}, tmp_path, Ranks())
+
+
+def headers(folder: Path, side: int) -> list[Path]:
+    """Small files whose headers say that they hold side x side pixels."""
+    Image.new("RGB", (8, 8)).save(folder / "x.jpg")
+    jpeg = bytearray((folder / "x.jpg").read_bytes())
+    place = jpeg.index(b"\xff\xc0") + 5
+    jpeg[place : place + 4] = struct.pack(">HH", side, side)
+    (folder / "x.jpg").write_bytes(jpeg)
+    Image.new("P", (8, 8)).save(folder / "x.gif")
+    gif = (folder / "x.gif").read_bytes()
+    (folder / "x.gif").write_bytes(gif[:6] + struct.pack("<HH", side, side) + gif[10:])
+    (folder / "x.bmp").write_bytes(b"BM" + struct.pack("<IIIIiiHHIIIIII", 54, 0, 54, 40, side, side, 1, 24, *[0] * 6))
+    (folder / "x.ppm").write_bytes(b"P6 %d %d 255\n" % (side, side))
+    tags = {256: 8, 257: 8, 258: 8, 259: 1, 262: 1, 277: 1, 322: side, 323: side, 324: 8, 325: 64}
+    entries = b"".join(struct.pack("<HHII", tag, 4, 1, value) for tag, value in tags.items())
+    (folder / "x.tif").write_bytes(b"II*\0" + struct.pack("<IH", 8, len(tags)) + entries + bytes(4))
+    png(folder / "x.png", np.zeros((1, 1), np.uint8), 0, side=side)
+    return sorted(folder.glob("x.*"))
+
+
+@pytest.mark.parametrize("side", [12_000, 50_000])
+def test_too_many_pixels_are_told_from_the_header(side: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def load(*_: object) -> None:
+        raise AssertionError("pixels are made")
+
+    monkeypatch.setattr(ImageFile.ImageFile, "load", load)
+    files = headers(tmp_path, side)
+    assert len(files) == 6
+    for path in files:
+        with pytest.raises(UserError, match=r"s: image .*cannot be read \(.*(at most 960 may: make it smaller|bomb)"):
+            ImageReader(image_processor(ENCODER, "square"))(path, "s")
+
+
+def test_a_huge_file_is_not_read_at_all(tmp_path: Path) -> None:
+    with (tmp_path / "x.png").open("wb") as file:
+        file.truncate(1 << 40)
+    with pytest.raises(UserError, match=r"the file has 1,099,511,627,776 bytes, at most"):
+        read_image(tmp_path / "x.png", "s")
+
+
 # -- strips ----------------------------------------------------------------------------------------------------------
 
 
@@ -330,7 +410,7 @@ def test_tiny_and_narrow_images_keep_their_colour(ratio: str, size: tuple[int, i
         assert red > green
 
 
-@pytest.mark.parametrize(("ratio", "size"), [("square", (1, 1200000)), ("pad", (20000, 2))])
+@pytest.mark.parametrize(("ratio", "size"), [("square", (17, 2400000)), ("pad", (40000, 2)), ("pad", (2, 40000))])
 def test_a_strip_that_would_fill_the_memory_is_refused(ratio: str, size: tuple[int, int], tmp_path: Path) -> None:
     Image.new("1", size).save(tmp_path / "x.png")
     with pytest.raises(UserError, match=f"s: image .*{size[0]} x {size[1]} pixels are too long a strip"):

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import os
+import re
 from pathlib import Path
 from typing import Any
 
@@ -133,7 +135,7 @@ def test_the_same_picture_may_be_named_again_but_no_other(tmp_path: Path, key: s
     ],
 )
 def test_a_key_that_is_given_twice_is_not_dropped(tmp_path: Path, sample: str, told: str) -> None:
-    for name, text, place in (("a.json", f"[{sample}]", ""), ("a.jsonl", f"\n{sample}", ", line 2")):
+    for name, text, place in (("a.json", f"[{sample}]", r"\[0\]"), ("a.jsonl", f"\n{sample}", ", line 2")):
         (tmp_path / name).write_text(text)
         with pytest.raises(UserError, match=rf"{name}{place}: an object .*{told}"):
             read_records(tmp_path / name, tmp_path)
@@ -209,3 +211,77 @@ def test_a_broken_file_is_named(tmp_path: Path, name: str, content: str, reason:
 def test_a_missing_file_is_named(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"nowhere\.json.*task=prepare"):
         read_records(tmp_path / "nowhere.json", tmp_path)
+
+
+WHERE_UNREAD = ("nested too deeply", "4300", "NaN is no number", "-Infinity is no number")
+"""Reasons that are told before a sample's id is known."""
+
+
+def nested(depth: int) -> str:
+    return '{"a":' * depth + "1" + "}" * depth
+
+
+def record(**more: str) -> str:
+    """A sample with keys whose values are JSON already."""
+    fields = {"id": '"x"', "conversations": json.dumps(talk("q", "a")), **more}
+    return "{" + ", ".join(f"{json.dumps(key)}: {value}" for key, value in fields.items()) + "}"
+
+
+@pytest.mark.parametrize("name", ["a.json", "a.jsonl"])
+@pytest.mark.parametrize(
+    ("sample", "told"),
+    [
+        (record(meta=nested(100_000)), "nested too deeply"),
+        (record(conversations="[" * 100_000), "nested too deeply"),
+        (record(id="9" * 5000), "4300"),
+        (record(meta="[" + "1" * 5000 + "]"), "4300"),
+        (record(score="NaN"), "NaN is no number"),
+        (record(conversations='[{"from": "human", "value": -Infinity}]'), "-Infinity is no number"),
+        (record(**{"\ud800": '"a.png"'}), r"\(id x\).*\\ud800"),
+        (record(id='"\\ud800"'), r"\(id \\ud800\).*half of a surrogate pair"),
+        (record(image='"a\\ud83d.png"'), r"\(id x\).*half of a surrogate pair"),
+        (record(image='"a\\u0000.png"'), r"\(id x\).*NUL"),
+        (record(image=json.dumps("a/" * 10**6)), r"\(id x\).*has 2,000,000 characters"),
+        (record(id=nested(50)), "`id` is a dict"),
+        (record(id=json.dumps("i" * 10**6), image="3"), r"\.\.\.\): `image` must be a path"),
+        (record(conversations=json.dumps([{"from": "r" * 10**6, "value": ""}])), r"\(id x\).*unknown role 'rr"),
+        (record(conversations=f'[{{"from": {nested(50)}, "value": ""}}]'), r"\(id x\).*unknown role of type dict"),
+        (record(**{"image_" + "0" * 10**6: '"a.png"'}), r"\(id x\).*names a picture"),
+    ],
+)  # fmt: skip
+def test_whatever_a_sample_holds_its_error_is_a_line(tmp_path: Path, sample: str, told: str, name: str) -> None:
+    file = tmp_path / name
+    file.write_text(f"{record()}\n{sample}\n" if name == "a.jsonl" else f"[{record()}, {sample}]")
+    for answers in (True, False):
+        with pytest.raises(UserError) as caught:
+            read_records(file, tmp_path, require_answers=answers)
+        line = str(caught.value)
+        line.encode()
+        assert str(file) in line and len(line) < 1000 and "\n" not in line
+        assert re.search(told, line), line
+        unread = told in WHERE_UNREAD
+        assert (f"{file}, line 2:" if unread and name == "a.jsonl" else f"{file}[1]{':' if unread else ' (id'}") in line
+
+
+def test_metadata_may_be_as_deep_as_they_can_be_read(tmp_path: Path) -> None:
+    (tmp_path / "a.json").write_text(
+        f"[{record(meta=nested(900), system=nested(800).replace('1', '[]'), other='1e999')}]"
+    )
+    with pytest.raises(UserError, match="`system` is not read"):
+        read_records(tmp_path / "a.json", tmp_path)
+    (tmp_path / "a.json").write_text(f"[{record(meta=nested(900), other='1e999')}]")
+    assert len(read_records(tmp_path / "a.json", tmp_path)) == 1
+
+
+@pytest.mark.parametrize("kind", ["pipe", "folder", "/dev/zero", "/dev/null"])
+@pytest.mark.parametrize("name", ["a.json", "a.jsonl"])
+def test_an_annotation_file_is_a_file(tmp_path: Path, name: str, kind: str) -> None:
+    file = tmp_path / name
+    if kind == "pipe":
+        os.mkfifo(file)
+    elif kind == "folder":
+        file.mkdir()
+    else:
+        file.symlink_to(kind)
+    with pytest.raises(UserError, match=rf"{name}: cannot be read \(a (pipe|folder|device), not a file\)"):
+        read_records(file, tmp_path)

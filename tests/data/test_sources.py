@@ -9,6 +9,7 @@ import pytest
 
 from mmprune_train.config.schema import DataConfig, SplitConfig
 from mmprune_train.data.easy_vqa import captions_of, prepare
+from mmprune_train.data.image_folder import ImageFolder
 from mmprune_train.data.records import read_records
 from mmprune_train.data.sources import data_root, prepare_data, split_files
 from mmprune_train.errors import UserError
@@ -54,7 +55,7 @@ def test_missing_files_name_the_key_and_how_to_get_them(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"data\.pretrain\.images: .*images is missing; download it"):
         split_files(data, "pretrain")
     (tmp_path / "images").mkdir()
-    assert split_files(data, "pretrain") == (tmp_path / "a.json", tmp_path / "images")
+    assert split_files(data, "pretrain") == (tmp_path / "a.json", ImageFolder(tmp_path / "images"))
     with pytest.raises(UserError, match=r"data\.evaluate\.annotations is not set; name a file in LLaVA's format"):
         split_files(data, "evaluate")
 

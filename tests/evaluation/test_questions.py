@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 
+from mmprune_train.data.image_folder import ImageFolder
 from mmprune_train.data.records import Record, Turn, parse_record
 from mmprune_train.errors import UserError
 from mmprune_train.evaluation import run
@@ -23,7 +24,7 @@ class Told:
 def record(said: list[str], images: int = 0, **more: str) -> Record:
     turns = [{"from": ("human", "gpt")[i % 2], "value": text} for i, text in enumerate(said)]
     item = {"id": "a", "conversations": turns, "image": [f"{n}.png" for n in range(images)] or None, **more}
-    return parse_record(item, "f.json[0]", Path("root"), require_answers=False)
+    return parse_record(item, "f.json[0]", ImageFolder(Path("root")), require_answers=False)
 
 
 def names(question: Question) -> list[str]:
@@ -74,9 +75,9 @@ def test_kinds_are_those_of_the_file_unless_they_are_named() -> None:
 def test_an_image_that_is_not_there_is_named_with_its_question(tmp_path: Path) -> None:
     (tmp_path / "a.png").touch()
     fine = Question("x", [tmp_path / "a.png"], "?", "", "open")
-    check_images([fine, fine])
+    check_images([fine, fine], ImageFolder(tmp_path))
     with pytest.raises(UserError, match=r"question y: there is no image .*b\.png"):
-        check_images([fine, Question("y", [tmp_path / "b.png"], "?", "", "open")])
+        check_images([fine, Question("y", [tmp_path / "b.png"], "?", "", "open")], ImageFolder(tmp_path))
 
 
 def test_the_same_words_after_another_history_are_asked_again_without_their_images(

@@ -349,7 +349,7 @@ def test_a_slow_fill_writes_before_a_shard_is_full(
         (Path.unlink, r"sample 5: image .*5\.png is missing"),
         (lambda path: path.write_bytes(b"no image"), r"sample 5: image .*5\.png cannot be read"),
         (lambda path: (path.unlink(), path.mkdir()), r"sample 5: image .*5\.png cannot be read \(a folder"),
-        (lambda path: (path.unlink(), os.mkfifo(path)), r"sample 5: image .*5\.png cannot be read \(not a reg"),
+        (lambda path: (path.unlink(), os.mkfifo(path)), r"sample 5: image .*5\.png cannot be read \(a pipe, not"),
     ],
 )
 @pytest.mark.parametrize("workers", [0, 1])

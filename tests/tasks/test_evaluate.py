@@ -167,6 +167,12 @@ def test_what_cannot_be_asked_on_the_command_line_is_refused_by_key(
     assert refused(mmprune(*ask, "generate.question_file=empty.txt"), "question_file=empty.txt: the file is empty")
     assert refused(mmprune(*ask, "generate.question_file=absent.txt"), "question_file=absent.txt: cannot be read")
     assert refused(mmprune(*ask, "generate.question=\udcff"), "not valid UTF-8")
+    os.mkfifo("pipe")
+    monkeypatch.setattr("sys.stdin", io.StringIO("word " * 10**6))
+    assert refused(mmprune(*ask, "generate.question=-"), "generate.question=-: more than 1,048,576 characters")
+    for name in ("pipe", "/dev/zero"):
+        assert refused(mmprune(*ask, f"generate.question_file={name}"), f"{name}: cannot be read", "not a file")
+        assert refused(mmprune(*ask, f"generate.images={name}"), f"image {name} cannot be read", "not a file")
 
 
 def test_pictures_of_one_question_are_kept_beside_those_of_the_next(run: Path, root: Path, mmprune: Command) -> None:

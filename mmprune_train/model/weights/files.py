@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import pickle
 import re
 import zipfile
@@ -14,6 +13,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from mmprune_train.errors import UserError
+from mmprune_train.user_files import file_status, parse_json
 
 BOM = b"\xef\xbb\xbf"
 POINTER = b"version https://git-lfs.github.com/spec/"
@@ -50,9 +50,9 @@ def read_config(key: str, file: Path) -> dict[str, Any]:
     """A JSON object. Raises UserError where the file is a git-lfs pointer, cut off, or something else."""
     refuse_pointer(key, file)
     try:
-        found = json.loads(file.read_text(encoding="utf-8"))
+        found = parse_json(file.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
-        raise UserError(f"{key}: {file} is damaged or cut off, not JSON ({error}); copy it again") from None
+        raise UserError(f"{key}: {file} is damaged or cut off ({error}); copy it again") from None
     if not isinstance(found, dict):
         raise UserError(f"{key}: {file} holds a {type(found).__name__} where an object is expected; copy it again")
     return found
@@ -82,16 +82,21 @@ def refuse_pointer(key: str, file: Path) -> None:
 
 
 def refuse_broken_links(key: str, folder: Path) -> None:
-    """Raise UserError where a folder cannot be read, or a link in it leads to nothing, as in a copy of a snapshot of
-    the hub's cache."""
+    """Raise UserError where a folder cannot be read, or holds what is neither a file nor a folder: a link that leads to
+    nothing, as in a copy of a snapshot of the hub's cache, or a pipe, for which a reader would wait for ever."""
     try:
-        broken = sorted(file for file in folder.iterdir() if file.is_symlink() and not file.exists())
+        files = sorted(file for file in folder.iterdir() if not file.is_dir())
     except OSError as error:
         raise UserError(f"{key}: {folder} cannot be read ({error.strerror}); make it readable") from None
-    if broken:
-        raise UserError(
-            f"{key}: {broken[0]} is a link to {broken[0].readlink()}, which is not there; copy what it leads to (cp -L)"
-        )
+    for file in files:
+        if file.is_symlink() and not file.exists():
+            raise UserError(
+                f"{key}: {file} is a link to {file.readlink()}, which is not there; copy what it leads to (cp -L)"
+            )
+        try:
+            file_status(file)
+        except OSError as error:
+            raise UserError(f"{key}: {file} cannot be read ({error}); remove it, or copy it again") from None
 
 
 def check_small_files(key: str, folder: Path) -> None:
@@ -104,7 +109,7 @@ def check_small_files(key: str, folder: Path) -> None:
                     continue
                 refuse_pointer(key, file)
                 try:
-                    json.loads(file.read_bytes())
+                    parse_json(file.read_bytes())
                 except ValueError as error:
                     raise UserError(f"{key}: {file} is damaged or cut off ({error}); copy it again") from None
             elif file.stat().st_size:  # an empty text file may be meant
@@ -169,7 +174,7 @@ def _of_safetensors(key: str, file: Path) -> Tensors:
         try:
             if 8 + length > size:
                 raise _cut(key, file, size, 8 + length)
-            header = json.loads(stream.read(length))
+            header = parse_json(stream.read(length))
             header.pop("__metadata__", None)
             ends = [entry["data_offsets"][1] for entry in header.values()]
             found = {name: Entry(file, name, tuple(entry["shape"]), entry["dtype"]) for name, entry in header.items()}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -178,6 +179,10 @@ def link(name: str, target: str) -> Callable[[Path], None]:
     return lambda folder: (folder / name).unlink() or (folder / name).symlink_to(target)
 
 
+def pipe(name: str) -> Callable[[Path], None]:
+    return lambda folder: (folder / name).unlink(missing_ok=True) or os.mkfifo(folder / name)
+
+
 def whole_numbers(folder: Path) -> None:
     for file in folder.glob("*.safetensors"):
         save_file({name: value.to(torch.int8) for name, value in load_file(file).items()}, file)
@@ -247,6 +252,12 @@ def other_files(*names: str) -> Callable[[Path], None]:
         (link(SHARD, "../blobs/12"), "is a link to ../blobs/12, which is not there; copy what it leads to"),
         (link(SHARD, SHARD), "is a link to .*, which is not there"),
         (link("config.json", "nowhere"), "config.json is a link to nowhere"),
+        (link("tokenizer.json", "/dev/zero"), "tokenizer.json cannot be read .a device, not a file"),
+        (pipe("tokenizer_config.json"), "tokenizer_config.json cannot be read .a pipe, not a file"),
+        (pipe("vocab.txt"), "vocab.txt cannot be read .a pipe, not a file"),
+        (lambda f: (f / "config.json").write_text("[" * 10**5), "config.json is damaged .*nested too deeply"),
+        (lambda f: (f / "tokenizer.json").write_text('{"a":' * 10**5), "tokenizer.json is damaged .*nested too deeply"),
+        (lambda f: (f / "generation_config.json").write_text("9" * 5000), "generation_config.json is damaged .*4300"),
         (in_index("../other.safetensors"), "names '../other.safetensors', which is no file beside it"),
         (in_index(3), "names 3, which is no file beside it"),
         (in_header(shape=["a"]), "safetensors is damaged .*invalid type"),
