@@ -58,7 +58,7 @@ def test_keys_that_do_not(key: str) -> None:
 @pytest.mark.parametrize(
     "override",
     ["+llm.arch.api_key=VALUE", "data.how_to_get=${oc.env:MY_SECRET}", "data.how_to_get='ask ${oc.env:PLAIN}'",
-     "logger.wandb.entity=${oc.env:PLAIN}", "logger.wandb.tags=['${oc.env:MY_SECRET}']"],
+     "logger.wandb.tags=['${oc.env:PLAIN}']", "logger.wandb.tags=['${oc.env:MY_SECRET}']"],
 )  # fmt: skip
 def test_a_secret_is_used_and_not_written_and_the_command_goes_on(
     override: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch

@@ -32,6 +32,8 @@ def arch_config(key: str, arch: Mapping[str, Any]) -> PreTrainedConfig:
         )
     config_class = CONFIG_MAPPING[kind]
     known = {*(item.name for item in dataclasses.fields(config_class)), *config_class.attribute_map, *OLDER}
+    if not known.issuperset(fields):
+        known.update(config_class().to_dict())  # what every config writes, so that one can be pasted whole
     for name in fields:
         if name not in known:
             raise UserError(f"{key}.{name}: a {kind} has no such field{nearest(name, known)}")

@@ -220,7 +220,7 @@ def test_the_text_tower_beside_a_model_is_looked_at_first(folder: Path, ran: Pat
 
 
 def test_a_training_checkpoint_is_data_alone(tmp_path: Path, ran: Path, mmprune: Command) -> None:
-    data = write_dataset(tmp_path / "squares", images=4)
+    data = write_dataset(tmp_path / "squares", images=8)
     command = [*overrides(data, tmp_path / "runs"), "stages=[pretrain]", "evaluate.after_train=false"]
     run = open_run(compose_config(command))
     checkpoint = run.stage("pretrain") / "checkpoints/step-00000001.ckpt"

@@ -23,7 +23,7 @@ from mmprune_train.files import read_json
 from mmprune_train.model.build import load_model
 from mmprune_train.model.tokenizer import tiny_tokenizer
 from mmprune_train.tasks import checkpoint, evaluate, generate, inspect, preflight, prepare, train
-from mmprune_train.tasks.checkpoint import find_checkpoint
+from mmprune_train.tasks.checkpoint import Results, find_checkpoint
 from mmprune_train.training.inputs import stage_image_processor
 
 
@@ -144,7 +144,7 @@ def test_evaluate_again_gives_the_same_answers_and_another_pruner_keeps_other_to
     same = ("accuracy", "accuracy_blank", "blind_majority", "keep_ratio", "tokens_stage2")
     assert {key: again[key] for key in same} == {key: result["evaluate"][key] for key in same}
     found = replace(find_checkpoint(replace(config, ckpt=str(folder))), pruner=load_pruner("none"))
-    dense = evaluate.evaluate_checkpoint(found, evaluate.question_set(config), folder / "dense")
+    dense = evaluate.evaluate_checkpoint(found, evaluate.question_set(config), Results(folder / "dense"))
     assert dense["keep_ratio"] == 1.0 and dense["tokens_stage1"] == dense["tokens_dense"]
 
 
