@@ -144,7 +144,11 @@ def test_keys_of_what_is_not_chosen(override: str, words: str) -> None:
 
 @pytest.mark.parametrize(
     ("number", "words"),
-    [(errno.EACCES, "/x/y: Permission denied; let this user in"), (errno.ENOSPC, "make room"), (errno.ENOTDIR, "correct the path")],
+    [
+        (errno.EACCES, "/x/y: Permission denied; let this user in"),
+        (errno.ENOSPC, "make room"),
+        (errno.ENOTDIR, "correct the path"),
+    ],
 )
 def test_what_is_wrong_with_a_place_is_told_without_a_traceback(number: int, words: str) -> None:
     told = user_mistake(OSError(number, os.strerror(number), "/x/y"))
