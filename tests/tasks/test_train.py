@@ -164,7 +164,7 @@ def test_generate_answers_about_an_image(
 def test_a_picture_that_cannot_be_read_is_named_before_a_model_is_loaded(task: Any, tmp_path: Path) -> None:
     config = compose_config(["+experiment=smoke", f"ckpt={tmp_path}/no_model"])
     (tmp_path / "x.png").write_bytes(b"no picture")
-    for path, why in ((tmp_path / "x.png", "not an image of a format"), (tmp_path, "a folder, not a file")):
+    for path, why in ((tmp_path / "x.png", "no image of a format"), (tmp_path, "a folder, not a file")):
         asked = replace(config.generate, images=[str(path)])
         with pytest.raises(UserError, match=f"^generate.images: image {path} cannot be read .{why}"):
             task.run(replace(config, generate=asked))
