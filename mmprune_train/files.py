@@ -19,13 +19,15 @@ from typing import Any
 
 from mmprune_train.errors import UserError
 from mmprune_train.secrets import masked
+from mmprune_train.user_files import BadJson, parse_json
 
 CHECKSUM = "checksum"
 """Last key of a JSON object: CRC-32 of all text before its value."""
 BLANK = "0" * 8
-MARK = re.compile(r"# checksum: ([0-9a-f]{8})\b.*")
-"""First line of a YAML file: CRC-32 of all lines below it. First, since a YAML file that is cut off may be a whole one
-with fewer keys."""
+BEGIN = "# checksum: "
+FIRST_LINE = re.compile(BEGIN + r"([0-9a-f]{8})\b.*")
+"""Of a YAML file: CRC-32 of all lines below it. First, since a YAML file that is cut off may be a whole one with fewer
+keys."""
 PUT_BACK = "put an earlier copy back"
 
 
@@ -100,9 +102,9 @@ def read_json(path: Path, remedy: str = PUT_BACK) -> dict[str, Any] | None:
         return None
     text = _text(path, remedy)
     try:
-        value = json.loads(text)
-    except (ValueError, RecursionError) as error:
-        raise damaged(path, f"it is cut off or damaged, not JSON ({error})", remedy) from None
+        value = parse_json(text)
+    except BadJson as error:
+        raise damaged(path, f"it is cut off or damaged, {error}", remedy) from None
     if not isinstance(value, dict):
         raise damaged(path, f"it holds a {type(value).__name__} where an object is expected", remedy)
     known = value.pop(CHECKSUM, None)
@@ -111,29 +113,29 @@ def read_json(path: Path, remedy: str = PUT_BACK) -> dict[str, Any] | None:
     return value
 
 
-def marked(text: str) -> str:
-    """YAML with its checksum."""
+def write_yaml(path: Path, text: str) -> None:
+    """Write YAML with its checksum."""
     text = masked(text)
-    return f"# checksum: {_crc(text)}  (delete this line if you change the file)\n{text}"
+    write_atomically(path, f"{BEGIN}{_crc(text)}  (delete this line if you change the file)\n{text}")
 
 
-def read_marked(path: Path, remedy: str = PUT_BACK) -> str:
+def read_yaml(path: Path, remedy: str = PUT_BACK) -> str:
     """The text of a YAML file. Raises UserError where it is empty, or is not what was written."""
     text = _text(path, remedy)
-    first, _, rest = text.partition("\n")
-    known = MARK.fullmatch(first)
     if all(not line.strip() or line.startswith("#") for line in text.split("\n")):
         raise damaged(path, "it is empty or cut off", remedy)
+    first, _, rest = text.partition("\n")
+    known = FIRST_LINE.fullmatch(first)
     if known and known[1] != _crc(rest):
         raise changed(path, "first line", remedy)
     return text
 
 
-def check_marks(folder: Path) -> None:
+def check_yaml_files(folder: Path) -> None:
     """Raise UserError where a YAML file with a checksum, at whatever depth in a folder, is not what was written."""
     for path in sorted(folder.rglob("*.yaml")):
-        if path.is_file() and path.stat().st_size:
-            read_marked(path)
+        if path.is_file() and (begin := path.read_bytes()[: len(BEGIN)]) and BEGIN.encode().startswith(begin):
+            read_yaml(path)
 
 
 def read_jsonl(path: Path) -> list[dict[str, Any]]:
@@ -176,10 +178,10 @@ def _rows(path: Path) -> Iterator[tuple[bytes, dict[str, Any]]]:
     lines = path.read_bytes().split(b"\n")
     for number, line in enumerate(lines, 1):
         try:
-            row = json.loads(line.decode())
+            row = parse_json(line.decode())
             if not isinstance(row, dict):
-                raise ValueError("no object")
-        except (ValueError, RecursionError) as error:
+                raise BadJson("no object")
+        except ValueError as error:
             if number == len(lines):
                 return
             remedy = f"{PUT_BACK}, or delete that line, which leaves it out of all averages"
