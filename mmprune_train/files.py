@@ -61,7 +61,7 @@ def sync(path: Path) -> None:
 
 
 def stamp_of(file: Path) -> list[Any]:
-    """By what the very same file is known: place, size, inode and both times, of which a copy has a new one."""
+    """Path, size, inode and times of a file: others where it was written to, replaced or copied."""
     found = file.stat()
     return [str(file.resolve()), found.st_size, found.st_ino, found.st_mtime_ns, found.st_ctime_ns]
 

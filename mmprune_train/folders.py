@@ -90,8 +90,8 @@ def fault_of(folder: Path, name: str, mark: Mark, read: Callable[[Path], Mark] |
 
 
 def first_fault(folder: Path, marks: Mapping[str, Mark]) -> str | None:
-    """The first file of a folder that differs from its mark. A file that this process has read before, and that is the
-    very same still, is not read again."""
+    """The first file of a folder that differs from its mark. A file that this process has read before, and that was not
+    touched since, is not read again."""
     with ThreadPoolExecutor(4) as pool:  # checksums are taken without the interpreter's lock
         found = pool.map(lambda name: fault_of(folder, name, marks[name], _seen_mark), marks)
         return next((fault for fault in found if fault is not None), None)

@@ -1,4 +1,4 @@
-"""What a run directory records of itself: manifest.json, and in it what the files of a stage are known by."""
+"""What a run directory records of itself: manifest.json, and in it the checksums of a stage's files."""
 
 from __future__ import annotations
 
@@ -62,7 +62,7 @@ def read_result(path: Path, told: Callable[[dict[str, Any]], object]) -> dict[st
 
 
 def files_of_stage(folder: Path) -> dict[str, Any]:
-    """For the manifest: what is known of the files that a finished stage leaves."""
+    """For the manifest: checksums of the files that a finished stage leaves."""
     marks = {METRICS: mark_of(folder / METRICS)}
     for name in SAVED:
         marks |= marks_of(folder / name, folder)
@@ -97,8 +97,8 @@ def rows_fault(file: Path, written: Mark | None) -> str | None:
 
 
 def rows_written(stage: Path) -> Mark | None:
-    """What the rows of a stage's metrics.jsonl are known by: all of a finished stage, else those up to its newest
-    checkpoint; None: not recorded."""
+    """Checksum of the rows of a stage's metrics.jsonl: all of a finished stage, else those up to its newest checkpoint;
+    None: not recorded."""
     if known := recorded(stage).get(METRICS):
         return known
     indices = sorted((stage / "checkpoints").glob("step-*.ckpt/index.json"))
@@ -107,7 +107,7 @@ def rows_written(stage: Path) -> Mark | None:
 
 
 def recorded(stage: Path) -> dict[str, Mark]:
-    """Marks of a finished stage's files, by their paths in its folder; empty where none were recorded."""
+    """Checksums of a finished stage's files, by their paths in its folder; empty where none were recorded."""
     state = (read_manifest(stage.parent) or {}).get("stages", {}).get(stage.name, {})
     try:
         return as_marks(state.get("files", {}))
