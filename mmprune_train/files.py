@@ -144,38 +144,12 @@ def read_jsonl(path: Path) -> list[dict[str, Any]]:
     Raises:
         UserError: another line is damaged.
     """
-    return [row for _, row in _rows(path)] if path.is_file() else []
+    return list(rows_of(path))
 
 
-def rows_to(path: Path, last: int) -> list[dict[str, Any]]:
-    """Rows of a metrics.jsonl up to step `last`; those after it are not looked at.
-
-    Raises:
-        UserError: one is damaged, or they end before.
-    """
-    return [row for _, row in _rows_to(path, last)]
-
-
-def keep_steps(path: Path, last: int) -> None:
-    """Drop the other rows of a metrics.jsonl: the resumed run writes them again. Raises as `rows_to`."""
-    kept = b"".join(line + b"\n" for line, _ in _rows_to(path, last))
-    if path.is_file():
-        write_atomically(path, kept)
-
-
-def _rows_to(path: Path, last: int) -> Iterator[tuple[bytes, dict[str, Any]]]:
-    if not last:
-        return
-    for line, row in _rows(path) if path.is_file() else ():
-        yield line, row
-        if row.get("step") == last:
-            return
-    remedy = f"{PUT_BACK}, or delete {path.parent / 'checkpoints'} to train this stage from its start"
-    raise damaged(path, f"it has no row of step {last}, after which the run continues", remedy)
-
-
-def _rows(path: Path) -> Iterator[tuple[bytes, dict[str, Any]]]:
-    lines = path.read_bytes().split(b"\n")
+def rows_of(path: Path) -> Iterator[dict[str, Any]]:
+    """As `read_jsonl`, one by one: what comes after the last that is asked for is not looked at."""
+    lines = path.read_bytes().split(b"\n") if path.is_file() else []
     for number, line in enumerate(lines, 1):
         try:
             row = parse_json(line.decode())
@@ -186,7 +160,7 @@ def _rows(path: Path) -> Iterator[tuple[bytes, dict[str, Any]]]:
                 return
             remedy = f"{PUT_BACK}, or delete that line, which leaves it out of all averages"
             raise damaged(path, f"line {number} is damaged ({error})", remedy) from None
-        yield line, row
+        yield row
 
 
 def _text(path: Path, remedy: str) -> str:

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from mmprune_train.errors import UserError
-from mmprune_train.files import PUT_BACK, damaged, read_json
+from mmprune_train.files import PUT_BACK, damaged, read_json, rows_of, write_atomically
 from mmprune_train.folders import Mark, as_marks, first_fault, mark_of, marks_of
 
 MANIFEST = "manifest.json"
@@ -87,6 +87,30 @@ def check_saved(key: str, folder: Path) -> None:
             f"{key}: {stage}/{fault}, by damage or by hand; put it back, train anew (restart=true), or where you meant "
             f"the change give a copy of {folder}"
         )
+
+
+def rows_to(path: Path, last: int) -> list[dict[str, Any]]:
+    """Rows of a metrics.jsonl up to step `last`; those after it are not looked at.
+
+    Raises:
+        UserError: one is damaged, or they end before.
+    """
+    rows: list[dict[str, Any]] = []
+    if not last:
+        return rows
+    for row in rows_of(path):
+        rows.append(row)
+        if row.get("step") == last:
+            return rows
+    remedy = f"{PUT_BACK}, or delete {path.parent / 'checkpoints'} to train this stage from its start"
+    raise damaged(path, f"it has no row of step {last}, after which the run continues", remedy)
+
+
+def keep_steps(path: Path, last: int) -> None:
+    """Drop the other rows of a metrics.jsonl: the resumed run writes them again. Raises as `rows_to`."""
+    kept = len(rows_to(path, last))
+    if path.is_file():
+        write_atomically(path, b"".join(line + b"\n" for line in path.read_bytes().split(b"\n")[:kept]))
 
 
 def rows_fault(file: Path, written: Mark | None) -> str | None:

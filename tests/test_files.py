@@ -8,6 +8,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
 from mmprune_train.config.compose import compose_config, config_from_file, to_yaml
@@ -15,10 +16,10 @@ from mmprune_train.errors import UserError
 from mmprune_train.files import (
     CHECKSUM,
     check_yaml_files,
+    json_text,
     read_json,
     read_jsonl,
     read_yaml,
-    rows_to,
     write_json,
     write_yaml,
 )
@@ -77,6 +78,18 @@ def test_a_meant_change_is_made_by_taking_the_checksum_out(tmp_path: Path) -> No
     assert read_json(file) == RECORD | {"what": "by hand"}
 
 
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf"), np.float64("nan")])
+def test_json_has_null_for_what_it_has_no_word_for(value: float, tmp_path: Path) -> None:
+    def refuse(word: str) -> None:
+        raise AssertionError(word)
+
+    found = {"loss": value, "parts": [1, (value, 2.5)], "deep": {"a": {"b": value}}, "word": "NaN", "yes": True}
+    wanted = {"loss": None, "parts": [1, [None, 2.5]], "deep": {"a": {"b": None}}, "word": "NaN", "yes": True}
+    write_json(tmp_path / "result.json", found)
+    for text in ((tmp_path / "result.json").read_text(), json_text(found)):
+        assert json.loads(text, parse_constant=refuse) == wanted
+
+
 @pytest.mark.parametrize("content", ["", "{", "[1]", "null", '{"a": NaN', "\xff", "[" * 100_000], ids=lambda c: c[:9])
 def test_what_is_no_object_is_told_with_the_file_and_the_remedy(content: str, tmp_path: Path) -> None:
     file = tmp_path / "sweep.json"
@@ -127,17 +140,6 @@ def test_a_bad_line_in_the_middle_of_the_metrics_is_an_error_and_a_torn_last_one
     file.write_text(rows(1) + '{"step": 3\n')
     with pytest.raises(UserError, match="line 2 is damaged"):
         read_jsonl(file)
-
-
-def test_a_resumed_run_needs_all_rows_up_to_its_step_and_no_later_one(tmp_path: Path) -> None:
-    file = tmp_path / "metrics.jsonl"
-    file.write_text(rows(1, 2) + "{bad\n" + rows(4))
-    assert [row["step"] for row in rows_to(file, 2)] == [1, 2]
-    with pytest.raises(UserError, match="line 3 is damaged"):
-        rows_to(file, 4)
-    file.write_text(rows(1, 2))
-    with pytest.raises(UserError, match=r"no row of step 3.*delete .*checkpoints"):
-        rows_to(file, 3)
 
 
 def test_of_a_folder_of_options_those_with_a_checksum_are_checked_and_no_others(tmp_path: Path) -> None:
