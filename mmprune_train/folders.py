@@ -16,6 +16,7 @@ from functools import lru_cache
 from pathlib import Path, PurePosixPath
 from typing import Any
 
+from mmprune_train.errors import UserError
 from mmprune_train.files import read_json, stamp_of, sync, write_json
 
 LIST = "checksums.json"
@@ -213,3 +214,11 @@ def whole_folder(folder: Path) -> Iterator[Path]:
         sync(path)
     shutil.rmtree(folder, ignore_errors=True)
     os.replace(temporary, folder)
+
+
+def remove_damaged(folder: Path) -> None:
+    """Delete a folder that will be made anew. Raises UserError where that cannot be done: it is another user's."""
+    try:
+        shutil.rmtree(folder)
+    except OSError as error:
+        raise UserError(f"{folder} is damaged and cannot be deleted ({error.strerror}); delete it") from error
