@@ -217,8 +217,13 @@ def whole_folder(folder: Path) -> Iterator[Path]:
 
 
 def remove_damaged(folder: Path) -> None:
-    """Delete a folder that will be made anew. Raises UserError where that cannot be done: it is another user's."""
+    """Delete a folder that will be made anew, all at once: another process may be about to do the same, or read it.
+
+    Raises:
+        UserError: that cannot be done, since it is another user's.
+    """
     try:
-        shutil.rmtree(folder)
+        with temporary_folder(folder.parent, f".{folder.name}.") as aside, suppress(FileNotFoundError):
+            folder.rename(aside / folder.name)
     except OSError as error:
         raise UserError(f"{folder} is damaged and cannot be deleted ({error.strerror}); delete it") from error

@@ -13,12 +13,14 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
+from mmprune_train.errors import UserError
 from mmprune_train.folders import (
     LIST,
     as_marks,
     fault_by_list,
     finished_folder,
     held,
+    remove_damaged,
     sweep,
     temporary_folder,
     whole_folder,
@@ -99,6 +101,17 @@ def test_what_is_no_temporary_folder_is_left_alone(tmp_path: Path) -> None:
     (inside / ".file").touch()
     sweep(inside)
     assert (outside / "kept").is_dir() and len(list(inside.iterdir())) == 2
+
+
+def test_two_who_find_the_same_damage_do_not_stand_in_each_others_way(tmp_path: Path) -> None:
+    (tmp_path / "data/in").mkdir(parents=True)
+    (tmp_path / "data/in/a").touch()
+    for _ in range(2):
+        remove_damaged(tmp_path / "data")
+        assert not list(tmp_path.iterdir())
+    (tmp_path / "file").touch()
+    with pytest.raises(UserError, match=r"data is damaged and cannot be deleted \(Not a directory\); delete it"):
+        remove_damaged(tmp_path / "file/data")
 
 
 def test_a_lock_is_anothers_or_shared(tmp_path: Path) -> None:
