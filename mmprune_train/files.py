@@ -6,9 +6,11 @@ of an earlier version or because its owner took it out, is taken as it is.
 
 from __future__ import annotations
 
+import hashlib
 import json
 import math
 import os
+import platform
 import re
 import uuid
 import zlib
@@ -29,6 +31,14 @@ FIRST_LINE = re.compile(BEGIN + r"([0-9a-f]{8})\b.*")
 """Of a YAML file: CRC-32 of all lines below it. First, since a YAML file that is cut off may be a whole one with fewer
 keys."""
 PUT_BACK = "put an earlier copy back"
+MACHINE = hashlib.sha256(platform.node().encode()).hexdigest()[:8]
+"""In names of what is being written. On NFS a lock on a folder is known to its own machine alone, so whether another
+one's is still being written only its age can tell."""
+
+
+def unused_name() -> str:
+    """32 hexadecimal digits, `MACHINE` the first of them."""
+    return MACHINE + uuid.uuid4().hex[len(MACHINE) :]
 
 
 def write_atomically(path: Path, data: str | bytes, shared: bool = False) -> None:
@@ -38,7 +48,7 @@ def write_atomically(path: Path, data: str | bytes, shared: bool = False) -> Non
         shared: several processes may write it at once.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex}.tmp" if shared else f".{path.name}.tmp")
+    temporary = path.with_name(f".{path.name}.{unused_name()}.tmp" if shared else f".{path.name}.tmp")
     try:
         temporary.unlink(missing_ok=True)  # another user's, who was stopped, might not be written to
         temporary.write_bytes(masked(data).encode() if isinstance(data, str) else data)
