@@ -7,6 +7,7 @@ import sys
 
 import pytest
 
+from mmprune_train import secrets
 from mmprune_train.printed import Printed, harmless, harmless_output
 from mmprune_train.secrets import hide, masked
 
@@ -50,7 +51,8 @@ def test_progress_bars_move_on_a_terminal_and_their_titles_do_not() -> None:
     assert plain.getvalue() == "\\rx"
 
 
-def test_all_that_is_printed_meanwhile(capsys: pytest.CaptureFixture[str]) -> None:
+def test_all_that_is_printed_meanwhile(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(secrets, "_values", type(secrets._values)())
     before = sys.stdout, sys.stderr
     with harmless_output(), harmless_output():
         hide("s3cr3t-printed")
