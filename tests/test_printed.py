@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import errno
 import io
+import os
 import sys
 
 import pytest
 
 from mmprune_train import secrets
+from mmprune_train.config.explain import user_mistake
 from mmprune_train.printed import Printed, harmless, harmless_output
 from mmprune_train.secrets import hide, masked
 
@@ -49,6 +52,31 @@ def test_progress_bars_move_on_a_terminal_and_their_titles_do_not() -> None:
     plain = io.StringIO()
     Printed(plain).write("\rx")
     assert plain.getvalue() == "\\rx"
+
+
+def test_a_closed_stream_stays_closed(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("stdout", "stderr"):
+        monkeypatch.setattr(sys, name, None)
+    with harmless_output():
+        print("nobody reads this", flush=True)
+
+
+@pytest.mark.parametrize(("number", "words"), [(errno.EPIPE, "what read this command"), (errno.ENOSPC, "make room")])
+def test_a_stream_that_takes_no_more_is_named(number: int, words: str) -> None:
+    class Broken(io.StringIO):
+        name = "<stdout>"
+
+        def write(self, text: str) -> int:
+            raise OSError(number, os.strerror(number))
+
+        def flush(self) -> None:
+            self.write("")
+
+    for use in (lambda: print("a", file=Printed(Broken())), Printed(Broken()).flush):
+        with pytest.raises(OSError) as caught:
+            use()
+        told = user_mistake(caught.value)
+        assert told is not None and told.startswith(f"<stdout>: {os.strerror(number)}; {words}")
 
 
 def test_all_that_is_printed_meanwhile(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
