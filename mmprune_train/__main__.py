@@ -57,7 +57,7 @@ def execute(config: Config) -> Any:
 
     from mmprune_train.config.notes import notes
     from mmprune_train.config.pruner import components
-    from mmprune_train.files import check_marks
+    from mmprune_train.files import check_yaml_files
     from mmprune_train.training.cluster import has_part
 
     if config.trust_components or components(config.pruner):
@@ -68,7 +68,7 @@ def execute(config: Config) -> Any:
         return None
     for source in HydraConfig.get().runtime.config_sources:
         if source.provider == "command-line":  # --config-dir
-            check_marks(Path(source.path))
+            check_yaml_files(Path(source.path))
     for note in notes(config, command_line()):
         print(f"note: {note}", file=sys.stderr, flush=True)
     return find_task(config.task)(config)

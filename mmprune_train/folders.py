@@ -16,6 +16,7 @@ from functools import lru_cache
 from pathlib import Path, PurePosixPath
 from typing import Any
 
+from mmprune_train.errors import UserError
 from mmprune_train.files import read_json, stamp_of, sync, write_json
 
 LIST = "checksums.json"
@@ -90,8 +91,8 @@ def fault_of(folder: Path, name: str, mark: Mark, read: Callable[[Path], Mark] |
 
 
 def first_fault(folder: Path, marks: Mapping[str, Mark]) -> str | None:
-    """The first file of a folder that differs from its mark. A file that this process has read before, and that is the
-    very same still, is not read again."""
+    """The first file of a folder that differs from its mark. A file that this process has read before, and that was not
+    touched since, is not read again."""
     with ThreadPoolExecutor(4) as pool:  # checksums are taken without the interpreter's lock
         found = pool.map(lambda name: fault_of(folder, name, marks[name], _seen_mark), marks)
         return next((fault for fault in found if fault is not None), None)
@@ -213,3 +214,16 @@ def whole_folder(folder: Path) -> Iterator[Path]:
         sync(path)
     shutil.rmtree(folder, ignore_errors=True)
     os.replace(temporary, folder)
+
+
+def remove_damaged(folder: Path) -> None:
+    """Delete a folder that will be made anew, all at once: another process may be about to do the same, or read it.
+
+    Raises:
+        UserError: that cannot be done, since it is another user's.
+    """
+    try:
+        with temporary_folder(folder.parent, f".{folder.name}.") as aside, suppress(FileNotFoundError):
+            folder.rename(aside / folder.name)
+    except OSError as error:
+        raise UserError(f"{folder} is damaged and cannot be deleted ({error.strerror}); delete it") from error

@@ -30,8 +30,22 @@ class Printed:
     def write(self, text: str) -> int:
         bar = _BAR.match(text) if self.stream.isatty() else None
         begin = bar.end() if bar else 0
-        self.stream.write(text[:begin] + harmless(text[begin:]))
+        with self._named():
+            self.stream.write(text[:begin] + harmless(text[begin:]))
         return len(text)
+
+    def flush(self) -> None:
+        with self._named():
+            self.stream.flush()
+
+    @contextmanager
+    def _named(self) -> Iterator[None]:
+        """An error of the system (a full disk, a reader that has ended) says which stream it is of, as of any file."""
+        try:
+            yield
+        except OSError as error:
+            error.filename = error.filename or getattr(self.stream, "name", None)
+            raise
 
     def writelines(self, lines: Any) -> None:
         for line in lines:
@@ -43,10 +57,10 @@ class Printed:
 
 @contextmanager
 def harmless_output() -> Iterator[None]:
-    """While this lasts, all that is printed is harmless. It may be entered again inside, by whom has put streams of its
-    own around those that are there."""
+    """While this lasts, all that is printed is harmless; a stream that is closed stays None. It may be entered again
+    inside, by whom has put streams of its own around those that are there."""
     out, err = sys.stdout, sys.stderr
-    sys.stdout, sys.stderr = Printed(out), Printed(err)  # type: ignore[assignment]
+    sys.stdout, sys.stderr = (stream and Printed(stream) for stream in (out, err))  # type: ignore[assignment]
     try:
         yield
     finally:

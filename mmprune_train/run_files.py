@@ -1,4 +1,4 @@
-"""What a run directory records of itself: manifest.json, and in it what the files of a stage are known by."""
+"""What a run directory records of itself: manifest.json, and in it the checksums of a stage's files."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from mmprune_train.errors import UserError
-from mmprune_train.files import PUT_BACK, damaged, read_json
+from mmprune_train.files import PUT_BACK, damaged, read_json, rows_of, write_atomically
 from mmprune_train.folders import Mark, as_marks, first_fault, mark_of, marks_of
 
 MANIFEST = "manifest.json"
@@ -62,7 +62,7 @@ def read_result(path: Path, told: Callable[[dict[str, Any]], object]) -> dict[st
 
 
 def files_of_stage(folder: Path) -> dict[str, Any]:
-    """For the manifest: what is known of the files that a finished stage leaves."""
+    """For the manifest: checksums of the files that a finished stage leaves."""
     marks = {METRICS: mark_of(folder / METRICS)}
     for name in SAVED:
         marks |= marks_of(folder / name, folder)
@@ -89,6 +89,30 @@ def check_saved(key: str, folder: Path) -> None:
         )
 
 
+def rows_to(path: Path, last: int) -> list[dict[str, Any]]:
+    """Rows of a metrics.jsonl up to step `last`; those after it are not looked at.
+
+    Raises:
+        UserError: one is damaged, or they end before.
+    """
+    rows: list[dict[str, Any]] = []
+    if not last:
+        return rows
+    for row in rows_of(path):
+        rows.append(row)
+        if row.get("step") == last:
+            return rows
+    remedy = f"{PUT_BACK}, or delete {path.parent / 'checkpoints'} to train this stage from its start"
+    raise damaged(path, f"it has no row of step {last}, after which the run continues", remedy)
+
+
+def keep_steps(path: Path, last: int) -> None:
+    """Drop the other rows of a metrics.jsonl: the resumed run writes them again. Raises as `rows_to`."""
+    kept = len(rows_to(path, last))
+    if path.is_file():
+        write_atomically(path, b"".join(line + b"\n" for line in path.read_bytes().split(b"\n")[:kept]))
+
+
 def rows_fault(file: Path, written: Mark | None) -> str | None:
     """How the first rows of a metrics.jsonl differ from those that were written; None: not at all, or not known."""
     if written is None or (file.is_file() and mark_of(file, written.bytes) == written):
@@ -97,8 +121,8 @@ def rows_fault(file: Path, written: Mark | None) -> str | None:
 
 
 def rows_written(stage: Path) -> Mark | None:
-    """What the rows of a stage's metrics.jsonl are known by: all of a finished stage, else those up to its newest
-    checkpoint; None: not recorded."""
+    """Checksum of the rows of a stage's metrics.jsonl: all of a finished stage, else those up to its newest checkpoint;
+    None: not recorded."""
     if known := recorded(stage).get(METRICS):
         return known
     indices = sorted((stage / "checkpoints").glob("step-*.ckpt/index.json"))
@@ -107,7 +131,7 @@ def rows_written(stage: Path) -> Mark | None:
 
 
 def recorded(stage: Path) -> dict[str, Mark]:
-    """Marks of a finished stage's files, by their paths in its folder; empty where none were recorded."""
+    """Checksums of a finished stage's files, by their paths in its folder; empty where none were recorded."""
     state = (read_manifest(stage.parent) or {}).get("stages", {}).get(stage.name, {})
     try:
         return as_marks(state.get("files", {}))

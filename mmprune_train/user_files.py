@@ -25,8 +25,8 @@ def file_status(path: Path) -> os.stat_result:
     return status
 
 
-def reason_of(error: Exception) -> str:
-    """Why a file cannot be read, in a few words."""
+def reason_of(error: BaseException) -> str:
+    """What a library or the system has against a file, in a few words."""
     told = error.strerror if isinstance(error, OSError) else None
     return told or short(next(iter(str(error).strip().splitlines()), "")) or type(error).__name__
 

@@ -8,19 +8,20 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
 from mmprune_train.config.compose import compose_config, config_from_file, to_yaml
 from mmprune_train.errors import UserError
 from mmprune_train.files import (
     CHECKSUM,
-    marked,
+    check_yaml_files,
+    json_text,
     read_json,
     read_jsonl,
-    read_marked,
-    rows_to,
-    write_atomically,
+    read_yaml,
     write_json,
+    write_yaml,
 )
 
 RECORD = {"stages": {"pretrain": {"loss": 0.1}}, "what": "größer", "none": None}
@@ -55,15 +56,15 @@ def test_no_flipped_bit_changes_what_a_json_file_says(tmp_path: Path) -> None:
 def test_no_flipped_or_cut_byte_changes_what_a_yaml_file_says(tmp_path: Path) -> None:
     file = tmp_path / "config.yaml"
     text = "seed: 1\nstage: {lr: 1e-3}\n"
-    write_atomically(file, marked(text))
+    write_yaml(file, text)
     for _ in flips(file):
         with suppress(UserError):
-            assert read_marked(file).endswith(text)
+            assert read_yaml(file).endswith(text)
     whole = file.read_bytes()
     for length in range(len(whole)):
         file.write_bytes(whole[:length])
         with pytest.raises(UserError, match=r"config\.yaml"):
-            read_marked(file)
+            read_yaml(file)
 
 
 def test_a_meant_change_is_made_by_taking_the_checksum_out(tmp_path: Path) -> None:
@@ -77,6 +78,18 @@ def test_a_meant_change_is_made_by_taking_the_checksum_out(tmp_path: Path) -> No
     assert read_json(file) == RECORD | {"what": "by hand"}
 
 
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf"), np.float64("nan")])
+def test_json_has_null_for_what_it_has_no_word_for(value: float, tmp_path: Path) -> None:
+    def refuse(word: str) -> None:
+        raise AssertionError(word)
+
+    found = {"loss": value, "parts": [1, (value, 2.5)], "deep": {"a": {"b": value}}, "word": "NaN", "yes": True}
+    wanted = {"loss": None, "parts": [1, [None, 2.5]], "deep": {"a": {"b": None}}, "word": "NaN", "yes": True}
+    write_json(tmp_path / "result.json", found)
+    for text in ((tmp_path / "result.json").read_text(), json_text(found)):
+        assert json.loads(text, parse_constant=refuse) == wanted
+
+
 @pytest.mark.parametrize("content", ["", "{", "[1]", "null", '{"a": NaN', "\xff", "[" * 100_000], ids=lambda c: c[:9])
 def test_what_is_no_object_is_told_with_the_file_and_the_remedy(content: str, tmp_path: Path) -> None:
     file = tmp_path / "sweep.json"
@@ -87,7 +100,7 @@ def test_what_is_no_object_is_told_with_the_file_and_the_remedy(content: str, tm
 
 def test_a_config_that_was_edited_or_is_damaged_is_told(tmp_path: Path) -> None:
     config, file = compose_config(["+experiment=smoke"]), tmp_path / "config.yaml"
-    write_atomically(file, marked(to_yaml(config)))
+    write_yaml(file, to_yaml(config))
     assert config_from_file(file) == config
     file.write_text(file.read_text().replace("seed: 42", "seed: 43"))
     with pytest.raises(UserError, match=r"config\.yaml: .*delete its first line"):
@@ -129,12 +142,16 @@ def test_a_bad_line_in_the_middle_of_the_metrics_is_an_error_and_a_torn_last_one
         read_jsonl(file)
 
 
-def test_a_resumed_run_needs_all_rows_up_to_its_step_and_no_later_one(tmp_path: Path) -> None:
-    file = tmp_path / "metrics.jsonl"
-    file.write_text(rows(1, 2) + "{bad\n" + rows(4))
-    assert [row["step"] for row in rows_to(file, 2)] == [1, 2]
-    with pytest.raises(UserError, match="line 3 is damaged"):
-        rows_to(file, 4)
-    file.write_text(rows(1, 2))
-    with pytest.raises(UserError, match=r"no row of step 3.*delete .*checkpoints"):
-        rows_to(file, 3)
+def test_of_a_folder_of_options_those_with_a_checksum_are_checked_and_no_others(tmp_path: Path) -> None:
+    (tmp_path / "pruner").mkdir()
+    ours = tmp_path / "pruner/mine.yaml"
+    write_yaml(ours, "name: mine\n")
+    (tmp_path / "empty.yaml").touch()
+    (tmp_path / "comment.yaml").write_text("# nothing chosen yet\n")
+    (tmp_path / "latin.yaml").write_bytes("name: größe\n".encode("latin-1"))
+    check_yaml_files(tmp_path)
+    whole = ours.read_text()
+    for harmed in (whole.replace("mine", "mind"), whole[:8], whole.split("\n")[0]):
+        ours.write_text(harmed)
+        with pytest.raises(UserError, match=r"mine\.yaml"):
+            check_yaml_files(tmp_path)

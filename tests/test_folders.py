@@ -3,20 +3,27 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
+import torch
+from safetensors.torch import save_file
 
+from mmprune_train.errors import UserError
 from mmprune_train.folders import (
     LIST,
     as_marks,
     fault_by_list,
     finished_folder,
     held,
+    remove_damaged,
     sweep,
     temporary_folder,
+    whole_folder,
     write_list,
 )
 
@@ -44,6 +51,22 @@ def test_a_list_names_no_file_outside_its_folder(name: str, tmp_path: Path) -> N
         as_marks({name: {"bytes": 1, "crc32": 1}})
     (tmp_path / LIST).write_text(json.dumps({name: {"bytes": 1, "crc32": 1}}))
     assert fault_by_list(tmp_path) == f"{LIST} is damaged"
+
+
+@pytest.mark.parametrize("umask", [0o002, 0o027])
+@pytest.mark.parametrize("make", [whole_folder, finished_folder])
+def test_files_of_a_new_folder_have_the_mode_of_the_umask(make: Any, umask: int, tmp_path: Path) -> None:
+    before = os.umask(umask)
+    try:
+        with make(tmp_path / "new") as part:
+            (part / "inside").mkdir()
+            save_file({"a": torch.ones(1)}, part / "inside" / "model.safetensors")
+            (part / "config.json").write_text("{}")
+    finally:
+        os.umask(before)
+    modes = {path.is_dir(): path.stat().st_mode & 0o777 for path in (tmp_path / "new", *(tmp_path / "new").rglob("*"))}
+    assert modes == {True: 0o777 & ~umask, False: 0o666 & ~umask}
+    assert {path.stat().st_mode & 0o777 for path in (tmp_path / "new").rglob("*") if path.is_file()} == {0o666 & ~umask}
 
 
 KILLED = """
@@ -78,6 +101,17 @@ def test_what_is_no_temporary_folder_is_left_alone(tmp_path: Path) -> None:
     (inside / ".file").touch()
     sweep(inside)
     assert (outside / "kept").is_dir() and len(list(inside.iterdir())) == 2
+
+
+def test_two_who_find_the_same_damage_do_not_stand_in_each_others_way(tmp_path: Path) -> None:
+    (tmp_path / "data/in").mkdir(parents=True)
+    (tmp_path / "data/in/a").touch()
+    for _ in range(2):
+        remove_damaged(tmp_path / "data")
+        assert not list(tmp_path.iterdir())
+    (tmp_path / "file").touch()
+    with pytest.raises(UserError, match=r"data is damaged and cannot be deleted \(Not a directory\); delete it"):
+        remove_damaged(tmp_path / "file/data")
 
 
 def test_a_lock_is_anothers_or_shared(tmp_path: Path) -> None:

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import errno
 import io
+import os
 import sys
 
 import pytest
 
+from mmprune_train import secrets
+from mmprune_train.config.explain import user_mistake
 from mmprune_train.printed import Printed, harmless, harmless_output
 from mmprune_train.secrets import hide, masked
 
@@ -50,7 +54,33 @@ def test_progress_bars_move_on_a_terminal_and_their_titles_do_not() -> None:
     assert plain.getvalue() == "\\rx"
 
 
-def test_all_that_is_printed_meanwhile(capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_closed_stream_stays_closed(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("stdout", "stderr"):
+        monkeypatch.setattr(sys, name, None)
+    with harmless_output():
+        print("nobody reads this", flush=True)
+
+
+@pytest.mark.parametrize(("number", "words"), [(errno.EPIPE, "what read this command"), (errno.ENOSPC, "make room")])
+def test_a_stream_that_takes_no_more_is_named(number: int, words: str) -> None:
+    class Broken(io.StringIO):
+        name = "<stdout>"
+
+        def write(self, text: str) -> int:
+            raise OSError(number, os.strerror(number))
+
+        def flush(self) -> None:
+            self.write("")
+
+    for use in (lambda: print("a", file=Printed(Broken())), Printed(Broken()).flush):
+        with pytest.raises(OSError) as caught:
+            use()
+        told = user_mistake(caught.value)
+        assert told is not None and told.startswith(f"<stdout>: {os.strerror(number)}; {words}")
+
+
+def test_all_that_is_printed_meanwhile(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(secrets, "_values", type(secrets._values)())
     before = sys.stdout, sys.stderr
     with harmless_output(), harmless_output():
         hide("s3cr3t-printed")

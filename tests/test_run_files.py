@@ -10,9 +10,28 @@ from pathlib import Path
 import pytest
 
 from mmprune_train.errors import UserError
-from mmprune_train.files import write_json
+from mmprune_train.files import read_jsonl, write_json
 from mmprune_train.model.weights.folders import model_folder
-from mmprune_train.run_files import check_saved, files_of_stage, read_manifest, read_result
+from mmprune_train.run_files import check_saved, files_of_stage, keep_steps, read_manifest, read_result, rows_to
+
+
+def test_steps_after_the_checkpoint_are_dropped(tmp_path: Path) -> None:
+    path = tmp_path / "metrics.jsonl"
+    path.write_text("".join(json.dumps({"step": s}) + "\n" for s in range(1, 6)) + '{"step": 6, "lo')
+    keep_steps(path, 3)
+    assert [row["step"] for row in read_jsonl(path)] == [1, 2, 3]
+
+
+def test_a_resumed_run_needs_all_rows_up_to_its_step_and_no_later_one(tmp_path: Path) -> None:
+    file = tmp_path / "metrics.jsonl"
+    one, two, four = (json.dumps({"step": n}) + "\n" for n in (1, 2, 4))
+    file.write_text(one + two + "{bad\n" + four)
+    assert [row["step"] for row in rows_to(file, 2)] == [1, 2]
+    with pytest.raises(UserError, match="line 3 is damaged"):
+        rows_to(file, 4)
+    file.write_text(one + two)
+    with pytest.raises(UserError, match=r"no row of step 3.*delete .*checkpoints"):
+        rows_to(file, 3)
 
 
 @pytest.fixture

@@ -32,7 +32,8 @@ def test_what_the_user_set_and_a_torch_that_runs_are_left_alone(own: dict[str, s
 
 
 def clean(**more: str) -> dict[str, str]:
-    return {name: value for name, value in os.environ.items() if name not in OWN} | {"PYTHONPATH": str(ROOT)} | more
+    unset = (*OWN, "MAKEFLAGS", "MFLAGS")  # make's own hold what the tests' make was given
+    return {name: value for name, value in os.environ.items() if name not in unset} | {"PYTHONPATH": str(ROOT)} | more
 
 
 def test_the_command_line_says_it_before_torch_loads() -> None:

@@ -27,7 +27,7 @@ from mmprune_train.config.schema import Config
 from mmprune_train.config.sweepers import register_sweepers
 from mmprune_train.config.typed import literal, readable
 from mmprune_train.errors import UserError
-from mmprune_train.files import PUT_BACK, damaged, read_marked
+from mmprune_train.files import PUT_BACK, damaged, read_yaml
 from mmprune_train.secrets import masked_settings, note_settings
 
 SCHEMA_NAME = "mmprune_schema"
@@ -112,7 +112,7 @@ def config_from_file(path: Path) -> Config:
     if not path.is_file():
         raise UserError(f"{path} is missing: is {path.parent} a run directory of mmprune_train?")
     try:
-        written = OmegaConf.to_container(OmegaConf.create(read_marked(path)))
+        written = OmegaConf.to_container(OmegaConf.create(read_yaml(path)))
         if isinstance(written, dict) and "pruner" in written:
             written["pruner"] = as_saved(written["pruner"])
         merged = OmegaConf.merge(OmegaConf.structured(Config), OmegaConf.create(literal(written)))

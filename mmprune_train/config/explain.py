@@ -78,6 +78,7 @@ _DISK = {
     errno.EISDIR: "a folder stands where a file is needed: correct the path",
     errno.ENAMETOOLONG: "give a shorter one",
     errno.ELOOP: "its links go round: correct the path",
+    errno.EPIPE: "what read this command's output has ended",
 }
 """What an operating system finds wrong with a place that the user has named -> the remedy."""
 

@@ -88,11 +88,11 @@ def _digest(folder: Path) -> str:
     entries = os.scandir(folder) if folder.is_dir() else ()
     found = sorted((entry.name, entry.stat()) for entry in entries if entry.name.endswith(".png"))
     stamps = tuple((name, at.st_size, at.st_ino, at.st_mtime_ns, at.st_ctime_ns) for name, at in found)
-    return _digest_of_very(folder, stamps)
+    return _digest_by_stamps(folder, stamps)
 
 
 @lru_cache(4)
-def _digest_of_very(folder: Path, stamps: tuple[tuple[str, int, int, int, int], ...]) -> str:
+def _digest_by_stamps(folder: Path, stamps: tuple[tuple[str, int, int, int, int], ...]) -> str:
     digest = hashlib.sha256()
     for name, *_ in stamps:
         digest.update(name.encode() + b"\0" + (folder / name).read_bytes())

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import re
 import time
-import uuid
 from contextlib import suppress
 from dataclasses import asdict, dataclass
 from hashlib import sha256
@@ -23,7 +22,7 @@ from torch import Tensor
 
 from mmprune_train.assets import sha256_of
 from mmprune_train.errors import UserError
-from mmprune_train.files import read_json, write_atomically, write_json
+from mmprune_train.files import MACHINE, read_json, unused_name, write_atomically, write_json
 from mmprune_train.folders import LEFTOVER_SECONDS, held
 from mmprune_train.pruning.patches import Patches
 
@@ -84,13 +83,14 @@ def remove(folder: Path, name: str) -> None:
 
 def remove_leftovers(folder: Path) -> None:
     """Delete what stopped processes were writing: files that have no name yet, and shards without a list. Where another
-    process writes there now, or that cannot be known, what is young may be its."""
+    process writes there now, or another machine may, what is young may be its."""
     with held(folder) as alone:
         shards = [path for path in folder.glob("*.safetensors") if NAME.fullmatch(path.name)]
         unlisted = [path for path in shards if not path.with_suffix(".json").is_file()]
         for path in (*folder.glob(".*.tmp"), *folder.parent.glob(f".{INDEX}.*.tmp"), *unlisted):
             with suppress(OSError):  # another user's, or gone in the meantime
-                if alone or time.time() - path.stat().st_mtime > LEFTOVER_SECONDS:
+                own = MACHINE in path.name
+                if (alone and own) or time.time() - path.stat().st_mtime > LEFTOVER_SECONDS:
                     path.unlink()
 
 
@@ -124,7 +124,7 @@ class ShardWriter:
         if not self._images:
             return
         data = save({"chosen": torch.cat(self._chosen), "order": torch.cat(self._order)})
-        name = f"{uuid.uuid4().hex}.safetensors"
+        name = f"{unused_name()}.safetensors"
         shard = Shard(name, len(data), sha256(data).hexdigest(), self._images, self._kept)
         try:
             with held(self.folder, wait=True, together=True):

@@ -12,6 +12,7 @@ from transformers import CONFIG_MAPPING, PreTrainedConfig
 
 from mmprune_train.config.explain import nearest
 from mmprune_train.errors import UserError
+from mmprune_train.user_files import reason_of
 
 OLDER = ("rope_theta", "rope_scaling", "torch_dtype")
 """Fields of earlier transformers, which still reads them."""
@@ -52,8 +53,7 @@ def described(key: str, arch: Mapping[str, Any] | None = None) -> Iterator[None]
     except UserError:
         raise
     except Exception as error:
-        cause = error.__cause__ if isinstance(error, StrictDataclassError) and error.__cause__ else error
-        told = (str(cause).strip().splitlines() or [type(cause).__name__])[0][:200]
+        told = reason_of((isinstance(error, StrictDataclassError) and error.__cause__) or error)
         if isinstance(error, KeyError):  # the name of an activation or a kind of positions
             named = [name for name, value in _flat(key, arch or {}) if [value] == list(error.args)]
             told = f"{' or '.join(named) or key}={told}: transformers has no such"

@@ -47,6 +47,7 @@ from mmprune_train.model.weights.folders import check_folder, model_folder
 from mmprune_train.model.weights.outline import load_whole
 from mmprune_train.model.weights.places import encoder_folder, llm_folder, local_or_hub
 from mmprune_train.pruning import Pruner
+from mmprune_train.user_files import reason_of
 
 VOCAB_MULTIPLE = 64
 """A vocabulary that must grow for the image token grows to a multiple of this, as llava-hf's folders do."""
@@ -290,7 +291,7 @@ def load_model(
     except (OSError, ValueError, SafetensorError) as error:
         if isinstance(error, UserError):
             raise
-        raise UserError(f"{path}: not a whole model folder: {str(error).strip().splitlines()[0]}") from error
+        raise UserError(f"{path}: not a whole model folder: {reason_of(error)}") from error
     processor = load_processor(folder, hf)
     if chosen.reads_text:
         tower = TextTowerConfig(path=str(text)) if isinstance(text, str | Path) else text

@@ -11,6 +11,7 @@ from transformers import LlavaConfig, LlavaForConditionalGeneration, LlavaProces
 from mmprune_train.errors import UserError
 from mmprune_train.model.vision import embedded, family_of, feature_indices
 from mmprune_train.model.weights.auto import processor_of
+from mmprune_train.user_files import reason_of
 
 BLANKS = ((64, 48), (48, 64))
 """Sizes of two blank images, which a processor makes the same size."""
@@ -34,8 +35,9 @@ def load_processor(folder: Path | str, hf: LlavaForConditionalGeneration) -> Lla
     except UserError:
         raise
     except Exception as error:  # of a broken file, anything
-        why = next(iter(str(error).strip().splitlines()), "") or type(error).__name__
-        raise UserError(f"{folder}: its processor (tokenizer and image processor) does not load: {why}") from error
+        raise UserError(
+            f"{folder}: its processor (tokenizer and image processor) does not load: {reason_of(error)}"
+        ) from error
     if not isinstance(processor, LlavaProcessor):
         raise UserError(f"{folder}: its processor is a {type(processor).__name__}, LLaVA's is a LlavaProcessor")
     config = hf.config

@@ -27,6 +27,7 @@ from mmprune_train.pruning import PackedSequence
 from mmprune_train.pruning.host import take, upload
 from mmprune_train.pruning.scores import VisionView, full_precision
 from mmprune_train.pruning.turns import question_text
+from mmprune_train.user_files import reason_of
 
 FOLDER = "question"
 """Folder inside an exported model that holds the text tower, in CLIP's own format."""
@@ -224,7 +225,7 @@ def load_question_encoder(folder: Path, dtype: torch.dtype, key: str) -> Questio
     except UserError:
         raise
     except (OSError, ValueError) as error:
-        raise UserError(f"{key}: {folder} is no whole CLIP: {str(error).strip().splitlines()[0]}") from error
+        raise UserError(f"{key}: {folder} is no whole CLIP: {reason_of(error)}") from error
     return QuestionEncoder(clip, tokenizer)
 
 

@@ -10,6 +10,7 @@ from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 from mmprune_train.errors import UserError
 from mmprune_train.model.weights.auto import tokenizer_of
 from mmprune_train.model.weights.outline import no_report
+from mmprune_train.user_files import reason_of
 
 IMAGE_TOKEN = "<image>"
 VOCABULARY = 512
@@ -67,10 +68,9 @@ def load_tokenizer(folder: Path | None, key: str = "llm.path") -> PreTrainedToke
     except UserError as error:
         raise UserError(f"{key}: {error}") from None
     except Exception as error:  # a damaged file is answered by any kind
-        reason = (str(error).strip().splitlines() or [""])[0]
         raise UserError(
-            f"{key}: {folder} has no tokenizer that loads ({type(error).__name__}: {reason[:160]}); copy its tokenizer "
-            "files there again"
+            f"{key}: {folder} has no tokenizer that loads ({type(error).__name__}: {reason_of(error)}); copy its "
+            "tokenizer files there again"
         ) from error
     if not tokenizer.is_fast:
         raise UserError(f"{key}: {folder} has no fast tokenizer; add a tokenizer.json (save_pretrained of a fast one)")

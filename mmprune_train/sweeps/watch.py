@@ -17,7 +17,8 @@ from mmprune_train.config.checks import check_sweep
 from mmprune_train.config.task_schema import SweepConfig
 from mmprune_train.errors import UserError
 from mmprune_train.files import write_json
-from mmprune_train.folders import Mark, fault_of, mark_of
+from mmprune_train.folders import as_marks, first_fault, mark_of
+from mmprune_train.run_files import MISSHAPEN
 from mmprune_train.secrets import masked
 from mmprune_train.sweeps.records import SWEEP, JobRecord, read_records, read_settings, summary_text, write_summary
 from mmprune_train.training.cluster import check_sweep_is_alone
@@ -81,10 +82,10 @@ class SweepWatch(Callback):
 def check_study(folder: Path) -> None:
     """Raise UserError where Optuna's study is not as the sweep left it: it decides what is tried next."""
     try:
-        known = read_settings(folder).get(STUDY)
-    except UserError:  # a sweep that starts writes it anew
-        known = None
-    if known is not None and (fault := fault_of(folder, STUDY, Mark(**known))):
+        known = as_marks({STUDY: read_settings(folder)[STUDY]})
+    except MISSHAPEN:  # there is none, or a damaged one: a sweep that starts writes it anew
+        return
+    if fault := first_fault(folder, known):
         raise UserError(f"{folder}: {fault}; put an earlier copy back, or move the folder aside to search anew")
 
 

@@ -32,7 +32,7 @@ from mmprune_train.evaluation.calibration import (
     pack,
     with_knee,
 )
-from mmprune_train.files import marked, write_atomically, write_json
+from mmprune_train.files import write_json, write_yaml
 from mmprune_train.model.begin import begin, tower_of
 from mmprune_train.model.llava import PackedLlava
 from mmprune_train.model.vision import encode
@@ -219,7 +219,7 @@ def write_presets(folder: Path, report: Report, config: Config) -> dict[str, Pat
             settings = with_knee(report.pruner, report.stage, row.solved)
             settings = replace(settings, name=f"{settings.name.removesuffix('-' + PRESET)}-{PRESET}")
             written[name] = folder / "pruner" / f"{name}.yaml"
-            write_atomically(written[name], marked("".join(header(report, row, config)) + to_yaml(settings)))
+            write_yaml(written[name], "".join(header(report, row, config)) + to_yaml(settings))
     return written
 
 

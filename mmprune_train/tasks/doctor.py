@@ -12,7 +12,25 @@ from mmprune_train.config.identity import run_dir
 from mmprune_train.config.schema import Config
 from mmprune_train.files import write_json
 from mmprune_train.reporting.tables import table
-from mmprune_train.tasks.machine import SECTIONS, TEST, Ask, Note
+from mmprune_train.tasks import backends, machine
+from mmprune_train.tasks.machine import Ask, Note
+
+TEST = "self-test"
+SECTIONS: dict[str, Callable[[Config], dict[str, Ask]]] = {
+    "versions": machine.versions,
+    "processor": machine.processor,
+    "GPUs": machine.gpus,
+    "precision": backends.precision,
+    "attention": backends.attention,
+    "loss and adapters": backends.losses,
+    "strategies": backends.strategies,
+    "DeepSpeed's operators": backends.operators,
+    "loggers and accounts": backends.loggers,
+    "disk": machine.disk,
+    "limits and environment": machine.limits,
+    TEST: backends.self_test,
+}
+"""In the order of the page; the self-test last."""
 
 
 class Failure(Note):

@@ -17,7 +17,7 @@ from mmprune_train.config.compose import config_from_file, to_yaml
 from mmprune_train.config.identity import differences, run_dir
 from mmprune_train.config.schema import Config
 from mmprune_train.errors import UserError
-from mmprune_train.files import marked, write_atomically, write_json
+from mmprune_train.files import write_json, write_yaml
 from mmprune_train.reporting.training import result_text
 from mmprune_train.run_files import read_manifest, read_result
 
@@ -96,7 +96,7 @@ def open_run(config: Config, writable: bool = True) -> RunDirectory:
                 "or restart=true to move the old run aside"
             )
     elif writable:
-        write_atomically(written, marked(to_yaml(config)))
+        write_yaml(written, to_yaml(config))
     run = RunDirectory(path, writable)
     if writable and not run.manifest:
         run.update(

@@ -17,6 +17,7 @@ from torch.optim import Optimizer
 
 from mmprune_train.model.llava import PackedLlava
 from mmprune_train.training.spread import from_first, replace_tensors
+from mmprune_train.user_files import reason_of
 
 
 class ZeroStrategy(DeepSpeedStrategy):
@@ -94,7 +95,7 @@ class ZeroStrategy(DeepSpeedStrategy):
         try:
             return DeepSpeedCPUAdam(groups, adamw_mode=True, **settings)
         except Exception as error:  # of the compiler, of many kinds
-            reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+            reason = reason_of(error)
             if self.is_global_zero:
                 print(
                     f"optimizer: torch's AdamW; DeepSpeed's faster CPU Adam does not work here ({reason})", flush=True

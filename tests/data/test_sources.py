@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from PIL import Image
 
+from mmprune_train.assets import sha256_of
 from mmprune_train.config.schema import DataConfig, SplitConfig
+from mmprune_train.data import easy_vqa
 from mmprune_train.data.easy_vqa import captions_of, prepare
 from mmprune_train.data.image_folder import ImageFolder
 from mmprune_train.data.records import read_records
@@ -60,6 +64,15 @@ def test_missing_files_name_the_key_and_how_to_get_them(tmp_path: Path) -> None:
         split_files(data, "evaluate")
 
 
+@pytest.mark.parametrize("root", ["/dev/null", "{file}", "{file}/in", "x" * 300, "a\0b"])
+def test_a_root_that_is_no_folder_is_told(root: str, tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    split = SplitConfig(annotations="a.json", images="images")
+    with pytest.raises(UserError, match=r"data\.pretrain\.annotations: .*a\.json is .*; set data\.root") as caught:
+        split_files(DataConfig(name="x", root=root.format(file=tmp_path / "file"), pretrain=split), "pretrain")
+    assert len(str(caught.value).splitlines()) == 1
+
+
 def test_only_built_in_sources_are_prepared(tmp_path: Path) -> None:
     assert prepare_data(DataConfig(name="x")) is None
     with pytest.raises(UserError, match="'easy-vqa' is unknown; choose one of easy_vqa"):
@@ -71,6 +84,41 @@ def test_a_folder_with_other_files_is_left_alone(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"data\.root: .* already holds other files"):
         prepare(tmp_path)
     assert [path.name for path in tmp_path.iterdir()] == ["thesis.tex"]
+
+
+@pytest.fixture
+def prepared(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """What `prepare` has written, of two pictures."""
+    root = tmp_path / "easy_vqa"
+    for number, split in enumerate(easy_vqa.PICTURES):
+        (root / "images" / split).mkdir(parents=True)
+        Image.new("RGB", (8, 8), (9 * number, 0, 0)).save(root / "images" / split / "0.png")
+    for name in easy_vqa.FILES:
+        (root / name).write_text("[\n\n]\n")
+    sums = {name: sha256_of(root / name) for name in easy_vqa.FILES}
+    (root / "manifest.json").write_text(json.dumps({"format": easy_vqa.FORMAT, "sha256": sums}))
+    pictures = {split: easy_vqa._digest(root / "images" / split) for split in easy_vqa.PICTURES}
+    monkeypatch.setattr(easy_vqa, "PICTURES", pictures)
+    return root
+
+
+def flip(file: Path) -> None:
+    content = bytearray(file.read_bytes())
+    content[len(content) // 2] ^= 1
+    file.write_bytes(content)
+
+
+def cut(file: Path) -> None:
+    file.write_bytes(file.read_bytes()[:-5])
+
+
+@pytest.mark.parametrize("harm", [flip, cut, Path.unlink])
+@pytest.mark.parametrize("name", ["images/train/0.png", "images/test/0.png", "evaluate.json", "manifest.json"])
+def test_damage_to_prepared_data_and_pictures_is_told(name: str, harm: Callable[[Path], None], prepared: Path) -> None:
+    assert prepare(prepared)["format"] == easy_vqa.FORMAT
+    harm(prepared / name)
+    with pytest.raises(UserError, match=r"delete .*easy_vqa and run `task=prepare` again|already holds other files"):
+        prepare(prepared)
 
 
 @pytest.mark.network

@@ -27,6 +27,7 @@ from mmprune_train.features.fill import Report, fill
 from mmprune_train.features.ranks import Ranks
 from mmprune_train.features.settings import feature_settings, folder_name
 from mmprune_train.features.store import ImageFeatures
+from mmprune_train.files import unused_name
 from mmprune_train.folders import held
 from mmprune_train.model.llava import PackedLlava
 from mmprune_train.pruning import Pruner
@@ -451,14 +452,20 @@ def test_what_a_stopped_process_left_is_deleted_unless_another_writes_there(
 ) -> None:
     counted, root = Counted(), tmp_path / "cache"
     folder = Path(counted.fill(root, images)[1].folder)
-    left = [folder / ".x.safetensors.tmp", folder / f"{'0' * 32}.safetensors", root / ".images.json.abc.tmp"]
-    for path in left:
+    name, others = unused_name(), "0" * 32
+    left = [folder / f".{name}.safetensors.tmp", folder / f"{name}.safetensors", root / f".images.json.{name}.tmp"]
+    of_another_machine = [folder / f".{others}.safetensors.tmp", folder / f"{others}.safetensors"]
+    for path in (*left, *of_another_machine):
         path.write_bytes(b"half")
     with held(folder, together=True):
         counted.fill(root, images)
         assert all(path.exists() for path in left[:2])
     counted.fill(root, images)
-    assert not any(path.exists() for path in left)
+    assert not any(path.exists() for path in left) and all(path.exists() for path in of_another_machine)
+    for path in of_another_machine:
+        os.utime(path, (0, 0))
+    counted.fill(root, images)
+    assert not any(path.exists() for path in of_another_machine)
 
 
 @pytest.mark.parametrize(("pruner", "value"), [("none", torch.nan), ("twostage", torch.nan), ("none", torch.inf)])

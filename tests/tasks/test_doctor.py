@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 
 from mmprune_train.config.compose import compose_config
-from mmprune_train.tasks import doctor, machine
+from mmprune_train.tasks import backends, doctor, machine
 from mmprune_train.training import self_test
 
 Command = Callable[..., tuple[int, str, str]]
@@ -96,7 +96,7 @@ def test_a_library_that_cannot_be_imported_breaks_no_other_section(package: str,
 def test_a_self_test_that_fails_is_exit_code_1(
     error: BaseException, says: str, mmprune: Command, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(doctor, "SECTIONS", {doctor.TEST: machine.self_test})
+    monkeypatch.setattr(doctor, "SECTIONS", {doctor.TEST: backends.self_test})
     monkeypatch.setattr(self_test, "losses_of_steps", _raise(error))
     code, out, err = mmprune("task=doctor", "run_id=d")
     assert code == 1 and says in out and "Traceback" not in err
@@ -104,7 +104,7 @@ def test_a_self_test_that_fails_is_exit_code_1(
 
 
 def test_a_device_that_computes_something_else_fails(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(doctor, "SECTIONS", {doctor.TEST: machine.self_test})
+    monkeypatch.setattr(doctor, "SECTIONS", {doctor.TEST: backends.self_test})
     monkeypatch.setattr("mmprune_train.training.precision.hardware_bf16", lambda _: (True, "it says so"))
     answers = {"fp32": [6.3, 6.2], "bf16": [7.3, 6.9]}
     monkeypatch.setattr(self_test, "losses_of_steps", lambda device, precision: (answers[precision.name], ""))

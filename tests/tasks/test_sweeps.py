@@ -8,7 +8,7 @@ import os
 import subprocess
 import sys
 from collections.abc import Callable
-from dataclasses import replace
+from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
 from types import ModuleType
@@ -23,6 +23,10 @@ from mmprune_train.config.compose import compose_config, load_pruner
 from mmprune_train.config.paths import conf_dir, options
 from mmprune_train.config.schema import Config
 from mmprune_train.errors import NotFinite, UserError
+from mmprune_train.files import write_json
+from mmprune_train.folders import mark_of
+from mmprune_train.sweeps.records import SWEEP
+from mmprune_train.sweeps.watch import STUDY, check_study
 from mmprune_train.tasks import TASKS, Task
 from mmprune_train.training.lock import alone_in
 
@@ -281,3 +285,18 @@ def test_divergence_ends_a_run_with_exit_code_1_and_its_three_lines(sweep: Sweep
     code, _, err = mmprune("+experiment=smoke", "seed=13", "pruner.language.layer=1", f"debug={str(debug).lower()}")
     assert code == 1 and ("Traceback" in err) == debug
     assert err.endswith("error: stage pretrain, step 3: the loss is not finite.\nkept.\nLower it\n")
+
+
+@pytest.mark.parametrize("harm", [Path.unlink, lambda file: file.write_bytes(b"b" + file.read_bytes()[1:])])
+def test_a_study_that_is_not_as_its_sweep_left_it_is_told(harm: Callable[[Path], None], tmp_path: Path) -> None:
+    study, record = tmp_path / STUDY, tmp_path / SWEEP
+    study.write_bytes(b"a study")
+    check_study(tmp_path)
+    for known in ({STUDY: 3}, {STUDY: {"bytes": 1}}, {}):
+        write_json(record, known)
+        check_study(tmp_path)
+    write_json(record, {STUDY: asdict(mark_of(study))}, checked=True)
+    check_study(tmp_path)
+    harm(study)
+    with pytest.raises(UserError, match=rf"{tmp_path}: {STUDY} .*; put an earlier copy back, or move the folder aside"):
+        check_study(tmp_path)

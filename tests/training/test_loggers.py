@@ -14,9 +14,34 @@ from training.synthetic import overrides, write_dataset
 from training.wandb_file import history
 
 from mmprune_train.config.compose import compose_config
-from mmprune_train.training.loggers import WandbRun
+from mmprune_train.config.schema import WandbConfig
+from mmprune_train.training.loggers import CsvLogger, WandbRun, wandb_offline
 from mmprune_train.training.run import run_stage
 from mmprune_train.training.rundir import open_run
+
+
+def test_csv_continues_where_the_run_continues(tmp_path: Path) -> None:
+    path = tmp_path / "metrics.csv"
+    first = CsvLogger(path, flush_every=1)
+    for step in (1, 2, 3):
+        first.log_metrics({"loss": step / 10}, step)
+    resumed = CsvLogger(path, 10, [{"step": 1, "loss": 0.1}, {"step": 2, "loss": 0.2}])
+    resumed.log_metrics({"loss": 9.0}, 3)
+    resumed.finalize("success")
+    assert path.read_text().splitlines() == ["step,loss", "1,0.1", "2,0.2", "3,9.0"]
+
+
+def test_wandb_is_offline_without_an_account(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("WANDB_MODE", "WANDB_API_KEY", "WANDB_BASE_URL"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("NETRC", str(tmp_path / "netrc"))
+    auto = WandbConfig(mode="auto")
+    assert wandb_offline(auto)
+    (tmp_path / "netrc").write_text("machine api.wandb.ai login user password x\n")
+    assert not wandb_offline(auto)
+    assert wandb_offline(WandbConfig(mode="offline"))
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    assert wandb_offline(auto) and not wandb_offline(WandbConfig(mode="online"))
 
 
 def test_all_loggers_have_every_step_once_over_an_interrupted_run(tmp_path: Path) -> None:

@@ -13,7 +13,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from mmprune_train.errors import UserError
-from mmprune_train.user_files import file_status, parse_json
+from mmprune_train.user_files import file_status, parse_json, reason_of
 
 BOM = b"\xef\xbb\xbf"
 POINTER = b"version https://git-lfs.github.com/spec/"
@@ -219,8 +219,7 @@ def pickled(error: Exception) -> str:
     """What a file is that torch.load refuses to read as data alone."""
     if found := re.search(r"(?:GLOBAL|Unsupported global:|Can only .*?:)\s+(?:GLOBAL )?([\w.]+)", str(error)):
         return f"is not a file of weights alone: it holds {found[1]}, code that is never run here"
-    reason = next(iter(str(error).strip().splitlines()), type(error).__name__)
-    return f"is not a file of weights alone, or damaged ({reason[:120]})"
+    return f"is not a file of weights alone, or damaged ({reason_of(error)})"
 
 
 def read_tensors(tensors: Tensors) -> dict[str, Tensor]:

