@@ -15,7 +15,7 @@ from transformers import LogitsProcessor, LogitsProcessorList
 
 from mmprune_train.data.images import ImageReader, read_image
 from mmprune_train.data.templates import Template
-from mmprune_train.errors import NotFinite
+from mmprune_train.errors import NotFinite, UserError
 from mmprune_train.evaluation.questions import Question
 from mmprune_train.progress import progress
 
@@ -57,6 +57,13 @@ def blank_images(mean: Sequence[float], side: int) -> Callable[[Question], list[
         return [Image.new("RGB", (side, side), colour) for _ in question.images]
 
     return blank
+
+
+def check_room(key: str, new_tokens: int, model: Any) -> None:
+    """Raise UserError where answers of so many tokens are longer than the LLM can read."""
+    context = model.config.get_text_config().max_position_embeddings
+    if new_tokens >= context:
+        raise UserError(f"{key}={new_tokens}: the LLM reads {context} tokens, the question among them; set less")
 
 
 @torch.inference_mode()
