@@ -116,7 +116,8 @@ def config_from_file(path: Path) -> Config:
             written["pruner"] = as_saved(written["pruner"])
         merged = OmegaConf.merge(OmegaConf.structured(Config), OmegaConf.create(literal(written)))
     except (yaml.YAMLError, AssertionError, RecursionError) as error:  # a single number; an alias of itself
-        raise damaged(path, f"it is damaged, not YAML of settings ({' '.join(str(error).split())[:160]})", PUT_BACK) from None
+        reason = " ".join(str(error).split())[:160]
+        raise damaged(path, f"it is damaged, not YAML of settings ({reason})", PUT_BACK) from None
     except (OmegaConfBaseException, OverflowError) as error:
         raise UserError(f"{path}: {explain(error)}") from error
     assert isinstance(merged, DictConfig)

@@ -192,7 +192,7 @@ def test_a_bench_of_a_run_lies_in_it(run: Path, mmprune: Command) -> None:
     assert code == 0, err
     result = read_json(run / "bench/result.json")
     assert result["ckpt"] == str(run / "instruct/model") and result["llm"] == "tiny_llama"
-    assert refused(mmprune("task=bench", f"ckpt={run}", "bench.new_tokens=2048"), "bench.new_tokens=2048: the LLM reads")
+    assert refused(mmprune("task=bench", f"ckpt={run}", "bench.new_tokens=2048"), "bench.new_tokens=2048: the LLM")
     assert refused(mmprune("task=bench", "+experiment=smoke", f"ckpt={run.parent / 'nothing'}"), "no such folder")
 
 
