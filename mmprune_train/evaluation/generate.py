@@ -107,8 +107,8 @@ def answer(
         if seen.lost is not None and bool(seen.lost.any()):
             question = batch[int(seen.lost.int().argmax())]
             raise NotFinite(
-                f"question {short(question.id, 80)}: the model's logits are NaN or infinite, so nothing is an answer; look at its "
-                "weights, or compute in fp32 (trainer.precision=fp32)"
+                f"question {short(question.id, 80)}: the model's logits are NaN or infinite, so nothing is an answer; "
+                "look at its weights, or compute in fp32 (trainer.precision=fp32)"
             )
         told = processor.batch_decode(out[:, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
         counts = model.last_pruning.per_sample
