@@ -33,6 +33,7 @@ def reason_of(error: BaseException) -> str:
 
 def short(text: str, most: int = 200) -> str:
     """A text of any length and content for one line of a message."""
+    text = re.sub(r"[\n\r\v\f\x1c-\x1e\x85\u2028\u2029]", lambda found: repr(found[0])[1:-1], text)
     text = text if len(text) <= most else f"{text[: most - 3]}..."
     return text.encode(errors="backslashreplace").decode()
 

@@ -52,5 +52,5 @@ def test_strict_json_has_numbers_and_every_key_once(text: str) -> None:
 
 
 def test_a_short_text_can_be_printed_and_is_short() -> None:
-    assert short("\ud800") == "\\ud800"
+    assert short("\ud800") == "\\ud800" and short("a\n\r\u2028b") == "a\\n\\r\\u2028b"
     assert len(short("a" * 10**6)) == 200 and short("a" * 200) == "a" * 200

@@ -91,14 +91,13 @@ def compose_config(overrides: list[str]) -> Config:
     """
     from hydra import compose, initialize_config_dir
     from hydra.core.global_hydra import GlobalHydra
-    from hydra.errors import HydraException
 
     register_schema()
     running, GlobalHydra.instance().hydra = GlobalHydra.instance().hydra, None  # of the command line that calls this
     try:
         with initialize_config_dir(config_dir=str(conf_dir()), version_base="1.3", job_name="mmprune"):
             cfg = compose(config_name="config", overrides=readable(overrides))
-    except (HydraException, OmegaConfBaseException, AssertionError, ValueError) as error:
+    except Exception as error:
         if (message := user_mistake(error)) is None:
             raise
         raise UserError(message) from error
@@ -113,12 +112,13 @@ def config_from_file(path: Path) -> Config:
         raise UserError(f"{path} is missing: is {path.parent} a run directory of mmprune_train?")
     try:
         written = OmegaConf.to_container(OmegaConf.create(read_yaml(path)))
-        if isinstance(written, dict) and "pruner" in written:
+        if isinstance(written, dict) and isinstance(written.get("pruner"), dict):
             written["pruner"] = as_saved(written["pruner"])
         merged = OmegaConf.merge(OmegaConf.structured(Config), OmegaConf.create(literal(written)))
-    except yaml.YAMLError as error:
-        raise damaged(path, f"it is damaged, not YAML ({' '.join(str(error).split())[:160]})", PUT_BACK) from None
-    except OmegaConfBaseException as error:
+    except (yaml.YAMLError, AssertionError, RecursionError) as error:  # a single number; an alias of itself
+        reason = " ".join(str(error).split())[:160]
+        raise damaged(path, f"it is damaged, not YAML of settings ({reason})", PUT_BACK) from None
+    except (OmegaConfBaseException, OverflowError) as error:
         raise UserError(f"{path}: {explain(error)}") from error
     assert isinstance(merged, DictConfig)
     return _typed(merged)
@@ -126,8 +126,9 @@ def config_from_file(path: Path) -> Config:
 
 def as_saved(pruner: Mapping[str, Any]) -> dict[str, Any]:
     """Saved settings of a pruner, with what was done before a key existed where they lack it."""
-    language = {"min_per_image": 0, **(pruner.get("language") or {})}
-    return {**pruner, "language": language}
+    language = pruner.get("language") or {}
+    known = {"min_per_image": 0, **language} if isinstance(language, Mapping) else language
+    return {**pruner, "language": known}
 
 
 def to_yaml(config: Config | PrunerConfig) -> str:
@@ -157,7 +158,7 @@ def load_pruner(spec: str | Mapping[str, Any] | None) -> PrunerConfig:
         preset = OmegaConf.load(conf_dir() / f"pruner/{name}.yaml") if name in known else OmegaConf.create()
         tree.pruner = OmegaConf.merge(tree.pruner, preset, literal(given))
         pruner = OmegaConf.to_object(tree.pruner)
-    except OmegaConfBaseException as error:
+    except (OmegaConfBaseException, OverflowError) as error:
         raise UserError(f"pruner: {explain(error)}") from error
     assert isinstance(pruner, PrunerConfig)
     check_pruner(pruner)

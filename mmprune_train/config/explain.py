@@ -12,7 +12,7 @@ import traceback
 import types
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Any, Union, get_args, get_origin, get_type_hints
+from typing import Union, get_args, get_origin, get_type_hints
 
 from mmprune_train.config.paths import options
 from mmprune_train.config.schema import STAGES, Config
@@ -91,13 +91,11 @@ def user_mistake(error: Exception) -> str | None:
     if isinstance(error, UserError):
         message = str(error)
     elif isinstance(error, HydraException | OmegaConfBaseException):
-        message = explain(error)
+        message = explain(error).replace("\n", "\\n")
     elif isinstance(error, OSError) and error.errno in _DISK and error.filename:
         message = f"{_named(error.filename)}: {error.strerror}; {_DISK[error.errno]}"
-    elif isinstance(error, AssertionError) and (key := _local(error, "Unexpected type for root: NoneType", "key")):
-        message = absent_section(key)
-    elif isinstance(error, ValueError) and (override := _local(error, "Config group override must be", "override")):
-        message = f"{override.input_line}: give the name of an option, or a list of them"
+    elif (found := _at_override(error)) is not None:
+        message = found.replace("\n", "\\n")
     else:
         return None
     return re.sub(r"\S{300,}", lambda word: f"{word[0][:120]}...{word[0][-40:]}", message)
@@ -113,19 +111,35 @@ def _named(place: object) -> str:
     return str(path)
 
 
-def _local(error: Exception, words: str, name: str) -> Any:
-    """What a variable held where an error with these words was raised: Hydra and OmegaConf do not say which override
-    they were at. None: it is another error."""
-    if words not in str(error):
+_READS_OVERRIDES = ("parse_overrides", "_apply_overrides_to_config", "__init__")
+"""Functions of Hydra that hold the one they are at in a variable `override`; the last one is that of the groups'."""
+
+
+def _at_override(error: Exception) -> str | None:
+    """A line for what Hydra, or OmegaConf below it, breaks at without saying which override it was. None: it is an
+    error of something else."""
+    from omegaconf import OmegaConf
+
+    for frame, _ in reversed(list(traceback.walk_tb(error.__traceback__))):
+        module, function, held = frame.f_globals.get("__name__", ""), frame.f_code.co_name, frame.f_locals
+        if module.startswith("hydra.") and function in _READS_OVERRIDES and "override" in held:
+            break
+    else:
         return None
-    *_, (frame, _) = traceback.walk_tb(error.__traceback__)
-    return frame.f_locals.get(name)
+    override = getattr(held["override"], "input_line", held["override"])
+    if isinstance(error, AssertionError | AttributeError):  # what OmegaConf says of a section that is null
+        parts = held["key"].split(".")
+        for section in (".".join(parts[:count]) for count in range(1, len(parts) + isinstance(held["value"], dict))):
+            if OmegaConf.select(held["cfg"], section) is None:
+                return absent_section(section, held["key"])
+    if "Config group override" in str(error):
+        return f"{override}: give the name of an option of this group"
+    return f"{override}: {_reason(error)}"
 
 
-def absent_section(key: str) -> str:
+def absent_section(section: str, key: str) -> str:
     """A line for a key of a section that is null here."""
-    section, group = key.rpartition(".")[0], key.split(".", 1)[0]
-    name = section.rpartition(".")[2]
+    group, name = section.split(".", 1)[0], section.rpartition(".")[2]
     choose = f"logger={name}, or logger=[csv,{name}]" if group == "logger" else f"{group}= with one that has it"
     return f"{key}: {section} is not chosen, so it has no keys; choose {choose}"
 

@@ -10,7 +10,7 @@ import math
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-from mmprune_train.config.typed import FILES, PATHS
+from mmprune_train.config.typed import FILES, PATHS, WORDS
 from mmprune_train.errors import UserError
 
 COUNT = 10**9
@@ -70,6 +70,8 @@ def check_values(tree: Any, prefix: str = "") -> None:
         key, value = prefix + item.name, getattr(tree, item.name)
         if value == "" and (item.default is None or (item.name in PATHS and item.name != "images")):
             raise UserError(f"{key} is empty; give it a value, or leave it out")
+        if isinstance(value, list) and any(isinstance(inner, list | Mapping) for inner in value):
+            raise UserError(f"{key}={value} must be a list of single values, written [a,b]")
         for where, leaf in _leaves(key, value):
             _check_leaf(where, leaf, item.metadata.get("range"))
 
@@ -92,7 +94,7 @@ def _check_leaf(key: str, value: Any, allowed: Range | None) -> None:
     if isinstance(value, str):
         _check_text(key, value)
     elif isinstance(value, int | float) and not isinstance(value, bool):
-        if not math.isfinite(value):
+        if isinstance(value, float) and not math.isfinite(value):
             raise UserError(f"{key}={value} is not finite; give a number")
         if allowed is not None and (fault := allowed.fault(value)):
             raise UserError(f"{key}={value} must be {fault}")
@@ -102,6 +104,8 @@ def _check_text(key: str, text: str) -> None:
     if "\0" in text or any("\ud800" <= character <= "\udfff" for character in text):
         raise UserError(f"{key}={text!r} is not valid UTF-8, or holds a NUL character; write it without")
     is_path = key.rpartition(".")[2] in PATHS or key in FILES
+    if "\n" in text and not is_path and key not in WORDS:
+        raise UserError(f"{key}={text!r} has several lines; write it in one")
     if is_path and (len(text.encode()) > 4000 or any(len(part.encode()) > 255 for part in text.split("/"))):
         raise UserError(f"{key}={text[:60]}...: no path is as long as that ({len(text)} characters); correct it")
 

@@ -95,6 +95,6 @@ class ConversationDataset(Dataset[Sample]):
                 continue
             for path in paths:
                 if path not in read:
-                    read[path] = self.reader(path, f"{record.where} (id {record.id})")
+                    read[path] = self.reader(path, record.told)
             samples.append(Sample(example, paths, [read[path] for path in paths]))
         return samples

@@ -52,7 +52,7 @@ def encode(
     try:
         spans = template.spans(record.turns)
     except UserError as error:
-        raise UserError(f"{record.where} (id {record.id}): {error}") from None
+        raise UserError(f"{record.told}: {error}") from None
     written, owner = tokenise(spans, template)
     image_id = int(tokenizer.convert_tokens_to_ids(IMAGE_PLACEHOLDER))
     span_kind = np.array([int(span.kind) for span in spans])
@@ -99,7 +99,7 @@ def tokenise(spans: Sequence[Span], template: Template) -> tuple[np.ndarray, np.
 
 
 def _check(example: Example, record: Record, image_tokens: int, max_length: int, dense: int) -> None:
-    where = f"{record.where} (id {record.id})"
+    where = record.told
     need = f"its {dense} tokens exceed max_length={max_length}" if dense > max_length else f"it has {dense} tokens"
     if int((example.kind == Kind.VISUAL).sum()) % image_tokens:
         raise UserError(

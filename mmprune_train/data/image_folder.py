@@ -7,6 +7,8 @@ from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
 
+from mmprune_train.user_files import short
+
 OUTSIDE_REMEDY = (
     "correct it, or if it is meant set data.outside_images=true, or the split's `images` to a folder above both"
 )
@@ -34,7 +36,7 @@ class ImageFolder:
         root = _real(str(self.path))
         if self.outside or os.path.commonpath((root, real)) == root:
             return ""
-        return f"leads to {real}, outside of the image folder {self.path}"
+        return f"leads to {short(real, 500)}, outside of the image folder {self.path}"
 
 
 @lru_cache(1 << 16)

@@ -69,13 +69,14 @@ def image_processor(encoder: EncoderConfig, aspect_ratio: str, exif_orientation:
 def unreadable(path: Path, asked_by: str, error: Exception) -> UserError:
     """What to tell of an image that `error` kept from being read."""
     who = f"{asked_by}: " if asked_by else ""
+    told = short(str(path), 500)
     if isinstance(error, FileNotFoundError):
-        return UserError(f"{who}image {path} is missing; correct the path or the split's `images`")
+        return UserError(f"{who}image {told} is missing; correct the path or the split's `images`")
     if isinstance(error, UnidentifiedImageError):
         why = f"no image of a format that is read: {', '.join(FORMATS)}" if path.stat().st_size else "the file is empty"
     else:
         why = reason_of(error)
-    return UserError(f"{who}image {short(str(path), 500)} cannot be read ({why}); replace it or leave it out")
+    return UserError(f"{who}image {told} cannot be read ({why}); replace it or leave it out")
 
 
 def read_image(
@@ -163,7 +164,9 @@ class ImageReader:
         """The picture, RGB, as the processor is to get it: upright where its own `exif_orientation` says so, and at the
         size that it would be given."""
         if self.folder is not None and (reason := self.folder.refuses(Path(path))):
-            raise UserError(f"{asked_by}{': ' if asked_by else ''}image {path} {reason}; {OUTSIDE_REMEDY}")
+            raise UserError(
+                f"{asked_by}{': ' if asked_by else ''}image {short(str(path), 500)} {reason}; {OUTSIDE_REMEDY}"
+            )
         upright = getattr(self.processor, "exif_orientation", True)
         return fit(self.processor, read_image(path, asked_by, upright, partial(check_size, self.processor)))
 

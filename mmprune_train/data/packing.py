@@ -69,7 +69,7 @@ class TokenSplit:
             record = self.lengths.dataset.records[index]
             text = " of text alone" if length.images else ""
             raise UserError(
-                f"{record.where} (id {record.id}): its {length.known} tokens{text} exceed the stage's token_budget="
+                f"{record.told}: its {length.known} tokens{text} exceed the stage's token_budget="
                 f"{self.budget}; raise that to {length.known} or more, lower max_length, or drop the sample"
             )
         return length

@@ -48,6 +48,11 @@ class Record:
     kind: str = ""
     """Optional class of the question (`open`, `yes_no`), by which evaluation reports."""
 
+    @property
+    def told(self) -> str:
+        """Where it is, and its id, for messages."""
+        return f"{self.where} (id {short(self.id, 80)})"
+
 
 @dataclass(frozen=True)
 class Annotations:

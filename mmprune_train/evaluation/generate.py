@@ -15,9 +15,10 @@ from transformers import LogitsProcessor, LogitsProcessorList
 
 from mmprune_train.data.images import ImageReader, read_image
 from mmprune_train.data.templates import Template
-from mmprune_train.errors import NotFinite
+from mmprune_train.errors import NotFinite, UserError
 from mmprune_train.evaluation.questions import Question
 from mmprune_train.progress import progress
+from mmprune_train.user_files import short
 
 Item = TypeVar("Item")
 COUNTS = ("dense", "stage1", "stage2", "layer_mean", "visual_dense", "visual_stage1", "visual_stage2")
@@ -46,7 +47,7 @@ class FiniteLogits(LogitsProcessor):
 
 def load_images(question: Question, read: Callable[[Path, str], Image.Image] = read_image) -> list[Image.Image]:
     """The question's images, RGB; UserError for one that is missing or broken."""
-    return [read(path, question.where or f"question {question.id}") for path in question.images]
+    return [read(path, question.where or f"question {short(question.id, 80)}") for path in question.images]
 
 
 def blank_images(mean: Sequence[float], side: int) -> Callable[[Question], list[Image.Image]]:
@@ -57,6 +58,13 @@ def blank_images(mean: Sequence[float], side: int) -> Callable[[Question], list[
         return [Image.new("RGB", (side, side), colour) for _ in question.images]
 
     return blank
+
+
+def check_room(key: str, new_tokens: int, model: Any) -> None:
+    """Raise UserError where answers of so many tokens are longer than the LLM can read."""
+    context = model.config.get_text_config().max_position_embeddings
+    if new_tokens >= context:
+        raise UserError(f"{key}={new_tokens}: the LLM reads {context} tokens, the question among them; set less")
 
 
 @torch.inference_mode()
@@ -99,8 +107,8 @@ def answer(
         if seen.lost is not None and bool(seen.lost.any()):
             question = batch[int(seen.lost.int().argmax())]
             raise NotFinite(
-                f"question {question.id}: the model's logits are NaN or infinite, so nothing is an answer; look at its "
-                "weights, or compute in fp32 (trainer.precision=fp32)"
+                f"question {short(question.id, 80)}: the model's logits are NaN or infinite, so nothing is an answer; "
+                "look at its weights, or compute in fp32 (trainer.precision=fp32)"
             )
         told = processor.batch_decode(out[:, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
         counts = model.last_pruning.per_sample

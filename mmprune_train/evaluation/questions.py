@@ -76,14 +76,14 @@ def questions_of(record: Record, turns: str = "all") -> list[Question]:
     for number, turn in enumerate(asked, 1):
         if number > 1 and not asked[number - 2].answer:
             raise UserError(
-                f"{record.where} (id {record.id}): turn {number} is asked after turn {number - 1} with its answer, "
+                f"{record.told}: turn {number} is asked after turn {number - 1} with its answer, "
                 "which is missing; write it, or set evaluate.turns=first"
             )
         placed += turn.question.count(IMAGE_PLACEHOLDER)
         kind = record.kind or ("yes_no" if normalise(turn.answer) in ("yes", "no") else "open")
         shown, several = record.images[:placed], len(record.turns) > 1
         history, place = tuple(asked[: number - 1]), number if several else None
-        where = f"{record.where} (id {record.id})"
+        where = record.told
         questions.append(Question(record.id, shown, turn.question, turn.answer, kind, history, place, where))
     return questions
 
@@ -112,12 +112,12 @@ def check_images(questions: Sequence[Question], folder: ImageFolder) -> None:
                 continue
             who = f"question {short(question.id, 80)}"
             if reason := folder.refuses(path):
-                raise UserError(f"{who}: image {path} {reason}; {OUTSIDE_REMEDY}")
+                raise UserError(f"{who}: image {short(str(path), 500)} {reason}; {OUTSIDE_REMEDY}")
             try:
                 file_status(path)
             except FileNotFoundError:
                 raise UserError(
-                    f"{who}: there is no image {path}; correct the record or data.evaluate.images"
+                    f"{who}: there is no image {short(str(path), 500)}; correct the record or data.evaluate.images"
                 ) from None
             except OSError as error:
                 raise unreadable(path, who, error) from None

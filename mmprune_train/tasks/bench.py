@@ -27,7 +27,7 @@ from mmprune_train.data.images import ImageReader
 from mmprune_train.data.loader import TrainLoader
 from mmprune_train.data.templates import get_template
 from mmprune_train.errors import UserError
-from mmprune_train.evaluation.generate import load_images
+from mmprune_train.evaluation.generate import check_room, load_images
 from mmprune_train.evaluation.questions import questions_of
 from mmprune_train.features.store import ImageFeatures
 from mmprune_train.files import write_json
@@ -76,6 +76,8 @@ def run(config: Config) -> dict[str, Any]:
         else:
             model, processor, _ = load(replace(found, pruner=reads[0]) if reads else found)
             make_trainable(model, config, name, precision)
+    if "generate" in config.bench.measure:
+        check_room("bench.new_tokens", config.bench.new_tokens, model)
     model.to(accelerator)
     processor.image_processor = stage_image_processor(config, name)
     loader = stage_loader(

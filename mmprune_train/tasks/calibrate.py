@@ -170,7 +170,7 @@ def measure(config: Config, subject: Subject) -> tuple[Report, EncodedImages]:
     asked, pruner = config.calibrate, subject.pruner
     records = read_records(*split_files(config.data, asked.split), getattr(config.data, asked.split).limit)
     drawn = draw_records(records, asked.images, config.seed)
-    paths = {path: f"{record.where} (id {record.id})" for record in drawn for path in record.images}
+    paths = {path: record.told for record in drawn for path in record.images}
     if not paths:
         raise UserError(f"data.{asked.split}.annotations: no sample has an image; choose another calibrate.split")
     dtype = choose_precision(config.trainer.precision, subject.device.type).dtype

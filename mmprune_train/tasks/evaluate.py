@@ -14,6 +14,7 @@ from mmprune_train.data.records import IMAGE_PLACEHOLDER, read_records
 from mmprune_train.data.sources import data_root, split_files
 from mmprune_train.data.templates import Template, get_template, template_name
 from mmprune_train.errors import UserError
+from mmprune_train.evaluation.generate import check_room
 from mmprune_train.evaluation.questions import Question, check_images, choose, counts_by_kind, read_questions
 from mmprune_train.evaluation.run import evaluate, write_predictions
 from mmprune_train.files import write_json
@@ -101,6 +102,7 @@ def evaluate_checkpoint(found: Checkpoint, questions: QuestionSet, results: Resu
     config = found.config
     answers = training_answers(config)
     model, processor, precision = load(found)
+    check_room("evaluate.max_new_tokens", config.evaluate.max_new_tokens, model)
 
     def save(predictions: Any) -> None:
         with results.writing() as folder:

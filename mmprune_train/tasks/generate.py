@@ -7,7 +7,7 @@ from typing import Any
 
 from mmprune_train.config.schema import Config
 from mmprune_train.errors import UserError
-from mmprune_train.evaluation.generate import answer
+from mmprune_train.evaluation.generate import answer, check_room
 from mmprune_train.files import json_text, write_json
 from mmprune_train.reporting.tables import table
 from mmprune_train.secrets import masked
@@ -24,6 +24,7 @@ def run(config: Config) -> dict[str, Any]:
     question = typed_question(config.generate, "generate")
     found = find_checkpoint(config)
     model, processor, precision = load(found)
+    check_room("generate.max_new_tokens", config.generate.max_new_tokens, model)
     prediction = answer(
         model,
         processor,

@@ -33,7 +33,7 @@ def askers(records: Sequence[Record]) -> dict[Path, str]:
     found: dict[Path, str] = {}
     for record in records:
         for path in record.images:
-            found.setdefault(path, f"{record.where} (id {record.id})")
+            found.setdefault(path, record.told)
     return found
 
 

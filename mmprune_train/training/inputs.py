@@ -138,7 +138,7 @@ def whole_images(pruner: PrunerConfig, image_tokens: int) -> VisualTokens | None
 
 def spread_paths(records: Sequence[Record], count: int) -> list[tuple[Path, str]]:
     """Up to `count` images spread evenly over a stage's samples, each with the sample; the same on every rank."""
-    seen = [(path, f"{record.where} (id {record.id})") for record in records for path in record.images[:1]]
+    seen = [(path, record.told) for record in records for path in record.images[:1]]
     return seen[:: max(1, len(seen) // count)][:count]
 
 

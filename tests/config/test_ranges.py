@@ -134,11 +134,45 @@ def test_an_arch_that_no_network_can_have(config: Config, field: str, value: Any
         ("logger.wandb.mode=offline", r"logger.wandb is not chosen, .* choose logger=wandb, or logger=\[csv,wandb\]"),
         ("logger.tensorboard.flush_seconds=3", "choose logger=tensorboard"),
         ("encoder.wheel.file=x", "encoder.wheel.file: encoder.wheel is not chosen"),
-        ("trainer=null", "trainer=null: give the name of an option"),
+        ("encoder.wheel={package:a}", "encoder.wheel: encoder.wheel is not chosen"),
+        ("+logger.wandb={mode:offline}", "choose logger=wandb"),
     ],
 )
 def test_keys_of_what_is_not_chosen(override: str, words: str) -> None:
     with pytest.raises(UserError, match=words):
+        compose_config(["+experiment=smoke", override])
+
+
+@pytest.mark.parametrize(
+    ("override", "words"),
+    [
+        ("trainer=null", "trainer=null: give the name of an option"),
+        ("~stage=[none,none]", r"~stage=\[none,none\]: give the name of an option"),
+        ("plan.keep=1" + "0" * 400, r"plan.keep=10+\.\.\.0+: int too large"),
+        ("optim.betas=[0.9,1" + "0" * 400 + "]", r"optim.betas=\S+: int too large"),
+        ("seed=1" + "0" * 5000, r"seed=10+\.\.\.0+: \w+"),
+        ("stages.x=1", "stages.x=1: "),
+        ("run_id=" + "[" * 2000, r"run_id=\S+: \w+"),
+    ],
+)
+def test_what_hydra_breaks_at_is_told_with_the_override(override: str, words: str) -> None:
+    with pytest.raises(UserError, match=words) as caught:
+        compose_config(["+experiment=smoke", override])
+    assert len(str(caught.value).splitlines()) == 1 and len(str(caught.value)) < 400
+
+
+@pytest.mark.parametrize(
+    "override", ["stages=['a\nb\nc\nd']", "knee='a\nb\nc\nd'", "seed='a\nb\nc\nd'", "a\nb\nc\nd=1", "run_id=a\nb\nc\nd"]
+)
+def test_lines_of_a_value_are_no_lines_of_the_message(override: str) -> None:
+    with pytest.raises(UserError) as caught:
+        compose_config(["+experiment=smoke", override])
+    assert len(str(caught.value).splitlines()) == 1
+
+
+@pytest.mark.parametrize("override", ["report.heat=[[1]]", "stages=[{a:1}]", "optim.betas=[[0.1],0.2]"])
+def test_lists_hold_single_values(override: str) -> None:
+    with pytest.raises(UserError, match=override.partition("=")[0]):
         compose_config(["+experiment=smoke", override])
 
 

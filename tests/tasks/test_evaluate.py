@@ -106,6 +106,7 @@ def test_records_without_answers_give_predictions(run: Path, mmprune: Command) -
         (["evaluate.kinds=[colour]"], "no question of kind colour; it has open, yes_no"),
         (["evaluate.turns=last"], "evaluate.turns=last"),
         (["evaluate.name=a/b"], "evaluate.name=a/b names a folder"),
+        (["evaluate.max_new_tokens=2048"], "evaluate.max_new_tokens=2048: the LLM reads 2048 tokens"),
         (["stages=[pretrain]"], "no finished stage pretrain"),
         (["peft=lora"], "task=evaluate does not read peft where ckpt= is given"),
     ],
@@ -161,6 +162,7 @@ def test_what_cannot_be_asked_on_the_command_line_is_refused_by_key(
     assert refused(mmprune(*ask, two, "generate.question=<image> what?"), "has 1 <image> for 2 generate.images")
     assert refused(mmprune(*ask, "generate.question=<image> what?"), "has 1 <image> for 0 generate.images")
     assert refused(mmprune(*ask, "generate.images=[a.png, b, c.png]"), "there is no file a.png", "wants quotes")
+    assert refused(mmprune(*ask, "generate.max_new_tokens=5000"), "generate.max_new_tokens=5000: the LLM reads 2048")
     assert refused(mmprune(*ask, "generate.question=-"), "nothing came from standard input")
     assert refused(mmprune(*ask, "generate.question=a", "generate.question_file=b"), "are both given")
     Path("empty.txt").write_text("\n")
@@ -190,6 +192,7 @@ def test_a_bench_of_a_run_lies_in_it(run: Path, mmprune: Command) -> None:
     assert code == 0, err
     result = read_json(run / "bench/result.json")
     assert result["ckpt"] == str(run / "instruct/model") and result["llm"] == "tiny_llama"
+    assert refused(mmprune("task=bench", f"ckpt={run}", "bench.new_tokens=2048"), "bench.new_tokens=2048: the LLM")
     assert refused(mmprune("task=bench", "+experiment=smoke", f"ckpt={run.parent / 'nothing'}"), "no such folder")
 
 
