@@ -140,9 +140,7 @@ def check_sweep_is_alone() -> None:
 
 def is_next_turn() -> bool:
     """Whether a scheduler or torchrun has started the same command again by itself."""
-    return any(
-        os.environ.get(name, "0").strip("0 ") for name in ("SLURM_RESTART_COUNT", "TORCHELASTIC_RESTART_COUNT")
-    )
+    return any(os.environ.get(name, "0").strip("0 ") for name in ("SLURM_RESTART_COUNT", "TORCHELASTIC_RESTART_COUNT"))
 
 
 def rank_here(devices: int) -> int:

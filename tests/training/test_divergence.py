@@ -276,9 +276,7 @@ main()
 """
 
 
-def on_two(
-    root: Path, runs: Path, strategy: str, program: str, *more: str
-) -> subprocess.CompletedProcess[str]:
+def on_two(root: Path, runs: Path, strategy: str, program: str, *more: str) -> subprocess.CompletedProcess[str]:
     """The first stage on two processes, started by `python program`."""
     asked = [f"strategy={strategy}", "trainer.devices=2", "stages=[pretrain]", "evaluate.after_train=false"]
     asked += ["stage.pretrain.global_batch_size=8", "trainer.checkpoint_every_steps=1", *more]
