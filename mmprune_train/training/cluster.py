@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import subprocess
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from mmprune_train.errors import UserError
@@ -35,17 +35,48 @@ def launch(devices: int = 1) -> Launch | None:
     """
     here = os.environ
     if "TORCHELASTIC_RUN_ID" in here:
-        return Launch("torchrun", int(here["RANK"]), int(here["WORLD_SIZE"]), int(here["LOCAL_WORLD_SIZE"]))
+        return _launch("torchrun", "RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE")
     if here.get("SUBMITIT_EXECUTOR") == "local":
-        return Launch("submitit", int(here["SUBMITIT_LOCAL_GLOBALID"]), int(here["SUBMITIT_LOCAL_NTASKS"]))
+        return _launch("submitit", "SUBMITIT_LOCAL_GLOBALID", "SUBMITIT_LOCAL_NTASKS")
     if "LOCAL_RANK" in here and "WORLD_SIZE" in here:
-        node = int(here.get("NODE_RANK", 0))
-        return Launch("Lightning", node * devices + int(here["LOCAL_RANK"]), int(here["WORLD_SIZE"]))
+        return _launch("Lightning", "LOCAL_RANK", "WORLD_SIZE", first=_number("NODE_RANK", "Lightning", 0) * devices)
     if "SLURM_STEP_ID" in here:  # a batch script that calls no srun has SLURM_PROCID, too, and is alone
-        per_node = here.get("SLURM_NTASKS_PER_NODE")
-        processes = int(here["SLURM_STEP_NUM_TASKS"])
-        return Launch("srun", int(here["SLURM_PROCID"]), processes, None if per_node is None else int(per_node))
+        per_node = "SLURM_NTASKS_PER_NODE" if "SLURM_NTASKS_PER_NODE" in here else None
+        return _launch("srun", "SLURM_PROCID", "SLURM_STEP_NUM_TASKS", per_node)
     return None
+
+
+def _launch(by: str, rank: str, processes: str, per_node: str | None = None, first: int = 0) -> Launch:
+    """What a launcher has left in these variables; the rank is counted from `first`."""
+    found = Launch(by, first + _number(rank, by), _number(processes, by))
+    if per_node is not None:
+        found = replace(found, per_node=_number(per_node, by))
+    if not 0 <= found.rank < found.processes:
+        raise _half_started(by, f"{rank}={os.environ[rank]} is no rank of {processes}={found.processes}")
+    return found
+
+
+def _number(name: str, by: str, default: int | None = None) -> int:
+    text = os.environ.get(name)
+    if text is None and default is not None:
+        return default
+    if text is None or not text.strip().isdecimal():
+        raise _half_started(by, f"{name} is {'not set' if text is None else f'{text!r}, no number'}")
+    return int(text)
+
+
+MARKS = {
+    "torchrun": "TORCHELASTIC_RUN_ID", "submitit": "SUBMITIT_EXECUTOR", "Lightning": "LOCAL_RANK",
+    "srun": "SLURM_STEP_ID",
+}  # fmt: skip
+"""By which variable it is known who started a process."""
+
+
+def _half_started(by: str, fault: str) -> UserError:
+    return UserError(
+        f"the environment says by {MARKS[by]} that {by} started this process, but {fault}: start it by {by} again, or "
+        f"unset {MARKS[by]}"
+    )
 
 
 def has_part(task: str, devices: int, nodes: int, sweeping: bool) -> bool:
@@ -69,6 +100,9 @@ def has_part(task: str, devices: int, nodes: int, sweeping: bool) -> bool:
                 "hydra/launcher=submitit_local (on a cluster submitit_slurm), whose tasks_per_node follows "
                 "trainer.devices"
             )
+        left_over = os.environ.get("LOCAL_RANK") not in ((None, "0") if wanted == 1 else (None,))
+        if found is None and left_over and not sweeping:  # Lightning would wait for others, for ever
+            raise _half_started("Lightning", "WORLD_SIZE is not set")
         if nodes > 1 and not {"NODE_RANK", "MASTER_ADDR", "MASTER_PORT"} <= os.environ.keys():
             raise UserError(
                 f"trainer.num_nodes={nodes}, but this process was started alone: start torchrun --nnodes={nodes} on "
@@ -106,7 +140,7 @@ def check_sweep_is_alone() -> None:
 
 def is_next_turn() -> bool:
     """Whether a scheduler or torchrun has started the same command again by itself."""
-    return any(int(os.environ.get(name, 0)) > 0 for name in ("SLURM_RESTART_COUNT", "TORCHELASTIC_RESTART_COUNT"))
+    return any(os.environ.get(name, "0").strip("0 ") for name in ("SLURM_RESTART_COUNT", "TORCHELASTIC_RESTART_COUNT"))
 
 
 def rank_here(devices: int) -> int:
@@ -116,7 +150,7 @@ def rank_here(devices: int) -> int:
         devices: processes a node.
     """
     found = launch(devices)
-    return int(os.environ.get("NODE_RANK", 0)) * devices if found is None else found.rank
+    return _number("NODE_RANK", "Lightning", 0) * devices if found is None else found.rank
 
 
 def join(devices: int) -> None:

@@ -19,7 +19,6 @@ from mmprune_train.training.checkpoint_files import all_checkpoints
 from mmprune_train.training.freezing import named_parameters, parts_of
 from mmprune_train.training.module import MultimodalModule
 from mmprune_train.training.processes import ranks_of
-from mmprune_train.training.spread import spreads
 
 TOLD = 8
 """Samples of a step that a message names."""
@@ -44,6 +43,9 @@ class Divergence(StepWatch):
         self.batch: Batch | None = None
         self.samples: list[str] = []
         """Of the step, on this rank."""
+        self.learnt: tuple[Batch, int] | None = None
+        """The last micro-batch of the newest step that was applied, and the passes of its vision tower; None: no step
+        was, since the stage or its continuation began."""
 
     def state_dict(self) -> dict[str, Any]:
         return {"in_a_row": self.in_a_row}
@@ -58,13 +60,18 @@ class Divergence(StepWatch):
 
     def on_step_end(self, trainer: pl.Trainer, pl_module: Any) -> None:
         if pl_module.applied:
-            self.in_a_row = 0
-            if trainer.global_step == self.last and not self._still_finite(trainer, pl_module):
-                end_stage(trainer, "the loss is not finite any more after this last step", self.checkpoints)
-            return
+            assert self.batch is not None
+            self.in_a_row, self.learnt = 0, (self.batch, pl_module.model.least_passes)
+        else:
+            self._pass_over(trainer, pl_module)
+        if trainer.global_step == self.last and not self._still_finite(trainer, pl_module):
+            end_stage(trainer, "the loss is not finite any more after the last step applied", self.checkpoints)
+
+    def _pass_over(self, trainer: pl.Trainer, pl_module: MultimodalModule) -> None:
         self.in_a_row += 1
         what = f"{_source(pl_module)} is not finite, so the step is not applied; samples {self._told(trainer)}"
-        if self.in_a_row <= self.most and self.in_a_row < self.last:
+        nothing_learnt = trainer.global_step == self.last and self.learnt is None
+        if self.in_a_row <= self.most and not nothing_learnt:
             if trainer.is_global_zero:
                 step = f"{pl_module.stage_name} {trainer.global_step}/{self.last}"
                 print(f"{step}  {what}; in a row: {self.in_a_row} of {self.most}", flush=True)
@@ -77,12 +84,10 @@ class Divergence(StepWatch):
         end_stage(trainer, what, self.checkpoints, "" if self.most else skip)
 
     def _still_finite(self, trainer: pl.Trainer, module: MultimodalModule) -> bool:
-        """Whether the loss of the last micro-batch is finite after the last step: no step would look at it any more.
-        Where weights are spread over ranks it is not asked, a forward pass out of turn could make them wait."""
-        batch = self.batch
-        assert batch is not None
-        if spreads(trainer.strategy):
-            return True
+        """Whether the newest update has left a loss that is finite, on the samples that it was made of: no step that
+        was applied has looked at it."""
+        assert self.learnt is not None
+        batch, module.model.least_passes = self.learnt
         with torch.no_grad(), trainer.precision_plugin.forward_context():
             loss = module.model.forward_packed(batch.sequence, batch.pixel_values, patches=batch.patches).loss_sum
         return not bool(trainer.strategy.reduce((~loss.isfinite()).int(), reduce_op="max"))

@@ -131,6 +131,26 @@ def test_what_was_not_started_is_missed_at_once(
         has_part("train", devices, nodes, sweeping)
 
 
+HALF = [
+    ({"TORCHELASTIC_RUN_ID": "x"}, "TORCHELASTIC_RUN_ID that torchrun .* but RANK is not set"),
+    ({**TORCHRUN, "WORLD_SIZE": "two"}, "WORLD_SIZE is 'two', no number: .* unset TORCHELASTIC_RUN_ID"),
+    ({**TORCHRUN, "RANK": "4"}, "RANK=4 is no rank of WORLD_SIZE=4"),
+    ({"SUBMITIT_EXECUTOR": "local"}, "SUBMITIT_LOCAL_GLOBALID is not set: .* unset SUBMITIT_EXECUTOR"),
+    ({"SLURM_STEP_ID": "0", "SLURM_PROCID": "0"}, "SLURM_STEP_NUM_TASKS is not set: .* unset SLURM_STEP_ID"),
+    ({**CHILD, "NODE_RANK": ""}, "NODE_RANK is '', no number"),
+    ({"LOCAL_RANK": "0"}, "WORLD_SIZE is not set: .* unset LOCAL_RANK"),
+]
+
+
+@pytest.mark.parametrize(("variables", "words"), HALF)
+def test_what_a_launcher_has_half_set_is_told(
+    variables: dict[str, str], words: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    put(monkeypatch, variables)
+    with pytest.raises(UserError, match=words):
+        has_part("train", 2, 1, sweeping=False)
+
+
 def test_training_takes_every_process_and_other_tasks_the_first(monkeypatch: pytest.MonkeyPatch) -> None:
     assert has_part("train", 2, 1, sweeping=False) and has_part("train", 1, 1, sweeping=True)
     assert has_part("evaluate", 8, 1, sweeping=True)

@@ -208,10 +208,15 @@ def test_no_checkpoint_holds_weights_that_are_not_finite(
         assert all(weight.isfinite().all() for weight in torch.load(path / "state")["state_dict"].values())
 
 
-@pytest.mark.parametrize("steps", [1, 2, pytest.param(4, marks=pytest.mark.slow)])
-def test_a_learning_rate_beyond_all_measure_is_no_success(steps: int, root: Path, tmp_path: Path) -> None:
-    """Also where the last step alone has broken the weights, which are finite still."""
-    more = ("stage.pretrain.lr=1e30", "optim.warmup_ratio=0", f"stage.pretrain.max_steps={steps}")
+BEYOND = ("stage.pretrain.lr=1e30", "optim.warmup_ratio=0")
+
+
+@pytest.mark.parametrize(
+    ("steps", "choice"), [(1, "stop"), (2, "stop"), (3, "skip"), pytest.param(4, "stop", marks=pytest.mark.slow)]
+)
+def test_a_learning_rate_beyond_all_measure_is_no_success(steps: int, choice: str, root: Path, tmp_path: Path) -> None:
+    """Also where the last step applied has broken the weights, which are finite still, and all others are skipped."""
+    more = (*BEYOND, f"stage.pretrain.max_steps={steps}", f"trainer.on_nonfinite={choice}")
     with pytest.raises(NotFinite, match=r"stage pretrain, step \d: "):
         train(config_of(root, tmp_path, *more))
     assert not (tmp_path / "smoke/t/pretrain/model").exists()
@@ -271,17 +276,31 @@ main()
 """
 
 
+def on_two(root: Path, runs: Path, strategy: str, program: str, *more: str) -> subprocess.CompletedProcess[str]:
+    """The first stage on two processes, started by `python program`."""
+    asked = [f"strategy={strategy}", "trainer.devices=2", "stages=[pretrain]", "evaluate.after_train=false"]
+    asked += ["stage.pretrain.global_batch_size=8", "trainer.checkpoint_every_steps=1", *more]
+    command = [sys.executable, *program.split(), *overrides(root, runs), *asked]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=600)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("strategy", ["ddp", "fsdp2", "deepspeed_zero2", "deepspeed_zero3"])
+def test_on_two_processes_the_last_step_is_looked_at_too(strategy: str, root: Path, tmp_path: Path) -> None:
+    done = on_two(root, tmp_path, strategy, "-m mmprune_train", *BEYOND, "stage.pretrain.max_steps=1")
+    assert done.returncode == 1 and "Traceback" not in done.stderr, done.stderr
+    assert "error: stage pretrain, step 1: the loss is not finite any more" in done.stderr
+    assert not (tmp_path / "smoke/t/pretrain/model").exists()
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("strategy", ["ddp", "fsdp2", "deepspeed_zero1", "deepspeed_zero2", "deepspeed_zero3"])
 @pytest.mark.parametrize("choice", ["stop", "skip"])
 def test_all_ranks_agree_on_what_one_of_them_saw(strategy: str, choice: str, root: Path, tmp_path: Path) -> None:
     script = tmp_path / "spoiled.py"
     script.write_text(SPOILED_RANK)
-    more = [f"strategy={strategy}", "trainer.devices=2", "stages=[pretrain]", "evaluate.after_train=false"]
-    more += ["stage.pretrain.max_steps=4", "stage.pretrain.global_batch_size=8", f"trainer.on_nonfinite={choice}"]
-    command = [sys.executable, str(script), *overrides(root, tmp_path), "trainer.checkpoint_every_steps=1", *more]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=600)
+    done = on_two(root, tmp_path, strategy, str(script), "stage.pretrain.max_steps=4", f"trainer.on_nonfinite={choice}")
     run = RunDirectory(tmp_path / "smoke" / "t", writable=False)
     assert "Traceback" not in done.stderr
     if choice == "stop":
