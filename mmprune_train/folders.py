@@ -9,7 +9,7 @@ import shutil
 import time
 import uuid
 import zlib
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass
@@ -17,6 +17,7 @@ from functools import lru_cache
 from pathlib import Path, PurePosixPath
 from typing import Any
 
+from mmprune_train.errors import UserError
 from mmprune_train.files import read_json, stamp_of, sync, write_json
 
 LIST = "checksums.json"
@@ -202,6 +203,18 @@ def held(folder: Path, wait: bool = False, together: bool = False) -> Iterator[b
         yield state
     finally:
         os.close(descriptor)
+
+
+def refuse_links(home: Path, places: Iterable[Path]) -> None:
+    """Raise UserError for one of the places in a folder that is a link out of it: what is written there, or deleted,
+    would be somebody else's."""
+    root = os.path.realpath(home)
+    for place in places:
+        if place.is_symlink() and os.path.commonpath((root, real := os.path.realpath(place))) != root:
+            raise UserError(
+                f"{place} is a link to {real}, and what is written there would change it; remove the link, or put what "
+                "it leads to in its place"
+            )
 
 
 def share_alike(folder: Path) -> None:

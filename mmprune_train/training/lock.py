@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import BinaryIO
 
 from mmprune_train.errors import UserError
-from mmprune_train.folders import held
+from mmprune_train.folders import held, refuse_links
 
 BUSY = (errno.EACCES, errno.EAGAIN)
 _held: set[Path] = set()
@@ -88,4 +88,5 @@ def publishing(folder: Path) -> Iterator[None]:
     home = folder.parent
     home.mkdir(parents=True, exist_ok=True)
     with held(home, wait=True):
+        refuse_links(home, (folder, *(folder.iterdir() if folder.is_dir() else ())))
         yield

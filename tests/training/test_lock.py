@@ -70,15 +70,3 @@ def test_another_users_leftovers_stand_in_nobodys_way(shared: Path) -> None:
         write_json(run / "result.json", {})
     assert (shared / "data/x").stat().st_mode & 0o044 == 0o044 and (shared / "data").stat().st_mode & 0o055 == 0o055
     assert (run / "result.json").stat().st_uid == NOBODY and not (run / ".result.json.tmp").exists()
-
-
-@pytest.mark.parametrize("there", [True, False])
-def test_a_link_in_the_place_of_the_locks_leads_nowhere(there: bool, tmp_path: Path) -> None:
-    outside = tmp_path / "outside"
-    if there:
-        outside.touch(0o600)
-    (tmp_path / "runs").mkdir()
-    (tmp_path / "runs/.locks").symlink_to(outside)
-    with pytest.raises(UserError, match=r"runs_dir: .*\.locks cannot be written to"):
-        alone_in(tmp_path / "runs/smoke/a").__enter__()
-    assert outside.exists() == there and (not there or outside.stat().st_mode & 0o777 == 0o600)
