@@ -177,6 +177,38 @@ def test_every_from_pretrained_says_that_code_is_not_trusted() -> None:
 
 
 @pytest.mark.parametrize(
+    "entries",
+    [
+        {"eos_token_id": "x"}, {"pad_token_id": [[1]]}, {"watermarking_config": {"a": 1}}, {"num_beams": 10**9},
+        {"num_beams": "4"}, {"num_return_sequences": 3}, {"cache_implementation": "evil"}, {"compile_config": [1]},
+    ],
+)  # fmt: skip
+def test_a_way_to_generate_that_fails_later_is_told_when_the_folder_is_looked_at(
+    entries: dict[str, Any], folder: Path
+) -> None:
+    change(folder / "generation_config.json", **entries)
+    with pytest.raises(UserError, match=r"^path: .*generation_config.json (has|asks|is no config).*(correct|take) it"):
+        load_model(folder)
+
+
+def test_a_generate_of_its_own_is_left_alone(folder: Path, ran: Path) -> None:
+    (folder / "custom_generate").mkdir()
+    shutil.copy(folder / "evil.py", folder / "custom_generate/generate.py")
+    change(folder / "generation_config.json", custom_generate=".", auto_map=OWN_CLASSES)
+    load_model(folder)
+    assert not ran.exists()
+
+
+@pytest.mark.parametrize(
+    "written", [{"template": ["v1"]}, {"template": 1}, {"pruner": [1]}, {"pruner": {"vision": {"knee": {"count": 10**400}}}}]
+)
+def test_settings_of_another_kind_are_told(written: dict[str, Any], folder: Path) -> None:
+    change(folder / "config.json", mmprune=written)
+    with pytest.raises(UserError, match=r"is not what a model is saved with|knee.count=1000.* has 401 digits"):
+        load_model(folder)
+
+
+@pytest.mark.parametrize(
     "template",
     [
         "{{ cycler.__init__.__globals__.os.mkdir(RAN) }}{{ messages[0]['content'] }}",
