@@ -85,7 +85,10 @@ def note_arguments(arguments: Iterable[str]) -> None:
     """Learn the secrets that a command line gives."""
     for argument in arguments:
         key, _, value = argument.partition("=")
-        for pair, name, given in [(argument, key, value), *(found.group(0, 1, 2) for found in _PAIR.finditer(argument))]:
+        for pair, name, given in [
+            (argument, key, value),
+            *(found.group(0, 1, 2) for found in _PAIR.finditer(argument)),
+        ]:
             if given and sounds_secret(name) and not _ENV.search(given):
                 hide(given.strip("\"'"))
                 _values[pair] = pair.removesuffix(given) + MASK

@@ -70,7 +70,8 @@ def test_what_a_killed_process_left_is_swept_and_a_living_ones_is_not(tmp_path: 
 
 
 @pytest.mark.parametrize(
-    "name", [".git", ".ssh", ".data.settings", ".data.20241128", ".data.backup01", ".bench.old", ".wheel.d", ".data.tmp"]
+    "name",
+    [".git", ".ssh", ".data.settings", ".data.20241128", ".data.backup01", ".bench.old", ".wheel.d", ".data.tmp"],
 )
 def test_hidden_folders_of_others_are_left_alone(name: str, tmp_path: Path) -> None:
     (tmp_path / name / "kept").mkdir(parents=True)

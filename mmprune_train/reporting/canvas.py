@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Concatenate, ParamSpec
@@ -15,7 +15,7 @@ PLAIN: Any = {"text.parse_math": False, "text.usetex": False}
 
 
 @contextmanager
-def style_of(settings: Mapping[str, Any]) -> Iterator[None]:
+def style_of(settings: Any) -> Iterator[None]:
     """matplotlib with these settings: on top of the user's own, but never of a file in the current folder, which may be
     somebody else's and names programs to start."""
     import matplotlib

@@ -200,7 +200,8 @@ def test_a_generate_of_its_own_is_left_alone(folder: Path, ran: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    "written", [{"template": ["v1"]}, {"template": 1}, {"pruner": [1]}, {"pruner": {"vision": {"knee": {"count": 10**400}}}}]
+    "written",
+    [{"template": ["v1"]}, {"template": 1}, {"pruner": [1]}, {"pruner": {"vision": {"knee": {"count": 10**400}}}}],
 )
 def test_settings_of_another_kind_are_told(written: dict[str, Any], folder: Path) -> None:
     change(folder / "config.json", mmprune=written)
