@@ -211,8 +211,8 @@ def logger_faults(config: LoggerConfig) -> list[str]:
         )
     if config.wandb is not None and not wandb_offline(config.wandb) and "WANDB_BASE_URL" not in os.environ:
         faults += [
-            f"logger=wandb: {file.absolute()} names a server (base_url), which would get your key: remove that line, or "
-            "name the server yourself (WANDB_BASE_URL)"
+            f"logger=wandb: {file.absolute()} names a server (base_url), which would get your key: remove that "
+            "line, or name the server yourself (WANDB_BASE_URL)"
             for file in HERE
             if file.is_file() and b"base_url" in file.read_bytes()
         ]
