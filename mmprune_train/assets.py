@@ -54,8 +54,8 @@ def wheel(package: str, version: str) -> Iterator[zipfile.ZipFile]:
     with contextlib.ExitStack() as stack:
         found = sorted(shelf.glob(pattern))
         if not found:
-            sweep(cache_dir(), ".wheel.*")
-            temporary = stack.enter_context(temporary_folder(cache_dir(), ".wheel."))
+            sweep(cache_dir(), "wheel")
+            temporary = stack.enter_context(temporary_folder(cache_dir(), "wheel"))
             say(f"Fetching {package} {version} from the package index ...")
             _pip_download(package, version, temporary, shelf)
             found = sorted(temporary.glob("*.whl"))

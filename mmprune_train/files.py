@@ -20,8 +20,8 @@ from pathlib import Path
 from typing import Any
 
 from mmprune_train.errors import UserError
-from mmprune_train.secrets import masked
-from mmprune_train.user_files import BadJson, parse_json
+from mmprune_train.secrets import masked, masked_texts
+from mmprune_train.user_files import BadJson, parse_json, read_bytes, reason_of
 
 CHECKSUM = "checksum"
 """Last key of a JSON object: CRC-32 of all text before its value."""
@@ -94,12 +94,11 @@ def write_json(path: Path, value: Any, checked: bool = False, shared: bool = Fal
     checked: with a checksum, of an object that `read_json` reads back.
     shared: as in `write_atomically`.
     """
-    text = json_text({**value, CHECKSUM: BLANK} if checked else value, indent=2) + "\n"
+    text = json_text(masked_texts({**value, CHECKSUM: BLANK} if checked else value), indent=2) + "\n"
     if checked:
         before, after = text.rsplit(BLANK, 1)
-        before = masked(before)
         text = f"{before}{_crc(before)}{after}"
-    write_atomically(path, text, shared)
+    write_atomically(path, text.encode(), shared)
 
 
 def read_json(path: Path, remedy: str = PUT_BACK) -> dict[str, Any] | None:
@@ -159,7 +158,10 @@ def read_jsonl(path: Path) -> list[dict[str, Any]]:
 
 def rows_of(path: Path) -> Iterator[dict[str, Any]]:
     """As `read_jsonl`, one by one: what comes after the last that is asked for is not looked at."""
-    lines = path.read_bytes().split(b"\n") if path.is_file() else []
+    try:
+        lines = read_bytes(path).split(b"\n") if path.is_file() else []
+    except OSError as error:
+        raise damaged(path, f"it cannot be read ({reason_of(error)})", PUT_BACK) from None
     for number, line in enumerate(lines, 1):
         try:
             row = parse_json(line.decode())
@@ -175,9 +177,9 @@ def rows_of(path: Path) -> Iterator[dict[str, Any]]:
 
 def _text(path: Path, remedy: str) -> str:
     try:
-        return path.read_bytes().decode()
+        return read_bytes(path).decode()
     except OSError as error:
-        raise UserError(f"{path} cannot be read ({error.strerror}); make it readable") from None
+        raise UserError(f"{path} cannot be read ({reason_of(error)}); make it readable, or {remedy}") from None
     except UnicodeDecodeError as error:
         raise damaged(path, f"it is damaged, not UTF-8 ({error.reason} at byte {error.start})", remedy) from None
 

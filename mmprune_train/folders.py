@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import fcntl
 import os
+import re
 import shutil
 import time
 import uuid
 import zlib
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass
@@ -24,6 +25,8 @@ LIST = "checksums.json"
 LEFTOVER_SECONDS = 3600.0
 """Where a file system has no locks, what is older is of a process that was stopped."""
 BLOCK = 1 << 22
+TEMPORARY = re.compile(r"\.(.+)\.[0-9a-f]{8}\.mmprune")
+"""Names of temporary folders, with what each is for. Such as nobody else's hidden folder has: they are swept."""
 
 
 @dataclass(frozen=True)
@@ -129,8 +132,8 @@ def finished_folder(target: Path) -> Iterator[Path]:
     theirs is thrown away, too.
     """
     target.parent.mkdir(parents=True, exist_ok=True)
-    sweep(target.parent, f".{target.name}.????????")
-    with temporary_folder(target.parent, f".{target.name}.") as part:
+    sweep(target.parent, target.name)
+    with temporary_folder(target.parent, target.name) as part:
         yield part
         share_alike(part)
         try:
@@ -141,10 +144,14 @@ def finished_folder(target: Path) -> Iterator[Path]:
 
 
 @contextmanager
-def temporary_folder(parent: Path, prefix: str) -> Iterator[Path]:
-    """A folder that `sweep` leaves alone while this process lives, and that is deleted at the end, if it is there."""
+def temporary_folder(parent: Path, name: str) -> Iterator[Path]:
+    """A folder that `sweep` leaves alone while this process lives, and that is deleted at the end, if it is there.
+
+    Args:
+        name: what it is for.
+    """
     while True:
-        part = parent / f"{prefix}{uuid.uuid4().hex[:8]}"
+        part = parent / f".{name}.{uuid.uuid4().hex[:8]}.mmprune"
         part.mkdir()  # with the user's umask: mkdtemp would shut out other users of a shared cache
         descriptor = os.open(part, os.O_RDONLY)
         with suppress(OSError):  # a file system without locks: `sweep` goes by age there
@@ -159,10 +166,15 @@ def temporary_folder(parent: Path, prefix: str) -> Iterator[Path]:
         os.close(descriptor)
 
 
-def sweep(parent: Path, pattern: str = ".*") -> None:
-    """Delete the temporary folders in a folder that are of no living process."""
-    for left in parent.glob(pattern):
-        if left.is_dir() and not left.is_symlink():
+def sweep(parent: Path, name: str | None = None) -> None:
+    """Delete the temporary folders in a folder that are of no living process.
+
+    Args:
+        name: what they were for; None: whatever.
+    """
+    for left in parent.iterdir() if parent.is_dir() else ():
+        ours = TEMPORARY.fullmatch(left.name)
+        if ours and name in (None, ours[1]) and left.is_dir() and not left.is_symlink():
             with suppress(OSError), held(left) as free:  # another user's, or gone in the meantime
                 if free or (free is None and time.time() - left.stat().st_mtime > LEFTOVER_SECONDS):
                     shutil.rmtree(left, ignore_errors=True)
@@ -191,6 +203,18 @@ def held(folder: Path, wait: bool = False, together: bool = False) -> Iterator[b
         yield state
     finally:
         os.close(descriptor)
+
+
+def refuse_links(home: Path, places: Iterable[Path]) -> None:
+    """Raise UserError for one of the places in a folder that is a link out of it: what is written there, or deleted,
+    would be somebody else's."""
+    root = os.path.realpath(home)
+    for place in places:
+        if place.is_symlink() and os.path.commonpath((root, real := os.path.realpath(place))) != root:
+            raise UserError(
+                f"{place} is a link to {real}, and what is written there would change it; remove the link, or put what "
+                "it leads to in its place"
+            )
 
 
 def share_alike(folder: Path) -> None:

@@ -3,22 +3,30 @@
 A secret is what a key or an environment variable that sounds like one gives (`api_key`, `HF_TOKEN`, `password`), or a
 password in an address. Of all else that `${oc.env:X}` gives, text is left out of config.yaml and of what makes a run
 the run it is, unless the key takes a path or a name of this project's.
+
+In texts a secret is searched for, unless it is a number or a word of this project (`true`, `demo`, `mean`): there it
+tells nothing, and other settings and results would be lost with it.
 """
 
 from __future__ import annotations
 
+import functools
 import html
 import json
 import os
 import re
 from collections.abc import Iterable, Iterator, Mapping
+from pathlib import Path
 from typing import Any
 
+from mmprune_train.config.paths import conf_dir
 from mmprune_train.config.typed import PATHS, WORDS
 
 MASK = "***"
 LEAST = 4
 """Characters of a secret that is looked for in texts; shorter ones are found by their key alone."""
+LONG = 16
+"""From so many characters on it is looked for whatever it is."""
 
 _SOUNDS = re.compile(
     r"(^|_)(secrets?|passwords?|passwd|passphrase|pwd|credentials?|(api|access|private|auth|signing|ssh)_?keys?)(_|$)"
@@ -38,7 +46,8 @@ _PAIR = re.compile(r"""([\w.]+)\s*[=:]\s*("[^"]*"|'[^']*'|[^,{}\[\]\s]+)""")
 _ENV = re.compile(r"(?<!\\)\$\{oc\.env:\s*(\w+)")
 _ADDRESS = re.compile(r"://[^/:@\s]*:([^/@\s]+)@")
 
-_values: set[str] = set()
+_values: dict[str, str] = {}
+"""Text -> what stands for it."""
 _keys: set[str] = set()
 """Of the present config, those that the environment gives."""
 
@@ -52,18 +61,37 @@ def sounds_secret(key: str) -> bool:
 
 def hide(value: str | None) -> None:
     """Take this text for a secret from now on."""
-    if value and len(value) >= LEAST and value != MASK:
+    if value and value != MASK and len(value) >= LEAST and (len(value) >= LONG or not _says_nothing(value)):
         in_json = (json.dumps(value, ensure_ascii=ascii)[1:-1] for ascii in (True, False))
-        _values.update((value, html.escape(value), *in_json))
+        _values.update(dict.fromkeys((value, html.escape(value), *in_json), MASK))
+
+
+def _says_nothing(value: str) -> bool:
+    """Whether a text is a number, or stands in this project's own files."""
+    try:
+        float(value.replace("_", ""))
+    except ValueError:
+        return value in _own_text() or value.lower() in _own_text()
+    return True
+
+
+@functools.cache
+def _own_text() -> str:
+    here = Path(__file__).parent
+    return "\n".join(file.read_text("utf-8") for file in (*here.rglob("*.py"), *conf_dir().rglob("*.yaml")))
 
 
 def note_arguments(arguments: Iterable[str]) -> None:
     """Learn the secrets that a command line gives."""
     for argument in arguments:
         key, _, value = argument.partition("=")
-        for name, given in [(key, value), *_PAIR.findall(argument)]:
-            if sounds_secret(name) and not _ENV.search(given):
+        for pair, name, given in [
+            (argument, key, value),
+            *(found.group(0, 1, 2) for found in _PAIR.finditer(argument)),
+        ]:
+            if given and sounds_secret(name) and not _ENV.search(given):
                 hide(given.strip("\"'"))
+                _values[pair] = pair.removesuffix(given) + MASK
         _note_text(argument)
 
 
@@ -82,7 +110,17 @@ def masked(text: str) -> str:
     """A text without the secrets."""
     if not _values:
         return text
-    return re.sub("|".join(map(re.escape, sorted(_values, key=len, reverse=True))), MASK, text)
+    known = sorted(_values, key=len, reverse=True)
+    return re.sub("|".join(map(re.escape, known)), lambda found: _values[found[0]], text)
+
+
+def masked_texts(value: Any) -> Any:
+    """What JSON is to hold, without the secrets in its texts: never in a number, a name or its notation."""
+    if isinstance(value, Mapping):
+        return {key: masked_texts(part) for key, part in value.items()}
+    if isinstance(value, list | tuple):
+        return [masked_texts(part) for part in value]
+    return masked(value) if isinstance(value, str) else value
 
 
 def masked_settings(tree: Any, key: str = "") -> Any:

@@ -10,6 +10,8 @@ from pathlib import Path
 from typing import Any
 
 KINDS = ((stat.S_ISDIR, "a folder"), (stat.S_ISFIFO, "a pipe"), (stat.S_ISSOCK, "a socket"))
+MOST_TEXT = 1 << 33
+"""Bytes of a text that is read."""
 
 
 def file_status(path: Path) -> os.stat_result:
@@ -23,6 +25,21 @@ def file_status(path: Path) -> os.stat_result:
         kind = next((name for is_kind, name in KINDS if is_kind(status.st_mode)), "a device")
         raise OSError(f"{kind}, not a file")
     return status
+
+
+def read_bytes(path: Path) -> bytes:
+    """What a text file holds. Raises OSError as `check_text`."""
+    check_text(path)
+    return path.read_bytes()
+
+
+def check_text(path: Path) -> None:
+    """Raise OSError for what is no file, has more than `MOST_TEXT` bytes, or begins as no text does."""
+    if (size := file_status(path).st_size) > MOST_TEXT:
+        raise OSError(f"it has {size:,} bytes, at most {MOST_TEXT:,} are read")
+    with path.open("rb") as file:
+        if b"\0" in file.read(1 << 12):  # of which there may be any number where a file has holes
+            raise OSError("it holds NUL bytes, as no text does")
 
 
 def reason_of(error: BaseException) -> str:

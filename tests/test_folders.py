@@ -83,7 +83,7 @@ def test_what_a_killed_process_left_is_swept_and_a_living_ones_is_not(tmp_path: 
     subprocess.run([sys.executable, "-c", KILLED, str(tmp_path / "data")], check=False)
     (left,) = tmp_path.iterdir()
     assert left.name.startswith(".data.")
-    with temporary_folder(tmp_path, ".other.") as mine:
+    with temporary_folder(tmp_path, "other") as mine:
         sweep(tmp_path)
         assert list(tmp_path.iterdir()) == [mine]
     subprocess.run([sys.executable, "-c", KILLED, str(tmp_path / "data")], check=False)
@@ -92,13 +92,33 @@ def test_what_a_killed_process_left_is_swept_and_a_living_ones_is_not(tmp_path: 
     assert [path.name for path in tmp_path.iterdir()] == ["data"]
 
 
+@pytest.mark.parametrize(
+    "name",
+    [".git", ".ssh", ".data.settings", ".data.20241128", ".data.backup01", ".bench.old", ".wheel.d", ".data.tmp"],
+)
+def test_hidden_folders_of_others_are_left_alone(name: str, tmp_path: Path) -> None:
+    (tmp_path / name / "kept").mkdir(parents=True)
+    sweep(tmp_path)
+    with finished_folder(tmp_path / "data"), temporary_folder(tmp_path, "bench"):
+        pass
+    assert (tmp_path / name / "kept").is_dir()
+
+
+@pytest.mark.parametrize("name", ["*", "[a-z]*", "da?a"])
+def test_a_folders_name_is_no_pattern(name: str, tmp_path: Path) -> None:
+    other = tmp_path / ".data.abcdef01.mmprune"
+    other.mkdir()
+    with finished_folder(tmp_path / name):
+        assert other.is_dir()
+
+
 def test_what_is_no_temporary_folder_is_left_alone(tmp_path: Path) -> None:
     outside = tmp_path / "outside"
     (outside / "kept").mkdir(parents=True)
     inside = tmp_path / "cache"
     inside.mkdir()
-    (inside / ".link").symlink_to(outside)
-    (inside / ".file").touch()
+    (inside / ".a.abcdef01.mmprune").symlink_to(outside)
+    (inside / ".b.abcdef01.mmprune").touch()
     sweep(inside)
     assert (outside / "kept").is_dir() and len(list(inside.iterdir())) == 2
 

@@ -43,6 +43,7 @@ def stage(tmp_path: Path) -> Path:
         (stage / name).write_bytes(name.encode())
     state = {"state": "done", "files": files_of_stage(stage)}
     write_json(stage.parent / "manifest.json", {"stages": {"instruct": state}}, checked=True)
+    (stage.parent / "config.yaml").touch()
     return stage
 
 
@@ -68,6 +69,13 @@ def test_what_a_run_before_checksums_has_saved_is_taken_as_it_is(stage: Path) ->
     write_json(stage.parent / "manifest.json", {"stages": {"instruct": {"state": "done"}}})
     (stage / "model/config.json").write_bytes(b"")
     check_saved("ckpt", stage / "model")
+
+
+@pytest.mark.parametrize("text", ["[]", '{"stages": 1}', '{"stages": {"instruct": {"files": {"model/a": 1}}}}', "{"])
+def test_a_manifest_of_something_else_says_nothing(text: str, tmp_path: Path) -> None:
+    (tmp_path / "instruct/model").mkdir(parents=True)
+    (tmp_path / "manifest.json").write_text(text)
+    check_saved("ckpt", tmp_path / "instruct/model")
 
 
 @pytest.mark.parametrize("name", ["../elsewhere", "/elsewhere", "..", "a/b"])

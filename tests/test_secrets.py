@@ -12,7 +12,7 @@ import pytest
 from mmprune_train import secrets
 from mmprune_train.config.compose import compose_config, config_from_file, to_yaml
 from mmprune_train.config.identity import decisive, run_id, sweep_name, without_effect
-from mmprune_train.files import write_json
+from mmprune_train.files import read_json, write_json
 from mmprune_train.secrets import hide, masked, note_arguments, sounds_secret
 from mmprune_train.sweeps.records import JobRecord
 from mmprune_train.training.rundir import open_run
@@ -23,7 +23,7 @@ SMOKE = "+experiment=smoke"
 @pytest.fixture(autouse=True)
 def unknown() -> Iterator[None]:
     """No secrets of another test."""
-    values, keys = set(secrets._values), set(secrets._keys)
+    values, keys = dict(secrets._values), set(secrets._keys)
     secrets._values.clear()
     secrets._keys.clear()
     yield
@@ -132,3 +132,27 @@ def test_a_command_line_and_the_records_of_sweeps(argument: str, shown: str, tmp
 def test_a_sweep_keeps_its_folder_when_the_secret_changes() -> None:
     names = {sweep_name("x", {"hydra/sweeper": "basic"}, [f"+llm.arch.api_key={v}"], None) for v in ("abcd1", "abcd2")}
     assert len(names) == 1
+
+
+@pytest.mark.parametrize("value", ["true", "True", "1234", "0.5", "demo", "mean", "done", "null", "easy_vqa", "1_000"])
+def test_a_secret_that_is_a_word_or_a_number_breaks_nothing(
+    value: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("MY_SECRET", value)
+    given = [f"+llm.arch.api_key={value}", "data.how_to_get=${oc.env:MY_SECRET}"]
+    note_arguments(given)
+    config = compose_config(["+experiment=smoke", f"runs_dir={tmp_path}", *given])
+    assert config.data.how_to_get == value
+    again = config_from_file(open_run(config).path / "config.yaml")
+    assert again.data.how_to_get == "***" and again.experiment_name == config.experiment_name
+    assert again.data.name == config.data.name and again.trainer == config.trainer
+    numbers = {"state": "done", "loss": 0.12345, "tokens": 1234, "on": True, "reduce": "mean", "off": None, "a": 0.5}
+    write_json(tmp_path / "a.json", numbers, checked=True)
+    assert read_json(tmp_path / "a.json") == numbers
+    assert masked(given[0]) == "+llm.arch.api_key=***", "told by its key alone"
+
+
+def test_a_number_in_json_is_no_secret(tmp_path: Path) -> None:
+    hide("123456789012345678")
+    write_json(tmp_path / "a.json", {"mtime": 123456789012345678, "said": "key 123456789012345678"}, checked=True)
+    assert read_json(tmp_path / "a.json") == {"mtime": 123456789012345678, "said": "key ***"}

@@ -8,6 +8,10 @@ from pathlib import Path
 
 import pytest
 
+from mmprune_train.data.records import read_records
+from mmprune_train.errors import UserError
+from mmprune_train.files import read_json
+from mmprune_train.model.weights.files import check_small_files, tensors_of
 from mmprune_train.user_files import BadJson, file_status, parse_json, reason_of, short
 
 
@@ -54,3 +58,27 @@ def test_strict_json_has_numbers_and_every_key_once(text: str) -> None:
 def test_a_short_text_can_be_printed_and_is_short() -> None:
     assert short("\ud800") == "\\ud800" and short("a\n\r\u2028b") == "a\\n\\r\\u2028b"
     assert len(short("a" * 10**6)) == 200 and short("a" * 200) == "a" * 200
+
+
+def test_a_file_of_holes_is_not_read(tmp_path: Path) -> None:
+    for file in (tmp_path / "manifest.json", tmp_path / "data.json", tmp_path / "data.jsonl", tmp_path / "config.json"):
+        with file.open("wb") as made:
+            made.truncate(1 << 40)
+    with pytest.raises(UserError, match=r"manifest.json cannot be read \(it has 1,[0-9,]+ bytes, at most"):
+        read_json(tmp_path / "manifest.json")
+    for name in ("data.json", "data.jsonl"):
+        with pytest.raises(UserError, match=rf"{name}: cannot be read \(it has 1,[0-9,]+ bytes, at most"):
+            read_records(tmp_path / name, tmp_path)
+    with pytest.raises(UserError, match=r"llm.path: .*config.json has 1,[0-9,]+ bytes, at most"):
+        check_small_files("llm.path", tmp_path)
+    os.truncate(tmp_path / "data.jsonl", 1 << 32)
+    with pytest.raises(UserError, match=r"data.jsonl: cannot be read \(it holds NUL bytes, as no text does\)"):
+        read_records(tmp_path / "data.jsonl", tmp_path)
+
+
+def test_weights_with_a_header_without_end_are_refused(tmp_path: Path) -> None:
+    file = tmp_path / "model.safetensors"
+    file.write_bytes((1 << 39).to_bytes(8, "little"))
+    os.truncate(file, 1 << 40)
+    with pytest.raises(UserError, match="is damaged, it has no safetensors header"):
+        tensors_of("llm.path", file)

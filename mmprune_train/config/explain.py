@@ -75,6 +75,7 @@ _DISK = {
     errno.ENOSPC: "make room there, or name another place",
     errno.EDQUOT: "make room there, or name another place",
     errno.ENOTDIR: "a file stands where a folder is needed: correct the path",
+    errno.EEXIST: "something else stands where a folder is needed: correct the path",
     errno.EISDIR: "a folder stands where a file is needed: correct the path",
     errno.ENAMETOOLONG: "give a shorter one",
     errno.ELOOP: "its links go round: correct the path",

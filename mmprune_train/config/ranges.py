@@ -94,6 +94,8 @@ def _check_leaf(key: str, value: Any, allowed: Range | None) -> None:
     if isinstance(value, str):
         _check_text(key, value)
     elif isinstance(value, int | float) and not isinstance(value, bool):
+        if isinstance(value, int) and abs(value) >= 1 << 63:
+            raise UserError(f"{key}={str(value)[:20]}... has {len(str(abs(value)))} digits; give a smaller number")
         if isinstance(value, float) and not math.isfinite(value):
             raise UserError(f"{key}={value} is not finite; give a number")
         if allowed is not None and (fault := allowed.fault(value)):

@@ -10,7 +10,7 @@ from typing import Any
 from mmprune_train.data.extras import foreign_placeholder, is_address, unread_picture
 from mmprune_train.data.image_folder import OUTSIDE_REMEDY, ImageFolder
 from mmprune_train.errors import UserError
-from mmprune_train.user_files import BadJson, file_status, item_refused, parse_json, reason_of, short
+from mmprune_train.user_files import BadJson, check_text, item_refused, parse_json, reason_of, short
 
 IMAGE_PLACEHOLDER = "<image>"
 KNOWN = frozenset({"id", "image", "conversations", "kind"})
@@ -97,7 +97,7 @@ def count_samples(annotations: Path) -> int:
 def _items(file: Path, limit: int | None) -> Iterator[Any]:
     """Each sample; lines behind `limit` of a JSONL file, which are only counted, as None."""
     try:
-        file_status(file)
+        check_text(file)
         with file.open(encoding="utf-8-sig") as stream:
             if file.suffix == ".jsonl":
                 lines = ((number, line) for number, line in enumerate(stream, 1) if line.strip())

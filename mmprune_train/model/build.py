@@ -241,8 +241,13 @@ def _template_of(processor: LlavaProcessor) -> str:
 def _saved(key: str, folder: Path) -> dict[str, Any]:
     """What this project keeps in a model's config.json: the pruner's settings and the conversation's template."""
     saved = read_config(key, folder / "config.json").get("mmprune") or {}
-    if not isinstance(saved, dict) or not isinstance(saved.get("pruner", {}), dict):
-        raise UserError(f"{key}: `mmprune` of {folder / 'config.json'} holds no settings of a pruner; copy it again")
+    kinds = {"pruner": dict, "template": str}
+    if not isinstance(saved, dict) or not all(
+        isinstance(saved.get(name, kind()), kind) for name, kind in kinds.items()
+    ):
+        raise UserError(
+            f"{key}: `mmprune` of {folder / 'config.json'} is not what a model is saved with; copy it again"
+        )
     return saved
 
 

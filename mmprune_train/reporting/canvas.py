@@ -3,13 +3,28 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
 from typing import Any, Concatenate, ParamSpec
 
 Arguments = ParamSpec("Arguments")
 
-PLAIN: Any = {"text.parse_math": False}
+PLAIN: Any = {"text.parse_math": False, "text.usetex": False}
 """Questions, settings and names may hold `$`: matplotlib would read a formula, and fail where it is none."""
+
+
+@contextmanager
+def style_of(settings: Any) -> Iterator[None]:
+    """matplotlib with these settings: on top of the user's own, but never of a file in the current folder, which may be
+    somebody else's and names programs to start."""
+    import matplotlib
+
+    with matplotlib.rc_context():
+        if Path(matplotlib.matplotlib_fname()).absolute().parent == Path.cwd():
+            matplotlib.rcdefaults()
+        matplotlib.rcParams.update(settings)
+        yield
 
 
 def drawn(draw: Callable[Concatenate[Any, Arguments], None]) -> Callable[Arguments, None]:
@@ -22,7 +37,7 @@ def drawn(draw: Callable[Concatenate[Any, Arguments], None]) -> Callable[Argumen
         matplotlib.use("Agg")
         import matplotlib.pyplot as plt
 
-        with matplotlib.rc_context(PLAIN):
+        with style_of(PLAIN):
             draw(plt, *args, **kwargs)
 
     return inside

@@ -8,7 +8,7 @@ import re
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, ParamSpec
 
-from mmprune_train.reporting.canvas import PLAIN
+from mmprune_train.reporting.canvas import PLAIN, style_of
 
 INK, RULE = "#100001", "#100002"
 SERIES = ("#100011", "#100012", "#100013", "#100014", "#100015", "#100016", "#100017", "#100018")
@@ -55,9 +55,7 @@ def styled(draw: Callable[Arguments, str]) -> Callable[Arguments, str]:
 
     @functools.wraps(draw)
     def inside(*args: Arguments.args, **kwargs: Arguments.kwargs) -> str:
-        from matplotlib import rc_context
-
-        with rc_context(STYLE):
+        with style_of(STYLE):
             return draw(*args, **kwargs)
 
     return inside

@@ -194,8 +194,8 @@ def _room_for_features(results: Results) -> Iterator[Path]:
     """A folder for feature caches that are measured, gone at the end."""
     home = results.folder.parent
     home.mkdir(parents=True, exist_ok=True)
-    sweep(home, ".bench.*")
-    with temporary_folder(home, ".bench.") as room:
+    sweep(home, "bench")
+    with temporary_folder(home, "bench") as room:
         yield room
 
 

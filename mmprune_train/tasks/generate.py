@@ -10,7 +10,7 @@ from mmprune_train.errors import UserError
 from mmprune_train.evaluation.generate import answer, check_room
 from mmprune_train.files import json_text, write_json
 from mmprune_train.reporting.tables import table
-from mmprune_train.secrets import masked
+from mmprune_train.secrets import masked_texts
 from mmprune_train.tasks.checkpoint import find_checkpoint, load
 from mmprune_train.tasks.evaluate import prompt_template
 from mmprune_train.tasks.question import typed_question
@@ -53,6 +53,6 @@ def run(config: Config) -> dict[str, Any]:
     with publishing(folder):
         write_json(folder / "result.json", result)
         with (folder / "answers.jsonl").open("a", encoding="utf-8") as file:
-            file.write(masked(json_text(result)) + "\n")
+            file.write(json_text(masked_texts(result)) + "\n")
     print(f"\n{folder / 'answers.jsonl'}", flush=True)
     return result

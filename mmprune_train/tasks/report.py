@@ -87,7 +87,7 @@ def output_folder(config: Config, folders: list[str]) -> Path:
         target = Path(config.report.output).expanduser()
         if is_run(target):
             raise UserError(f"report.output={target} is a run directory, whose result.json would be lost; name another")
-        return target
+        return target.resolve() if target.is_symlink() else target
     alone = Path(folders[0]).expanduser()
     return (
         alone if len(folders) == 1 and alone.is_dir() else Path(config.runs_dir) / config.experiment_name

@@ -149,7 +149,7 @@ def remove(checkpoint: Path) -> None:
     """Delete a checkpoint, under a name that marks what a kill leaves of it as unfinished."""
     if checkpoint.is_dir() and PATTERN.fullmatch(checkpoint.name):
         checkpoint = checkpoint.rename(checkpoint.with_name(unfinished(checkpoint.name)))
-    if checkpoint.is_dir():
+    if checkpoint.is_dir() and not checkpoint.is_symlink():
         shutil.rmtree(checkpoint)
     else:
         checkpoint.unlink(missing_ok=True)

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import BinaryIO
 
 from mmprune_train.errors import UserError
-from mmprune_train.folders import held
+from mmprune_train.folders import held, refuse_links
 
 BUSY = (errno.EACCES, errno.EAGAIN)
 _held: set[Path] = set()
@@ -63,14 +63,17 @@ def _opened(file: Path) -> BinaryIO:
     """The file that all users of a `runs_dir` lock bytes of, whoever made it."""
     try:
         file.parent.mkdir(parents=True, exist_ok=True)
+        how = os.O_RDWR | os.O_NOFOLLOW  # in a folder that others write to, too, a link would lead to any file of ours
         try:
             # not with O_CREAT: in a folder like /tmp Linux refuses that for the file of another user
-            return os.fdopen(os.open(file, os.O_RDWR), "r+b", buffering=0)
+            descriptor = os.open(file, how)
         except FileNotFoundError:
-            handle = file.open("ab", buffering=0)
-            with suppress(OSError):  # another user has made it just now
-                file.chmod(0o666)
-            return handle
+            with suppress(FileExistsError):  # another process has made it just now
+                made = os.open(file, how | os.O_CREAT | os.O_EXCL)
+                os.fchmod(made, 0o666)
+                os.close(made)
+            descriptor = os.open(file, how)
+        return os.fdopen(descriptor, "r+b", buffering=0)
     except OSError as error:
         raise UserError(
             f"runs_dir: {file} cannot be written to ({error.strerror}), which every user of a shared runs_dir must be "
@@ -85,4 +88,5 @@ def publishing(folder: Path) -> Iterator[None]:
     home = folder.parent
     home.mkdir(parents=True, exist_ok=True)
     with held(home, wait=True):
+        refuse_links(home, (folder, *(folder.iterdir() if folder.is_dir() else ())))
         yield

@@ -30,6 +30,10 @@ PATIENCE = 30.0
 """Seconds that a run which is ended early waits for wandb. Our choice."""
 
 
+HERE = (Path("wandb/settings"), Path(".wandb/settings"))
+"""Settings that wandb takes of the current folder, which may be somebody else's."""
+
+
 class CsvLogger(Logger):
     """metrics.csv with one row a step; that of a resumed run begins with the rows of metrics.jsonl."""
 
@@ -205,6 +209,13 @@ def logger_faults(config: LoggerConfig) -> list[str]:
             f"logger.wandb.mode={config.wandb.mode}: no account is set up here; run `wandb login` (or set "
             "WANDB_API_KEY), or set logger.wandb.mode=offline"
         )
+    if config.wandb is not None and not wandb_offline(config.wandb) and "WANDB_BASE_URL" not in os.environ:
+        faults += [
+            f"logger=wandb: {file.absolute()} names a server (base_url), which would get your key: remove that "
+            "line, or name the server yourself (WANDB_BASE_URL)"
+            for file in HERE
+            if file.is_file() and b"base_url" in file.read_bytes()
+        ]
     return faults
 
 

