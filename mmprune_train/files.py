@@ -17,6 +17,8 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
+import yaml
+
 from mmprune_train.errors import UserError
 from mmprune_train.secrets import masked, masked_texts
 from mmprune_train.user_files import read_bytes, reason_of
@@ -126,6 +128,15 @@ def read_marked(path: Path, remedy: str = PUT_BACK) -> str:
         raise damaged(path, "it is empty or cut off", remedy)
     if known and known[1] != _crc(rest):
         raise changed(path, "first line", remedy)
+    return text
+
+
+def read_written(path: Path, remedy: str = PUT_BACK) -> str:
+    """The text of a YAML file that this project has written. Raises as `read_marked`, also where it has references:
+    with a few of them a short file holds billions of values."""
+    text = read_marked(path, remedy)
+    if "*" in text and any(isinstance(event, yaml.AliasEvent) for event in yaml.parse(text, Loader=yaml.SafeLoader)):
+        raise damaged(path, "it has references (*name), as no file that is written here", remedy)
     return text
 
 

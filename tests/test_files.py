@@ -22,6 +22,7 @@ from mmprune_train.files import (
     write_atomically,
     write_json,
 )
+from mmprune_train.reporting.runs import read_run
 
 RECORD = {"stages": {"pretrain": {"loss": 0.1}}, "what": "größer", "none": None}
 
@@ -138,3 +139,23 @@ def test_a_resumed_run_needs_all_rows_up_to_its_step_and_no_later_one(tmp_path: 
     file.write_text(rows(1, 2))
     with pytest.raises(UserError, match=r"no row of step 3.*delete .*checkpoints"):
         rows_to(file, 3)
+
+
+def test_a_config_that_grows_without_end_is_not_read(tmp_path: Path) -> None:
+    text = to_yaml(compose_config(["+experiment=smoke", "data.how_to_get='*see* & ask'"]))
+    (tmp_path / "config.yaml").write_text(text)
+    assert config_from_file(tmp_path / "config.yaml").data.how_to_get == "*see* & ask"
+    bomb = "".join(f"a{i}: &a{i} [{','.join([f'*a{i - 1}'] * 9)}]\n" for i in range(1, 12))
+    (tmp_path / "config.yaml").write_text(f"{text}a0: &a0 [x, x]\n{bomb}")
+    with pytest.raises(UserError, match=r"config.yaml: it has references \(\*name\)"):
+        config_from_file(tmp_path / "config.yaml")
+    run = read_run(tmp_path)
+    assert run.state == "damaged" and "it has references" in run.missing[0]
+
+
+@pytest.mark.parametrize("line", ["z: " + "[" * 3000 + "]" * 3000, "seed: " + "9" * 5000])
+def test_lists_and_numbers_without_end_are_damage(line: str, tmp_path: Path) -> None:
+    (tmp_path / "config.yaml").write_text(line)
+    with pytest.raises(UserError, match=r"config.yaml: it is damaged, not YAML .*put an earlier copy back"):
+        config_from_file(tmp_path / "config.yaml")
+    assert read_run(tmp_path).state == "damaged"

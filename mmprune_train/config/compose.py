@@ -27,7 +27,7 @@ from mmprune_train.config.schema import Config
 from mmprune_train.config.sweepers import register_sweepers
 from mmprune_train.config.typed import literal, readable
 from mmprune_train.errors import UserError
-from mmprune_train.files import PUT_BACK, damaged, read_marked
+from mmprune_train.files import PUT_BACK, damaged, read_written
 from mmprune_train.secrets import masked_settings, note_settings
 
 SCHEMA_NAME = "mmprune_schema"
@@ -112,14 +112,17 @@ def config_from_file(path: Path) -> Config:
     if not path.is_file():
         raise UserError(f"{path} is missing: is {path.parent} a run directory of mmprune_train?")
     try:
-        written = OmegaConf.to_container(OmegaConf.create(read_marked(path)))
+        written = OmegaConf.to_container(OmegaConf.create(read_written(path)))
         if isinstance(written, dict) and "pruner" in written:
             written["pruner"] = as_saved(written["pruner"])
         merged = OmegaConf.merge(OmegaConf.structured(Config), OmegaConf.create(literal(written)))
-    except yaml.YAMLError as error:
-        raise damaged(path, f"it is damaged, not YAML ({' '.join(str(error).split())[:160]})", PUT_BACK) from None
+    except UserError:
+        raise
     except OmegaConfBaseException as error:
         raise UserError(f"{path}: {explain(error)}") from error
+    except (yaml.YAMLError, ValueError, RecursionError) as error:  # the last two: numbers and lists without end
+        told = " ".join(str(error).partition("; use sys.")[0].split())[:160]
+        raise damaged(path, f"it is damaged, not YAML ({told})", PUT_BACK) from None
     assert isinstance(merged, DictConfig)
     return _typed(merged)
 

@@ -13,7 +13,7 @@ import yaml
 
 from mmprune_train.config.identity import NOT_DECISIVE
 from mmprune_train.errors import UserError
-from mmprune_train.files import PUT_BACK, damaged, read_jsonl, read_marked
+from mmprune_train.files import PUT_BACK, damaged, read_jsonl, read_written
 from mmprune_train.reporting.evaluation import asked_apart
 from mmprune_train.reporting.results import numbers
 from mmprune_train.run_files import METRICS, MISSHAPEN, read_manifest, read_result, rows_fault, rows_written
@@ -117,7 +117,7 @@ def read_sweep(path: Path, alone: bool = True) -> list[Run]:
 def read_run(path: Path) -> Run:
     """A run directory as far as it has come. What is damaged in it is among what is missing."""
     run = Run(name=path.name, path=path.resolve(), state="unfinished")
-    run.settings = _whole(run, lambda: _flat(yaml.safe_load(read_marked(path / "config.yaml"))), {})
+    run.settings = _whole(run, lambda: _flat(yaml.safe_load(read_written(path / "config.yaml"))), {})
     run.manifest = _whole(run, lambda: read_manifest(path) or {}, {})
     run.result = _whole(run, lambda: read_result(path / "result.json", _usable) or {}, {})
     run.numbers = numbers(run.result)
@@ -153,7 +153,7 @@ def _whole(run: Run, read: Callable[[], Any], otherwise: Any) -> Any:
     """What `read` gives; `otherwise` where it finds damage, which the run then tells."""
     try:
         return read()
-    except (yaml.YAMLError, *MISSHAPEN) as error:
+    except (yaml.YAMLError, RecursionError, *MISSHAPEN) as error:
         run.missing.append(" ".join(str(error).split()))
         return otherwise
 
