@@ -153,7 +153,7 @@ def test_a_config_that_grows_without_end_is_not_read(tmp_path: Path) -> None:
     assert run.state == "damaged" and "it has references" in run.missing[0]
 
 
-@pytest.mark.parametrize("line", ["z: " + "[" * 3000 + "]" * 3000, "seed: " + "9" * 5000])
+@pytest.mark.parametrize("line", ["z: " + "[" * 600 + "]" * 600, "seed: " + "9" * 5000])
 def test_lists_and_numbers_without_end_are_damage(line: str, tmp_path: Path) -> None:
     (tmp_path / "config.yaml").write_text(line)
     with pytest.raises(UserError, match=r"config.yaml: it is damaged, not YAML .*put an earlier copy back"):
