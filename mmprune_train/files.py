@@ -19,6 +19,8 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
+import yaml
+
 from mmprune_train.errors import UserError
 from mmprune_train.secrets import masked, masked_texts
 from mmprune_train.user_files import BadJson, parse_json, read_bytes, reason_of
@@ -129,7 +131,12 @@ def write_yaml(path: Path, text: str) -> None:
 
 
 def read_yaml(path: Path, remedy: str = PUT_BACK) -> str:
-    """The text of a YAML file. Raises UserError where it is empty, or is not what was written."""
+    """The text of a YAML file that this project has written.
+
+    Raises:
+        UserError: it is empty, or not what was written, or has references: with a few of them a short file holds
+            billions of values.
+    """
     text = _text(path, remedy)
     if all(not line.strip() or line.startswith("#") for line in text.split("\n")):
         raise damaged(path, "it is empty or cut off", remedy)
@@ -137,6 +144,8 @@ def read_yaml(path: Path, remedy: str = PUT_BACK) -> str:
     known = FIRST_LINE.fullmatch(first)
     if known and known[1] != _crc(rest):
         raise changed(path, "first line", remedy)
+    if "*" in text and any(isinstance(event, yaml.AliasEvent) for event in yaml.parse(text, Loader=yaml.SafeLoader)):
+        raise damaged(path, "it has references (*name), as no file that is written here", remedy)
     return text
 
 

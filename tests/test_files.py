@@ -23,6 +23,7 @@ from mmprune_train.files import (
     write_json,
     write_yaml,
 )
+from mmprune_train.reporting.runs import read_run
 
 RECORD = {"stages": {"pretrain": {"loss": 0.1}}, "what": "größer", "none": None}
 
@@ -155,3 +156,23 @@ def test_of_a_folder_of_options_those_with_a_checksum_are_checked_and_no_others(
         ours.write_text(harmed)
         with pytest.raises(UserError, match=r"mine\.yaml"):
             check_yaml_files(tmp_path)
+
+
+def test_a_config_that_grows_without_end_is_not_read(tmp_path: Path) -> None:
+    text = to_yaml(compose_config(["+experiment=smoke", "data.how_to_get='*see* & ask'"]))
+    (tmp_path / "config.yaml").write_text(text)
+    assert config_from_file(tmp_path / "config.yaml").data.how_to_get == "*see* & ask"
+    bomb = "".join(f"a{i}: &a{i} [{','.join([f'*a{i - 1}'] * 9)}]\n" for i in range(1, 12))
+    (tmp_path / "config.yaml").write_text(f"{text}a0: &a0 [x, x]\n{bomb}")
+    with pytest.raises(UserError, match=r"config.yaml: it has references \(\*name\)"):
+        config_from_file(tmp_path / "config.yaml")
+    run = read_run(tmp_path)
+    assert run.state == "damaged" and "it has references" in run.missing[0]
+
+
+@pytest.mark.parametrize("line", ["z: " + "[" * 600 + "]" * 600, "seed: " + "9" * 5000])
+def test_lists_and_numbers_without_end_are_damage(line: str, tmp_path: Path) -> None:
+    (tmp_path / "config.yaml").write_text(line)
+    with pytest.raises(UserError, match=r"config.yaml: it is damaged, not YAML of settings .*put an earlier copy back"):
+        config_from_file(tmp_path / "config.yaml")
+    assert read_run(tmp_path).state == "damaged"

@@ -115,11 +115,13 @@ def config_from_file(path: Path) -> Config:
         if isinstance(written, dict) and isinstance(written.get("pruner"), dict):
             written["pruner"] = as_saved(written["pruner"])
         merged = OmegaConf.merge(OmegaConf.structured(Config), OmegaConf.create(literal(written)))
-    except (yaml.YAMLError, AssertionError, RecursionError) as error:  # a single number; an alias of itself
-        reason = " ".join(str(error).split())[:160]
-        raise damaged(path, f"it is damaged, not YAML of settings ({reason})", PUT_BACK) from None
+    except UserError:
+        raise
     except (OmegaConfBaseException, OverflowError) as error:
         raise UserError(f"{path}: {explain(error)}") from error
+    except (yaml.YAMLError, AssertionError, ValueError, RecursionError) as error:  # the last two: without end
+        told = " ".join(str(error).partition("; use sys.")[0].split())[:160]
+        raise damaged(path, f"it is damaged, not YAML of settings ({told})", PUT_BACK) from None
     assert isinstance(merged, DictConfig)
     return _typed(merged)
 

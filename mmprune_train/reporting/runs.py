@@ -153,7 +153,7 @@ def _whole(run: Run, read: Callable[[], Any], otherwise: Any) -> Any:
     """What `read` gives; `otherwise` where it finds damage, which the run then tells."""
     try:
         return read()
-    except (yaml.YAMLError, *MISSHAPEN) as error:
+    except (yaml.YAMLError, RecursionError, *MISSHAPEN) as error:
         run.missing.append(" ".join(str(error).split()))
         return otherwise
 
