@@ -6,6 +6,7 @@ the base model's, from which a resumed run starts anyway.
 
 from __future__ import annotations
 
+import errno
 import shutil
 import time
 from pathlib import Path
@@ -129,10 +130,14 @@ class Checkpoints(StepWatch):
             trainer.save_checkpoint(temporary / STATE)
         except (OSError, RuntimeError) as error:  # torch has errors of its own for a full disk
             free = shutil.disk_usage(self.folder).free / 2**30
-            raise RuntimeError(
-                f"{final} cannot be written ({error}; {free:.2f} GiB are free there); those before it are whole: "
-                "the same command continues after the newest"
-            ) from error
+            why = (str(error).strip() or type(error).__name__).splitlines()[0]
+            what = (
+                f"cannot be written ({why}; {free:.2f} GiB are free there); those before it are whole: the same "
+                "command continues after the newest"
+            )
+            if isinstance(error, OSError) or "inline_container" in str(error):  # torch's writer of files
+                raise OSError(getattr(error, "errno", None) or errno.ENOSPC, what, str(final)) from error
+            raise RuntimeError(f"{final} {what}") from error
         trainer.strategy.barrier("the checkpoint is written")
         loss = fmean(self.losses) if self.losses else None
         rows = mark_of(self.metrics.path) if trainer.is_global_zero else None

@@ -15,6 +15,7 @@ import torch
 from training.killed import Killed
 
 from mmprune_train import files
+from mmprune_train.config.explain import user_mistake
 from mmprune_train.errors import UserError
 from mmprune_train.features.ranks import Ranks
 from mmprune_train.training import checkpoint_files, checkpoints
@@ -300,3 +301,26 @@ def test_of_a_link_the_link_alone_is_deleted(tmp_path: Path) -> None:
         (tmp_path / name).symlink_to(elsewhere)
         checkpoint_files.remove(tmp_path / name)
     assert [path.name for path in tmp_path.iterdir()] == ["elsewhere"] and (elsewhere / "kept").is_dir()
+
+
+@pytest.mark.parametrize(
+    ("error", "told"),
+    [
+        (OSError(28, "No space left on device"), True),
+        (RuntimeError("[enforce fail at inline_container.cc:672] . unexpected pos 8 vs 4\nframe #0"), True),
+        (RuntimeError("a bug"), False),
+    ],
+)
+def test_a_full_disk_is_told_in_a_line_and_older_ones_stay(error: Exception, told: bool, trainer: Trainer) -> None:
+    trainer.run(saves_of(trainer), to=2)
+
+    def full(path: Path) -> None:
+        raise error
+
+    trainer.save_checkpoint = full  # type: ignore[method-assign]
+    with pytest.raises((OSError, RuntimeError), match="cannot be written .* those before it are whole") as caught:
+        trainer.run(saves_of(trainer), to=4)
+    message = user_mistake(caught.value)
+    assert (message is not None) == told
+    assert message is None or ("step-00000004.ckpt" in message and "make room" in message and "\n" not in message)
+    assert steps(saves_of(trainer).folder) == [2]
