@@ -112,6 +112,7 @@ def _named(place: object) -> str:
     return str(path)
 
 
+_NO_OPTION = "give the name of an option of this group"
 _READS_OVERRIDES = ("parse_overrides", "_apply_overrides_to_config", "__init__")
 """Functions of Hydra that hold the one they are at in a variable `override`; the last one is that of the groups'."""
 
@@ -123,18 +124,24 @@ def _at_override(error: Exception) -> str | None:
 
     for frame, _ in reversed(list(traceback.walk_tb(error.__traceback__))):
         module, function, held = frame.f_globals.get("__name__", ""), frame.f_code.co_name, frame.f_locals
-        if module.startswith("hydra.") and function in _READS_OVERRIDES and "override" in held:
+        if not module.startswith("hydra."):
+            continue
+        if function in _READS_OVERRIDES and "override" in held:
             break
+        for override in held["overrides_list"] if function == "create_defaults_list" else ():
+            names = override.value() if held["repo"].group_exists(override.key_or_group) else None
+            if isinstance(names, list) and not all(isinstance(name, str) for name in names):
+                return f"{override.input_line}: {_NO_OPTION}"
     else:
         return None
     override = getattr(held["override"], "input_line", held["override"])
-    if isinstance(error, AssertionError | AttributeError):  # what OmegaConf says of a section that is null
+    if "cfg" in held and isinstance(error, AssertionError | AttributeError):  # said of a section that is null
         parts = held["key"].split(".")
         for section in (".".join(parts[:count]) for count in range(1, len(parts) + isinstance(held["value"], dict))):
             if OmegaConf.select(held["cfg"], section) is None:
                 return absent_section(section, held["key"])
     if "Config group override" in str(error):
-        return f"{override}: give the name of an option of this group"
+        return f"{override}: {_NO_OPTION}"
     return f"{override}: {_reason(error)}"
 
 

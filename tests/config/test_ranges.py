@@ -148,6 +148,8 @@ def test_keys_of_what_is_not_chosen(override: str, words: str) -> None:
     [
         ("trainer=null", "trainer=null: give the name of an option"),
         ("~stage=[none,none]", r"~stage=\[none,none\]: give the name of an option"),
+        ("encoder=[0.9,0.999]", r"encoder=\[0.9,0.999\]: give the name of an option"),
+        ("logger=[csv,1]", r"logger=\[csv,1\]: give the name of an option"),
         ("plan.keep=1" + "0" * 400, r"plan.keep=10+\.\.\.0+: int too large"),
         ("optim.betas=[0.9,1" + "0" * 400 + "]", r"optim.betas=\S+: int too large"),
         ("seed=1" + "0" * 5000, r"seed=10+\.\.\.0+: \w+"),
