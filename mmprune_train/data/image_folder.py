@@ -7,9 +7,7 @@ from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
 
-OUTSIDE_REMEDY = (
-    "correct it, or if it is meant set data.outside_images=true, or the split's `images` to a folder above both"
-)
+OUTSIDE_REMEDY = "correct it, or if it is meant set data.outside_images=true (docs/data.md)"
 
 
 @dataclass(frozen=True)

@@ -16,6 +16,7 @@ import pytorch_lightning as pl
 import torch
 from lightning_fabric.plugins import TorchCheckpointIO
 
+from mmprune_train.config.identity import same_command
 from mmprune_train.files import sync
 from mmprune_train.folders import mark_of
 from mmprune_train.training.callbacks import MetricsWriter, StepWatch
@@ -102,7 +103,7 @@ class Checkpoints(StepWatch):
         if isinstance(exception, KeyboardInterrupt) and trainer.is_global_zero:
             done = all_checkpoints(self.folder)
             kept = f"after step {step_of(done[-1])}" if done else "from the stage's start"
-            print(f"\ninterrupted; the same command continues {kept}", flush=True)
+            print(f"\ninterrupted; {same_command()} continues {kept}", flush=True)
 
     def save(self, trainer: pl.Trainer) -> None:
         """Write a checkpoint of the present step, unless it has one, or no step was applied yet (FSDP2 would make
@@ -131,7 +132,7 @@ class Checkpoints(StepWatch):
             free = shutil.disk_usage(self.folder).free / 2**30
             raise RuntimeError(
                 f"{final} cannot be written ({error}; {free:.2f} GiB are free there); those before it are whole: "
-                "the same command continues after the newest"
+                f"{same_command()} continues after the newest"
             ) from error
         trainer.strategy.barrier("the checkpoint is written")
         loss = fmean(self.losses) if self.losses else None
