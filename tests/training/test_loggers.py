@@ -56,3 +56,10 @@ def test_training_outlives_wandbs_process(
     run.log_metrics({"loss": 1.0}, 2)
     run.close(75)
     assert capsys.readouterr().out.count("wandb's process is gone (Connection lost)") == 1
+
+
+def test_wandb_is_given_nothing_that_it_warns_of(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    run = WandbRun([], save_dir=tmp_path, offline=True, mode="offline", project="p")
+    assert run.experiment is not None
+    run.close()
+    assert "WARNING" not in capsys.readouterr().err
