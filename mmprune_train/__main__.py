@@ -111,7 +111,7 @@ def _run(arguments: list[str]) -> None:
         sys.argv[1:] = readable(arguments)
         compose_and_run()
     except KeyboardInterrupt:
-        print("interrupted; the same command continues it", file=sys.stderr)
+        print(f"interrupted; {_what_follows(arguments)}", file=sys.stderr)
         sys.exit(1)
     except Exception as error:
         from mmprune_train.config.explain import user_mistake
@@ -123,6 +123,15 @@ def _run(arguments: list[str]) -> None:
         if message is not None:
             print(f"error: {message}", file=sys.stderr)
         sys.exit(1 if mistake is None else 2)
+
+
+def _what_follows(arguments: list[str]) -> str:
+    """An interruption: training and sweeps go on where they were, other tasks begin anew."""
+    from mmprune_train.config.identity import same_command
+
+    tasks = [argument.partition("=")[2] for argument in arguments if argument.startswith("task=")]
+    goes_on = tasks[-1:] in ([], ["train"]) or "-m" in arguments or "--multirun" in arguments
+    return f"{same_command()} continues it" if goes_on else "the same command starts it again"
 
 
 if __name__ == "__main__":

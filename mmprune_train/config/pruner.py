@@ -85,7 +85,7 @@ def refuse_foreign(where: object, found: Mapping[str, str], named: Mapping[str, 
         if named.get(key) != name:
             raise UserError(
                 f"{where} names {key}={name}, and code that a folder names is not run unasked: where you trust it, "
-                f"give {key}={name} yourself, or trust_components=true (load_model(..., trust_components=True))"
+                "give trust_components=true (load_model(..., trust_components=True))"
             )
 
 

@@ -9,9 +9,7 @@ from pathlib import Path
 
 from mmprune_train.user_files import short
 
-OUTSIDE_REMEDY = (
-    "correct it, or if it is meant set data.outside_images=true, or the split's `images` to a folder above both"
-)
+OUTSIDE_REMEDY = "correct it, or if it is meant set data.outside_images=true (docs/data.md)"
 
 
 @dataclass(frozen=True)

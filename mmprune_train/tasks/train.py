@@ -79,7 +79,7 @@ def _make(config: Config, todo: list[str], asked: dict[str, Any] | None, main: b
 
     end_with_parent()
     join(config.trainer.devices)
-    with Preemption(config.restart) as preemption:
+    with Preemption() as preemption:
         from mmprune_train.tasks.preflight import check_inputs
 
         check_inputs(config, todo, asked is not None)

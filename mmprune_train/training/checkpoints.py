@@ -17,6 +17,7 @@ import pytorch_lightning as pl
 import torch
 from lightning_fabric.plugins import TorchCheckpointIO
 
+from mmprune_train.config.identity import same_command
 from mmprune_train.files import sync
 from mmprune_train.folders import mark_of
 from mmprune_train.training.callbacks import MetricsWriter, StepWatch
@@ -103,7 +104,7 @@ class Checkpoints(StepWatch):
         if isinstance(exception, KeyboardInterrupt) and trainer.is_global_zero:
             done = all_checkpoints(self.folder)
             kept = f"after step {step_of(done[-1])}" if done else "from the stage's start"
-            print(f"\ninterrupted; the same command continues {kept}", flush=True)
+            print(f"\ninterrupted; {same_command()} continues {kept}", flush=True)
 
     def save(self, trainer: pl.Trainer) -> None:
         """Write a checkpoint of the present step, unless it has one, or no step was applied yet (FSDP2 would make
@@ -132,8 +133,8 @@ class Checkpoints(StepWatch):
             free = shutil.disk_usage(self.folder).free / 2**30
             why = (str(error).strip() or type(error).__name__).splitlines()[0]
             what = (
-                f"cannot be written ({why}; {free:.2f} GiB are free there); those before it are whole: the same "
-                "command continues after the newest"
+                f"cannot be written ({why}; {free:.2f} GiB are free there); those before it are whole: "
+                f"{same_command()} continues after the newest"
             )
             if isinstance(error, OSError) or "inline_container" in str(error):  # torch's writer of files
                 raise OSError(getattr(error, "errno", None) or errno.ENOSPC, what, str(final)) from error

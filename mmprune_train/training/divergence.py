@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 
+from mmprune_train.config.identity import same_command
 from mmprune_train.data.batch import Batch
 from mmprune_train.errors import NotFinite
 from mmprune_train.model.llava import PackedLlava
@@ -130,7 +131,8 @@ def end_stage(trainer: pl.Trainer, what: str, checkpoints: Path, more: str = "")
 def what_is_kept(checkpoints: Path) -> str:
     """Which checkpoint the same command goes on from."""
     done = all_checkpoints(checkpoints)
-    return f"The same command goes on from {done[-1]}" if done else "The same command begins the stage anew"
+    command = same_command().capitalize()
+    return f"{command} goes on from {done[-1]}" if done else f"{command} begins the stage anew"
 
 
 def broken_parts(model: PackedLlava, strategy: Any, trained: bool = False) -> list[str]:

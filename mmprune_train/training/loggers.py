@@ -92,6 +92,7 @@ class WandbRun(WandbLogger):
         settings: WandbLogger's.
         """
         super().__init__(**settings)
+        self._wandb_init.pop("anonymous", None)  # Lightning gives it unasked, and wandb warns that it does nothing
         self.rows = rows
         self.gone = False
 

@@ -15,6 +15,7 @@ import pytorch_lightning as pl
 import torch
 from pytorch_lightning.utilities.rank_zero import rank_zero_only
 
+from mmprune_train.config.identity import same_command
 from mmprune_train.training.callbacks import StepWatch
 from mmprune_train.training.checkpoints import Checkpoints
 from mmprune_train.training.cluster import is_running, requeue, slurm_job
@@ -47,11 +48,7 @@ class Preemption:
     elsewhere they raise Preempted where they come.
     """
 
-    def __init__(self, restart: bool = False) -> None:
-        """Args:
-        restart: the command moves the run aside that it finds.
-        """
-        self.restart = restart
+    def __init__(self) -> None:
         self.training = False
         self.signal = 0
         """Number of the signal that came; 0: none."""
@@ -94,8 +91,7 @@ class Preemption:
 
     def _end(self, end: Preempted) -> None:
         saved = "" if end.step is None else f" after step {end.step}"
-        command = "the same command without restart=true" if self.restart else "the same command"
-        print(f"{end.signal.name}: ended{saved}; {command} continues", flush=True)
+        print(f"{end.signal.name}: ended{saved}; {same_command()} continues", flush=True)
         if end.step is None and end.signal == signal.SIGTERM and "TORCHELASTIC_RUN_ID" in os.environ:
             print("not put back in the queue: torchrun ends all processes where one of them has failed", flush=True)
             return

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from mmprune_train.assets import sha256_of
+from mmprune_train.config.identity import same_command
 from mmprune_train.config.pruner import components
 from mmprune_train.config.pruner_schema import PrunerConfig
 from mmprune_train.config.schema import Config
@@ -116,8 +117,8 @@ def with_advice(error: UserError, run: RunDirectory, stage: str, file: Path) -> 
     if not begun:
         return error
     return UserError(
-        f"{error}\nThe same command goes on after step {step_of(begun[-1])}, also with other image files; with a "
-        f"changed {file.name} it does not: {ASIDE}"
+        f"{error}\n{same_command().capitalize()} goes on after step {step_of(begun[-1])}, also with other image "
+        f"files; with a changed {file.name} it does not: {ASIDE}"
     )
 
 

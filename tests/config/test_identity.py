@@ -6,9 +6,10 @@ from pathlib import Path
 import pytest
 import yaml
 
+from mmprune_train.__main__ import main
 from mmprune_train.config.compose import to_yaml
 from mmprune_train.config.explain import all_keys
-from mmprune_train.config.identity import NOT_DECISIVE, differences, home_dir, run_dir, run_id, run_of
+from mmprune_train.config.identity import NOT_DECISIVE, differences, home_dir, run_dir, run_id, run_of, same_command
 
 
 @pytest.mark.parametrize(
@@ -63,3 +64,34 @@ def test_a_run_is_found_by_any_of_its_folders_and_no_other_folder_is_one(smoke, 
 
 def test_the_list_of_exceptions_holds_no_stale_key():
     assert set(all_keys()) >= NOT_DECISIVE
+
+
+@pytest.mark.parametrize("asked", ["restart=true", "+restart=True"])
+def test_the_same_command_is_not_one_that_would_start_over(asked: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("mmprune_train.config.identity.command_line", lambda: ["+experiment=smoke"])
+    assert same_command() == "the same command"
+    monkeypatch.setattr("mmprune_train.config.identity.command_line", lambda: ["+experiment=smoke", asked])
+    assert same_command() == "the same command without restart=true"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "told"),
+    [
+        (["+experiment=smoke"], "the same command continues it"),
+        (["task=train"], "the same command continues it"),
+        (["-m", "task=evaluate"], "the same command continues it"),
+        (["task=evaluate", "ckpt=x"], "the same command starts it again"),
+        (["task=plan"], "the same command starts it again"),
+    ],
+)
+def test_an_interruption_says_what_the_same_command_does(
+    arguments: list[str], told: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def interrupted() -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("sys.argv", ["mmprune", *arguments])
+    monkeypatch.setattr("mmprune_train.__main__.compose_and_run", interrupted)
+    with pytest.raises(SystemExit) as ended:
+        main()
+    assert ended.value.code == 1 and capsys.readouterr().err == f"interrupted; {told}\n"

@@ -100,3 +100,10 @@ def test_a_server_that_the_current_folder_names_gets_no_key(
     assert f"{tmp_path}/{folder}/settings names a server" in fault and "WANDB_BASE_URL" in fault
     monkeypatch.setenv("WANDB_BASE_URL", "https://api.wandb.ai")
     assert logger_faults(config) == []
+
+
+def test_wandb_is_given_nothing_that_it_warns_of(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    run = WandbRun([], save_dir=tmp_path, offline=True, mode="offline", project="p")
+    assert run.experiment is not None
+    run.close()
+    assert "WARNING" not in capsys.readouterr().err
