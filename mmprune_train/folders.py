@@ -1,4 +1,4 @@
-"""Folders that are whole or not there, what their files are known by, and what stopped processes leave beside them."""
+"""Folders that are whole or not there, locks on folders, and what stopped processes leave beside them."""
 
 from __future__ import annotations
 
@@ -7,121 +7,19 @@ import os
 import re
 import shutil
 import time
-import uuid
-import zlib
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
-from dataclasses import asdict, dataclass
-from functools import lru_cache
-from pathlib import Path, PurePosixPath
-from typing import Any
+from pathlib import Path
 
 from mmprune_train.errors import UserError
-from mmprune_train.files import read_json, stamp_of, sync, write_json
+from mmprune_train.files import MACHINE, sync, unused_name
 
-LIST = "checksums.json"
-"""In a folder that this project alone writes: the marks of all its files."""
 LEFTOVER_SECONDS = 3600.0
-"""Where a file system has no locks, what is older is of a process that was stopped."""
-BLOCK = 1 << 22
-TEMPORARY = re.compile(r"\.(.+)\.[0-9a-f]{8}\.mmprune")
-"""Names of temporary folders, with what each is for. Such as nobody else's hidden folder has: they are swept."""
-
-
-@dataclass(frozen=True)
-class Mark:
-    """What a file is known by."""
-
-    bytes: int
-    crc32: int
-
-
-def mark_of(path: Path, size: int | None = None) -> Mark:
-    """Args:
-    size: how many bytes, from the first; None: all.
-    """
-    left, crc = path.stat().st_size if size is None else size, 0
-    size = 0
-    with path.open("rb") as file:
-        while block := file.read(min(BLOCK, left)):
-            size, left, crc = size + len(block), left - len(block), zlib.crc32(block, crc)
-    return Mark(size, crc)
-
-
-def files_in(folder: Path) -> list[str]:
-    """All files in a folder, at whatever depth, by their paths in it."""
-    return sorted(path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file())
-
-
-def marks_of(folder: Path, within: Path | None = None) -> dict[str, Mark]:
-    """Marks of all files in a folder, by their paths in it, or in `within`."""
-    return {
-        (folder / name).relative_to(within or folder).as_posix(): mark_of(folder / name) for name in files_in(folder)
-    }
-
-
-def as_marks(found: Any) -> dict[str, Mark]:
-    """Marks as JSON holds them.
-
-    Raises:
-        ValueError, TypeError or AttributeError: they are something else, or name a file outside their folder.
-    """
-    marks = {name: Mark(**mark) for name, mark in found.items()}
-    for name, mark in marks.items():
-        parts = PurePosixPath(name).parts
-        if not parts or "\0" in name or parts[0] == "/" or ".." in parts:
-            raise ValueError(f"{name!r} is no file in this folder")
-        if type(mark.bytes) is not int or type(mark.crc32) is not int:
-            raise TypeError(f"{name!r} has no size and checksum")
-    return marks
-
-
-def fault_of(folder: Path, name: str, mark: Mark, read: Callable[[Path], Mark] | None = mark_of) -> str | None:
-    """How a file differs from its mark; None: it does not.
-
-    Args:
-        read: None: its size alone is compared.
-    """
-    path = folder / name
-    if not path.is_file():
-        return f"{name} is missing"
-    if (size := path.stat().st_size) != mark.bytes:
-        return f"{name} has {size} of {mark.bytes} bytes"
-    if read is not None and read(path) != mark:
-        return f"{name} has other bytes than were written"
-    return None
-
-
-def first_fault(folder: Path, marks: Mapping[str, Mark]) -> str | None:
-    """The first file of a folder that differs from its mark. A file that this process has read before, and that was not
-    touched since, is not read again."""
-    with ThreadPoolExecutor(4) as pool:  # checksums are taken without the interpreter's lock
-        found = pool.map(lambda name: fault_of(folder, name, marks[name], _seen_mark), marks)
-        return next((fault for fault in found if fault is not None), None)
-
-
-def _seen_mark(path: Path) -> Mark:
-    return _mark_of_very(*stamp_of(path))
-
-
-@lru_cache(1 << 14)
-def _mark_of_very(path: str, *stamp: int) -> Mark:
-    return mark_of(Path(path))
-
-
-def write_list(folder: Path) -> None:
-    """Record what the files of a folder are known by, in the folder."""
-    write_json(folder / LIST, {name: asdict(mark) for name, mark in marks_of(folder).items()}, checked=True)
-
-
-def fault_by_list(folder: Path) -> str | None:
-    """The first file that is not as the folder's list has it; None: all are."""
-    try:
-        found = read_json(folder / LIST)
-        return f"{LIST} is missing" if found is None else first_fault(folder, as_marks(found))
-    except (ValueError, TypeError, AttributeError):
-        return f"{LIST} is damaged"
+"""Where a file system has no locks, or may not tell of those of another machine, what is older is of a process that
+was stopped."""
+TEMPORARY = re.compile(r"\.(.+)\.([0-9a-f]{8})[0-9a-f]{8}\.mmprune")
+"""Names of temporary folders, with what each is for, and the machine that made it. Such as nobody else's hidden folder
+has: they are deleted."""
 
 
 @contextmanager
@@ -132,7 +30,7 @@ def finished_folder(target: Path) -> Iterator[Path]:
     theirs is thrown away, too.
     """
     target.parent.mkdir(parents=True, exist_ok=True)
-    sweep(target.parent, target.name)
+    delete_leftovers(target.parent, target.name)
     with temporary_folder(target.parent, target.name) as part:
         yield part
         share_alike(part)
@@ -145,18 +43,21 @@ def finished_folder(target: Path) -> Iterator[Path]:
 
 @contextmanager
 def temporary_folder(parent: Path, name: str) -> Iterator[Path]:
-    """A folder that `sweep` leaves alone while this process lives, and that is deleted at the end, if it is there.
+    """A folder that others leave alone while this process lives, and that is deleted at the end, if it is there.
 
     Args:
         name: what it is for.
     """
     while True:
-        part = parent / f".{name}.{uuid.uuid4().hex[:8]}.mmprune"
+        part = parent / f".{name}.{unused_name()[:16]}.mmprune"
         part.mkdir()  # with the user's umask: mkdtemp would shut out other users of a shared cache
-        descriptor = os.open(part, os.O_RDONLY)
-        with suppress(OSError):  # a file system without locks: `sweep` goes by age there
+        try:
+            descriptor = os.open(part, os.O_RDONLY)
+        except FileNotFoundError:  # another process took it for left over before it was locked
+            continue
+        with suppress(OSError):  # a file system without locks: its age counts there
             fcntl.flock(descriptor, fcntl.LOCK_EX)
-        if part.is_dir():  # not swept before it was locked
+        if part.is_dir():  # as above
             break
         os.close(descriptor)
     try:
@@ -166,7 +67,7 @@ def temporary_folder(parent: Path, name: str) -> Iterator[Path]:
         os.close(descriptor)
 
 
-def sweep(parent: Path, name: str | None = None) -> None:
+def delete_leftovers(parent: Path, name: str | None = None) -> None:
     """Delete the temporary folders in a folder that are of no living process.
 
     Args:
@@ -176,7 +77,8 @@ def sweep(parent: Path, name: str | None = None) -> None:
         ours = TEMPORARY.fullmatch(left.name)
         if ours and name in (None, ours[1]) and left.is_dir() and not left.is_symlink():
             with suppress(OSError), held(left) as free:  # another user's, or gone in the meantime
-                if free or (free is None and time.time() - left.stat().st_mtime > LEFTOVER_SECONDS):
+                known = ours[2] == MACHINE and free is not None  # else its age alone tells
+                if free if known else free is not False and time.time() - left.stat().st_mtime > LEFTOVER_SECONDS:
                     shutil.rmtree(left, ignore_errors=True)
 
 
@@ -247,7 +149,7 @@ def remove_damaged(folder: Path) -> None:
         UserError: that cannot be done, since it is another user's.
     """
     try:
-        with temporary_folder(folder.parent, f".{folder.name}.") as aside, suppress(FileNotFoundError):
+        with temporary_folder(folder.parent, folder.name) as aside, suppress(FileNotFoundError):
             folder.rename(aside / folder.name)
     except OSError as error:
         raise UserError(f"{folder} is damaged and cannot be deleted ({error.strerror}); delete it") from error

@@ -7,9 +7,9 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+from mmprune_train.checksums import Checksum, as_checksums, checksum_of, checksums_of, first_fault
 from mmprune_train.errors import UserError
 from mmprune_train.files import PUT_BACK, damaged, read_json, rows_of, write_atomically
-from mmprune_train.folders import Mark, as_marks, first_fault, mark_of, marks_of
 
 MANIFEST = "manifest.json"
 METRICS = "metrics.jsonl"
@@ -63,10 +63,10 @@ def read_result(path: Path, told: Callable[[dict[str, Any]], object]) -> dict[st
 
 def files_of_stage(folder: Path) -> dict[str, Any]:
     """For the manifest: checksums of the files that a finished stage leaves."""
-    marks = {METRICS: mark_of(folder / METRICS)}
+    checksums = {METRICS: checksum_of(folder / METRICS)}
     for name in SAVED:
-        marks |= marks_of(folder / name, folder)
-    return {name: asdict(mark) for name, mark in marks.items()}
+        checksums |= checksums_of(folder / name, folder)
+    return {name: asdict(checksum) for name, checksum in checksums.items()}
 
 
 def check_saved(key: str, folder: Path) -> None:
@@ -83,8 +83,8 @@ def check_saved(key: str, folder: Path) -> None:
     stage = folder.parent
     if not (stage.parent / "config.yaml").is_file():  # no run: its manifest.json, if it has one, is somebody else's
         return
-    marks = {name: mark for name, mark in recorded(stage).items() if Path(name).parts[0] == folder.name}
-    if fault := first_fault(stage, marks):
+    checksums = {name: checksum for name, checksum in recorded(stage).items() if Path(name).parts[0] == folder.name}
+    if fault := first_fault(stage, checksums):
         raise UserError(
             f"{key}: {stage}/{fault}, by damage or by hand; put it back, train anew (restart=true), or where you meant "
             f"the change give a copy of {folder}"
@@ -115,27 +115,27 @@ def keep_steps(path: Path, last: int) -> None:
         write_atomically(path, b"".join(line + b"\n" for line in path.read_bytes().split(b"\n")[:kept]))
 
 
-def rows_fault(file: Path, written: Mark | None) -> str | None:
+def rows_fault(file: Path, written: Checksum | None) -> str | None:
     """How the first rows of a metrics.jsonl differ from those that were written; None: not at all, or not known."""
-    if written is None or (file.is_file() and mark_of(file, written.bytes) == written):
+    if written is None or (file.is_file() and checksum_of(file, written.bytes) == written):
         return None
     return f"{file.name} has other rows than were written" if file.is_file() else f"{file.name} is missing"
 
 
-def rows_written(stage: Path) -> Mark | None:
+def rows_written(stage: Path) -> Checksum | None:
     """Checksum of the rows of a stage's metrics.jsonl: all of a finished stage, else those up to its newest checkpoint;
     None: not recorded."""
     if known := recorded(stage).get(METRICS):
         return known
     indices = sorted((stage / "checkpoints").glob("step-*.ckpt/index.json"))
     found = read_json(indices[-1]) if indices else None
-    return Mark(**found["metrics"]) if found and found.get("metrics") else None
+    return Checksum(**found["metrics"]) if found and found.get("metrics") else None
 
 
-def recorded(stage: Path) -> dict[str, Mark]:
+def recorded(stage: Path) -> dict[str, Checksum]:
     """Checksums of a finished stage's files, by their paths in its folder; empty where none were recorded."""
     state = (read_manifest(stage.parent) or {}).get("stages", {}).get(stage.name, {})
     try:
-        return as_marks(state.get("files", {}))
+        return as_checksums(state.get("files", {}))
     except MISSHAPEN as error:
         raise damaged(stage.parent / MANIFEST, f"its files of {stage.name} are wrong ({error})", PUT_BACK) from None

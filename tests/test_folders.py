@@ -1,8 +1,7 @@
-"""Folders are known by their lists, which name their own files alone; what stopped processes leave is swept."""
+"""What stopped processes leave in folders is swept, and locks hold."""
 
 from __future__ import annotations
 
-import json
 import os
 import subprocess
 import sys
@@ -14,43 +13,15 @@ import torch
 from safetensors.torch import save_file
 
 from mmprune_train.errors import UserError
+from mmprune_train.files import MACHINE
 from mmprune_train.folders import (
-    LIST,
-    as_marks,
-    fault_by_list,
+    delete_leftovers,
     finished_folder,
     held,
     remove_damaged,
-    sweep,
     temporary_folder,
     whole_folder,
-    write_list,
 )
-
-
-def test_every_file_of_a_listed_folder_counts(tmp_path: Path) -> None:
-    (tmp_path / "in").mkdir()
-    (tmp_path / "a").write_bytes(b"abc")
-    (tmp_path / "in" / "b").write_bytes(b"def")
-    assert fault_by_list(tmp_path) == f"{LIST} is missing"
-    write_list(tmp_path)
-    assert fault_by_list(tmp_path) is None
-    (tmp_path / "in" / "b").write_bytes(b"dEf")
-    assert fault_by_list(tmp_path) == "in/b has other bytes than were written"
-    (tmp_path / "a").write_bytes(b"ab")
-    assert fault_by_list(tmp_path) == "a has 2 of 3 bytes"
-    (tmp_path / "a").unlink()
-    assert fault_by_list(tmp_path) == "a is missing"
-    (tmp_path / LIST).write_text('{"a": {"by')
-    assert fault_by_list(tmp_path) == f"{LIST} is damaged"
-
-
-@pytest.mark.parametrize("name", ["../secret", "/etc/passwd", "in/../../secret", "", "a\0b"])
-def test_a_list_names_no_file_outside_its_folder(name: str, tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match="is no file in this folder"):
-        as_marks({name: {"bytes": 1, "crc32": 1}})
-    (tmp_path / LIST).write_text(json.dumps({name: {"bytes": 1, "crc32": 1}}))
-    assert fault_by_list(tmp_path) == f"{LIST} is damaged"
 
 
 @pytest.mark.parametrize("umask", [0o002, 0o027])
@@ -84,7 +55,7 @@ def test_what_a_killed_process_left_is_swept_and_a_living_ones_is_not(tmp_path: 
     (left,) = tmp_path.iterdir()
     assert left.name.startswith(".data.")
     with temporary_folder(tmp_path, "other") as mine:
-        sweep(tmp_path)
+        delete_leftovers(tmp_path)
         assert list(tmp_path.iterdir()) == [mine]
     subprocess.run([sys.executable, "-c", KILLED, str(tmp_path / "data")], check=False)
     with finished_folder(tmp_path / "data") as part:
@@ -98,7 +69,7 @@ def test_what_a_killed_process_left_is_swept_and_a_living_ones_is_not(tmp_path: 
 )
 def test_hidden_folders_of_others_are_left_alone(name: str, tmp_path: Path) -> None:
     (tmp_path / name / "kept").mkdir(parents=True)
-    sweep(tmp_path)
+    delete_leftovers(tmp_path)
     with finished_folder(tmp_path / "data"), temporary_folder(tmp_path, "bench"):
         pass
     assert (tmp_path / name / "kept").is_dir()
@@ -106,10 +77,21 @@ def test_hidden_folders_of_others_are_left_alone(name: str, tmp_path: Path) -> N
 
 @pytest.mark.parametrize("name", ["*", "[a-z]*", "da?a"])
 def test_a_folders_name_is_no_pattern(name: str, tmp_path: Path) -> None:
-    other = tmp_path / ".data.abcdef01.mmprune"
+    other = tmp_path / ".data.abcdef01abcdef01.mmprune"
     other.mkdir()
     with finished_folder(tmp_path / name):
         assert other.is_dir()
+
+
+def test_what_another_machine_makes_is_left_alone_while_it_is_young(tmp_path: Path) -> None:
+    mine, others = tmp_path / f".data.{MACHINE}00000000.mmprune", tmp_path / f".data.{0:016x}.mmprune"
+    for folder in (mine, others):
+        folder.mkdir()
+    delete_leftovers(tmp_path)
+    assert list(tmp_path.iterdir()) == [others]
+    os.utime(others, (0, 0))
+    delete_leftovers(tmp_path)
+    assert not list(tmp_path.iterdir())
 
 
 def test_what_is_no_temporary_folder_is_left_alone(tmp_path: Path) -> None:
@@ -117,9 +99,9 @@ def test_what_is_no_temporary_folder_is_left_alone(tmp_path: Path) -> None:
     (outside / "kept").mkdir(parents=True)
     inside = tmp_path / "cache"
     inside.mkdir()
-    (inside / ".a.abcdef01.mmprune").symlink_to(outside)
-    (inside / ".b.abcdef01.mmprune").touch()
-    sweep(inside)
+    (inside / ".a.abcdef01abcdef01.mmprune").symlink_to(outside)
+    (inside / ".b.abcdef01abcdef01.mmprune").touch()
+    delete_leftovers(inside)
     assert (outside / "kept").is_dir() and len(list(inside.iterdir())) == 2
 
 

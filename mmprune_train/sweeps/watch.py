@@ -13,11 +13,11 @@ from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.experimental.callback import Callback
 from omegaconf import DictConfig, OmegaConf
 
+from mmprune_train.checksums import as_checksums, checksum_of, first_fault
 from mmprune_train.config.checks import check_sweep
 from mmprune_train.config.task_schema import SweepConfig
 from mmprune_train.errors import UserError
 from mmprune_train.files import write_json
-from mmprune_train.folders import as_marks, first_fault, mark_of
 from mmprune_train.run_files import MISSHAPEN
 from mmprune_train.secrets import masked
 from mmprune_train.sweeps.records import SWEEP, JobRecord, read_records, read_settings, summary_text, write_summary
@@ -73,7 +73,7 @@ class SweepWatch(Callback):
         records = read_records(self.folder)
         names, directions = self.settings["objectives"], self.settings["directions"]
         study = self.folder / STUDY
-        settings = self.settings | ({STUDY: asdict(mark_of(study))} if study.is_file() else {})
+        settings = self.settings | ({STUDY: asdict(checksum_of(study))} if study.is_file() else {})
         write_summary(self.folder, settings, records)
         print(f"\n{summary_text(self.folder, records, names, directions)}\n\n{self.folder}", flush=True)
         return exit_code([JobRecord.read(path) for path in fresh])
@@ -82,7 +82,7 @@ class SweepWatch(Callback):
 def check_study(folder: Path) -> None:
     """Raise UserError where Optuna's study is not as the sweep left it: it decides what is tried next."""
     try:
-        known = as_marks({STUDY: read_settings(folder)[STUDY]})
+        known = as_checksums({STUDY: read_settings(folder)[STUDY]})
     except MISSHAPEN:  # there is none, or a damaged one: a sweep that starts writes it anew
         return
     if fault := first_fault(folder, known):

@@ -31,7 +31,7 @@ from mmprune_train.evaluation.generate import check_room, load_images
 from mmprune_train.evaluation.questions import questions_of
 from mmprune_train.features.store import ImageFeatures
 from mmprune_train.files import write_json
-from mmprune_train.folders import sweep, temporary_folder
+from mmprune_train.folders import delete_leftovers, temporary_folder
 from mmprune_train.model.llava import PackedLlava
 from mmprune_train.model.quantize import check_quantization
 from mmprune_train.progress import progress
@@ -194,7 +194,7 @@ def _room_for_features(results: Results) -> Iterator[Path]:
     """A folder for feature caches that are measured, gone at the end."""
     home = results.folder.parent
     home.mkdir(parents=True, exist_ok=True)
-    sweep(home, "bench")
+    delete_leftovers(home, "bench")
     with temporary_folder(home, "bench") as room:
         yield room
 

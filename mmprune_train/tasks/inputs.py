@@ -12,7 +12,7 @@ from mmprune_train.config.identity import run_dir
 from mmprune_train.config.schema import Config
 from mmprune_train.data import sources
 from mmprune_train.errors import NotHere, UserError
-from mmprune_train.folders import sweep
+from mmprune_train.folders import delete_leftovers
 from mmprune_train.training.rundir import RunDirectory
 
 Found = dict[str, Path | None]
@@ -74,7 +74,7 @@ def find_inputs(config: Config, todo: Sequence[str], splits: Sequence[str], trai
         UserError: something is missing or wrong; where several things are, a list of all.
     """
     for kind in ("data", "files", "models"):
-        sweep(cache_dir() / kind)
+        delete_leftovers(cache_dir() / kind)
     search = Search()
     _look_for_data(search, config, splits)
     _look_for_weights(search, config, todo)

@@ -20,10 +20,10 @@ from typing import Any
 
 import torch
 
+from mmprune_train.checksums import Checksum, as_checksums, checksum_of, fault_of, files_in
 from mmprune_train.errors import UserError
 from mmprune_train.features.ranks import Ranks
 from mmprune_train.files import read_json, sync, write_json
-from mmprune_train.folders import Mark, as_marks, fault_of, files_in, mark_of
 from mmprune_train.run_files import METRICS, rows_fault
 
 PATTERN = re.compile(r"step-(\d+)\.ckpt")
@@ -42,9 +42,9 @@ class Index:
     """Processes that wrote it."""
     loss: float | None = None
     """Mean training loss of the steps since the checkpoint before."""
-    files: Mapping[str, Mark] = field(default_factory=dict)
+    files: Mapping[str, Checksum] = field(default_factory=dict)
     """By path inside the checkpoint."""
-    metrics: Mark | None = None
+    metrics: Checksum | None = None
     """Of the stage's metrics.jsonl up to this step: its rows count in the stage's averages. None: not recorded."""
 
 
@@ -92,9 +92,9 @@ def last_checkpoint(folder: Path, ranks: Ranks | None = None) -> Path | None:
 def seal(checkpoint: Path, index: Index, ranks: Ranks) -> None:
     """Bring a written checkpoint to disk and write its index. Every rank must call it when all have written theirs."""
     names = ranks.exchange(files_in(checkpoint))[0]
-    marks = ranks.all(lambda share: [_bring_to_disk(checkpoint / name) for name in share], names)
+    checksums = ranks.all(lambda share: [_bring_to_disk(checkpoint / name) for name in share], names)
     if ranks.rank == 0:
-        whole = replace(index, files=dict(zip(names, marks, strict=True)))
+        whole = replace(index, files=dict(zip(names, checksums, strict=True)))
         write_json(checkpoint / INDEX, asdict(whole), checked=True)
         for folder in {(checkpoint / name).parent for name in names}:
             sync(folder)
@@ -108,7 +108,7 @@ def read_index(checkpoint: Path) -> Index | None:
         if found is None:
             return None
         metrics = found.pop("metrics", None)
-        index = Index(**{**found, "files": as_marks(found["files"])}, metrics=metrics and Mark(**metrics))
+        index = Index(**{**found, "files": as_checksums(found["files"])}, metrics=metrics and Checksum(**metrics))
         return index if type(index.step) is int and index.step == step_of(checkpoint) else None
     except (ValueError, TypeError, KeyError, AttributeError):
         return None
@@ -126,7 +126,7 @@ def damage(checkpoint: Path, ranks: Ranks | None = None, contents: bool = True) 
         return f"no {INDEX} that can be read"
 
     def faults(share: Sequence[str]) -> list[str | None]:
-        return [fault_of(checkpoint, name, index.files[name], mark_of if contents else None) for name in share]
+        return [fault_of(checkpoint, name, index.files[name], checksum_of if contents else None) for name in share]
 
     rows = ranks.exchange(rows_fault(checkpoint.parent.parent / METRICS, index.metrics))[0]
     return next((fault for fault in (*ranks.all(faults, list(index.files)), rows) if fault is not None), None)
@@ -187,9 +187,9 @@ def _deepspeed_records() -> list[Any]:
     return [LossScaler, DynamicLossScaler, ZeroStageEnum, fragment_address]
 
 
-def _bring_to_disk(path: Path) -> Mark:
+def _bring_to_disk(path: Path) -> Checksum:
     sync(path)
-    return mark_of(path)
+    return checksum_of(path)
 
 
 def _processes(number: int) -> str:

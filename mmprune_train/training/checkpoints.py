@@ -17,9 +17,9 @@ import pytorch_lightning as pl
 import torch
 from lightning_fabric.plugins import TorchCheckpointIO
 
+from mmprune_train.checksums import checksum_of
 from mmprune_train.config.identity import same_command
 from mmprune_train.files import sync
-from mmprune_train.folders import mark_of
 from mmprune_train.training.callbacks import MetricsWriter, StepWatch
 from mmprune_train.training.checkpoint_files import (
     STATE,
@@ -141,7 +141,7 @@ class Checkpoints(StepWatch):
             raise RuntimeError(f"{final} {what}") from error
         trainer.strategy.barrier("the checkpoint is written")
         loss = fmean(self.losses) if self.losses else None
-        rows = mark_of(self.metrics.path) if trainer.is_global_zero else None
+        rows = checksum_of(self.metrics.path) if trainer.is_global_zero else None
         seal(temporary, Index(step, self.strategy, trainer.world_size, loss, metrics=rows), ranks_of(trainer))
         if trainer.is_global_zero:
             temporary.rename(final)

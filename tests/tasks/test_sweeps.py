@@ -18,13 +18,13 @@ import yaml
 from training.synthetic import overrides as smoke_on
 from training.synthetic import write_dataset
 
+from mmprune_train.checksums import checksum_of
 from mmprune_train.config.checks import check
 from mmprune_train.config.compose import compose_config, load_pruner
 from mmprune_train.config.paths import conf_dir, options
 from mmprune_train.config.schema import Config
 from mmprune_train.errors import NotFinite, UserError
 from mmprune_train.files import write_json
-from mmprune_train.folders import mark_of
 from mmprune_train.sweeps.records import SWEEP
 from mmprune_train.sweeps.watch import STUDY, check_study
 from mmprune_train.tasks import TASKS, Task
@@ -295,7 +295,7 @@ def test_a_study_that_is_not_as_its_sweep_left_it_is_told(harm: Callable[[Path],
     for known in ({STUDY: 3}, {STUDY: {"bytes": 1}}, {}):
         write_json(record, known)
         check_study(tmp_path)
-    write_json(record, {STUDY: asdict(mark_of(study))}, checked=True)
+    write_json(record, {STUDY: asdict(checksum_of(study))}, checked=True)
     check_study(tmp_path)
     harm(study)
     with pytest.raises(UserError, match=rf"{tmp_path}: {STUDY} .*; put an earlier copy back, or move the folder aside"):

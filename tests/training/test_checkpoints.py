@@ -196,8 +196,8 @@ def test_ranks_read_their_share_and_agree(trainer: Trainer, monkeypatch: pytest.
     trainer.run(saves, to=2)
     checkpoint = saves.folder / "step-00000002.ckpt"
     read: list[str] = []
-    mark = checkpoint_files.mark_of
-    monkeypatch.setattr(checkpoint_files, "mark_of", lambda path: read.append(path.name) or mark(path))
+    mark = checkpoint_files.checksum_of
+    monkeypatch.setattr(checkpoint_files, "checksum_of", lambda path: read.append(path.name) or mark(path))
     second = Ranks(1, 2, lambda mine: [mine if not isinstance(mine, list) else [None] * len(mine), mine])
     assert damage(checkpoint, second) is None
     assert read == ["rank_1.pt"]

@@ -14,7 +14,7 @@ import pytest
 from mmprune_train.config.explain import user_mistake
 from mmprune_train.errors import UserError
 from mmprune_train.files import write_json
-from mmprune_train.folders import finished_folder, sweep
+from mmprune_train.folders import delete_leftovers, finished_folder
 from mmprune_train.training.lock import alone_in
 
 NOBODY = 65534
@@ -58,13 +58,13 @@ def test_what_another_user_owns_is_told_not_raised(shared: Path) -> None:
 
 
 def test_another_users_leftovers_stand_in_nobodys_way(shared: Path) -> None:
-    (shared / ".data.abcdef01.mmprune").mkdir(mode=0o700)
+    (shared / ".data.abcdef01abcdef01.mmprune").mkdir(mode=0o700)
     run = shared / "run"
     run.mkdir()
     run.chmod(0o777)
     (run / ".result.json.tmp").touch(0o600)
     with another_user():
-        sweep(shared)
+        delete_leftovers(shared)
         with finished_folder(shared / "data") as part:
             (part / "x").touch()
         write_json(run / "result.json", {})

