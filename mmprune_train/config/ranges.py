@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import re
 from collections.abc import Iterator, Mapping
 from typing import Any
 
@@ -70,6 +71,11 @@ def check_values(tree: Any, prefix: str = "") -> None:
         key, value = prefix + item.name, getattr(tree, item.name)
         if value == "" and (item.default is None or (item.name in PATHS and item.name != "images")):
             raise UserError(f"{key} is empty; give it a value, or leave it out")
+        kind = re.split(r"\W", str(item.type))[0]
+        if kind.endswith("Config") and value is not None and type(value).__name__ != kind:  # OmegaConf asks `${x}` not
+            raise UserError(f"{key}={value} has keys of its own; write them one by one")
+        if kind in ("list", "dict") and not isinstance(value, list | tuple | Mapping | None):
+            raise UserError(f"{key}={value} must be a {kind}")
         if isinstance(value, list) and any(isinstance(inner, list | Mapping) for inner in value):
             raise UserError(f"{key}={value} must be a list of single values, written [a,b]")
         for where, leaf in _leaves(key, value):

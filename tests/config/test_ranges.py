@@ -47,7 +47,8 @@ def changed(config: Config, path: tuple[str, ...], value: Any) -> Config:
     for name in way:
         holder = holder[name] if isinstance(holder, dict) else getattr(holder, name)
     old = getattr(holder, last)
-    setattr(holder, last, [value, *old[1:]] if isinstance(old, list) else value)
+    listed = next(item for item in dataclasses.fields(holder) if item.name == last).type.startswith("list")
+    setattr(holder, last, [value, *(old or [])[1:]] if listed else value)
     return config
 
 
@@ -172,7 +173,17 @@ def test_lines_of_a_value_are_no_lines_of_the_message(override: str) -> None:
     assert len(str(caught.value).splitlines()) == 1
 
 
-@pytest.mark.parametrize("override", ["report.heat=[[1]]", "stages=[{a:1}]", "optim.betas=[[0.1],0.2]"])
+@pytest.mark.parametrize(
+    "override",
+    [
+        "llm.wheel=${seed}",
+        "llm.wheel=${encoder}",
+        "report.heat=${seed}",
+        "report.heat=[[1]]",
+        "stages=[{a:1}]",
+        "optim.betas=[[0.1],0.2]",
+    ],
+)
 def test_lists_hold_single_values(override: str) -> None:
     with pytest.raises(UserError, match=override.partition("=")[0]):
         compose_config(["+experiment=smoke", override])
