@@ -11,8 +11,8 @@ JOBS ?= 2
 
 export PIP_ROOT_USER_ACTION := ignore
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
-ifeq ($(GOMP_SPINCOUNT)$(KMP_BLOCKTIME),) # as mmprune_train/threads.py, also where torch is imported first
-export OMP_WAIT_POLICY ?= PASSIVE
+ifeq ($(OMP_WAIT_POLICY)$(KMP_BLOCKTIME),) # as mmprune_train/threads.py, also where torch is imported first
+export GOMP_SPINCOUNT ?= 1000
 endif
 
 .DEFAULT_GOAL := help

@@ -9,7 +9,7 @@ import os  # noqa: E402
 import sys  # noqa: E402
 from typing import TYPE_CHECKING, Any  # noqa: E402
 
-from mmprune_train.threads import sleep_while_waiting  # noqa: E402
+from mmprune_train.threads import spin_shortly  # noqa: E402
 
 __version__ = "0.1.0"
 
@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
 __all__ = ["__version__", "load_model"]
 
-sleep_while_waiting(os.environ, sys.modules)
+spin_shortly(os.environ, sys.modules)
 
 
 def __getattr__(name: str) -> Any:

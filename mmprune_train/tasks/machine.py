@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING
 from mmprune_train.assets import cache_dir
 from mmprune_train.config.schema import Config
 from mmprune_train.devices import GIB, known_device
+from mmprune_train.threads import OWN
 
 if TYPE_CHECKING:
     from packaging.requirements import Requirement
@@ -30,7 +31,7 @@ FEW_FILES = 4096
 LITTLE_SHARED = 1 * GIB
 LITTLE_DISK = 10 * GIB
 VARIABLES = (
-    "OMP_NUM_THREADS", "OMP_WAIT_POLICY", "CUDA_VISIBLE_DEVICES", "PYTORCH_CUDA_ALLOC_CONF", "NCCL_DEBUG",
+    "OMP_NUM_THREADS", "OMP_WAIT_POLICY", "GOMP_SPINCOUNT", "CUDA_VISIBLE_DEVICES", "PYTORCH_CUDA_ALLOC_CONF", "NCCL_DEBUG",
     "NCCL_SOCKET_IFNAME", "NCCL_P2P_DISABLE", "NCCL_IB_DISABLE", "HF_HUB_OFFLINE", "WANDB_MODE",
 )  # fmt: skip
 """What is shown of the environment: nothing else, since anything else may be a secret."""
@@ -84,9 +85,9 @@ def processor(config: Config) -> dict[str, Ask]:
     def threads() -> str:
         import torch
 
-        if "OMP_WAIT_POLICY" in os.environ or torch.get_num_threads() == 1:
+        if any(name in os.environ for name in OWN) or torch.get_num_threads() == 1:
             return f"{torch.get_num_threads()}"
-        return Note(f"{torch.get_num_threads()}; on a busy machine OMP_WAIT_POLICY=PASSIVE keeps them from spinning")
+        return Note(f"{torch.get_num_threads()}; GOMP_SPINCOUNT=1000 keeps them from spinning for long")
 
     def memory() -> str:
         page = os.sysconf("SC_PAGE_SIZE") / GIB
