@@ -12,7 +12,7 @@ from fuzz.harness import Outcome, Warm, report
 
 KINDS = {"records": (2000, 100), "images": (1000, 50), "overrides": (500, 10), "flips": (200, 5)}
 """Kind -> cases, and how many of them are one test."""
-FEW = {"records": 50, "images": 30}
+FEW = {"records": 20, "images": 20}
 """Kind -> cases of every `make test`."""
 
 

@@ -67,7 +67,13 @@ def rows_of(config: Config, stage: str) -> list[dict[str, Any]]:
     return [json.loads(line) for line in (folder / "metrics.jsonl").open()]
 
 
-@pytest.mark.parametrize("more", [[], ["projector.init=matched", "trainer.num_workers=2"]], ids=["plain", "workers"])
+@pytest.mark.parametrize(
+    "more",
+    [
+        pytest.param([], id="plain"),
+        pytest.param(["projector.init=matched", "trainer.num_workers=2"], id="workers", marks=pytest.mark.slow),
+    ],
+)
 def test_losses_and_weights_are_those_without_it(
     more: list[str], root: Path, tmp_path: Path, encoded: list[int]
 ) -> None:

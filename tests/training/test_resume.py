@@ -54,8 +54,8 @@ def train(config: Config) -> tuple[list[dict[str, Any]], RunDirectory]:
 @pytest.mark.parametrize(
     "changed",
     [
-        ("pruner.schedule.name=constant",),
-        ("pruner.schedule.name=anneal",),
+        pytest.param(("pruner.schedule.name=constant",), marks=pytest.mark.slow),
+        pytest.param(("pruner.schedule.name=anneal",), marks=pytest.mark.slow),
         ("pruner.schedule.name=random",),
         ("stage.instruct.token_budget=600", "stage.instruct.global_batch_size=6", "trainer.num_workers=1"),
     ],
