@@ -57,7 +57,7 @@ def execute(config: Config) -> Any:
 
     from mmprune_train.config.notes import notes
     from mmprune_train.config.pruner import components
-    from mmprune_train.files import check_yaml_files
+    from mmprune_train.storage.files import check_yaml_files
     from mmprune_train.training.cluster import has_part
 
     if config.trust_components or components(config.pruner):

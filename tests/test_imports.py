@@ -11,6 +11,7 @@ import mmprune_train
 
 ROOT = Path(mmprune_train.__file__).parent
 LEVELS = (
+    ("storage",),
     ("config",),
     ("pruning",),
     ("data",),
@@ -18,6 +19,7 @@ LEVELS = (
     ("features",),
     ("training", "evaluation", "reporting", "benchmark", "sweeps"),
     ("planning",),
+    ("doctor",),
     ("tasks",),
 )
 """From the bottom; folders of one level may import each other."""

@@ -59,6 +59,7 @@ def test_a_closed_stream_stays_closed(monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr(sys, name, None)
     with harmless_output():
         print("nobody reads this", flush=True)
+        assert sys.stdout is None and sys.stderr is None
 
 
 @pytest.mark.parametrize(("number", "words"), [(errno.EPIPE, "what read this command"), (errno.ENOSPC, "make room")])

@@ -12,8 +12,8 @@ import pytest
 from mmprune_train import secrets
 from mmprune_train.config.compose import compose_config, config_from_file, to_yaml
 from mmprune_train.config.identity import decisive, run_id, sweep_name, without_effect
-from mmprune_train.files import read_json, write_json
 from mmprune_train.secrets import hide, masked, note_arguments, sounds_secret
+from mmprune_train.storage.files import read_json, write_json
 from mmprune_train.sweeps.records import JobRecord
 from mmprune_train.training.rundir import open_run
 

@@ -27,8 +27,8 @@ from mmprune_train.config.schema import Config
 from mmprune_train.config.sweepers import register_sweepers
 from mmprune_train.config.typed import literal, readable
 from mmprune_train.errors import UserError
-from mmprune_train.files import PUT_BACK, damaged, read_yaml
 from mmprune_train.secrets import masked_settings, note_settings
+from mmprune_train.storage.files import PUT_BACK, damaged, read_yaml
 
 SCHEMA_NAME = "mmprune_schema"
 """Name of the typed tree in Hydra's ConfigStore; the first entry of `conf/config.yaml`'s defaults list."""

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
 
-from mmprune_train.user_files import short
+from mmprune_train.storage.user_files import short
 
 OUTSIDE_REMEDY = "correct it, or if it is meant set data.outside_images=true (docs/data.md)"
 

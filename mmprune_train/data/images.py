@@ -18,7 +18,7 @@ from mmprune_train.data.fitting import check_size, fit
 from mmprune_train.data.image_folder import OUTSIDE_REMEDY, ImageFolder
 from mmprune_train.data.rgb import to_rgb
 from mmprune_train.errors import UserError
-from mmprune_train.user_files import file_status, reason_of, short
+from mmprune_train.storage.user_files import file_status, reason_of, short
 
 FORMATS = {
     "PNG": 8, "JPEG": 8, "WEBP": 18, "GIF": 8, "TIFF": 14, "BMP": 8, "PPM": 8, "JPEG2000": 28, "AVIF": 22,

@@ -10,7 +10,7 @@ from typing import Any
 from mmprune_train.data.extras import foreign_placeholder, is_address, unread_picture
 from mmprune_train.data.image_folder import OUTSIDE_REMEDY, ImageFolder
 from mmprune_train.errors import UserError
-from mmprune_train.user_files import BadJson, check_text, item_refused, parse_json, reason_of, short
+from mmprune_train.storage.user_files import BadJson, check_text, item_refused, parse_json, reason_of, short
 
 IMAGE_PLACEHOLDER = "<image>"
 KNOWN = frozenset({"id", "image", "conversations", "kind"})

@@ -7,12 +7,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from mmprune_train.assets import cache_dir
 from mmprune_train.config.schema import DataConfig, SplitConfig
 from mmprune_train.data import easy_vqa
 from mmprune_train.data.image_folder import ImageFolder
 from mmprune_train.errors import UserError
-from mmprune_train.user_files import file_status, reason_of
+from mmprune_train.storage.assets import cache_dir
+from mmprune_train.storage.user_files import file_status, reason_of
 
 
 @dataclass(frozen=True)

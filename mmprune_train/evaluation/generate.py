@@ -18,7 +18,7 @@ from mmprune_train.data.templates import Template
 from mmprune_train.errors import NotFinite, UserError
 from mmprune_train.evaluation.questions import Question
 from mmprune_train.progress import progress
-from mmprune_train.user_files import short
+from mmprune_train.storage.user_files import short
 
 Item = TypeVar("Item")
 COUNTS = ("dense", "stage1", "stage2", "layer_mean", "visual_dense", "visual_stage1", "visual_stage2")

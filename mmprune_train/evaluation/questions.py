@@ -13,7 +13,7 @@ from mmprune_train.data.records import IMAGE_PLACEHOLDER, Record, Turn, read_rec
 from mmprune_train.data.templates import Template
 from mmprune_train.errors import UserError
 from mmprune_train.evaluation.metrics import normalise
-from mmprune_train.user_files import file_status, short
+from mmprune_train.storage.user_files import file_status, short
 
 FIRST_KINDS = ("open", "yes_no")
 """Kinds that come first where nothing else is asked for: those that a question without one gets."""

@@ -14,7 +14,7 @@ from mmprune_train.data.templates import Template
 from mmprune_train.evaluation.generate import Prediction, answer, blank_images
 from mmprune_train.evaluation.metrics import accuracy_by_kind, blind_majority
 from mmprune_train.evaluation.questions import Question
-from mmprune_train.files import json_text
+from mmprune_train.storage.files import json_text
 
 
 def evaluate(

@@ -14,7 +14,6 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
-from mmprune_train.assets import say
 from mmprune_train.data.images import ImageReader
 from mmprune_train.errors import UserError
 from mmprune_train.features.content import image_digests
@@ -31,10 +30,11 @@ from mmprune_train.features.shards import (
     remove_leftovers,
 )
 from mmprune_train.features.store import ImageFeatures
-from mmprune_train.files import write_json
 from mmprune_train.model.images import ImageSide
 from mmprune_train.progress import progress
 from mmprune_train.pruning.patches import Patches
+from mmprune_train.storage.assets import say
+from mmprune_train.storage.files import write_json
 
 
 @dataclass(frozen=True)

@@ -14,11 +14,11 @@ from typing import Any
 import torch
 from torch import nn
 
-from mmprune_train.assets import sha256_of
 from mmprune_train.config.pruner import components, projects
 from mmprune_train.config.pruner_schema import VisionStageConfig
 from mmprune_train.errors import UserError
 from mmprune_train.model.images import ImageSide
+from mmprune_train.storage.assets import sha256_of
 
 FORMAT = 1
 """To be raised whenever the shards are laid out differently."""

@@ -12,7 +12,7 @@ from transformers import CONFIG_MAPPING, PreTrainedConfig
 
 from mmprune_train.config.explain import nearest
 from mmprune_train.errors import UserError
-from mmprune_train.user_files import reason_of
+from mmprune_train.storage.user_files import reason_of
 
 OLDER = ("rope_theta", "rope_scaling", "torch_dtype")
 """Fields of earlier transformers, which still reads them."""

@@ -47,7 +47,7 @@ from mmprune_train.model.weights.folders import check_folder, model_folder
 from mmprune_train.model.weights.outline import load_whole
 from mmprune_train.model.weights.places import encoder_folder, llm_folder, local_or_hub
 from mmprune_train.pruning import Pruner
-from mmprune_train.user_files import reason_of
+from mmprune_train.storage.user_files import reason_of
 
 VOCAB_MULTIPLE = 64
 """A vocabulary that must grow for the image token grows to a multiple of this, as llava-hf's folders do."""

@@ -11,7 +11,7 @@ from transformers import LlavaConfig, LlavaForConditionalGeneration, LlavaProces
 from mmprune_train.errors import UserError
 from mmprune_train.model.vision import embedded, family_of, feature_indices
 from mmprune_train.model.weights.auto import processor_of
-from mmprune_train.user_files import reason_of
+from mmprune_train.storage.user_files import reason_of
 
 BLANKS = ((64, 48), (48, 64))
 """Sizes of two blank images, which a processor makes the same size."""

@@ -27,7 +27,7 @@ from mmprune_train.pruning import PackedSequence
 from mmprune_train.pruning.host import take, upload
 from mmprune_train.pruning.scores import VisionView, full_precision
 from mmprune_train.pruning.turns import question_text
-from mmprune_train.user_files import reason_of
+from mmprune_train.storage.user_files import reason_of
 
 FOLDER = "question"
 """Folder inside an exported model that holds the text tower, in CLIP's own format."""

@@ -10,7 +10,7 @@ from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 from mmprune_train.errors import UserError
 from mmprune_train.model.weights.auto import tokenizer_of
 from mmprune_train.model.weights.outline import no_report
-from mmprune_train.user_files import reason_of
+from mmprune_train.storage.user_files import reason_of
 
 IMAGE_TOKEN = "<image>"
 VOCABULARY = 512

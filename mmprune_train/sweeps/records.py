@@ -14,10 +14,10 @@ from typing import Any
 
 from mmprune_train.config.identity import STARTED_OVER
 from mmprune_train.errors import UserError
-from mmprune_train.files import damaged, read_json, write_atomically, write_json
 from mmprune_train.reporting.results import front
 from mmprune_train.reporting.tables import table
-from mmprune_train.run_files import MISSHAPEN
+from mmprune_train.storage.files import damaged, read_json, write_atomically, write_json
+from mmprune_train.storage.run_files import MISSHAPEN
 
 STATES = ("done", "failed", "interrupted", "unfinished")
 """`unfinished`: no end was recorded, so the job runs still, or was killed."""

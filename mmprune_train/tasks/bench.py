@@ -30,8 +30,6 @@ from mmprune_train.errors import UserError
 from mmprune_train.evaluation.generate import check_room, load_images
 from mmprune_train.evaluation.questions import questions_of
 from mmprune_train.features.store import ImageFeatures
-from mmprune_train.files import write_json
-from mmprune_train.folders import delete_leftovers, temporary_folder
 from mmprune_train.model.llava import PackedLlava
 from mmprune_train.model.quantize import check_quantization
 from mmprune_train.progress import progress
@@ -39,6 +37,8 @@ from mmprune_train.pruning.patches import Patches
 from mmprune_train.quiet import quiet
 from mmprune_train.reporting.bench_figure import draw_steps
 from mmprune_train.reporting.tables import table
+from mmprune_train.storage.files import write_json
+from mmprune_train.storage.folders import delete_leftovers, temporary_folder
 from mmprune_train.tasks.checkpoint import Results, find_checkpoint, load
 from mmprune_train.tasks.prepare import prepare_data
 from mmprune_train.training.features import fill_for

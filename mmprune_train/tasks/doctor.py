@@ -10,10 +10,10 @@ from typing import Any
 
 from mmprune_train.config.identity import run_dir
 from mmprune_train.config.schema import Config
-from mmprune_train.files import write_json
+from mmprune_train.doctor import backends, machine
+from mmprune_train.doctor.machine import Ask, Note
 from mmprune_train.reporting.tables import table
-from mmprune_train.tasks import backends, machine
-from mmprune_train.tasks.machine import Ask, Note
+from mmprune_train.storage.files import write_json
 
 TEST = "self-test"
 SECTIONS: dict[str, Callable[[Config], dict[str, Ask]]] = {

@@ -7,7 +7,6 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from mmprune_train.assets import sha256_of
 from mmprune_train.config.schema import Config
 from mmprune_train.config.typed import command_line, key_of
 from mmprune_train.data.records import IMAGE_PLACEHOLDER, read_records
@@ -17,9 +16,10 @@ from mmprune_train.errors import UserError
 from mmprune_train.evaluation.generate import check_room
 from mmprune_train.evaluation.questions import Question, check_images, choose, counts_by_kind, read_questions
 from mmprune_train.evaluation.run import evaluate, write_predictions
-from mmprune_train.files import write_json
 from mmprune_train.reporting.evaluation import result_table
-from mmprune_train.run_files import read_result
+from mmprune_train.storage.assets import sha256_of
+from mmprune_train.storage.files import write_json
+from mmprune_train.storage.run_files import read_result
 from mmprune_train.tasks.checkpoint import Checkpoint, Results, find_checkpoint, load
 from mmprune_train.tasks.prepare import prepare_data
 

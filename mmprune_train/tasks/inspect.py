@@ -12,9 +12,9 @@ from mmprune_train.config.schema import Config
 from mmprune_train.data.images import ImageReader
 from mmprune_train.errors import UserError
 from mmprune_train.evaluation.generate import load_images
-from mmprune_train.files import write_json
 from mmprune_train.reporting.figures import PrunedImage, PrunedText, draw
 from mmprune_train.reporting.tables import table
+from mmprune_train.storage.files import write_json
 from mmprune_train.tasks.checkpoint import Results, find_checkpoint, load
 from mmprune_train.tasks.evaluate import prompt_template
 from mmprune_train.tasks.question import typed_question

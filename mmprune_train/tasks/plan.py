@@ -13,7 +13,6 @@ from mmprune_train.config.identity import run_dir
 from mmprune_train.config.schema import Config
 from mmprune_train.devices import CPU, Device, device_peak, present_device
 from mmprune_train.errors import NotHere
-from mmprune_train.files import read_jsonl, write_json
 from mmprune_train.model.arch import arch_config
 from mmprune_train.planning.lengths import data_dependent, solve_share
 from mmprune_train.planning.plan import StagePlan, plan_stage
@@ -21,6 +20,7 @@ from mmprune_train.planning.remedies import first_that_fits
 from mmprune_train.planning.report import fits, longest, of_stage, stage_text, verdict
 from mmprune_train.planning.samples import StageSamples, stage_samples
 from mmprune_train.quiet import quiet
+from mmprune_train.storage.files import read_jsonl, write_json
 from mmprune_train.training.lock import publishing
 from mmprune_train.training.precision import choose_precision
 from mmprune_train.training.starts import start_of

@@ -5,13 +5,13 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from mmprune_train.assets import say
 from mmprune_train.config.identity import run_dir
 from mmprune_train.config.pruner import projects
 from mmprune_train.config.schema import Config
 from mmprune_train.data import sources
-from mmprune_train.files import write_json
 from mmprune_train.reporting.tables import table
+from mmprune_train.storage.assets import say
+from mmprune_train.storage.files import write_json
 from mmprune_train.tasks.inputs import find_inputs, machine_faults
 from mmprune_train.training.lock import publishing
 

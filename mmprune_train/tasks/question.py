@@ -11,7 +11,7 @@ from mmprune_train.data.images import read_image
 from mmprune_train.data.records import IMAGE_PLACEHOLDER
 from mmprune_train.errors import UserError
 from mmprune_train.evaluation.questions import Question
-from mmprune_train.user_files import file_status
+from mmprune_train.storage.user_files import file_status
 
 IMAGES = "generate.images"
 LONGEST_QUESTION = 1 << 20

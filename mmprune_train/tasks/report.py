@@ -8,10 +8,10 @@ from typing import Any
 
 from mmprune_train.config.schema import Config
 from mmprune_train.errors import UserError
-from mmprune_train.files import write_atomically, write_json
 from mmprune_train.reporting.page import Shown, compare, render
 from mmprune_train.reporting.runs import DAMAGED, is_run, read_runs
 from mmprune_train.reporting.tables import table
+from mmprune_train.storage.files import write_atomically, write_json
 from mmprune_train.training.lock import publishing
 
 

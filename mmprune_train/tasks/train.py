@@ -7,13 +7,13 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from mmprune_train.assets import sha256_of
 from mmprune_train.config.compose import config_from_file
 from mmprune_train.config.identity import run_dir, without_effect
 from mmprune_train.config.schema import Config
 from mmprune_train.data.sources import data_root
 from mmprune_train.errors import NotFinite, UserError
 from mmprune_train.reporting.training import result_text
+from mmprune_train.storage.assets import sha256_of
 from mmprune_train.training.cluster import is_next_turn, join, rank_here
 from mmprune_train.training.lock import alone_in
 from mmprune_train.training.rundir import RunDirectory, discard_unstarted, open_run

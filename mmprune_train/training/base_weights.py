@@ -10,8 +10,8 @@ from typing import Any
 
 from mmprune_train.config.schema import Config
 from mmprune_train.errors import UserError
-from mmprune_train.files import stamp_of
 from mmprune_train.model.weights.places import encoder_folder, llm_folder, text_folder
+from mmprune_train.storage.files import stamp_of
 
 WEIGHTS = ("*.safetensors", "*.bin")
 LONG = 4 << 30

@@ -11,8 +11,8 @@ from typing import Any
 import pytorch_lightning as pl
 from pytorch_lightning.callbacks import TQDMProgressBar
 
-from mmprune_train.files import json_text
-from mmprune_train.run_files import keep_steps
+from mmprune_train.storage.files import json_text
+from mmprune_train.storage.run_files import keep_steps
 from mmprune_train.training.module import MultimodalModule
 from mmprune_train.training.stream import BatchStream
 

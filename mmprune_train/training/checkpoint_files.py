@@ -20,11 +20,11 @@ from typing import Any
 
 import torch
 
-from mmprune_train.checksums import Checksum, as_checksums, checksum_of, fault_of, files_in
 from mmprune_train.errors import UserError
 from mmprune_train.features.ranks import Ranks
-from mmprune_train.files import read_json, sync, write_json
-from mmprune_train.run_files import METRICS, rows_fault
+from mmprune_train.storage.checksums import Checksum, as_checksums, checksum_of, fault_of, files_in
+from mmprune_train.storage.files import read_json, sync, write_json
+from mmprune_train.storage.run_files import METRICS, rows_fault
 
 PATTERN = re.compile(r"step-(\d+)\.ckpt")
 STATE = "state"

@@ -17,9 +17,9 @@ import pytorch_lightning as pl
 import torch
 from lightning_fabric.plugins import TorchCheckpointIO
 
-from mmprune_train.checksums import checksum_of
 from mmprune_train.config.identity import same_command
-from mmprune_train.files import sync
+from mmprune_train.storage.checksums import checksum_of
+from mmprune_train.storage.files import sync
 from mmprune_train.training.callbacks import MetricsWriter, StepWatch
 from mmprune_train.training.checkpoint_files import (
     STATE,

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import BinaryIO
 
 from mmprune_train.errors import UserError
-from mmprune_train.folders import held, refuse_links
+from mmprune_train.storage.folders import held, refuse_links
 
 BUSY = (errno.EACCES, errno.EAGAIN)
 _held: set[Path] = set()

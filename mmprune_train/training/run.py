@@ -16,8 +16,6 @@ from torch import Tensor
 from mmprune_train.config.schema import Config, StageConfig
 from mmprune_train.data.sources import split_files
 from mmprune_train.errors import NotFinite, UserError
-from mmprune_train.files import read_jsonl
-from mmprune_train.folders import whole_folder
 from mmprune_train.model.attention import backend_for
 from mmprune_train.model.begin import begin
 from mmprune_train.model.conversation import converse
@@ -31,8 +29,10 @@ from mmprune_train.model.weights.adapters import load_adapters
 from mmprune_train.model.weights.files import pickled
 from mmprune_train.model.weights.start import Start
 from mmprune_train.quiet import quiet
-from mmprune_train.run_files import files_of_stage
 from mmprune_train.secrets import masked
+from mmprune_train.storage.files import read_jsonl
+from mmprune_train.storage.folders import whole_folder
+from mmprune_train.storage.run_files import files_of_stage
 from mmprune_train.training.callbacks import MetricsWriter, progress
 from mmprune_train.training.checkpoint_files import STATE, check_written_by, data_alone, last_checkpoint, step_of
 from mmprune_train.training.checkpoints import Checkpoints, PlainFile

@@ -9,7 +9,6 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from mmprune_train.assets import sha256_of
 from mmprune_train.config.identity import same_command
 from mmprune_train.config.pruner import components
 from mmprune_train.config.pruner_schema import PrunerConfig
@@ -17,7 +16,8 @@ from mmprune_train.config.schema import Config
 from mmprune_train.data.records import count_samples
 from mmprune_train.data.sources import data_root
 from mmprune_train.errors import UserError
-from mmprune_train.files import stamp_of
+from mmprune_train.storage.assets import sha256_of
+from mmprune_train.storage.files import stamp_of
 from mmprune_train.training.rundir import RunDirectory
 
 Entry = dict[str, Any]

@@ -13,7 +13,7 @@ from mmprune_train.errors import UserError
 from mmprune_train.model.question import FOLDER
 from mmprune_train.model.weights.folders import ADAPTERS, LLAVA
 from mmprune_train.model.weights.start import Start, asked_start, find_start, first_start, locate
-from mmprune_train.run_files import check_saved
+from mmprune_train.storage.run_files import check_saved
 from mmprune_train.training.base_weights import Entry, unchanged
 from mmprune_train.training.rundir import RunDirectory
 

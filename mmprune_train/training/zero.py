@@ -16,8 +16,8 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from mmprune_train.model.llava import PackedLlava
+from mmprune_train.storage.user_files import reason_of
 from mmprune_train.training.spread import from_first, replace_tensors
-from mmprune_train.user_files import reason_of
 
 
 class ZeroStrategy(DeepSpeedStrategy):

@@ -9,7 +9,6 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
-from mmprune_train.assets import sha256_of
 from mmprune_train.config.schema import DataConfig, SplitConfig
 from mmprune_train.data import easy_vqa
 from mmprune_train.data.easy_vqa import captions_of, prepare
@@ -17,6 +16,7 @@ from mmprune_train.data.image_folder import ImageFolder
 from mmprune_train.data.records import read_records
 from mmprune_train.data.sources import data_root, prepare_data, split_files
 from mmprune_train.errors import UserError
+from mmprune_train.storage.assets import sha256_of
 
 
 def test_captions_say_what_the_answers_say_and_no_more() -> None:

@@ -27,11 +27,11 @@ from mmprune_train.features.fill import Report, fill
 from mmprune_train.features.ranks import Ranks
 from mmprune_train.features.settings import feature_settings, folder_name
 from mmprune_train.features.store import ImageFeatures
-from mmprune_train.files import unused_name
-from mmprune_train.folders import held
 from mmprune_train.model.llava import PackedLlava
 from mmprune_train.pruning import Pruner
 from mmprune_train.pruning.patches import Patches
+from mmprune_train.storage.files import unused_name
+from mmprune_train.storage.folders import held
 
 ENCODER = EncoderConfig(name="tiny", image_size=SIDE, patch_size=8)
 READER = ImageReader(image_processor(ENCODER, "square"))

@@ -13,13 +13,13 @@ from model.test_synchronisations import batch, stages
 from tiny import labels_of, packed, tiny_inputs, tiny_llava
 
 from mmprune_train.config.schema import OptimConfig, StageConfig
+from mmprune_train.doctor.self_test import check_near, losses_of_steps
 from mmprune_train.model import loss
 from mmprune_train.model.kernels import BACKENDS, Needs
 from mmprune_train.model.quantize import check_quantization
 from mmprune_train.training.freezing import freeze
 from mmprune_train.training.optim import adamw, parameter_groups
 from mmprune_train.training.precision import Precision, choose_precision
-from mmprune_train.training.self_test import check_near, losses_of_steps
 
 pytestmark = pytest.mark.cuda
 FP32 = Precision(torch.float32, "")

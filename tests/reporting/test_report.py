@@ -14,11 +14,11 @@ from reporting.pretended import write_run, write_sweep
 
 from mmprune_train.config.compose import compose_config
 from mmprune_train.errors import UserError
-from mmprune_train.files import write_json
 from mmprune_train.reporting import charts
 from mmprune_train.reporting import page as report_page
 from mmprune_train.reporting.runs import read_run, read_runs, telling_keys
-from mmprune_train.run_files import files_of_stage
+from mmprune_train.storage.files import write_json
+from mmprune_train.storage.run_files import files_of_stage
 from mmprune_train.tasks import report
 
 
@@ -163,7 +163,8 @@ def test_long_labels_leave_the_figures_their_room(tmp_path: Path) -> None:
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         for count in (2, 6):
-            report_page.render(read_runs([str(tmp_path)])[:count], found, "title", [])
+            page = report_page.render(read_runs([str(tmp_path)])[:count], found, "title", [])
+            assert all(f"a_pruner_of_number_{number}" in page for number in range(count))
             charts.lines({"a" * 40 + str(i): ((1, 2), (3, 4)) for i in range(count)}, "x", "y", size=(6.6, 3.0))
 
 

@@ -21,10 +21,10 @@ from mmprune_train.data.batch import collate
 from mmprune_train.data.records import Record
 from mmprune_train.errors import UserError
 from mmprune_train.evaluation.calibration import draw_records
-from mmprune_train.files import read_jsonl
 from mmprune_train.model.begin import begin
 from mmprune_train.model.build import load_model
 from mmprune_train.model.llava import PackedLlava
+from mmprune_train.storage.files import read_jsonl
 from mmprune_train.tasks import calibrate, train
 from mmprune_train.training.inputs import stage_loader
 

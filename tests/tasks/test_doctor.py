@@ -13,8 +13,8 @@ from typing import Any
 import pytest
 
 from mmprune_train.config.compose import compose_config
-from mmprune_train.tasks import backends, doctor, machine
-from mmprune_train.training import self_test
+from mmprune_train.doctor import backends, machine, self_test
+from mmprune_train.tasks import doctor
 
 Command = Callable[..., tuple[int, str, str]]
 QUICK = {title: rows_of for title, rows_of in doctor.SECTIONS.items() if title != doctor.TEST}
@@ -57,7 +57,7 @@ def _raise(error: BaseException) -> Callable[..., Any]:
     [
         ("shutil", "disk_usage", OSError("gone\nand more"), "disk", "shared memory"),
         ("mmprune_train.model.loss", "loss_kernel", SystemExit(3), "loss and adapters", "logits on cpu"),
-        ("mmprune_train.tasks.machine", "requirements", ValueError("no metadata"), "versions", "versions"),
+        ("mmprune_train.doctor.machine", "requirements", ValueError("no metadata"), "versions", "versions"),
         ("mmprune_train.training.precision", "choose_precision", RuntimeError("driver"), "attention", "attention"),
     ],
 )

@@ -19,7 +19,7 @@ from mmprune_train.config.compose import compose_config, load_pruner
 from mmprune_train.config.identity import run_of
 from mmprune_train.config.schema import SplitConfig
 from mmprune_train.errors import UserError
-from mmprune_train.files import read_json, read_jsonl, write_json
+from mmprune_train.storage.files import read_json, read_jsonl, write_json
 from mmprune_train.tasks import train
 from mmprune_train.tasks.checkpoint import Checkpoint, Results, check_writable
 from mmprune_train.tasks.evaluate import folder_name

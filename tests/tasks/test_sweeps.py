@@ -18,13 +18,13 @@ import yaml
 from training.synthetic import overrides as smoke_on
 from training.synthetic import write_dataset
 
-from mmprune_train.checksums import checksum_of
 from mmprune_train.config.checks import check
 from mmprune_train.config.compose import compose_config, load_pruner
 from mmprune_train.config.paths import conf_dir, options
 from mmprune_train.config.schema import Config
 from mmprune_train.errors import NotFinite, UserError
-from mmprune_train.files import write_json
+from mmprune_train.storage.checksums import checksum_of
+from mmprune_train.storage.files import write_json
 from mmprune_train.sweeps.records import SWEEP
 from mmprune_train.sweeps.watch import STUDY, check_study
 from mmprune_train.tasks import TASKS, Task

@@ -19,9 +19,9 @@ from transformers import AutoConfig, AutoModel, LlamaForCausalLM, LlavaForCondit
 from mmprune_train.config.compose import compose_config, load_pruner
 from mmprune_train.config.schema import Config
 from mmprune_train.errors import UserError
-from mmprune_train.files import read_json
 from mmprune_train.model.build import load_model
 from mmprune_train.model.tokenizer import tiny_tokenizer
+from mmprune_train.storage.files import read_json
 from mmprune_train.tasks import checkpoint, evaluate, generate, inspect, preflight, prepare, train
 from mmprune_train.tasks.checkpoint import Results, find_checkpoint
 from mmprune_train.training.inputs import stage_image_processor

@@ -14,10 +14,10 @@ import pytest
 import torch
 from training.killed import Killed
 
-from mmprune_train import files
 from mmprune_train.config.explain import user_mistake
 from mmprune_train.errors import UserError
 from mmprune_train.features.ranks import Ranks
+from mmprune_train.storage import files
 from mmprune_train.training import checkpoint_files, checkpoints
 from mmprune_train.training.checkpoint_files import (
     all_checkpoints,

@@ -13,8 +13,8 @@ import pytest
 
 from mmprune_train.config.explain import user_mistake
 from mmprune_train.errors import UserError
-from mmprune_train.files import write_json
-from mmprune_train.folders import delete_leftovers, finished_folder
+from mmprune_train.storage.files import write_json
+from mmprune_train.storage.folders import delete_leftovers, finished_folder
 from mmprune_train.training.lock import alone_in
 
 NOBODY = 65534

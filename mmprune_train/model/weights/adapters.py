@@ -17,7 +17,7 @@ from mmprune_train.model.peft import ADAPTER_FILE, PROJECTOR_FILE, fold, linear_
 from mmprune_train.model.weights.files import Tensors, read_config, read_tensors, tensors_of
 from mmprune_train.model.weights.folders import ADAPTER_CONFIG
 from mmprune_train.model.weights.original import projector_tensors
-from mmprune_train.run_files import check_saved
+from mmprune_train.storage.run_files import check_saved
 
 ADAPTER_BIN, NON_LORA = "adapter_model.bin", "non_lora_trainables.bin"
 _NAME = re.compile(r"^(.*?)(layers\.\d+\..+?\.(?:lora_A|lora_B|lora_magnitude_vector))(?:\.default)?(?:\.weight)?$")

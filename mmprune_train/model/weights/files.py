@@ -13,7 +13,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from mmprune_train.errors import UserError
-from mmprune_train.user_files import file_status, parse_json, read_bytes, reason_of
+from mmprune_train.storage.user_files import file_status, parse_json, read_bytes, reason_of
 
 LONGEST_HEADER = 100_000_000
 """Bytes, of a safetensors file, as its own reader has it."""

@@ -22,7 +22,7 @@ from mmprune_train.model.weights.files import (
     refuse_broken_links,
     weights_of,
 )
-from mmprune_train.run_files import check_saved, read_manifest
+from mmprune_train.storage.run_files import check_saved, read_manifest
 
 ADAPTER_CONFIG = "adapter_config.json"
 PROJECTOR_BIN = "mm_projector.bin"

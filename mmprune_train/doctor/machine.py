@@ -17,9 +17,9 @@ from importlib import metadata
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from mmprune_train.assets import cache_dir
 from mmprune_train.config.schema import Config
 from mmprune_train.devices import GIB, known_device
+from mmprune_train.storage.assets import cache_dir
 from mmprune_train.threads import OWN
 
 if TYPE_CHECKING:

@@ -12,8 +12,8 @@ from typing import TYPE_CHECKING
 
 from mmprune_train.config.checks import STRATEGIES
 from mmprune_train.config.schema import Config, WandbConfig
+from mmprune_train.doctor.machine import Ask, Note
 from mmprune_train.errors import UserError
-from mmprune_train.tasks.machine import Ask, Note
 from mmprune_train.training.cluster import launch, slurm_job
 
 if TYPE_CHECKING:
@@ -168,8 +168,8 @@ def self_test(config: Config) -> dict[str, Ask]:
     the others."""
     import torch
 
+    from mmprune_train.doctor.self_test import check_near, losses_of_steps
     from mmprune_train.training.precision import Precision, choose_precision
-    from mmprune_train.training.self_test import check_near, losses_of_steps
 
     exact = Precision(torch.float32, "the reference")
     tries = [(torch.device("cpu"), exact)]

@@ -7,10 +7,10 @@ from typing import Any
 import pytest
 import torch
 
+from mmprune_train.doctor import self_test
+from mmprune_train.doctor.self_test import check_near, losses_of_steps
 from mmprune_train.model.llava import PackedLlava
-from mmprune_train.training import self_test
 from mmprune_train.training.precision import Precision
-from mmprune_train.training.self_test import check_near, losses_of_steps
 
 CPU, FP32 = torch.device("cpu"), Precision(torch.float32, "")
 

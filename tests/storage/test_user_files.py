@@ -10,9 +10,9 @@ import pytest
 
 from mmprune_train.data.records import read_records
 from mmprune_train.errors import UserError
-from mmprune_train.files import read_json
 from mmprune_train.model.weights.files import check_small_files, tensors_of
-from mmprune_train.user_files import BadJson, file_status, parse_json, reason_of, short
+from mmprune_train.storage.files import read_json
+from mmprune_train.storage.user_files import BadJson, file_status, parse_json, reason_of, short
 
 
 def test_what_is_no_file_is_told_by_its_kind_and_not_opened(tmp_path: Path) -> None:

@@ -13,7 +13,8 @@ import pytest
 
 from mmprune_train.config.compose import compose_config, config_from_file, to_yaml
 from mmprune_train.errors import UserError
-from mmprune_train.files import (
+from mmprune_train.reporting.runs import read_run
+from mmprune_train.storage.files import (
     CHECKSUM,
     check_yaml_files,
     json_text,
@@ -23,7 +24,6 @@ from mmprune_train.files import (
     write_json,
     write_yaml,
 )
-from mmprune_train.reporting.runs import read_run
 
 RECORD = {"stages": {"pretrain": {"loss": 0.1}}, "what": "größer", "none": None}
 

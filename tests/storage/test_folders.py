@@ -13,8 +13,8 @@ import torch
 from safetensors.torch import save_file
 
 from mmprune_train.errors import UserError
-from mmprune_train.files import MACHINE
-from mmprune_train.folders import (
+from mmprune_train.storage.files import MACHINE
+from mmprune_train.storage.folders import (
     delete_leftovers,
     finished_folder,
     held,
@@ -43,7 +43,7 @@ def test_files_of_a_new_folder_have_the_mode_of_the_umask(make: Any, umask: int,
 KILLED = """
 import os, sys, signal
 from pathlib import Path
-from mmprune_train.folders import finished_folder
+from mmprune_train.storage.folders import finished_folder
 with finished_folder(Path(sys.argv[1])) as part:
     (part / "half").touch()
     os.kill(os.getpid(), signal.SIGKILL)

@@ -12,7 +12,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from mmprune_train.errors import UserError
-from mmprune_train.files import MACHINE, sync, unused_name
+from mmprune_train.storage.files import MACHINE, sync, unused_name
 
 LEFTOVER_SECONDS = 3600.0
 """Where a file system has no locks, or may not tell of those of another machine, what is older is of a process that

@@ -23,7 +23,7 @@ import yaml
 
 from mmprune_train.errors import UserError
 from mmprune_train.secrets import masked, masked_texts
-from mmprune_train.user_files import BadJson, parse_json, read_bytes, reason_of
+from mmprune_train.storage.user_files import BadJson, parse_json, read_bytes, reason_of
 
 CHECKSUM = "checksum"
 """Last key of a JSON object: CRC-32 of all text before its value."""

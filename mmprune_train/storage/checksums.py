@@ -13,7 +13,7 @@ from functools import lru_cache
 from pathlib import Path, PurePosixPath
 from typing import Any
 
-from mmprune_train.files import read_json, stamp_of, write_json
+from mmprune_train.storage.files import read_json, stamp_of, write_json
 
 LIST = "checksums.json"
 """In a folder that this project alone writes: the checksums of all its files."""

@@ -1,0 +1,1 @@
+"""What `task=doctor` looks at: the machine, what a run can compute with on it, and a step that is tried."""
