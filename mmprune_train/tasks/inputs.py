@@ -195,8 +195,13 @@ def machine_faults(config: Config, todo: Sequence[str]) -> list[str]:
             faults.append(
                 f"trainer.devices={wanted}: this machine has {there} CUDA device(s); set trainer.devices={there}"
             )
-        if accelerator == "cpu" and wanted > (most := max(8, 4 * (os.cpu_count() or 1))):
-            faults.append(f"trainer.devices={wanted}: too many processes for this processor; set {most} or less")
+        most = max(8, 4 * (os.cpu_count() or 1))
+        processes = {"trainer.num_workers": config.trainer.num_workers}  # a process takes seconds to start
+        if accelerator == "cpu":
+            processes["trainer.devices"] = wanted
+        for key, number in processes.items():
+            if number > most:
+                faults.append(f"{key}={number}: too many processes for this machine's cores; set {most} or less")
         if config.peft.name == "qlora" and any(config.stage[name].use_peft for name in todo):
             check_quantization(accelerator)
     except UserError as error:

@@ -29,6 +29,8 @@ def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
         ("evaluate.kinds=[color]", "evaluate.kinds: the file has no question of kind color; it has open, yes_no"),
         ("data.evaluate.annotations=none.json", "data.evaluate.annotations: .*none.json is missing"),
         ("logger.wandb.mode=online", "logger.wandb.mode=online: no account is set up here; .*mode=offline"),
+        ("trainer.num_workers=42", "trainer.num_workers=42: too many processes .*; set 8 or less"),
+        ("trainer.num_workers=9", "trainer.num_workers=9: too many processes .*; set 8 or less"),
         ("llm.arch.hidden_act=foo", "llm.arch.hidden_act='foo'"),
         ("llm.arch.vocab_size=100000000000000", "must be a whole number"),
         ("pruner.vision.score=no_module:score", "there is no module no_module"),
@@ -40,6 +42,7 @@ def test_what_is_wrong_later_is_told_before_training(
     for name in ("WANDB_API_KEY", "WANDB_MODE"):
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setenv("NETRC", str(tmp_path / "none"))
+    monkeypatch.setattr("os.cpu_count", lambda: 2)
     monkeypatch.setattr(train, "_train", lambda *_: pytest.fail("trained"))
     with pytest.raises(UserError, match=words) as caught:
         train.run(compose_config([*overrides(root, tmp_path / "runs"), "logger=[csv,wandb]", override]))
