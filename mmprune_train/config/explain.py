@@ -6,6 +6,7 @@ import dataclasses
 import difflib
 import errno
 import functools
+import os
 import re
 import shlex
 import traceback
@@ -18,6 +19,7 @@ from mmprune_train.config.paths import options
 from mmprune_train.config.schema import STAGES, Config
 from mmprune_train.config.typed import command_line, quoted
 from mmprune_train.errors import UserError
+from mmprune_train.storage.user_files import reason_of
 
 _PLUS_GROUPS = ("experiment", "sweep", "hydra/launcher", "hydra/sweeper")
 
@@ -84,6 +86,9 @@ _DISK = {
 """What an operating system finds wrong with a place that the user has named -> the remedy."""
 
 
+_FULL = os.strerror(errno.ENOSPC)
+
+
 def user_mistake(error: Exception) -> str | None:
     """The message for the user when the error is their input's, or their disk's, else None."""
     from hydra.errors import HydraException
@@ -95,6 +100,8 @@ def user_mistake(error: Exception) -> str | None:
         message = explain(error).replace("\n", "\\n")
     elif isinstance(error, OSError) and error.errno in _DISK and error.filename:
         message = f"{_named(error.filename)}: {error.strerror}; {_DISK[error.errno]}"
+    elif _FULL in str(error):  # a library's writer, or ours: neither says which file
+        message = f"{reason_of(error)}; make room, or name another place: runs_dir=, of the cache MMPRUNE_CACHE"
     elif (found := _at_override(error)) is not None:
         message = found.replace("\n", "\\n")
     else:

@@ -12,6 +12,7 @@ from collections.abc import Iterator
 from typing import Any, get_type_hints
 
 import pytest
+from safetensors import SafetensorError
 
 from mmprune_train.config.checks import check
 from mmprune_train.config.compose import compose_config, load_pruner
@@ -202,6 +203,18 @@ def test_what_is_wrong_with_a_place_is_told_without_a_traceback(number: int, wor
     assert told is not None and words in told
     assert user_mistake(OSError(errno.ECHILD, "No child processes", "/x/y")) is None
     assert user_mistake(AssertionError("an invariant of ours")) is None
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        OSError(errno.ENOSPC, os.strerror(errno.ENOSPC)),
+        SafetensorError(f"Error while serializing: I/O error: {os.strerror(errno.ENOSPC)} (os error 28)"),
+    ],
+)
+def test_a_full_disk_that_no_file_is_named_of_is_told_without_a_traceback(error: Exception) -> None:
+    told = user_mistake(error)
+    assert told is not None and "No space left on device" in told and "make room" in told
 
 
 def test_long_words_of_a_message_are_shortened() -> None:

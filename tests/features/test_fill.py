@@ -1,4 +1,4 @@
-"""The feature cache gives back what the encoder left of an image, and never what belongs to other settings."""
+"""The feature cache gives back what the encoder left of an image."""
 
 from __future__ import annotations
 
@@ -8,81 +8,19 @@ import pickle
 import shutil
 import threading
 from collections.abc import Callable
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from features.counted import Counted, assert_same, encoded, flip_a_byte
 from PIL import Image
-from tiny import SIDE, VISION, packed, tiny_llava
+from tiny import SIDE
 
-from mmprune_train.config.compose import load_pruner
-from mmprune_train.config.schema import EncoderConfig
-from mmprune_train.data.images import ImageReader, image_processor
 from mmprune_train.errors import UserError
-from mmprune_train.features import settings as settings_module
 from mmprune_train.features.content import INDEX
-from mmprune_train.features.fill import Report, fill
 from mmprune_train.features.ranks import Ranks
-from mmprune_train.features.settings import feature_settings, folder_name
-from mmprune_train.features.store import ImageFeatures
-from mmprune_train.model.llava import PackedLlava
-from mmprune_train.pruning import Pruner
 from mmprune_train.pruning.patches import Patches
-from mmprune_train.storage.files import unused_name
-from mmprune_train.storage.folders import held
-
-ENCODER = EncoderConfig(name="tiny", image_size=SIDE, patch_size=8)
-READER = ImageReader(image_processor(ENCODER, "square"))
-
-
-@pytest.fixture
-def images(tmp_path: Path) -> dict[Path, str]:
-    """Seven different noise images, each asked for by a sample of its number."""
-    generator = torch.Generator().manual_seed(0)
-    paths = [tmp_path / "images" / f"{number}.png" for number in range(7)]
-    paths[0].parent.mkdir()
-    for path in paths:
-        noise = torch.randint(0, 256, (SIDE, SIDE, 3), generator=generator, dtype=torch.uint8)
-        Image.fromarray(noise.numpy()).save(path)
-    return {path: f"sample {number}" for number, path in enumerate(paths)}
-
-
-class Counted:
-    """A tiny model that counts the images it encodes."""
-
-    def __init__(self, pruner: object = "twostage", vision: str = "clip") -> None:
-        self.model = packed(tiny_llava(vision), pruner).requires_grad_(False)
-        self.model.vision_chunk = 2
-        self.images = 0
-        encode = self.model.encode_images
-
-        def counting(pixels: torch.Tensor) -> Any:
-            self.images += len(pixels)
-            return encode(pixels)
-
-        self.model.encode_images = counting
-
-    def fill(self, root: Path, images: dict[Path, str], **more: Any) -> tuple[ImageFeatures, Report]:
-        dtype = torch.float32
-        settings = feature_settings(self.model, READER.processor.to_dict(), dtype)
-        more = {"shard_bytes": 1500, **more}  # a few images of a few hundred bytes
-        return fill(self.model, settings, "tiny", root, images, READER, dtype, torch.device("cpu"), **more)
-
-
-def assert_same(found: Patches, expected: Patches) -> None:
-    torch.testing.assert_close(found.chosen, expected.chosen, rtol=0, atol=1e-6)
-    assert torch.equal(found.kept, expected.kept)
-    for a, b in zip(found.entering, expected.entering, strict=True):
-        assert a.tolist() == b.tolist()
-    assert torch.equal(found.order.sort(1).values, expected.order.sort(1).values), "every patch has its place"
-
-
-def encoded(model: PackedLlava, paths: list[Path]) -> Patches:
-    """All images in one pass, without the cache."""
-    return PackedLlava.select_patches(model, torch.stack([READER(path) for path in paths]))
-
 
 RANKED = {"name": "x", "vision": {"order": "rank", "knee": {"method": "fixed_count", "count": 4}}}
 
@@ -148,112 +86,6 @@ def test_files_that_have_not_changed_are_not_read_again(
     assert counted.fill(root, images)[1].encoded == 0, "a damaged index costs time, not features"
 
 
-def change_weights(model: PackedLlava) -> None:
-    with torch.no_grad():
-        next(model.hf.model.vision_tower.parameters()).view(-1)[0] += 1e-3
-
-
-def change_projector(model: PackedLlava) -> None:
-    with torch.no_grad():
-        model.hf.model.multi_modal_projector.linear_1.weight[0, 0] += 1e-3
-
-
-def with_pruner(**vision: Any) -> Callable[[PackedLlava], None]:
-    def change(model: PackedLlava) -> None:
-        model.pruner = Pruner(load_pruner({"name": "x", "vision": vision}))
-
-    return change
-
-
-def key(
-    model: PackedLlava,
-    encoder: EncoderConfig = ENCODER,
-    aspect: str = "square",
-    dtype: Any = torch.float32,
-    upright: bool = True,
-) -> str:
-    return folder_name("tiny", feature_settings(model, image_processor(encoder, aspect, upright).to_dict(), dtype))
-
-
-@pytest.mark.parametrize(
-    "change",
-    [
-        change_weights,
-        with_pruner(score="cls_cosine"),
-        with_pruner(layer=0),
-        with_pruner(knee={"method": "max_chord"}),
-        with_pruner(knee={"min_tokens": 3}),
-        with_pruner(selection="max_min"),
-        with_pruner(merge="nearest"),
-        with_pruner(order="rank"),
-        with_pruner(enabled=False),
-        lambda model: setattr(model.config, "vision_feature_layer", -1),
-        lambda model: setattr(model.config, "vision_feature_select_strategy", "full"),
-        lambda model: setattr(model.hf.model.vision_tower.config, "hidden_act", "gelu"),
-    ],
-)
-def test_a_changed_model_or_stage_1_misses(change: Callable[[PackedLlava], None]) -> None:
-    model = packed(tiny_llava(), {"name": "x"})
-    before = key(model)
-    change(model)
-    assert key(model) != before
-
-
-def test_changed_preparation_precision_and_format_miss(monkeypatch: pytest.MonkeyPatch) -> None:
-    model = packed(tiny_llava(), "twostage")
-    keys = [
-        key(model),
-        key(model, replace(ENCODER, image_size=32)),
-        key(model, replace(ENCODER, image_mean=[0.5, 0.5, 0.5])),
-        key(model, replace(ENCODER, image_std=[0.5, 0.5, 0.5])),
-        key(model, aspect="pad"),
-        key(model, upright=False),
-        key(model, dtype=torch.bfloat16),
-    ]
-    monkeypatch.setattr(settings_module, "FORMAT", settings_module.FORMAT + 1)
-    keys.append(key(model))
-    monkeypatch.setattr(settings_module, "version", lambda name: "0")
-    keys.append(key(model))
-    assert len(set(keys)) == 9
-
-
-def test_the_projector_counts_where_stage_1_looks_through_it_and_only_there() -> None:
-    for pruner, counts in (("twostage", False), ("divprune", True)):
-        model = packed(tiny_llava(), pruner)
-        before = key(model)
-        change_projector(model)
-        assert (key(model) != before) == counts
-
-
-def test_a_changed_function_of_the_users_misses(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.syspath_prepend(tmp_path)
-    source = tmp_path / "my_score_of_features.py"
-    source.write_text("def score(view):\n    return view.patches.norm(dim=-1)\n")
-    model = packed(tiny_llava(), {"name": "x", "vision": {"score": "my_score_of_features:score"}})
-    before = key(model)
-    assert key(model) == before
-    source.write_text("def score(view):\n    return -view.patches.norm(dim=-1)\n")
-    assert key(model) != before
-
-
-def test_what_happens_after_stage_1_does_not_count() -> None:
-    one = packed(tiny_llava(), "twostage")
-    other = packed(tiny_llava(), {"name": "y", "vision": {"positions": "original"}, "language": {"layer": 1}})
-    assert key(one) == key(other)
-
-
-@pytest.mark.parametrize("vision", list(VISION))
-def test_a_saved_and_loaded_encoder_is_the_same(vision: str, tmp_path: Path) -> None:
-    """The second stage starts from the first one's folder."""
-    from transformers import LlavaForConditionalGeneration
-
-    hf = tiny_llava(vision)
-    pruner = {"name": "x", "vision": {"score": "pooled_cosine"}}
-    before = key(packed(hf, pruner))
-    hf.save_pretrained(tmp_path)
-    assert key(packed(LlavaForConditionalGeneration.from_pretrained(tmp_path), pruner)) == before
-
-
 def test_other_settings_are_encoded_anew_beside_the_old_ones(images: dict[Path, str], tmp_path: Path) -> None:
     one, other, root = Counted("twostage"), Counted("none"), tmp_path / "cache"
     kept = one.fill(root, images)[0].read(list(images))
@@ -264,55 +96,6 @@ def test_other_settings_are_encoded_anew_beside_the_old_ones(images: dict[Path, 
     one.images = 0
     assert_same(one.fill(root, images)[0].read(list(images)), kept)
     assert one.images == 0
-
-
-def cut_off(shard: Path) -> None:
-    shard.write_bytes(shard.read_bytes()[:-10])
-
-
-def flip_a_byte(shard: Path) -> None:
-    data = bytearray(shard.read_bytes())
-    data[-30] ^= 1
-    shard.write_bytes(bytes(data))
-
-
-def cut_off_list(shard: Path) -> None:
-    listing = shard.with_suffix(".json")
-    listing.write_text(listing.read_text()[:-20])
-
-
-def flip_in_list(shard: Path) -> None:
-    """Another image, or another number of tokens: each is valid, and would shift what comes after."""
-    listing = shard.with_suffix(".json")
-    shard_of = json.loads(listing.read_text())
-    shard_of["kept"][0] += 1
-    listing.write_text(json.dumps(shard_of))
-
-
-def swapped_images(shard: Path) -> None:
-    listing = shard.with_suffix(".json")
-    listing.write_text(listing.read_text().replace(json.loads(listing.read_text())["images"][0], "0" * 64))
-
-
-@pytest.mark.parametrize("damage", [cut_off, flip_a_byte, Path.unlink, cut_off_list, flip_in_list, swapped_images])
-def test_a_damaged_shard_is_told_and_its_images_are_encoded_again(
-    damage: Callable[[Path], None], images: dict[Path, str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    counted, root = Counted(), tmp_path / "cache"
-    features, report = counted.fill(root, images)
-    before = features.read(list(images))
-    before = replace(before, chosen=before.chosen.clone())  # not the file itself
-    shards = sorted(Path(report.folder).glob("*.safetensors"))
-    assert len(shards) > 1
-    inside = len(json.loads(shards[0].with_suffix(".json").read_text())["images"])
-    damage(shards[0])
-    counted.images = 0
-    features, report = counted.fill(root, images)
-    assert counted.images == report.encoded == inside < 7
-    assert "is damaged" in capsys.readouterr().err
-    assert_same(features.read(list(images)), before)
-    assert counted.fill(root, images)[1].encoded == 0
-    assert "damaged" not in capsys.readouterr().err
 
 
 def test_an_interrupted_fill_goes_on_where_it_was(images: dict[Path, str], tmp_path: Path) -> None:
@@ -431,41 +214,6 @@ def test_a_folder_that_cannot_be_written_is_a_users_mistake(images: dict[Path, s
     (tmp_path / "cache").write_text("a file")
     with pytest.raises(UserError, match="trainer.feature_cache_dir"):
         Counted().fill(tmp_path / "cache", images)
-
-
-@pytest.mark.parametrize("name", ["/ABSOLUTE", "../model.safetensors", "b.safetensors"])
-def test_a_list_names_no_file_but_its_own(name: str, images: dict[Path, str], tmp_path: Path) -> None:
-    counted, root = Counted(), tmp_path / "cache"
-    folder = Path(counted.fill(root, images)[1].folder)
-    name = str(tmp_path / "model.safetensors") if name == "/ABSOLUTE" else name
-    foreign = folder / name
-    foreign.write_bytes(b"weights")
-    shard = {"name": name, "bytes": 1, "sha256": "0" * 64, "images": ["0" * 64], "kept": [1]}
-    (folder / "a.json").write_text(json.dumps(shard))
-    assert counted.fill(root, images)[1].encoded == 0
-    assert not (folder / "a.json").exists()
-    assert foreign.read_bytes() == b"weights"
-
-
-def test_what_a_stopped_process_left_is_deleted_unless_another_writes_there(
-    images: dict[Path, str], tmp_path: Path
-) -> None:
-    counted, root = Counted(), tmp_path / "cache"
-    folder = Path(counted.fill(root, images)[1].folder)
-    name, others = unused_name(), "0" * 32
-    left = [folder / f".{name}.safetensors.tmp", folder / f"{name}.safetensors", root / f".images.json.{name}.tmp"]
-    of_another_machine = [folder / f".{others}.safetensors.tmp", folder / f"{others}.safetensors"]
-    for path in (*left, *of_another_machine):
-        path.write_bytes(b"half")
-    with held(folder, together=True):
-        counted.fill(root, images)
-        assert all(path.exists() for path in left[:2])
-    counted.fill(root, images)
-    assert not any(path.exists() for path in left) and all(path.exists() for path in of_another_machine)
-    for path in of_another_machine:
-        os.utime(path, (0, 0))
-    counted.fill(root, images)
-    assert not any(path.exists() for path in of_another_machine)
 
 
 @pytest.mark.parametrize(("pruner", "value"), [("none", torch.nan), ("twostage", torch.nan), ("none", torch.inf)])
