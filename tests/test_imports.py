@@ -13,6 +13,7 @@ ROOT = Path(mmprune_train.__file__).parent
 LEVELS = (
     ("storage",),
     ("config",),
+    ("packed",),
     ("pruning",),
     ("data",),
     ("model",),

@@ -20,8 +20,8 @@ from mmprune_train.data.batch import Batch
 from mmprune_train.model.clock import Clock
 from mmprune_train.model.flops import StepFlops
 from mmprune_train.model.llava import PackedLlava
+from mmprune_train.packed.patches import Patches
 from mmprune_train.pruning import PruningTrace
-from mmprune_train.pruning.patches import Patches
 
 BASELINE = "hf_padded"
 """Name of the plain Hugging Face model among the ways."""

@@ -17,7 +17,7 @@ from mmprune_train.data.encode import tokenise
 from mmprune_train.data.records import IMAGE_PLACEHOLDER, Turn
 from mmprune_train.data.templates import Template, lead_spans
 from mmprune_train.data.tokens import Pieces, special_pattern
-from mmprune_train.pruning.packed import Kind
+from mmprune_train.packed.sequence import Kind
 
 _PROBES = tuple(Turn(text, "So.") for text in ("Why?", f"{IMAGE_PLACEHOLDER}\nWhy?", IMAGE_PLACEHOLDER, ""))
 """Questions of every kind: what stands beside a role marker decides its tokens."""

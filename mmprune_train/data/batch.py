@@ -11,8 +11,8 @@ import torch
 from torch import Tensor
 
 from mmprune_train.data.encode import Example
-from mmprune_train.pruning.packed import IGNORE, Kind, PackedSequence
-from mmprune_train.pruning.patches import Patches
+from mmprune_train.packed.patches import Patches
+from mmprune_train.packed.sequence import IGNORE, Kind, PackedSequence
 
 
 @dataclass(frozen=True)

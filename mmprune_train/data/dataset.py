@@ -15,7 +15,7 @@ from mmprune_train.data.encode import encode
 from mmprune_train.data.images import ImageReader
 from mmprune_train.data.records import IMAGE_PLACEHOLDER, Record
 from mmprune_train.data.templates import Template
-from mmprune_train.pruning.patches import Patches
+from mmprune_train.packed.patches import Patches
 
 
 class Features(Protocol):

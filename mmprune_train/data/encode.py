@@ -13,7 +13,7 @@ from transformers import PreTrainedTokenizerBase
 from mmprune_train.data.records import IMAGE_PLACEHOLDER, Record
 from mmprune_train.data.templates import Span, Template
 from mmprune_train.errors import UserError
-from mmprune_train.pruning.packed import IGNORE, Kind
+from mmprune_train.packed.sequence import IGNORE, Kind
 
 
 @dataclass(frozen=True)

@@ -13,7 +13,7 @@ import numpy as np
 
 from mmprune_train.data.dataset import ConversationDataset
 from mmprune_train.data.encode import encode
-from mmprune_train.pruning.packed import Kind
+from mmprune_train.packed.sequence import Kind
 
 VisualTokens = Callable[[Path], int]
 """Tokens that stage 1 leaves of an image."""

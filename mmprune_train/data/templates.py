@@ -27,7 +27,7 @@ from transformers import PreTrainedTokenizerBase
 from mmprune_train.data.records import IMAGE_PLACEHOLDER, Turn
 from mmprune_train.data.tokens import Rules, gap_of, rules_of, special_pattern
 from mmprune_train.errors import UserError
-from mmprune_train.pruning.packed import Kind
+from mmprune_train.packed.sequence import Kind
 
 FILES = Path(__file__).parent / "chat_templates"
 GENERATION = re.compile(r"(\{%[-+]?\s*)(end)?generation(?=\s*[-+]?%\})")

@@ -19,11 +19,11 @@ from mmprune_train.data.records import Record
 from mmprune_train.data.templates import Template
 from mmprune_train.evaluation.generate import batches
 from mmprune_train.model.llava import PackedLlava
+from mmprune_train.packed.patches import Patches
 from mmprune_train.progress import progress
 from mmprune_train.pruning import Pruner
 from mmprune_train.pruning.budgets import spread_of_features
 from mmprune_train.pruning.calibration import Knob, ScoredImages, Solution, Value, knob_of, solve
-from mmprune_train.pruning.patches import Patches
 from mmprune_train.pruning.scores import VisionView
 
 Encoder = Callable[[Tensor], tuple[Tensor, VisionView]]

@@ -31,8 +31,8 @@ from mmprune_train.features.shards import (
 )
 from mmprune_train.features.store import ImageFeatures
 from mmprune_train.model.images import ImageSide
+from mmprune_train.packed.patches import Patches
 from mmprune_train.progress import progress
-from mmprune_train.pruning.patches import Patches
 from mmprune_train.storage.assets import say
 from mmprune_train.storage.files import write_json
 

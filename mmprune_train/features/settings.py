@@ -32,7 +32,7 @@ CODE = tuple(
     f"mmprune_train.{name}"
     for name in (
         "data.fitting", "data.images", "data.rgb", "model.images", "model.vision", "pruning.budgets", "pruning.knees",
-        "pruning.merging", "pruning.patches", "pruning.pruner", "pruning.scores", "pruning.selection",
+        "pruning.merging", "packed.patches", "pruning.pruner", "pruning.scores", "pruning.selection",
     )
 )  # fmt: skip
 """Modules that make the features; a change in any of them may change those."""

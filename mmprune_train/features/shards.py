@@ -21,7 +21,7 @@ from safetensors.torch import save
 from torch import Tensor
 
 from mmprune_train.errors import UserError
-from mmprune_train.pruning.patches import Patches
+from mmprune_train.packed.patches import Patches
 from mmprune_train.storage.assets import sha256_of
 from mmprune_train.storage.files import MACHINE, read_json, unused_name, write_atomically, write_json
 from mmprune_train.storage.folders import LEFTOVER_SECONDS, held

@@ -10,7 +10,7 @@ import torch
 from safetensors import safe_open
 
 from mmprune_train.features.shards import Shard
-from mmprune_train.pruning.patches import Patches
+from mmprune_train.packed.patches import Patches
 
 
 class ImageFeatures:

@@ -10,8 +10,8 @@ from transformers import DynamicCache
 
 from mmprune_train.config.pruner_schema import PrunerConfig
 from mmprune_train.errors import UserError
-from mmprune_train.pruning.host import fetch, upload
-from mmprune_train.pruning.packed import PackedSequence
+from mmprune_train.packed.host import fetch, upload
+from mmprune_train.packed.sequence import PackedSequence
 
 READ_ANEW = "read the conversation anew: all its pixel_values, and no cache"
 

@@ -14,8 +14,8 @@ from transformers.utils.deprecation import deprecate_kwarg
 
 from mmprune_train.errors import UserError
 from mmprune_train.model.cache import PrunedCache
+from mmprune_train.packed.host import fetch
 from mmprune_train.pruning import Pruner
-from mmprune_train.pruning.host import fetch
 
 _OWN_LAYERS = "every layer has its own tokens here"
 REFUSED_OPTIONS = {

@@ -15,10 +15,10 @@ from mmprune_train.model.clock import Clock, timed
 from mmprune_train.model.language import looking
 from mmprune_train.model.question import Asked, Looks, QuestionEncoder
 from mmprune_train.model.vision import encode, features_of
+from mmprune_train.packed.host import fetch, upload
+from mmprune_train.packed.patches import Patches
 from mmprune_train.pruning import Pruner
 from mmprune_train.pruning.budgets import poison
-from mmprune_train.pruning.host import fetch, upload
-from mmprune_train.pruning.patches import Patches
 from mmprune_train.pruning.scores import VisionView
 
 

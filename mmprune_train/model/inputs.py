@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 
 from mmprune_train.errors import UserError
+from mmprune_train.packed.host import fetch, take
 from mmprune_train.pruning import IGNORE, Kind, PackedSequence
-from mmprune_train.pruning.host import fetch, take
 
 Annotate = Callable[[Tensor], tuple[Tensor, Tensor]]
 """Token ids of one sample [L] -> kinds [L] and turns [L]."""

@@ -13,8 +13,8 @@ from torch.distributed.fsdp import FSDPModule
 
 from mmprune_train.errors import UserError
 from mmprune_train.model.rows import by_rows
+from mmprune_train.packed.host import upload
 from mmprune_train.pruning import Pruner
-from mmprune_train.pruning.host import upload
 
 SUPPORTED = ("gemma", "llama", "mistral", "phi3", "qwen2", "qwen3")
 """Decoder families held to plain transformers in the tests: pre-norm layers with q_proj and k_proj (Phi-3: qkv_proj),

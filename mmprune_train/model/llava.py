@@ -29,8 +29,8 @@ from mmprune_train.model.loss import CHUNK
 from mmprune_train.model.packed_pass import PackedOutput, PackedPass
 from mmprune_train.model.question import FOLDER, QuestionEncoder, Words
 from mmprune_train.model.vision import deepest_feature, family_of, scored_block
+from mmprune_train.packed.host import fetch, take, upload
 from mmprune_train.pruning import PackedSequence, Pruner, PruningTrace
-from mmprune_train.pruning.host import fetch, take, upload
 
 
 class PackedLlava(Generating, PackedPass, PreTrainedModel, GenerationMixin):

@@ -18,9 +18,9 @@ from mmprune_train.model.language import ScoringKeys, gathered, rotary
 from mmprune_train.model.loss import cross_entropy_sum
 from mmprune_train.model.question import Words, looks_of
 from mmprune_train.model.rows import by_rows, rounded_up
+from mmprune_train.packed.host import take, upload
+from mmprune_train.packed.patches import Patches
 from mmprune_train.pruning import IGNORE, PackedSequence, PruningTrace
-from mmprune_train.pruning.host import take, upload
-from mmprune_train.pruning.patches import Patches
 
 
 @dataclass

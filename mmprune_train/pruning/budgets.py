@@ -16,9 +16,9 @@ from torch import Tensor
 
 from mmprune_train.config.pruner import SHARE_METHODS
 from mmprune_train.errors import UserError
+from mmprune_train.packed.host import fetch, upload
 from mmprune_train.pruning import answers
 from mmprune_train.pruning.components import find_component
-from mmprune_train.pruning.host import fetch, upload
 from mmprune_train.pruning.knees import (
     FLAT,
     Curve,

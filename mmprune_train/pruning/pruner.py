@@ -14,6 +14,9 @@ from torch import Tensor
 from mmprune_train.config.pruner import TEXT_SCORES, projects, pruned_layers, reads_text, with_amount
 from mmprune_train.config.pruner_schema import KneeConfig, PrunerConfig
 from mmprune_train.errors import UserError
+from mmprune_train.packed.host import fetch, take, upload
+from mmprune_train.packed.padding import pad, unpad
+from mmprune_train.packed.sequence import PackedSequence
 from mmprune_train.pruning import answers
 from mmprune_train.pruning.budgets import (
     FIXED,
@@ -25,14 +28,12 @@ from mmprune_train.pruning.budgets import (
     sound_rows,
 )
 from mmprune_train.pruning.components import find_component
-from mmprune_train.pruning.host import fetch, take, upload
 from mmprune_train.pruning.merging import merge
-from mmprune_train.pruning.packed import PackedSequence
 from mmprune_train.pruning.raters import relevant_raters
 from mmprune_train.pruning.recycling import recycle
 from mmprune_train.pruning.schedule import OWN, Pace, spare
 from mmprune_train.pruning.scores import LANGUAGE_SCORES, VISION_SCORES, LanguageView, VisionView, full_precision
-from mmprune_train.pruning.selection import pad, selection, top_mask, unpad
+from mmprune_train.pruning.selection import selection, top_mask
 from mmprune_train.pruning.turns import candidates_and_voters
 
 

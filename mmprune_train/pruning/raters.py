@@ -6,10 +6,10 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
-from mmprune_train.pruning.host import fetch, take, upload
-from mmprune_train.pruning.packed import PackedSequence
+from mmprune_train.packed.host import fetch, take, upload
+from mmprune_train.packed.padding import pad, unpad
+from mmprune_train.packed.sequence import PackedSequence
 from mmprune_train.pruning.scores import full_precision
-from mmprune_train.pruning.selection import pad, unpad
 from mmprune_train.pruning.turns import question_text
 
 MARGIN = 1e-6

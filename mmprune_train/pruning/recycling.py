@@ -10,9 +10,10 @@ import torch
 from jaxtyping import Bool, Float, Int64
 from torch import Tensor
 
-from mmprune_train.pruning.host import upload
+from mmprune_train.packed.host import upload
+from mmprune_train.packed.padding import pad, unpad
 from mmprune_train.pruning.scores import full_precision
-from mmprune_train.pruning.selection import pad, top_mask, unpad
+from mmprune_train.pruning.selection import top_mask
 
 
 def recycle(

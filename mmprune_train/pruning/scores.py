@@ -12,9 +12,9 @@ from jaxtyping import Bool, Float, Int64
 from torch import Tensor
 
 from mmprune_train.errors import UserError
-from mmprune_train.pruning.host import take, upload
-from mmprune_train.pruning.packed import PackedSequence
-from mmprune_train.pruning.selection import pad, unpad
+from mmprune_train.packed.host import take, upload
+from mmprune_train.packed.padding import pad, unpad
+from mmprune_train.packed.sequence import PackedSequence
 from mmprune_train.pruning.turns import Voters
 
 CHUNK = 1 << 25
@@ -241,7 +241,7 @@ class LanguageView:
     """What a stage-2 score may look at, before the layer that will see the short sequence."""
 
     sequence: PackedSequence
-    """On the host; `pruning.host` has what brings its fields, and rows numbered by them, to the states' device."""
+    """On the host; `packed.host` has what brings its fields, and rows numbered by them, to the states' device."""
     hidden: Float[Tensor, "T D"]
     """[T, D] hidden states entering the layer."""
     query_keys: Callable[[Tensor], tuple[Tensor, Tensor]]

@@ -1,4 +1,4 @@
-"""Selection: which tokens a count keeps, and the padding that turns ragged groups into rows.
+"""Selection: which tokens a count keeps.
 
 A selection takes scores [B, N], counts [B] and features [B, N, D] and answers a mask [B, N]. One that loops over its
 counts takes `known`, too: the counts on the host, where the budget is fixed; for other budgets it makes the host wait.
@@ -13,13 +13,13 @@ from functools import partial
 from inspect import signature
 
 import torch
-from jaxtyping import Bool, Float, Int64, Shaped
+from jaxtyping import Bool, Float, Int64
 from torch import Tensor
 from torch.nn.functional import normalize
 
+from mmprune_train.packed.host import fetch
 from mmprune_train.pruning import answers
 from mmprune_train.pruning.components import find_component
-from mmprune_train.pruning.host import fetch, take, upload
 
 Scores = Float[Tensor, "B N"]
 Counts = Int64[Tensor, " B"]
@@ -199,37 +199,3 @@ def selection(name: str, share: float) -> Callable[..., Tensor]:
     """The selection `name`, or yours as `module:function`; with `share` where it divides the budget."""
     function = find_component(SELECTIONS, name, "pruner.vision.selection", answers.selected)
     return partial(function, share=share) if "share" in signature(function).parameters else function
-
-
-def columns(group: Int64[Tensor, " M"], groups: int) -> tuple[Int64[Tensor, " M"], Int64[Tensor, " G"]]:
-    """Place each entry of a sorted ragged list in a padded table.
-
-    Args:
-        group: [M] group of each entry, non-decreasing, 0..groups-1.
-        groups: number of groups.
-    Returns:
-        column [M] of each entry inside its group, and lengths [groups]; on the host, as `group` is.
-    """
-    lengths = torch.bincount(group, minlength=groups)
-    starts = lengths.cumsum(0) - lengths
-    return torch.arange(len(group)) - starts[group], lengths
-
-
-def pad(
-    values: Shaped[Tensor, "M ..."], group: Int64[Tensor, " M"], groups: int
-) -> tuple[Shaped[Tensor, "G W ..."], Int64[Tensor, " G"]]:
-    """Rows of a ragged list, padded with zeros: values [M, ...] -> [groups, longest, ...], and lengths [groups].
-
-    `group` and the lengths are on the host, the values wherever they are.
-    """
-    column, lengths = columns(group, groups)
-    width = int(lengths.max()) if len(group) else 0
-    place = upload(group * width + column, values.device)
-    rest = values.shape[1:]
-    return values.new_zeros((groups * width, *rest)).index_copy(0, place, values).view(groups, width, *rest), lengths
-
-
-def unpad(table: Shaped[Tensor, "G W ..."], group: Int64[Tensor, " M"]) -> Shaped[Tensor, "M ..."]:
-    """The ragged list [M, ...] whose rows `pad` made a table of."""
-    column, _ = columns(group, table.shape[0])
-    return take(table.flatten(0, 1), group * table.shape[1] + column)

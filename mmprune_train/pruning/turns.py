@@ -8,9 +8,9 @@ import torch
 from jaxtyping import Bool, Float, Int64
 from torch import Tensor
 
-from mmprune_train.pruning.host import upload
-from mmprune_train.pruning.packed import IGNORE, Kind, PackedSequence
-from mmprune_train.pruning.selection import pad, unpad
+from mmprune_train.packed.host import upload
+from mmprune_train.packed.padding import pad, unpad
+from mmprune_train.packed.sequence import IGNORE, Kind, PackedSequence
 
 
 @dataclass

@@ -32,8 +32,8 @@ from mmprune_train.evaluation.questions import questions_of
 from mmprune_train.features.store import ImageFeatures
 from mmprune_train.model.llava import PackedLlava
 from mmprune_train.model.quantize import check_quantization
+from mmprune_train.packed.patches import Patches
 from mmprune_train.progress import progress
-from mmprune_train.pruning.patches import Patches
 from mmprune_train.quiet import quiet
 from mmprune_train.reporting.bench_figure import draw_steps
 from mmprune_train.reporting.tables import table

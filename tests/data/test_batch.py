@@ -20,7 +20,7 @@ from mmprune_train.data.records import read_records
 from mmprune_train.data.templates import get_template
 from mmprune_train.errors import UserError
 from mmprune_train.model.tokenizer import tiny_tokenizer
-from mmprune_train.pruning.packed import IGNORE, Kind
+from mmprune_train.packed.sequence import IGNORE, Kind
 
 ENCODER = EncoderConfig(name="tiny", image_size=16, patch_size=8)
 PATCHES = 4

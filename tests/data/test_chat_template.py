@@ -17,7 +17,7 @@ from mmprune_train.data.records import Turn
 from mmprune_train.data.templates import ChatTemplate, get_template, template_name
 from mmprune_train.errors import UserError
 from mmprune_train.model.tokenizer import tiny_tokenizer
-from mmprune_train.pruning.packed import IGNORE
+from mmprune_train.packed.sequence import IGNORE
 
 PATCHES = 4  # 16 pixels in patches of 8
 

@@ -26,7 +26,7 @@ from mmprune_train.data.records import read_records
 from mmprune_train.data.templates import get_template
 from mmprune_train.errors import UserError
 from mmprune_train.model.tokenizer import tiny_tokenizer
-from mmprune_train.pruning.packed import Kind
+from mmprune_train.packed.sequence import Kind
 
 EXACT = Estimate(0.0, 0.0, 0)
 PATCHES = 4

@@ -14,7 +14,7 @@ from mmprune_train.features.fill import Report, fill
 from mmprune_train.features.settings import feature_settings
 from mmprune_train.features.store import ImageFeatures
 from mmprune_train.model.llava import PackedLlava
-from mmprune_train.pruning.patches import Patches
+from mmprune_train.packed.patches import Patches
 
 ENCODER = EncoderConfig(name="tiny", image_size=SIDE, patch_size=8)
 READER = ImageReader(image_processor(ENCODER, "square"))

@@ -20,7 +20,7 @@ from tiny import SIDE
 from mmprune_train.errors import UserError
 from mmprune_train.features.content import INDEX
 from mmprune_train.features.ranks import Ranks
-from mmprune_train.pruning.patches import Patches
+from mmprune_train.packed.patches import Patches
 
 RANKED = {"name": "x", "vision": {"order": "rank", "knee": {"method": "fixed_count", "count": 4}}}
 

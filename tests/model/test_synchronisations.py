@@ -16,8 +16,8 @@ from mmprune_train.config.schema import OptimConfig, StageConfig
 from mmprune_train.data.batch import Batch, Place, collate
 from mmprune_train.errors import UserError
 from mmprune_train.model.llava import PackedLlava
+from mmprune_train.packed.host import fetch, take, upload
 from mmprune_train.pruning import available_budgets
-from mmprune_train.pruning.host import fetch, take, upload
 from mmprune_train.pruning.scores import LANGUAGE_SCORES, VISION_SCORES
 from mmprune_train.pruning.selection import SELECTIONS
 from mmprune_train.training.freezing import freeze

@@ -20,8 +20,8 @@ from mmprune_train.data.batch import Sample, collate
 from mmprune_train.data.encode import Example
 from mmprune_train.errors import UserError
 from mmprune_train.model.images import ImageSide
+from mmprune_train.packed.patches import Patches
 from mmprune_train.pruning import Kind
-from mmprune_train.pruning.patches import Patches
 from mmprune_train.tasks import prepare, train
 from mmprune_train.training.run import run_stage
 from mmprune_train.training.rundir import open_run

@@ -7,8 +7,9 @@ import sys
 
 import torch
 
+from mmprune_train.packed.padding import pad
 from mmprune_train.pruning import IGNORE, Kind, PackedSequence
-from mmprune_train.pruning.selection import pad, top_mask
+from mmprune_train.pruning.selection import top_mask
 from mmprune_train.pruning.turns import candidates_and_voters
 
 V, P, A, S = Kind.VISUAL, Kind.PROMPT, Kind.ANSWER, Kind.SPECIAL

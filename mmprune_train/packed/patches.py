@@ -8,7 +8,7 @@ import torch
 from jaxtyping import Bool, Float, Int64
 from torch import Tensor
 
-from mmprune_train.pruning.host import upload
+from mmprune_train.packed.host import upload
 
 
 @dataclass

@@ -11,7 +11,7 @@ import torch
 from jaxtyping import Bool, Float, Int64
 from torch import Tensor
 
-from mmprune_train.pruning.host import take
+from mmprune_train.packed.host import take
 
 IGNORE = -100
 """Target of a token whose successor is not trained on."""
