@@ -12,7 +12,7 @@ JOBS ?= 2
 export PIP_ROOT_USER_ACTION := ignore
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 ifeq ($(OMP_WAIT_POLICY)$(KMP_BLOCKTIME),) # as mmprune_train/threads.py, also where torch is imported first
-export GOMP_SPINCOUNT ?= 1000
+export GOMP_SPINCOUNT ?= 2000
 endif
 
 .DEFAULT_GOAL := help

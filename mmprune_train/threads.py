@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Container, MutableMapping
 
-SHORT_SPIN = {"GOMP_SPINCOUNT": "1000"}
+SHORT_SPIN = {"GOMP_SPINCOUNT": "2000"}
 """For libgomp, which torch's wheels bring. Our choice: to sleep at once (OMP_WAIT_POLICY=PASSIVE) is a little better
 beside other work and a fifth to a third slower on an idle machine (experiments/throughput)."""
 OWN = (*SHORT_SPIN, "OMP_WAIT_POLICY", "KMP_BLOCKTIME")

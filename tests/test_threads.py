@@ -41,11 +41,11 @@ def test_the_command_line_says_it_before_torch_loads() -> None:
     done = subprocess.run(
         [sys.executable, "-c", code], env=clean(OMP_DISPLAY_ENV="verbose"), capture_output=True, text=True, timeout=120
     )
-    assert done.returncode == 0 and "GOMP_SPINCOUNT = '1000'" in done.stderr, done.stderr
+    assert done.returncode == 0 and "GOMP_SPINCOUNT = '2000'" in done.stderr, done.stderr
 
 
 @pytest.mark.parametrize(
-    ("own", "found"), [({}, "1000"), ({"GOMP_SPINCOUNT": "9"}, "9"), ({"OMP_WAIT_POLICY": "ACTIVE"}, "")]
+    ("own", "found"), [({}, "2000"), ({"GOMP_SPINCOUNT": "9"}, "9"), ({"OMP_WAIT_POLICY": "ACTIVE"}, "")]
 )
 def test_make_says_it_to_the_tests(own: dict[str, str], found: str) -> None:
     rules = f"include {ROOT / 'Makefile'}\nshow:\n\t@echo waits=$$GOMP_SPINCOUNT\n"

@@ -87,7 +87,7 @@ def processor(config: Config) -> dict[str, Ask]:
 
         if any(name in os.environ for name in OWN) or torch.get_num_threads() == 1:
             return f"{torch.get_num_threads()}"
-        return Note(f"{torch.get_num_threads()}; GOMP_SPINCOUNT=1000 keeps them from spinning for long")
+        return Note(f"{torch.get_num_threads()}; GOMP_SPINCOUNT=2000 keeps them from spinning for long")
 
     def memory() -> str:
         page = os.sysconf("SC_PAGE_SIZE") / GIB

@@ -16,8 +16,7 @@ from torch.nn.functional import pad
 ROWS = 8
 """The least step between the numbers."""
 STEPS = 32
-"""Numbers between a power of two and the next where they are further apart: at most 1 / 32 of the rows is added. A CPU
-without AMX pays for added rows as for others, but its kernels are made faster: there gain and loss are about even."""
+"""Numbers between a power of two and the next where they are further apart: at most 1 / 32 of the rows is added."""
 
 
 def rounded(rows: int) -> int:
