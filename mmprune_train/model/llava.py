@@ -20,12 +20,11 @@ from mmprune_train.config.pruner_schema import PrunerConfig
 from mmprune_train.errors import UserError
 from mmprune_train.model import attention
 from mmprune_train.model.cache import READ_ANEW, PrunedCache
-from mmprune_train.model.clock import Clock
+from mmprune_train.model.execution import Execution
 from mmprune_train.model.further_turns import check_turn, deciding, whole_trace
 from mmprune_train.model.generation import Generating, refuse_arguments, refuse_foreign
 from mmprune_train.model.inputs import Annotate, first_of_equal, pack
 from mmprune_train.model.language import check_language_model
-from mmprune_train.model.loss import CHUNK
 from mmprune_train.model.packed_pass import PackedOutput, PackedPass
 from mmprune_train.model.question import FOLDER, QuestionEncoder, Words
 from mmprune_train.model.vision import deepest_feature, family_of, scored_block
@@ -47,9 +46,9 @@ class PackedLlava(Generating, PackedPass, PreTrainedModel, GenerationMixin):
         annotate: tells question text from role markers in a prompt's ids; needed where stage 2 is on, or stage 1 reads
             the question, and `forward` or `generate` is used.
         template: name of the conversation template the model was trained with, saved beside the pruner's settings.
-        vision_chunk: images per forward pass of the vision tower.
         question: CLIP's text tower; needed where stage 1 reads the question, and dropped elsewhere.
         words: what the LLM's ids say, for `question`.
+        execution: how to compute.
     """
 
     config_class = LlavaConfig
@@ -67,22 +66,18 @@ class PackedLlava(Generating, PackedPass, PreTrainedModel, GenerationMixin):
         pruner: Pruner,
         annotate: Annotate | None = None,
         template: str = "v1",
-        vision_chunk: int = 64,
         question: QuestionEncoder | None = None,
         words: Words | None = None,
+        execution: Execution | None = None,
     ) -> None:
         super().__init__(hf.config)
         self.hf = hf
         self.pruner = pruner
         self.annotate = annotate
         self.template = template
-        self.vision_chunk = vision_chunk
-        self.least_passes = 0
         self.question = question if pruner.reads_text else None
         self.words = words
-        self.attention = "auto"  # trainer.attention
-        self.logits_chunk = CHUNK
-        self.clock: Clock | None = None
+        self.execution = execution or Execution()
         self.last_pruning: PruningTrace | None = None
         self.generation_config = hf.generation_config
         language = hf.model.language_model
@@ -111,6 +106,25 @@ class PackedLlava(Generating, PackedPass, PreTrainedModel, GenerationMixin):
             yield
         finally:
             self.pruner, self.question = before
+
+    @contextmanager
+    def executed(self, **changes: Any) -> Iterator[None]:
+        """The same network computed in another way, as long as the context lasts; the fields of `Execution`."""
+        before, self.execution = self.execution, replace(self.execution, **changes)
+        try:
+            yield
+        finally:
+            self.execution = before
+
+    @contextmanager
+    def shortened(self, layers: int) -> Iterator[None]:
+        """The same network with its first decoder layers alone, as long as the context lasts."""
+        language = self.hf.model.language_model
+        whole, language.layers = language.layers, language.layers[:layers]
+        try:
+            yield
+        finally:
+            language.layers = whole
 
     def _check_question(self) -> None:
         if self.question is None:

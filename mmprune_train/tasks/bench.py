@@ -83,7 +83,6 @@ def run(config: Config) -> dict[str, Any]:
     loader = stage_loader(
         _one_batch(config, name), name, processor.tokenizer, model.config.image_seq_length, rank=0, world=1
     )
-    model.attention, model.logits_chunk = config.trainer.attention, config.trainer.logits_chunk
     print(f"{accelerator}, {precision.name} ({precision.reason}), {torch.get_num_threads()} threads", flush=True)
     kernels = kernel_lines(model, torch.device(accelerator), precision.dtype)
     print(kernels, flush=True)

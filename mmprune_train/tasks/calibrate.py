@@ -198,7 +198,6 @@ def sample_passes(
     """Passes over the drawn samples, packed as their stage trains them."""
     model, tokenizer = subject.model, subject.processor.tokenizer
     assert model is not None
-    model.attention = config.trainer.attention
     split = config.calibrate.split
     stage = config.stage[split]
     template = get_template(template_of(config, split), tokenizer)

@@ -21,6 +21,7 @@ from mmprune_train.config.schema import Config
 from mmprune_train.config.typed import command_line, key_of
 from mmprune_train.errors import UserError
 from mmprune_train.model.build import load_model
+from mmprune_train.model.execution import Execution
 from mmprune_train.model.weights.folders import model_folder
 from mmprune_train.quiet import quiet
 from mmprune_train.training.lock import publishing
@@ -114,13 +115,13 @@ def load(found: Checkpoint) -> tuple[Any, Any, Precision]:
             key="ckpt",
             trust_components=found.config.trust_components,
             named=components(found.config.pruner),
+            execution=Execution.of(trainer),
         )
     if found.trained is not None:
         stage = Path(found.model).parent.name
         state = RunDirectory(found.home, writable=False).stage_state(stage)
         for component, file in changed_components(model.pruner.settings, state):
             print(f"note: {component}: {file} has changed since stage {stage} was trained with it", file=sys.stderr)
-    model.vision_chunk, model.attention = trainer.vision_chunk, trainer.attention
     choose_orientation(processor.image_processor, found.config.data.exif_orientation, found.oriented)
     return model, processor, precision
 

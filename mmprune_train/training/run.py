@@ -18,7 +18,6 @@ from mmprune_train.data.sources import split_files
 from mmprune_train.errors import NotFinite, UserError
 from mmprune_train.model.attention import backend_for
 from mmprune_train.model.begin import begin
-from mmprune_train.model.conversation import converse
 from mmprune_train.model.language import checkpoint_layers, compile_layers
 from mmprune_train.model.llava import PackedLlava
 from mmprune_train.model.loss import loss_kernel
@@ -38,7 +37,7 @@ from mmprune_train.training.checkpoint_files import STATE, check_written_by, dat
 from mmprune_train.training.checkpoints import Checkpoints, PlainFile
 from mmprune_train.training.cluster import environment
 from mmprune_train.training.divergence import Divergence, broken_tensors
-from mmprune_train.training.features import stage_features, without_tower
+from mmprune_train.training.features import stage_features
 from mmprune_train.training.freezing import Part, freeze, freezing_table, image_side, store_frozen
 from mmprune_train.training.inputs import (
     spread_images,
@@ -50,7 +49,7 @@ from mmprune_train.training.inputs import (
     template_of,
 )
 from mmprune_train.training.loggers import build_loggers, open_loggers
-from mmprune_train.training.module import MODULES
+from mmprune_train.training.module import MultimodalModule
 from mmprune_train.training.precision import Precision, choose_accelerator, choose_precision
 from mmprune_train.training.preemption import EndWhenAsked, Preemption
 from mmprune_train.training.processes import ranks_of
@@ -121,7 +120,7 @@ def run_stage(
         else:
             fit_projector(model, features.read([path for path, _ in spread_paths(records, MATCHED_IMAGES)]).chosen)
     stream = BatchStream(loader, steps)
-    module = MODULES[name](model, parts, config.optim, steps, config.seed, stage.token_budget)
+    module = MultimodalModule(name, model, parts, config.optim, steps, config.seed, stage.token_budget)
     limit = peak(trainer.strategy.root_device, precision.dtype)
     metrics = MetricsWriter(folder / "metrics.jsonl", stream, limit.tflops)
     saves = Checkpoints(
@@ -153,7 +152,7 @@ def run_stage(
     run.update_stage(name, state="running", steps=steps, data=source, components=components)
     began = time.perf_counter()
     state = resume and resume / STATE
-    with quiet(), data_alone(), open_loggers(loggers), nullcontext() if features is None else without_tower(model):
+    with quiet(), data_alone(), open_loggers(loggers), nullcontext() if features is None else model.without_tower():
         try:
             trainer.fit(module, train_dataloaders=stream, ckpt_path=state, weights_only=True if state else None)
         except UserError as error:
@@ -204,7 +203,7 @@ def load_stage(
     """
     pl.seed_everything(config.seed, verbose=False)
     with quiet():
-        model, processor = begin(config, start_from, empty=empty)
+        model, processor = begin(config, start_from, empty=empty, template=template_of(config, name))
         check_patches(model.hf.model.vision_tower, config.encoder)
         parts = make_trainable(model, config, name, precision)
         if start_from is not None and start_from.goes_on and not empty:
@@ -215,9 +214,6 @@ def load_stage(
                 f"{source}: the weights that stage {name} starts from hold NaN or infinity ({named(broken)}); get "
                 "their files anew, or start from others (init_from)"
             )
-    model.vision_chunk = config.trainer.vision_chunk
-    model.attention, model.logits_chunk = config.trainer.attention, config.trainer.logits_chunk
-    converse(model, processor, template_of(config, name))
     return model, processor, parts
 
 
@@ -271,9 +267,9 @@ def make_trainable(model: PackedLlava, config: Config, name: str, precision: Pre
 
 def kernel_lines(model: PackedLlava, device: torch.device, dtype: torch.dtype) -> str:
     """What attends and what takes the loss on a device, and why; UserError where what is asked for cannot run."""
-    attends, why = backend_for(model.attention, model.hf.model.language_model.config, device, dtype)
+    attends, why = backend_for(model.execution.attention, model.hf.model.language_model.config, device, dtype)
     kernel, reason = loss_kernel(device)
-    taken = f"chunks of {model.logits_chunk} tokens" if kernel == "chunked" else kernel
+    taken = f"chunks of {model.execution.logits_chunk} tokens" if kernel == "chunked" else kernel
     return f"attention: {attends.name} ({why})\nlogits: {taken} ({reason})"
 
 

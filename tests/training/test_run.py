@@ -19,7 +19,7 @@ def test_kernels_are_told_with_the_reason() -> None:
     model = packed(tiny_llava())
     told = kernel_lines(model, torch.device("cpu"), torch.float32)
     assert told == "attention: sdpa_per_sample (on a CPU)\nlogits: chunks of 1024 tokens (on a CPU)"
-    model.attention, model.logits_chunk = "sdpa_per_sample", 5
+    model = packed(tiny_llava(), attention="sdpa_per_sample", logits_chunk=5)
     told = kernel_lines(model, torch.device("cpu"), torch.float32)
     assert told.splitlines()[0].endswith("(as trainer.attention asks)") and "chunks of 5 tokens" in told
 
