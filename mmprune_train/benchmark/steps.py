@@ -28,6 +28,9 @@ BASELINE = "hf_padded"
 PARTS = ("vision", "selection", "forward", "backward", "optimizer")
 """What the seconds of a step are told apart into; `forward` is the LLM's, with projector and loss."""
 
+Shares = tuple[float | None, float | None, float | None, float | None]
+"""Of the LLM's operations, of its seconds, of the peak memory, of its `causal_flops`; None: not to be had."""
+
 
 @dataclass
 class StepCost:
@@ -61,6 +64,17 @@ class StepCost:
     @property
     def keep_ratio(self) -> float:
         return self.tokens["layer_mean"] / self.tokens["dense"]
+
+    def beside(self, dense: StepCost | None) -> Shares:
+        """Its cost as shares of the dense packed model's."""
+        if dense is None:
+            return None, None, None, None
+        return (
+            self.language_flops / dense.language_flops,
+            self.language_seconds / dense.language_seconds,
+            self.peak_bytes / dense.peak_bytes,
+            self.causal_flops and dense.causal_flops and self.causal_flops / dense.causal_flops,
+        )
 
 
 @dataclass

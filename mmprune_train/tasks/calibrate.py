@@ -168,7 +168,7 @@ def load_subject(config: Config, pruner: PrunerConfig | None, found: Checkpoint 
 def measure(config: Config, subject: Subject) -> tuple[Report, EncodedImages]:
     """Draw the sample, encode its images once, and look at every budget."""
     asked, pruner = config.calibrate, subject.pruner
-    records = read_records(*split_files(config.data, asked.split), getattr(config.data, asked.split).limit)
+    records = read_records(*split_files(config.data, asked.split), config.data.part(asked.split).limit)
     drawn = draw_records(records, asked.images, config.seed)
     paths = {path: record.told for record in drawn for path in record.images}
     if not paths:

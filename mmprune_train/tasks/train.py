@@ -28,8 +28,6 @@ def run(config: Config) -> dict[str, Any]:
 
     Raises Preempted, with the exit code, where a signal asks the run to end.
     """
-    if unknown := [name for name in config.stages if name not in config.stage]:
-        raise UserError(f"stages: there is no stage {unknown[0]!r}; this run has {', '.join(config.stage)}")
     if config.restart and is_next_turn():
         config = replace(config, restart=False)  # this very command has made the run that it would move aside
     main = rank_here(config.trainer.devices) == 0

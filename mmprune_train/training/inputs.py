@@ -31,7 +31,7 @@ def template_of(config: Config, name: str) -> str:
 
 def stage_annotations(config: Config, name: str) -> Annotations:
     """What stage `name` uses of its annotation file."""
-    return read_annotations(*split_files(config.data, name), getattr(config.data, name).limit)
+    return read_annotations(*split_files(config.data, name), config.data.part(name).limit)
 
 
 def stage_records(config: Config, name: str) -> list[Record]:
@@ -57,7 +57,7 @@ class Extent:
 
 def stage_extent(config: Config, name: str, data: Annotations) -> Extent:
     """What stage `name` sees of `data`, its annotation file."""
-    stage, limit, used = config.stage[name], getattr(config.data, name).limit, len(data.records)
+    stage, limit, used = config.stage[name], config.data.part(name).limit, len(data.records)
     size = stage.global_batch_size
     if size > used:
         limited = f", data.{name}.limit={limit}" if used < data.available else ""

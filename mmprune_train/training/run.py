@@ -71,7 +71,7 @@ def run_stage(
 
     Args:
         config: the run's config.
-        name: `pretrain` or `instruct`.
+        name: of the stage.
         run: the run directory; the newest checkpoint in it is continued.
         start_from: the weights to start from; None: the base weights.
         preemption: hears the signals that ask the run to end; None: they are not heard.
