@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import replace
 from functools import partial
 from typing import Any
@@ -24,6 +24,19 @@ from mmprune_train.pruning.budgets import poison
 from mmprune_train.pruning.scores import VisionView
 
 
+@contextmanager
+def swapped(owner: object, **values: Any) -> Iterator[None]:
+    """An object with other values of some attributes, as long as the context lasts."""
+    before = {name: getattr(owner, name) for name in values}
+    try:
+        for name, value in values.items():
+            setattr(owner, name, value)
+        yield
+    finally:
+        for name, value in before.items():
+            setattr(owner, name, value)
+
+
 class ImageSide:
     """What `PackedLlava` does with images, before its LLM; it owns the members below."""
 
@@ -35,15 +48,10 @@ class ImageSide:
     training: bool
     device: torch.device
 
-    @contextmanager
-    def without_tower(self) -> Iterator[None]:
+    def without_tower(self) -> AbstractContextManager[None]:
         """The same network without its vision tower, as long as the context lasts: the tower stays where it is while
         the rest goes to a device, and nothing can run it."""
-        tower, self.hf.model.vision_tower = self.hf.model.vision_tower, nn.Module()
-        try:
-            yield
-        finally:
-            self.hf.model.vision_tower = tower
+        return swapped(self.hf.model, vision_tower=nn.Module())
 
     def select_patches(self, pixel_values: Tensor, asked: Asked | None = None, least_passes: int = 0) -> Patches:
         """Stage 1 of images [I, 3, H, W]: a row for each image, or for each that `asked` has.

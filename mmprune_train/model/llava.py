@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager
 from dataclasses import asdict, replace
 from inspect import signature
 from pathlib import Path
@@ -23,6 +22,7 @@ from mmprune_train.model.cache import READ_ANEW, PrunedCache
 from mmprune_train.model.execution import Execution
 from mmprune_train.model.further_turns import check_turn, deciding, whole_trace
 from mmprune_train.model.generation import Generating, refuse_arguments, refuse_foreign
+from mmprune_train.model.images import swapped
 from mmprune_train.model.inputs import Annotate, first_of_equal, pack
 from mmprune_train.model.language import check_language_model
 from mmprune_train.model.packed_pass import PackedOutput, PackedPass
@@ -96,35 +96,19 @@ class PackedLlava(Generating, PackedPass, PreTrainedModel, GenerationMixin):
                 module.config = own
         own._attn_implementation = attention.NAME
 
-    @contextmanager
-    def pruned_by(self, settings: PrunerConfig) -> Iterator[None]:
+    def pruned_by(self, settings: PrunerConfig) -> AbstractContextManager[None]:
         """The same network with another pruner, as long as the context lasts; with the text tower where that reads."""
-        before = self.pruner, self.question
-        self.pruner = Pruner(settings)
-        self.question = before[1] if self.pruner.reads_text else None
-        try:
-            yield
-        finally:
-            self.pruner, self.question = before
+        pruner = Pruner(settings)
+        return swapped(self, pruner=pruner, question=self.question if pruner.reads_text else None)
 
-    @contextmanager
-    def executed(self, **changes: Any) -> Iterator[None]:
+    def executed(self, **changes: Any) -> AbstractContextManager[None]:
         """The same network computed in another way, as long as the context lasts; the fields of `Execution`."""
-        before, self.execution = self.execution, replace(self.execution, **changes)
-        try:
-            yield
-        finally:
-            self.execution = before
+        return swapped(self, execution=replace(self.execution, **changes))
 
-    @contextmanager
-    def shortened(self, layers: int) -> Iterator[None]:
+    def shortened(self, layers: int) -> AbstractContextManager[None]:
         """The same network with its first decoder layers alone, as long as the context lasts."""
         language = self.hf.model.language_model
-        whole, language.layers = language.layers, language.layers[:layers]
-        try:
-            yield
-        finally:
-            language.layers = whole
+        return swapped(language, layers=language.layers[:layers])
 
     def _check_question(self) -> None:
         if self.question is None:

@@ -23,7 +23,7 @@ from mmprune_train.planning.layout import CUDA_OVERHEAD, FRAGMENTED, LAYOUTS, MA
 from mmprune_train.planning.lengths import Tokens, count_tokens
 from mmprune_train.planning.samples import StageSamples
 from mmprune_train.training.freezing import Part, freeze
-from mmprune_train.training.run import uses_adapters
+from mmprune_train.training.network import uses_adapters
 from mmprune_train.training.stream import steps_of
 
 DRAWN_BATCHES = 200

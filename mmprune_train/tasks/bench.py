@@ -42,8 +42,8 @@ from mmprune_train.tasks.checkpoint import Results, find_checkpoint, load
 from mmprune_train.tasks.prepare import prepare_data
 from mmprune_train.training.features import fill_for
 from mmprune_train.training.inputs import spread_images, stage_image_processor, stage_loader
+from mmprune_train.training.network import kernel_lines, load_stage, make_trainable
 from mmprune_train.training.precision import Precision, choose_accelerator, choose_precision
-from mmprune_train.training.run import kernel_lines, load_stage, make_trainable
 from mmprune_train.training.rundir import git_commit, versions
 from mmprune_train.training.starts import start_of
 

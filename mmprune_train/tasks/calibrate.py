@@ -46,8 +46,8 @@ from mmprune_train.tasks import unread
 from mmprune_train.tasks.checkpoint import Checkpoint, Results, find_checkpoint, load
 from mmprune_train.tasks.prepare import prepare_data
 from mmprune_train.training.inputs import stage_reader, template_of
+from mmprune_train.training.network import MATCHED_IMAGES, fit_projector
 from mmprune_train.training.precision import choose_accelerator, choose_precision
-from mmprune_train.training.run import MATCHED_IMAGES, fit_projector
 from mmprune_train.training.starts import start_of
 
 PRESET = "calibrated"

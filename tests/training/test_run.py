@@ -12,7 +12,7 @@ from training.synthetic import overrides, write_dataset
 from mmprune_train.config.compose import compose_config
 from mmprune_train.errors import UserError
 from mmprune_train.tasks import train
-from mmprune_train.training.run import kernel_lines
+from mmprune_train.training.network import kernel_lines
 
 
 def test_kernels_are_told_with_the_reason() -> None:
