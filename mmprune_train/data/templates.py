@@ -19,7 +19,6 @@ import secrets
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from os.path import commonprefix
 from pathlib import Path
 
 from transformers import PreTrainedTokenizerBase
@@ -280,7 +279,7 @@ class ChatTemplate(Template):
         _, first, between, second, _ = self._literals(2)
         generating = self._render_around(["question0"], ["user"], generate=True)[1]
         closes = {self._before_the_gap(text)[0] for text in (close, first, second, generating)}
-        common = commonprefix([lead[::-1], between[::-1]])[::-1]  # their ends
+        common = next(lead[at:] for at in range(len(lead) + 1) if between.endswith(lead[at:]))
         opening = _distinct_suffix(common, closes, self._special)
         if not opening or not all(closes):
             return None
