@@ -9,6 +9,7 @@ from __future__ import annotations
 import dataclasses
 import math
 import re
+from keyword import iskeyword
 from typing import Any
 
 from mmprune_train.config.explain import unknown_name
@@ -158,7 +159,7 @@ def check_stage_names(config: Config) -> None:
 
 def _check_stages(config: Config) -> None:
     for name in config.stage:
-        if not name.isidentifier() or name in TAKEN:
+        if not name.isidentifier() or iskeyword(name) or name in TAKEN:
             raise UserError(
                 f"stage.{name}: a training stage is a folder of its run and a key of data; name it otherwise, in "
                 "letters, digits and _"

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field, fields, make_dataclass
 from functools import cache
+from keyword import iskeyword
 from typing import Any
 
 from mmprune_train.config.pruner_schema import KneeConfig, PrunerConfig
@@ -145,7 +146,8 @@ class DataConfig:
 def data_config(stages: tuple[str, ...]) -> type[DataConfig]:
     """DataConfig for these training stages: each has a part of its own name."""
     known = {item.name for item in fields(DataConfig)}
-    further = [(name, SplitConfig, field(default_factory=SplitConfig)) for name in stages if name not in known]
+    named = [name for name in stages if name not in known and name.isidentifier() and not iskeyword(name)]
+    further = [(name, SplitConfig, field(default_factory=SplitConfig)) for name in named]
     return make_dataclass("DataConfig", further, bases=(DataConfig,)) if further else DataConfig
 
 

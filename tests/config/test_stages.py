@@ -5,10 +5,12 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
+from omegaconf import OmegaConf
 
-from mmprune_train.config.compose import compose_config, config_from_file, to_yaml
+from mmprune_train.config.compose import compose_config, config_from, config_from_file, to_yaml
 from mmprune_train.config.explain import all_keys
 from mmprune_train.config.identity import run_id
+from mmprune_train.config.schema import StageConfig
 from mmprune_train.errors import UserError
 from mmprune_train.tasks import unread
 
@@ -47,7 +49,7 @@ def test_a_run_of_three_stages_reads_back_equal_and_its_data_decide_its_name(tmp
         (THREE[:3], r"data\.midtrain\.annotations is not set, and stage midtrain needs it"),
         ([*THREE, "stages=[midtran]"], r"stages=midtran: .*did you mean midtrain\?"),
         ([*THREE, "stages=[midtrain,pretrain]"], r"must be in order.*: pretrain, midtrain, instruct"),
-        ([*THREE, "+stage.blind={lr:1e-3}"], r"stage\.blind: a training stage is a folder of its run"),
+        ([*THREE, "+stage.last.lr=1e-3"], r"\+stage\.last\.lr=1e-3: .* is written in a YAML file of the stage group"),
         ([*THREE, "task=bench", "bench.stage=midtran"], r"bench\.stage=midtran: .*did you mean midtrain\?"),
         (["+experiment=smoke", "stages=[midtrain]"], r"one of pretrain, instruct\), or choose a stage= that has it"),
         (["+experiment=smoke", "data.midtrain.limit=3"], r"data\.midtrain: there is no such key"),
@@ -57,6 +59,14 @@ def test_a_run_of_three_stages_reads_back_equal_and_its_data_decide_its_name(tmp
 def test_a_typo_in_a_stage_or_its_data_is_answered_with_the_nearest_name(overrides: list[str], words: str) -> None:
     with pytest.raises(UserError, match=words):
         compose_config(overrides)
+
+
+@pytest.mark.parametrize("name", ["blind", "root", "part", "bench", "evaluate", "a.b", "x-y", "class"])
+def test_a_stage_has_a_name_that_nothing_else_has(name: str) -> None:
+    tree = OmegaConf.structured(compose_config(THREE))
+    tree.stage[name] = StageConfig()
+    with pytest.raises(UserError, match=f"stage.{name}: .*name it otherwise"):
+        config_from(tree)
 
 
 def test_tasks_read_the_data_of_a_further_stage_as_those_of_the_first() -> None:
