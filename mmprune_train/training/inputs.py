@@ -108,23 +108,17 @@ def stage_loader(
         records: of the stage, where they have been read.
         features: of all its images, where the feature cache is on; then it is known what stage 1 leaves of them.
     """
-    stage = config.stage[name]
     return train_loader(
         stage_records(config, name) if records is None else records,
         get_template(template_of(config, name), tokenizer),
         tokenizer,
         stage_reader(config, name),
         image_tokens,
-        stage.max_length,
-        stage.batch_size,
-        stage.global_batch_size,
+        config.stage[name],
         config.seed,
         rank,
         world,
         config.trainer.num_workers,
-        stage.group_by_modality,
-        stage.samples_per_image,
-        stage.token_budget,
         whole_images(config.pruner, image_tokens) if features is None else features.kept,
         features,
     )
