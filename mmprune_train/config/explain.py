@@ -40,7 +40,7 @@ def unknown_name(what: str, word: str, known: Iterable[str]) -> str:
 
 
 LLAVA = ("pretrain", "instruct")
-"""The training stages of every group option that this project ships."""
+"""Training stages, where no config is at hand that lists them."""
 
 
 def unknown_key(key: str, stages: tuple[str, ...] = LLAVA) -> str:

@@ -25,23 +25,9 @@ from mmprune_train.training.optim import NO_DECAY, adamw, parameter_groups, sche
 from mmprune_train.training.spread import Spreading
 
 TOTALS = (
-    "loss_sum",
-    "supervised",
-    "samples",
-    "dense",
-    "stage1",
-    "stage2",
-    "layer_mean",
-    "visual_dense",
-    "visual_stage1",
-    "visual_layer_mean",
-    "flops",
-    "micro_batches",
-    "overruns",
-    "held",
-    "samples_truncated",
-    "tokens_truncated",
-)
+    "loss_sum", "supervised", "samples", "dense", "stage1", "stage2", "layer_mean", "visual_dense", "visual_stage1",
+    "visual_layer_mean", "flops", "micro_batches", "overruns", "held", "samples_truncated", "tokens_truncated",
+)  # fmt: skip
 """What is summed over the micro-batches and ranks of one optimizer step; `held`: tokens that batches had room for."""
 
 UNFINISHED = 2**40
