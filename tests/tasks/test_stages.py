@@ -77,9 +77,10 @@ def test_the_middle_stage_starts_from_another_run(run: Path, root: Path, tmp_pat
 
 
 def test_the_middle_stage_is_asked_by_its_name_whatever_stage_group_the_command_has(run: Path) -> None:
-    asked = ["+experiment=smoke", f"ckpt={run}", "data.exif_orientation=true"]
+    asked = ["+experiment=smoke", f"ckpt={run}"]
     found = find_checkpoint(compose_config(["task=evaluate", *asked]))
     assert found.model == run / "instruct/model" and list(found.config.stage) == NAMES == found.config.stages
+    assert compose_config(["task=evaluate", *asked, "stages=[midtrain]"]).stages == ["midtrain"], "the run has it"
     short = ["bench.stage=midtrain", "bench.measure=[train]", "bench.repeats=1", "bench.pruners=[none]"]
     result = bench.run(compose_config(["task=bench", *asked, *short, "bench.baseline=false", "bench.batch_size=2"]))
     assert result["stage"] == "midtrain"
