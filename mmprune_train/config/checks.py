@@ -166,7 +166,7 @@ def _check_stages(config: Config) -> None:
             )
     stages = [name for name in config.stages if name in config.stage or not config.ckpt]
     if not config.stages:
-        raise UserError(f"stages is empty: name some of {', '.join(config.stage)}")
+        raise UserError(f"stages is empty: name some of {', '.join(config.stage) or 'those that a stage= has'}")
     if stages != [name for name in config.stage if name in stages]:
         raise UserError(f"stages={config.stages} must be in order and without repeats: {', '.join(config.stage)}")
     for name in stages:

@@ -222,7 +222,7 @@ def _reason(cause: BaseException | None) -> str:
     line = _first_line(str(cause))
     if "is not a ListConfig" in line:
         return "a list is needed, written [a,b]"
-    if "not a subclass of StageConfig" in line:
+    if "dict is not a subclass of StageConfig" in line:
         return "a further training stage is written in a YAML file of the stage group (docs/stages.md)"
     return line or type(cause).__name__
 
