@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -24,6 +25,7 @@ from transformers import (
 )
 
 from mmprune_train.config.compose import load_pruner
+from mmprune_train.model.execution import Execution
 from mmprune_train.model.llava import PackedLlava
 from mmprune_train.model.question import QuestionEncoder, tiny_question_tokenizer
 from mmprune_train.pruning import Kind, Pruner
@@ -154,12 +156,17 @@ def tiny_clip(hf: LlavaForConditionalGeneration, seed: int = 3) -> CLIPModel:
     return clip
 
 
-def packed(hf: LlavaForConditionalGeneration, pruner: object = "none") -> PackedLlava:
-    """A copy of a Hugging Face model, walked packed with a pruner; with `tiny_clip`'s text tower where that reads."""
+def packed(hf: LlavaForConditionalGeneration, pruner: object = "none", **execution: Any) -> PackedLlava:
+    """A copy of a Hugging Face model, walked packed with a pruner; with `tiny_clip`'s text tower where that reads.
+
+    Args:
+        execution: fields of `Execution`.
+    """
     chosen, question = Pruner(load_pruner(pruner)), None
     if chosen.reads_text:
         question = QuestionEncoder(tiny_clip(hf), tiny_question_tokenizer())
-    return PackedLlava(copy.deepcopy(hf), chosen, annotate, question=question, words=words).eval()
+    model = PackedLlava(copy.deepcopy(hf), chosen, annotate, "v1", question, words, Execution(**execution))
+    return model.eval()
 
 
 def labels_of(inputs: dict[str, Tensor]) -> Tensor:

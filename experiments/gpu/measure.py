@@ -26,8 +26,8 @@ from mmprune_train.planning.samples import StageSamples
 from mmprune_train.pruning import IGNORE, Kind
 from mmprune_train.quiet import quiet
 from mmprune_train.reporting.tables import table
+from mmprune_train.training.network import kernel_lines, load_stage
 from mmprune_train.training.precision import choose_accelerator, choose_precision
-from mmprune_train.training.run import kernel_lines, load_stage
 from mmprune_train.training.rundir import git_commit, versions
 from mmprune_train.training.throughput import peak
 

@@ -52,22 +52,18 @@ def lengths_cost(
         progress: wraps the ways.
     """
     optimizer = torch.optim.AdamW([parameter for parameter in model.parameters() if parameter.requires_grad], lr=0.0)
-    own_clock, model.clock = model.clock, Clock()
+    clock = Clock()
 
     def seconds(some: Iterable[Way]) -> tuple[list[float], float]:
         began, laps = time.process_time(), []
         for way in some:
-            with way.context():
-                laps.append(sum(one_step(model, way, optimizer, dtype).values()))
+            laps.append(sum(one_step(model, way, optimizer, dtype, clock).values()))
         return laps, time.process_time() - began
 
-    try:
-        seconds([warm])
-        each, computed = seconds(progress(ways))
-        tokens = [way.tokens["layer_mean"] for way in ways]
-        mean = fmean(tokens)
-        middle = min(range(len(ways)), key=lambda index: abs(tokens[index] - mean))
-        same, computed_same = seconds(progress([ways[middle]] * len(ways)))
-    finally:
-        model.clock = own_clock
+    seconds([warm])
+    each, computed = seconds(progress(ways))
+    tokens = [way.tokens["layer_mean"] for way in ways]
+    mean = fmean(tokens)
+    middle = min(range(len(ways)), key=lambda index: abs(tokens[index] - mean))
+    same, computed_same = seconds(progress([ways[middle]] * len(ways)))
     return LengthsCost(tokens, middle, each, same, computed / computed_same)

@@ -37,22 +37,19 @@ def selection_costs(
 
     Args:
         model: its pruner is put back afterwards.
-        pixel_values: [I, 3, H, W], encoded in chunks of `model.vision_chunk`.
+        pixel_values: [I, 3, H, W], encoded in chunks of `model.execution.vision_chunk`.
         repeats: passes that are counted, of every pruner.
     """
-    own_clock, model.clock = model.clock, Clock()
     laps: dict[str, list[dict[str, float]]] = {name: [] for name in pruners}
     kept: dict[str, Tensor] = {}
-    try:
-        for repeat in range(repeats + 1):
-            for name, settings in pruners.items():
-                with torch.no_grad(), model.pruned_by(settings):
-                    kept[name] = model.select_patches(pixel_values).kept
-                lap = model.clock.lap()
-                if repeat:
-                    laps[name].append(lap)
-    finally:
-        model.clock = own_clock
+    clock = Clock()
+    for repeat in range(repeats + 1):
+        for name, settings in pruners.items():
+            with torch.no_grad(), model.executed(clock=clock), model.pruned_by(settings):
+                kept[name] = model.select_patches(pixel_values).kept
+            lap = clock.lap()
+            if repeat:
+                laps[name].append(lap)
     for name, all_laps in laps.items():
         selection = [lap.get("selection", 0.0) for lap in all_laps]
         vision = [lap["vision"] for lap in all_laps]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import gc
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, field
 from statistics import median
 from typing import Any
@@ -27,6 +27,9 @@ BASELINE = "hf_padded"
 """Name of the plain Hugging Face model among the ways."""
 PARTS = ("vision", "selection", "forward", "backward", "optimizer")
 """What the seconds of a step are told apart into; `forward` is the LLM's, with projector and loss."""
+
+Shares = tuple[float | None, float | None, float | None, float | None]
+"""Of the LLM's operations, of its seconds, of the peak memory, of its `causal_flops`; None: not to be had."""
 
 
 @dataclass
@@ -62,14 +65,25 @@ class StepCost:
     def keep_ratio(self) -> float:
         return self.tokens["layer_mean"] / self.tokens["dense"]
 
+    def beside(self, dense: StepCost | None) -> Shares:
+        """Its cost as shares of the dense packed model's."""
+        if dense is None:
+            return None, None, None, None
+        return (
+            self.language_flops / dense.language_flops,
+            self.language_seconds / dense.language_seconds,
+            self.peak_bytes / dense.peak_bytes,
+            self.causal_flops and dense.causal_flops and self.causal_flops / dense.causal_flops,
+        )
+
 
 @dataclass
 class Way:
     """One way of computing the loss of a batch."""
 
-    loss: Callable[[], Tensor]
-    """One forward pass, timed by the model's clock."""
-    context: Callable[[], AbstractContextManager[Any]] = nullcontext
+    loss: Callable[[Clock], Tensor]
+    """One forward pass, which the clock times as the model does."""
+    context: Callable[[], AbstractContextManager[Any]]
     """Entered around a step."""
     tokens: dict[str, float] = field(default_factory=dict)
     """Filled by `loss`."""
@@ -89,14 +103,13 @@ def pruned(
         read_cache: gives what stage 1 leaves of the batch's images; None: the tower runs.
     """
 
-    def loss() -> Tensor:
-        assert model.clock is not None, "a way runs under the clock"
+    def loss(clock: Clock) -> Tensor:
         patches = None
         if read_cache is not None:
-            with model.clock.part("vision"):
+            with clock.part("vision"):
                 patches = read_cache()
         pixels = batch.pixel_values if patches is None else None
-        with model.clock.part("forward"):
+        with clock.part("forward"):
             output = model.forward_packed(batch.sequence, pixels, patches=patches)
         way.tokens = tokens_of(output.trace)
         if way.causal_flops is None:
@@ -112,9 +125,8 @@ def padded(model: PackedLlava, batch: Batch) -> Way:
     inputs = {name: value.to(model.device) for name, value in padded_inputs(batch).items()}
     tower: Any = model.hf.model.vision_tower
 
-    def loss() -> Tensor:
-        assert model.clock is not None, "a way runs under the clock"
-        with model.clock.part("forward"), timed_module(tower, model.clock, "vision"):
+    def loss(clock: Clock) -> Tensor:
+        with clock.part("forward"), timed_module(tower, clock, "vision"):
             result: Tensor = model.hf(**inputs, use_cache=False).loss  # as trainers call it
         return result
 
@@ -168,58 +180,44 @@ def step_costs(
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
     optimizer = torch.optim.AdamW(trained, lr=0.0)
     device = trained[0].device
-    own_clock, model.clock = model.clock, Clock()
+    clock = Clock()
     laps: dict[str, list[dict[str, float]]] = {name: [] for name in ways}
     costs = {}
-    try:
-        for number in progress(range(repeats + 1)):
-            for name, way in ways.items():
-                with way.context():
-                    lap = one_step(model, way, optimizer, dtype)
-                if number:
-                    laps[name].append(lap)
+    for number in progress(range(repeats + 1)):
         for name, way in ways.items():
-            gc.collect()
-            with way.context():
-                with PeakMemory(device) as memory:
-                    one_step(model, way, optimizer, dtype)
-                flops = _counted(model, way, optimizer, dtype)
-            seconds = {part: [lap.get(part, 0.0) for lap in laps[name]] for part in PARTS}
-            seconds["step"] = [sum(lap.values()) for lap in laps[name]]
-            costs[name] = StepCost(
-                seconds={part: median(times) for part, times in seconds.items()},
-                seconds_all=seconds,
-                peak_bytes=memory.bytes,
-                flops={part: flops.get(part, 0.0) for part in PARTS} | {"step": sum(flops.values())},
-                tokens=way.tokens,
-                causal_flops=way.causal_flops,
-            )
-    finally:
-        model.clock = own_clock
+            lap = one_step(model, way, optimizer, dtype, clock)
+            if number:
+                laps[name].append(lap)
+    for name, way in ways.items():
+        gc.collect()
+        with PeakMemory(device) as memory:
+            one_step(model, way, optimizer, dtype, clock)
+        with flop_counter() as counter, model.executed(attention="sdpa_per_sample"):  # which the counter sees
+            flops = one_step(model, way, optimizer, dtype, Clock(counter.get_total_flops))
+        seconds = {part: [lap.get(part, 0.0) for lap in laps[name]] for part in PARTS}
+        seconds["step"] = [sum(lap.values()) for lap in laps[name]]
+        costs[name] = StepCost(
+            seconds={part: median(times) for part, times in seconds.items()},
+            seconds_all=seconds,
+            peak_bytes=memory.bytes,
+            flops={part: flops.get(part, 0.0) for part in PARTS} | {"step": sum(flops.values())},
+            tokens=way.tokens,
+            causal_flops=way.causal_flops,
+        )
     return costs
 
 
-def _counted(model: PackedLlava, way: Way, optimizer: torch.optim.Optimizer, dtype: torch.dtype) -> dict[str, float]:
-    """Operations of a step by part, with an attention that the counter sees."""
-    seconds, attention = model.clock, model.attention
-    try:
-        with flop_counter() as counter:
-            model.clock, model.attention = Clock(counter.get_total_flops), "sdpa_per_sample"
-            return one_step(model, way, optimizer, dtype)
-    finally:
-        model.clock, model.attention = seconds, attention
-
-
-def one_step(model: PackedLlava, way: Way, optimizer: torch.optim.Optimizer, dtype: torch.dtype) -> dict[str, float]:
-    """Seconds, or what the model's clock counts, by part. Autocast ends with the loss, as in training: it holds copies
-    of trained weights."""
-    clock = model.clock
-    assert clock is not None, "a step runs under the clock"
-    with torch.autocast(model.device.type, dtype=dtype, enabled=dtype != torch.float32):
-        loss = way.loss()
-    with clock.part("backward"):
-        loss.backward()
-    with clock.part("optimizer"):
-        optimizer.step()
-        optimizer.zero_grad()
+def one_step(
+    model: PackedLlava, way: Way, optimizer: torch.optim.Optimizer, dtype: torch.dtype, clock: Clock
+) -> dict[str, float]:
+    """Seconds, or what the clock counts, by part. Autocast ends with the loss, as in training: it holds copies of
+    trained weights."""
+    with model.executed(clock=clock), way.context():
+        with torch.autocast(model.device.type, dtype=dtype, enabled=dtype != torch.float32):
+            loss = way.loss(clock)
+        with clock.part("backward"):
+            loss.backward()
+        with clock.part("optimizer"):
+            optimizer.step()
+            optimizer.zero_grad()
     return clock.lap()

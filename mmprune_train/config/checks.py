@@ -6,8 +6,10 @@ concerns the pruner alone is in `pruner.py`.
 
 from __future__ import annotations
 
+import dataclasses
 import math
 import re
+from keyword import iskeyword
 from typing import Any
 
 from mmprune_train.config.explain import unknown_name
@@ -24,7 +26,15 @@ from mmprune_train.config.pruner import (
     stage_one_scores,
 )
 from mmprune_train.config.ranges import check_folder_name, check_values
-from mmprune_train.config.schema import STAGES, Config, EncoderConfig, LlmConfig, OptimConfig, StageConfig, WheelConfig
+from mmprune_train.config.schema import (
+    Config,
+    DataConfig,
+    EncoderConfig,
+    LlmConfig,
+    OptimConfig,
+    StageConfig,
+    WheelConfig,
+)
 from mmprune_train.config.task_schema import ReportConfig, SweepConfig
 from mmprune_train.config.values import one_of
 from mmprune_train.errors import UserError
@@ -47,6 +57,9 @@ DEVICES = (
 )  # fmt: skip
 """Names of `plan.device`."""
 DIRECTIONS = ("maximize", "minimize")
+TAKEN = {*dir(DataConfig), *(item.name for item in dataclasses.fields(DataConfig))} - {"pretrain", "instruct"}
+TAKEN |= {"bench", "calibrate", "check_data", "export", "generate", "inspect", "plan", "prepare", "report", "stages"}
+"""What no training stage can be called: other keys of `data`, other folders of a run, and `stages` beside `stage`."""
 
 
 def check(config: Config) -> None:
@@ -59,6 +72,8 @@ def check(config: Config) -> None:
     check_knee("knee", config.knee)
     check_pruner(config.pruner)
     check_pruner_fits(config)
+    if not config.ckpt:  # else the stages are those of its run
+        check_stage_names(config)
     _check_stages(config)
     _check_peft(config)
     check_optim(config.optim)
@@ -131,22 +146,32 @@ def check_pruner_fits(config: Config) -> None:
         pruned_layers(language, depth)
 
 
+def check_stage_names(config: Config) -> None:
+    """Raise UserError where a key names a training stage that `stage` does not have."""
+    named = {"stages": config.stages, "calibrate.split": [config.calibrate.split]}
+    named["bench.stage"] = [config.bench.stage] if config.bench.stage else []
+    read = ("stages", f"{config.task}.stage", f"{config.task}.split")
+    for key, names in named.items():
+        for name in names if key in read else ():
+            if name not in config.stage:
+                raise UserError(f"{unknown_name(key, name, config.stage)}, or choose a stage= that has it")
+
+
 def _check_stages(config: Config) -> None:
     for name in config.stage:
-        if name not in STAGES:
-            raise UserError(unknown_name("stage", name, STAGES))
+        if not name.isidentifier() or iskeyword(name) or name in TAKEN:
+            raise UserError(
+                f"stage.{name}: a training stage is a folder of its run and a key of data; name it otherwise, in "
+                "letters, digits and _"
+            )
+    stages = [name for name in config.stages if name in config.stage or not config.ckpt]
     if not config.stages:
-        raise UserError(f"stages is empty: name one or both of {', '.join(STAGES)}")
-    for name in config.stages:
-        if name not in STAGES:
-            raise UserError(unknown_name("stages", name, STAGES))
-        if name not in config.stage:
-            raise UserError(f"stages names {name}, but stage.{name} is not set: choose a stage group that has it")
-    if [name for name in STAGES if name in config.stages] != config.stages:
-        raise UserError(f"stages={config.stages} must be in order and without repeats: {', '.join(STAGES)}")
-    for name in config.stages:
+        raise UserError(f"stages is empty: name some of {', '.join(config.stage) or 'those that a stage= has'}")
+    if stages != [name for name in config.stage if name in stages]:
+        raise UserError(f"stages={config.stages} must be in order and without repeats: {', '.join(config.stage)}")
+    for name in stages:
         _check_stage(config, name, config.stage[name])
-        if config.task == "train" and getattr(config.data, name).annotations is None:
+        if config.task == "train" and config.data.part(name).annotations is None:
             raise UserError(f"data.{name}.annotations is not set, and stage {name} needs it: {config.data.how_to_get}")
 
 
@@ -232,7 +257,7 @@ def _check_peft(config: Config) -> None:
         )
     users = [name for name, stage in stages.items() if stage.use_peft]
     if not users:
-        raise UserError(f"peft={peft.name}, but no stage uses it: set stage.instruct.use_peft=true")
+        raise UserError(f"peft={peft.name}, but no stage uses it: set stage.{list(stages)[-1]}.use_peft=true")
     for name in users:
         if not stages[name].train_llm:
             raise UserError(f"stage.{name} puts adapters on a frozen LLM: set stage.{name}.train_llm=true")
@@ -289,13 +314,10 @@ def _check_bench(config: Config) -> None:
         raise UserError(f"bench.measure is empty: name some of {', '.join(BENCHED)}")
     if not settings.pruners:
         raise UserError("bench.pruners is empty: name what to measure, e.g. bench.pruners=[none,twostage]")
-    if settings.stage is not None:
-        one_of("bench.stage", settings.stage, tuple(config.stage))
 
 
 def _check_calibrate(config: Config) -> None:
     settings = config.calibrate
-    one_of("calibrate.split", settings.split, STAGES)
     one_of("calibrate.measure", settings.measure, ("vision", "layer_mean"))
     for name in settings.budgets:
         one_of("calibrate.budgets", name, KNEE_METHODS)
@@ -311,11 +333,6 @@ def _check_calibrate(config: Config) -> None:
                 f"pruner.vision.{key}={name}: task=calibrate does not know what it keeps for which parameter; choose "
                 "another, and see what yours keeps in the keep_ratio of task=evaluate"
             )
-    if config.task == "calibrate" and settings.split not in config.stage:
-        raise UserError(
-            f"calibrate.split={settings.split}, but stage.{settings.split} is not set: it says how images and samples "
-            "are prepared; choose the other split, or a stage group that has it"
-        )
 
 
 def check_sweep(sweep: SweepConfig) -> None:

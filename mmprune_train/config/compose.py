@@ -23,7 +23,7 @@ from mmprune_train.config.launchers import register_launchers
 from mmprune_train.config.paths import conf_dir, options
 from mmprune_train.config.pruner import check_pruner
 from mmprune_train.config.pruner_schema import KneeConfig, PrunerConfig
-from mmprune_train.config.schema import Config
+from mmprune_train.config.schema import Config, DataConfig, data_config
 from mmprune_train.config.sweepers import register_sweepers
 from mmprune_train.config.typed import literal, readable
 from mmprune_train.errors import UserError
@@ -34,12 +34,19 @@ SCHEMA_NAME = "mmprune_schema"
 """Name of the typed tree in Hydra's ConfigStore; the first entry of `conf/config.yaml`'s defaults list."""
 
 
+def schema() -> DictConfig:
+    """The typed tree. `data` takes parts of any name, of which `_typed` lets those of the training stages stay."""
+    tree = OmegaConf.structured(Config)
+    OmegaConf.set_struct(tree.data, False)
+    return tree
+
+
 @functools.cache
 def register_schema() -> None:
     """Put the typed tree, the name of a sweep and the defaults of launchers and sweepers where Hydra looks for them."""
     from hydra.core.config_store import ConfigStore
 
-    ConfigStore.instance().store(name=SCHEMA_NAME, node=Config, provider="mmprune_train")
+    ConfigStore.instance().store(name=SCHEMA_NAME, node=schema(), provider="mmprune_train")
     OmegaConf.register_new_resolver("sweep_name", sweep_name, use_cache=True, replace=True)  # cached: a job has its own
     OmegaConf.register_new_resolver("with_data", with_data, replace=True)
     register_launchers()
@@ -64,7 +71,11 @@ def config_from(cfg: DictConfig) -> Config:
 
 def _typed(cfg: DictConfig) -> Config:
     try:
-        _refuse_extra_keys(cfg)
+        stages = tuple(map(str, cfg.stage))
+        _refuse_extra_keys(cfg, stages)
+        if (data := data_config(stages)) is not DataConfig:
+            parts = {"data": OmegaConf.to_container(cfg.data)}
+            cfg.data = OmegaConf.merge({"data": OmegaConf.structured(data)}, parts).data
         config = OmegaConf.to_object(cfg)
     except OmegaConfBaseException as error:
         raise UserError(explain(error)) from error
@@ -73,15 +84,15 @@ def _typed(cfg: DictConfig) -> Config:
     return config
 
 
-def _refuse_extra_keys(cfg: DictConfig, prefix: str = "") -> None:
+def _refuse_extra_keys(cfg: DictConfig, stages: tuple[str, ...], prefix: str = "") -> None:
     # Hydra's `+key=value` adds keys even to a typed tree, so a typo behind a plus would go unnoticed.
-    known = set(all_keys())
+    known = set(all_keys(stages))
     for key in map(str, cfg):
         name = prefix + key
         if name not in known:
-            raise UserError(unknown_key(name))
+            raise UserError(unknown_key(name, stages))
         if not name.endswith(".arch") and not OmegaConf.is_missing(cfg, key) and OmegaConf.is_dict(cfg[key]):
-            _refuse_extra_keys(cfg[key], f"{name}.")
+            _refuse_extra_keys(cfg[key], stages, f"{name}.")
 
 
 def compose_config(overrides: list[str]) -> Config:
@@ -114,7 +125,7 @@ def config_from_file(path: Path) -> Config:
         written = OmegaConf.to_container(OmegaConf.create(read_yaml(path)))
         if isinstance(written, dict) and isinstance(written.get("pruner"), dict):
             written["pruner"] = as_saved(written["pruner"])
-        merged = OmegaConf.merge(OmegaConf.structured(Config), OmegaConf.create(literal(written)))
+        merged = OmegaConf.merge(schema(), OmegaConf.create(literal(written)))
     except UserError:
         raise
     except (OmegaConfBaseException, OverflowError) as error:

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Union, get_args, get_origin, get_type_hints
 
 from mmprune_train.config.paths import options
-from mmprune_train.config.schema import STAGES, Config
+from mmprune_train.config.schema import Config, data_config
 from mmprune_train.config.typed import command_line, quoted
 from mmprune_train.errors import UserError
 from mmprune_train.storage.user_files import reason_of
@@ -39,9 +39,13 @@ def unknown_name(what: str, word: str, known: Iterable[str]) -> str:
     return f"{what}={word}: there is no such option{nearest(word, names)} (one of {', '.join(names)})"
 
 
-def unknown_key(key: str) -> str:
-    """A line for a key that the schema does not have, with the most likely one that it has."""
-    keys = [*all_keys(), *_PLUS_GROUPS]
+LLAVA = ("pretrain", "instruct")
+"""Training stages, where no config is at hand that lists them."""
+
+
+def unknown_key(key: str, stages: tuple[str, ...] = LLAVA) -> str:
+    """A line for a key that the schema does not have, with the most likely one that it has for these stages."""
+    keys = [*all_keys(stages), *_PLUS_GROUPS]
     head, last = key.split(".", 1)[0], key.rsplit(".", 1)[-1]
     found = difflib.get_close_matches(key, [k for k in keys if not key.startswith(f"{k}.")], n=1, cutoff=0.6)
     if not found or found[0].rsplit(".", 1)[-1] != last:
@@ -52,8 +56,8 @@ def unknown_key(key: str) -> str:
 
 
 @functools.cache
-def all_keys(cls: type = Config, prefix: str = "") -> tuple[str, ...]:
-    """Dotted names of every key of a config dataclass; `stage` is spelt out for each of its stages."""
+def all_keys(stages: tuple[str, ...] = LLAVA, cls: type = Config, prefix: str = "") -> tuple[str, ...]:
+    """Dotted names of every key of a config dataclass; `stage` and `data` are spelt out for these training stages."""
     keys: list[str] = []
     hints = get_type_hints(cls)
     for item in dataclasses.fields(cls):
@@ -61,12 +65,21 @@ def all_keys(cls: type = Config, prefix: str = "") -> tuple[str, ...]:
         keys.append(name)
         if get_origin(hint) in (Union, types.UnionType):
             hint = next(part for part in get_args(hint) if part is not type(None))
+        if name == "data":
+            hint = data_config(stages)
         if dataclasses.is_dataclass(hint):
-            keys += all_keys(hint, f"{name}.")  # type: ignore[arg-type]
+            keys += all_keys(stages, hint, f"{name}.")  # type: ignore[arg-type]
         elif get_origin(hint) is dict and dataclasses.is_dataclass(get_args(hint)[1]):
-            for stage in STAGES:
-                keys += [f"{name}.{stage}", *all_keys(get_args(hint)[1], f"{name}.{stage}.")]
+            for stage in stages:
+                keys += [f"{name}.{stage}", *all_keys(stages, get_args(hint)[1], f"{name}.{stage}.")]
     return tuple(keys)
+
+
+def _stages_of(error: BaseException | None) -> tuple[str, ...]:
+    """The training stages of the tree that an error of OmegaConf is about."""
+    node = getattr(error, "parent_node", None)
+    stages = () if node is None else node._get_root().get("stage") or ()
+    return tuple(map(str, stages)) or LLAVA
 
 
 _RIGHTS = "let this user in there, or name another place: runs_dir=, of the cache the variable MMPRUNE_CACHE"
@@ -174,7 +187,11 @@ def explain(error: BaseException) -> str:
         return f"{match.group(1)}.yaml: {explain(cause)}"
     if match := re.search(r"Could not override '([^']+)'", text):
         key = match.group(1)
-        return f"{key}=...: write it with a plus, +{key}=NAME" if key in _PLUS_GROUPS else unknown_key(key)
+        return (
+            f"{key}=...: write it with a plus, +{key}=NAME"
+            if key in _PLUS_GROUPS
+            else unknown_key(key, _stages_of(cause))
+        )
     if match := re.search(r"An item is already at '([^']+)'", text):
         return f"+{match.group(1)}: the key exists already; write it without the plus"
     if match := re.search(r"Multiple values for (\S+?)\.", text):
@@ -196,7 +213,7 @@ def explain(error: BaseException) -> str:
         return f"{override}: not readable as KEY=VALUE; put quotes around special characters: {how}"
     full_key = getattr(error, "full_key", None)
     if full_key and re.search(r"not in '|not in struct", text):
-        return unknown_key(str(full_key))
+        return unknown_key(str(full_key), _stages_of(error))
     line = _first_line(text) or _reason(cause)
     return f"{full_key}: {line}" if full_key and str(full_key) not in line else line
 
@@ -205,6 +222,8 @@ def _reason(cause: BaseException | None) -> str:
     line = _first_line(str(cause))
     if "is not a ListConfig" in line:
         return "a list is needed, written [a,b]"
+    if "dict is not a subclass of StageConfig" in line:
+        return "a further training stage is written in a YAML file of the stage group (docs/stages.md)"
     return line or type(cause).__name__
 
 

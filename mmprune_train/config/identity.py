@@ -9,7 +9,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from mmprune_train.config.schema import STAGES, Config
+from mmprune_train.config.schema import Config
 from mmprune_train.config.typed import command_line
 from mmprune_train.secrets import masked, masked_settings, note_arguments
 
@@ -85,7 +85,7 @@ def run_of(ckpt: str | None) -> Path | None:
     folder = Path(ckpt).expanduser()
     here = folder.absolute()  # `model`, given from within the run
     runs = [folder]
-    if here.name in STAGES:
+    if (here / "metrics.jsonl").is_file() or (here / "model").is_dir():
         runs.append(folder.parent if len(folder.parts) > 1 else here.parent)
     if here.name == "model":
         runs.append(folder.parent.parent if len(folder.parts) > 2 else here.parent.parent)

@@ -6,7 +6,9 @@ Components receive these plain dataclasses (or their fields), never a Hydra obje
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields, make_dataclass
+from functools import cache
+from keyword import iskeyword
 from typing import Any
 
 from mmprune_train.config.pruner_schema import KneeConfig, PrunerConfig
@@ -21,8 +23,6 @@ from mmprune_train.config.task_schema import (
     SweepConfig,
 )
 
-STAGES = ("pretrain", "instruct")
-"""LLaVA's training stages, in order; the keys of `stage` and of `data`."""
 FREEZE = "; to freeze a part set its train_ key to false"
 
 
@@ -136,6 +136,19 @@ class DataConfig:
     evaluate: SplitConfig = field(default_factory=SplitConfig)
     blind: str | None = None
     """Annotation file whose answers give the blind majority of each question; null: those of `instruct`."""
+
+    def part(self, name: str) -> SplitConfig:
+        """The samples of a training stage, or of `evaluate`."""
+        return getattr(self, name, None) or SplitConfig()
+
+
+@cache
+def data_config(stages: tuple[str, ...]) -> type[DataConfig]:
+    """DataConfig for these training stages: each has a part of its own name."""
+    known = {item.name for item in fields(DataConfig)}
+    named = [name for name in stages if name not in known and name.isidentifier() and not iskeyword(name)]
+    further = [(name, SplitConfig, field(default_factory=SplitConfig)) for name in named]
+    return make_dataclass("DataConfig", further, bases=(DataConfig,)) if further else DataConfig
 
 
 @dataclass
@@ -301,7 +314,8 @@ class Config:
     command continues."""
     runs_dir: str = "runs"
     seed: int = number(42, 0, 2**32 - 1)
-    stages: list[str] = field(default_factory=lambda: ["pretrain", "instruct"])
+    stages: list[str] = field(default_factory=list)
+    """Training stages to run, in the order of `stage`; all of them where the command does not say."""
     ckpt: str | None = None
     """For evaluate, generate, inspect, calibrate and bench: a run directory, an exported folder or a llava-hf folder.
     Of a run directory the last finished stage's model, or that of the last of `stages`, where they are named."""
@@ -326,6 +340,7 @@ class Config:
     pruner: PrunerConfig = field(default_factory=PrunerConfig)
     data: DataConfig = field(default_factory=DataConfig)
     stage: dict[str, StageConfig] = field(default_factory=dict)
+    """Training stages by name, in order; `data.NAME` are the samples of stage NAME. See docs/stages.md."""
     strategy: StrategyConfig = field(default_factory=StrategyConfig)
     peft: PeftConfig = field(default_factory=PeftConfig)
     optim: OptimConfig = field(default_factory=OptimConfig)

@@ -69,7 +69,7 @@ class CalibrateConfig:
     images: int = number(256, 1)
     """Different images to look at, drawn by `seed`; fewer where the split has fewer."""
     split: str = "instruct"
-    """`pretrain` or `instruct`: whose samples, template and image preparation; never the questions of evaluation."""
+    """Training stage whose samples, template and image preparation are taken; never the questions of evaluation."""
     measure: str = "vision"
     """`vision`: visual tokens that stage 1 leaves / dense ones; `layer_mean`: the keep ratio, tokens entering an LLM
     layer averaged over layers / dense tokens, with stage 2 in the loop."""

@@ -15,7 +15,8 @@ from transformers import PreTrainedTokenizerBase
 
 from mmprune_train.data.encode import tokenise
 from mmprune_train.data.records import IMAGE_PLACEHOLDER, Turn
-from mmprune_train.data.templates import Template, lead_spans
+from mmprune_train.data.spans import lead_spans
+from mmprune_train.data.templates import Template
 from mmprune_train.data.tokens import Pieces, special_pattern
 from mmprune_train.packed.sequence import Kind
 

@@ -11,7 +11,8 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from mmprune_train.data.records import IMAGE_PLACEHOLDER, Record
-from mmprune_train.data.templates import Span, Template
+from mmprune_train.data.spans import Span
+from mmprune_train.data.templates import Template
 from mmprune_train.errors import UserError
 from mmprune_train.packed.sequence import IGNORE, Kind
 

@@ -14,6 +14,7 @@ import torch
 from torch.utils.data import DataLoader, Dataset
 from transformers import PreTrainedTokenizerBase
 
+from mmprune_train.config.schema import StageConfig
 from mmprune_train.data.batch import Batch, Sample, collate
 from mmprune_train.data.dataset import ConversationDataset, Features
 from mmprune_train.data.images import ImageReader
@@ -100,47 +101,40 @@ def train_loader(
     tokenizer: PreTrainedTokenizerBase,
     reader: ImageReader,
     image_tokens: int,
-    max_length: int,
-    batch_size: int,
-    global_batch_size: int,
+    stage: StageConfig,
     seed: int,
     rank: int = 0,
     world: int = 1,
     num_workers: int = 0,
-    group_by_modality: bool = False,
-    samples_per_image: int = 1,
-    token_budget: int | None = None,
     visual_tokens: VisualTokens | None = None,
     features: Features | None = None,
 ) -> TrainLoader:
     """Micro-batches of one rank; see GlobalBatches for the order and ConversationDataset for the rest.
 
     Args:
-        batch_size: samples of a micro-batch, where there is no `token_budget`.
-        global_batch_size: samples of an optimizer step over all ranks; a multiple of batch_size x world, or, with a
-            budget, of `world`.
-        samples_per_image: up to so many samples of one image are kept in one micro-batch.
-        token_budget: tokens that a micro-batch lets into the LLM, see TokenSplit.
-        visual_tokens: how many of them an image has; None: that is estimated while training.
+        stage: sizes of a batch; `global_batch_size` is a multiple of batch_size x world, or, with a token budget, of
+            `world`.
+        visual_tokens: tokens that an image lets into the LLM, for that budget; None: estimated while training.
         features: of all images, where the feature cache is on.
     """
-    dataset = ConversationDataset(records, template, tokenizer, reader, image_tokens, max_length, features)
+    dataset = ConversationDataset(records, template, tokenizer, reader, image_tokens, stage.max_length, features)
     batches = GlobalBatches(
         len(records),
-        global_batch_size,
+        stage.global_batch_size,
         seed,
-        modality=[bool(record.images) for record in records] if group_by_modality else None,
+        modality=[bool(record.images) for record in records] if stage.group_by_modality else None,
         images=[tuple(record.images) or None for record in records],
-        samples_per_image=samples_per_image,
+        samples_per_image=stage.samples_per_image,
     )
     pin = torch.cuda.is_available()
-    if token_budget is None:
-        return TrainLoader(dataset, batches, EvenSplit(batches, batch_size), rank, world, num_workers, pin)
+    if (token_budget := stage.token_budget) is None:
+        return TrainLoader(dataset, batches, EvenSplit(batches, stage.batch_size), rank, world, num_workers, pin)
     kept = KeptTokens(image_tokens) if visual_tokens is None else None
     split = TokenSplit(batches, SampleLengths(dataset, visual_tokens), token_budget, world, kept)
-    if token_budget < max_length:  # else every sample fits
+    if token_budget < stage.max_length:  # else every sample fits
         if rank == 0:
-            print(f"token_budget={token_budget} < max_length={max_length}: reading {len(records)} lengths", flush=True)
+            below = f"token_budget={token_budget} < max_length={stage.max_length}"
+            print(f"{below}: reading {len(records)} lengths", flush=True)
         split.check()
     return TrainLoader(dataset, batches, split, rank, world, num_workers, pin, kept)
 

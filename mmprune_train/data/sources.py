@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from mmprune_train.config.schema import DataConfig, SplitConfig
+from mmprune_train.config.schema import DataConfig
 from mmprune_train.data import easy_vqa
 from mmprune_train.data.image_folder import ImageFolder
 from mmprune_train.errors import UserError
@@ -48,15 +48,15 @@ def prepare_data(data: DataConfig) -> dict[str, Any] | None:
 
 def image_folder(data: DataConfig, part: str) -> ImageFolder:
     """The image folder of a split, which need not be there."""
-    return ImageFolder(data_root(data) / Path(getattr(data, part).images).expanduser(), data.outside_images)
+    return ImageFolder(data_root(data) / Path(data.part(part).images).expanduser(), data.outside_images)
 
 
 def split_files(data: DataConfig, part: str) -> tuple[Path, ImageFolder]:
-    """(annotation file, image folder) of `pretrain`, `instruct` or `evaluate`.
+    """(annotation file, image folder) of a training stage, or of `evaluate`.
 
     Raises UserError that names the key and how to get the data where either is missing.
     """
-    split: SplitConfig = getattr(data, part)
+    split = data.part(part)
     remedy = data.how_to_get or f"set data.root and data.{part}.annotations"
     if not split.annotations:
         raise UserError(f"data.{part}.annotations is not set; name a file in LLaVA's format (docs/data.md)")

@@ -16,16 +16,16 @@ import difflib
 import json
 import re
 import secrets
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from itertools import takewhile
 from pathlib import Path
-from typing import Protocol
 
 from transformers import PreTrainedTokenizerBase
 
 from mmprune_train.data.records import IMAGE_PLACEHOLDER, Turn
-from mmprune_train.data.tokens import Rules, gap_of, rules_of, special_pattern
+from mmprune_train.data.spans import Span, lead_spans, question_spans
+from mmprune_train.data.tokens import gap_of, rules_of, special_pattern
 from mmprune_train.errors import UserError
 from mmprune_train.packed.sequence import Kind
 
@@ -36,16 +36,6 @@ TAG = re.compile(r"</?[^<>\s'\"]+>|\[/?[^\[\]\s'\"]+\]")
 """What templates look for in contents to write these differently: `</think>`, `<tool_response>`."""
 SAVED = re.compile(r"\{#- mmprune_train template (\w+):")
 """How a chat template begins that this module has written."""
-
-
-@dataclass(frozen=True)
-class Span:
-    """A piece of the rendered text. Special tokens in it become VISUAL or SPECIAL when it is not supervised."""
-
-    text: str
-    kind: Kind
-    turn: int
-    supervised: bool = False
 
 
 @dataclass(frozen=True)
@@ -60,30 +50,35 @@ class Marks:
     """What closes the question and opens the answer."""
 
 
-class Template(Protocol):
-    tokenizer: PreTrainedTokenizerBase
-    rules: Rules
-    marks: Marks | None
+class Template(ABC):
+    marks: Marks | None = None
     """None: a text has no parts to tell apart (`plain`)."""
-    end: str
+    end = ""
     """The special token that ends every answer; empty: none does (`plain`)."""
 
+    def __init__(self, tokenizer: PreTrainedTokenizerBase) -> None:
+        self.tokenizer = tokenizer
+        self.rules = rules_of(tokenizer)
+
+    @abstractmethod
     def spans(self, turns: Sequence[Turn]) -> list[Span]:
         """The conversation as spans, without the BOS that the tokenizer adds on its own."""
-        ...
 
     def prompt(self, question: str, n_images: int = 0, history: Sequence[Turn] = ()) -> str:
         """The text to generate from: `spans` up to where the last answer starts.
 
         `n_images` placeholders are put in front of a question that has none of its own.
         """
-        ...
+        if IMAGE_PLACEHOLDER not in question:
+            question = IMAGE_PLACEHOLDER * n_images + question
+        spans = self.spans([*history, Turn(question, "")])
+        last = max(index for index, span in enumerate(spans) if span.supervised)
+        return "".join(span.text for span in spans[:last])
 
 
 def get_template(name: str, tokenizer: PreTrainedTokenizerBase) -> Template:
     """The template `plain`, `v1` or `chat` for this tokenizer. Raises UserError for another name."""
-    kinds: dict[str, Callable[[PreTrainedTokenizerBase], Template]]
-    kinds = {"plain": PlainTemplate, "v1": _v1, "chat": _own}
+    kinds: dict[str, Callable[[PreTrainedTokenizerBase], Template]] = {"plain": PlainTemplate, "v1": _v1, "chat": _own}
     if name not in kinds:
         near = difflib.get_close_matches(name, kinds, 1) or ["chat"]
         raise UserError(f"unknown template {name!r}; did you mean {near[0]!r}? ({', '.join(kinds)})")
@@ -119,28 +114,7 @@ def _own(tokenizer: PreTrainedTokenizerBase) -> ChatTemplate:
     return ChatTemplate("chat", tokenizer, own)
 
 
-class _Rendered:
-    """What the templates share: the prompt is the spans before the last supervised one."""
-
-    def __init__(self, tokenizer: PreTrainedTokenizerBase) -> None:
-        self.tokenizer = tokenizer
-        self.rules = rules_of(tokenizer)
-
-    def spans(self, turns: Sequence[Turn]) -> list[Span]:
-        raise NotImplementedError
-
-    def prompt(self, question: str, n_images: int = 0, history: Sequence[Turn] = ()) -> str:
-        if IMAGE_PLACEHOLDER not in question:
-            question = IMAGE_PLACEHOLDER * n_images + question
-        spans = self.spans([*history, Turn(question, "")])
-        last = max(index for index, span in enumerate(spans) if span.supervised)
-        return "".join(span.text for span in spans[:last])
-
-
-class PlainTemplate(_Rendered):
-    marks: Marks | None = None
-    end = ""
-
+class PlainTemplate(Template):
     def spans(self, turns: Sequence[Turn]) -> list[Span]:
         if len(turns) != 1:
             raise UserError(f"the plain template takes one turn, found {len(turns)}; use template v1 or chat")
@@ -151,7 +125,7 @@ class PlainTemplate(_Rendered):
         ]
 
 
-class ChatTemplate(_Rendered):
+class ChatTemplate(Template):
     """A Jinja template, taken apart by rendering it around contents that cannot occur by chance.
 
     Args:
@@ -168,7 +142,7 @@ class ChatTemplate(_Rendered):
         self._tags = set(TAG.findall(jinja)) - {IMAGE_PLACEHOLDER}
         self._literals_of: dict[int, list[str]] = {}
         self._in_parts = self._takes_parts_alone()
-        self.marks: Marks | None = self._find_marks()
+        self.marks = self._find_marks()
         self._ending = self._find_ending()
         self.end = self._special.findall(self._ending)[-1] if self._ending else str(tokenizer.eos_token)
         ended = tokenizer(f"a{self.end}", add_special_tokens=False)["input_ids"]
@@ -192,7 +166,9 @@ class ChatTemplate(_Rendered):
             "ANSWER_END": json.dumps("" if self._ending else self.end),
             "ADDED_BOS": json.dumps(self._added_bos),
             "GAP": json.dumps(self._gap),
-            "BODY": GENERATION.sub(_condition, re.sub("\r\n?", "\n", self._jinja)).removesuffix("\n"),
+            "BODY": GENERATION.sub(
+                lambda tag: tag[1] + ("endif" if tag[2] else "if true"), re.sub("\r\n?", "\n", self._jinja)
+            ).removesuffix("\n"),
         }
         text = (FILES / "saved.jinja").read_text(encoding="utf-8").removesuffix("\n")
         return re.sub("|".join(parts), lambda found: parts[found[0]], text)
@@ -303,7 +279,8 @@ class ChatTemplate(_Rendered):
         _, first, between, second, _ = self._literals(2)
         generating = self._render_around(["question0"], ["user"], generate=True)[1]
         closes = {self._before_the_gap(text)[0] for text in (close, first, second, generating)}
-        opening = _distinct_suffix(_common_end(lead, between), closes, self._special)
+        common = next(lead[at:] for at in range(len(lead) + 1) if between.endswith(lead[at:]))
+        opening = _distinct_suffix(common, closes, self._special)
         if not opening or not all(closes):
             return None
         try:
@@ -313,16 +290,6 @@ class ChatTemplate(_Rendered):
         return Marks(system, opening, tuple(sorted(closes, key=len, reverse=True)))
 
 
-def _condition(tag: re.Match[str]) -> str:
-    return f"{tag[1]}endif" if tag[2] else f"{tag[1]}if true"
-
-
-def _common_end(first: str, second: str) -> str:
-    pairs = zip(reversed(first), reversed(second), strict=False)
-    length = sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], pairs))
-    return first[len(first) - length :]
-
-
 def _distinct_suffix(text: str, closes: set[str], special: re.Pattern[str]) -> str:
     """The shortest end of `text` that starts at a special token and tells a question from an answer."""
     for match in reversed(list(special.finditer(text))):
@@ -330,25 +297,3 @@ def _distinct_suffix(text: str, closes: set[str], special: re.Pattern[str]) -> s
         if not any(close.endswith(suffix) for close in closes):
             return suffix
     return text if not any(close.endswith(text) for close in closes) else ""
-
-
-def question_spans(question: str, turn: int) -> list[Span]:
-    """The images of a question first, each followed by a newline, then its words."""
-    images = question.count(IMAGE_PLACEHOLDER)
-    words = question.replace(IMAGE_PLACEHOLDER, "").strip()
-    placeholders = (IMAGE_PLACEHOLDER + "\n") * images
-    spans = [Span(placeholders if words else placeholders.rstrip("\n"), Kind.SPECIAL, turn)]
-    return [span for span in [*spans, Span(words, Kind.PROMPT, turn)] if span.text]
-
-
-def lead_spans(text: str, header: str, special: re.Pattern[str]) -> list[Span]:
-    """What stands before the first question: the header, the system text up to its end token, and the rest."""
-    spans = []
-    if header and text.startswith(header):
-        spans.append(Span(header, Kind.SPECIAL, 0))
-        text = text[len(header) :]
-    found = special.search(text)
-    words = text[: found.start()] if found else text
-    words = words.rstrip()
-    spans += [Span(words, Kind.PROMPT, 0), Span(text[len(words) :], Kind.SPECIAL, 0)]
-    return [span for span in spans if span.text]

@@ -14,9 +14,9 @@ from mmprune_train.config.compose import compose_config
 from mmprune_train.config.schema import Config, DataConfig, SplitConfig
 from mmprune_train.quiet import quiet
 from mmprune_train.training.inputs import stage_loader
+from mmprune_train.training.network import load_stage
 from mmprune_train.training.optim import adamw, parameter_groups
 from mmprune_train.training.precision import Precision
-from mmprune_train.training.run import load_stage
 
 NAME = "instruct"
 NEAR = 0.05

@@ -140,7 +140,7 @@ class SamplePasses:
         self, model: PackedLlava, packed: list[Batch], images: EncodedImages, dtype: torch.dtype, seed: int
     ) -> None:
         """Args:
-        model: taken over: its pruner and layers are changed.
+        model: taken over, in eval mode.
         packed: from `pack`.
         images: theirs.
         dtype: bfloat16 computes under autocast.
@@ -175,12 +175,12 @@ class SamplePasses:
         model, device = self.model, self.model.hf.lm_head.weight.device
         depth = len(self.layers)
         places = Pruner(settings).layers(depth)
-        model.pruner = Pruner(_in_numbers(settings, places))
-        # every layer behind the last one that prunes sees the same tokens
-        model.hf.model.language_model.layers = self.layers[: max(places, default=0) + 1]
         found: dict[str, list[Tensor]] = {name: [] for name in ("dense", "stage1", "stage2", "layer_mean")}
         torch.manual_seed(self.seed)
-        with torch.autocast(device.type, dtype=self.dtype, enabled=self.dtype != torch.float32):
+        # every layer behind the last one that prunes sees the same tokens
+        shorter = model.shortened(max(places, default=0) + 1)
+        half = torch.autocast(device.type, dtype=self.dtype, enabled=self.dtype != torch.float32)
+        with model.pruned_by(_in_numbers(settings, places)), shorter, half:
             cut = {name: self._cut(row).to("cpu") for row, name in enumerate(self.images.names)}
             for batch in progress(self.packed, title, lines=1):
                 patches = Patches.cat([cut[name] for name in batch.images]).to(device) if batch.images else None

@@ -94,7 +94,7 @@ def fill(
     again, with a line that says so.
 
     Args:
-        model: its frozen encoder makes the features; `vision_chunk` images at a time.
+        model: its frozen encoder makes the features; `execution.vision_chunk` images at a time.
         settings: of these features, from `feature_settings`. name: of the encoder, for people.
         root: the cache's folder, shared by all ranks.
         images: path -> who asks for it, for errors.
@@ -135,7 +135,7 @@ def fill(
                 writer.add(names, patches)
         return writer.written
 
-    size, patches = model.vision_chunk, model.config.image_seq_length
+    size, patches = model.execution.vision_chunk, model.config.image_seq_length
     if missing:
         written = ranks.each(lambda: encode(ranks.share(list(missing))))
         shards += [shard for found in written for shard in found]

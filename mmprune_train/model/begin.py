@@ -18,6 +18,7 @@ from mmprune_train.config.pruner import reads_text
 from mmprune_train.config.schema import Config
 from mmprune_train.model.arch import arch_config
 from mmprune_train.model.build import fresh, grown, load_llava, load_model, packed, put_together, vision_tower
+from mmprune_train.model.execution import Execution
 from mmprune_train.model.llava import PackedLlava
 from mmprune_train.model.question import QuestionEncoder, find_question_encoder, new_question_encoder
 from mmprune_train.model.tokenizer import load_tokenizer
@@ -38,7 +39,11 @@ from mmprune_train.model.weights.start import Start
 
 
 def begin(
-    config: Config, start: Start | None = None, dtype: torch.dtype = torch.float32, empty: bool = False
+    config: Config,
+    start: Start | None = None,
+    dtype: torch.dtype = torch.float32,
+    empty: bool = False,
+    template: str | None = None,
 ) -> tuple[PackedLlava, LlavaProcessor]:
     """The network and processor that a stage starts from, seeded by `config.seed` where parts of them are new.
 
@@ -48,13 +53,22 @@ def begin(
     Args:
         start: where the weights come from; None: the base weights.
         empty: on the meta device, to be given the weights of another process; a text tower is whole.
+        template: of the samples it is trained on; None: that it had before.
     Raises:
         UserError: weights are missing or do not fit.
     """
     if start is not None and start.own:
-        return load_model(start.path, pruner=config.pruner, dtype=dtype, text=config.encoder.text, empty=empty)
+        return load_model(
+            start.path,
+            pruner=config.pruner,
+            dtype=dtype,
+            text=config.encoder.text,
+            empty=empty,
+            template=template,
+            execution=Execution.of(config.trainer),
+        )
     hf, tokenizer = _network(config, start, dtype, empty)
-    return packed(config, hf, tokenizer, _question(config, start, dtype))
+    return packed(config, hf, tokenizer, _question(config, start, dtype), template)
 
 
 def _question(config: Config, start: Start | None, dtype: torch.dtype) -> QuestionEncoder | None:

@@ -30,6 +30,7 @@ from mmprune_train.data.templates import template_name
 from mmprune_train.errors import UserError
 from mmprune_train.model.arch import arch_config, described
 from mmprune_train.model.conversation import converse
+from mmprune_train.model.execution import Execution
 from mmprune_train.model.language import check_language_model
 from mmprune_train.model.llava import PackedLlava
 from mmprune_train.model.processor import load_processor
@@ -158,8 +159,12 @@ def make_processor(
     )
 
 
-def build_on_meta(config: Config) -> PackedLlava:
-    """The run's network without weights, from the config alone: for planning, and for testing 7B models on a laptop."""
+def build_on_meta(config: Config, tower: PreTrainedModel | None = None) -> PackedLlava:
+    """The run's network without weights, from the config alone: for planning, and for testing 7B models on a laptop.
+
+    Args:
+        tower: with its weights, in place of the config's without.
+    """
     vision, text = arch_config("encoder.arch", config.encoder.arch), arch_config("llm.arch", config.llm.arch)
     image_token = text.vocab_size
     text.vocab_size = -(-(text.vocab_size + 1) // VOCAB_MULTIPLE) * VOCAB_MULTIPLE
@@ -173,7 +178,8 @@ def build_on_meta(config: Config) -> PackedLlava:
             hf.model.multi_modal_projector.linear_2.requires_grad_(False)
         pruner = Pruner(config.pruner)
         question = question_encoder_on_meta(config.encoder) if pruner.reads_text else None
-        return PackedLlava(hf, pruner, template=config.llm.template, question=question)
+    hf.model.vision_tower = tower or hf.model.vision_tower
+    return PackedLlava(hf, pruner, None, config.llm.template, question, execution=Execution.of(config.trainer))
 
 
 def fresh(
@@ -208,16 +214,19 @@ def packed(
     hf: LlavaForConditionalGeneration,
     tokenizer: PreTrainedTokenizerBase,
     question: QuestionEncoder | None = None,
+    template: str | None = None,
 ) -> tuple[PackedLlava, LlavaProcessor]:
     """A Hugging Face LLaVA as the run walks it, and its processor.
 
     Args:
         question: the text tower, where stage 1 reads the question.
+        template: of the samples it is trained on; None: the LLM's own.
     """
-    processor = make_processor(config.encoder, tokenizer)
-    model = PackedLlava(hf, Pruner(config.pruner), vision_chunk=config.trainer.vision_chunk, question=question)
-    converse(model, processor, config.llm.template)
-    return model, processor
+    processor, own = make_processor(config.encoder, tokenizer), config.llm.template
+    template = template or own
+    annotate = converse(hf, processor, template, own)
+    pruner, execution = Pruner(config.pruner), Execution.of(config.trainer)
+    return PackedLlava(hf, pruner, annotate, template, question, annotate.words, execution), processor
 
 
 def load_llava(
@@ -261,6 +270,8 @@ def load_model(
     key: str = "",
     trust_components: bool = False,
     named: Mapping[str, str] = MappingProxyType({}),
+    template: str | None = None,
+    execution: Execution | None = None,
 ) -> tuple[PackedLlava, LlavaProcessor]:
     """A trained model and its processor, ready to call and to generate.
 
@@ -274,6 +285,8 @@ def load_model(
         key: the config key that gave `path`, for messages.
         trust_components: run the components (`module:function`) that the folder's settings name.
         named: those that may run anyway, by key: the user names them, too.
+        template: of the samples it is trained on; None: that it was saved with.
+        execution: how to compute.
     Raises:
         UserError: no such folder, one of another kind, its weights do not match its config key for key, or its settings
             name components that are not trusted.
@@ -301,6 +314,8 @@ def load_model(
     if chosen.reads_text:
         tower = TextTowerConfig(path=str(text)) if isinstance(text, str | Path) else text
         question = find_question_encoder(Path(folder), tower, dtype)
-    model = PackedLlava(hf, chosen, question=question)
-    converse(model, processor, saved.get("template") or _template_of(processor))
+    before = saved.get("template") or _template_of(processor)
+    template = template or before
+    annotate = converse(hf, processor, template, before)
+    model = PackedLlava(hf, chosen, annotate, template, question, annotate.words, execution)
     return (model if empty else model.to(device)).eval(), processor

@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from collections import defaultdict
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import contextmanager
 
 import torch
 
@@ -49,8 +49,3 @@ class Clock:
         if self._stack:
             self._seconds[self._stack[-1]] += now - self._since
         self._since = now
-
-
-def timed(clock: Clock | None, name: str) -> AbstractContextManager[None]:
-    """`clock.part(name)`, or nothing without a clock."""
-    return nullcontext() if clock is None else clock.part(name)

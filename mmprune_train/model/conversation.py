@@ -5,31 +5,34 @@ from __future__ import annotations
 import re
 from typing import Any
 
-from transformers import GenerationConfig
+from transformers import GenerationConfig, LlavaForConditionalGeneration
 
 from mmprune_train.data.annotate import Annotator
 from mmprune_train.data.templates import ChatTemplate, get_template, template_name
 from mmprune_train.data.tokens import add_no_eos
 from mmprune_train.errors import UserError
-from mmprune_train.model.llava import PackedLlava
 
 
-def converse(model: PackedLlava, processor: Any, template: str) -> None:
+def converse(hf: LlavaForConditionalGeneration, processor: Any, template: str, before: str = "plain") -> Annotator:
     """Let a model and its processor (in place) hold conversations in the format that `template` names.
 
     The processor gets the chat template that writes this format, the generation config the token that ends an answer.
-    `plain` asks nothing: with it they go on conversing as they did.
+
+    Args:
+        before: how they conversed so far, and go on to where `template` is `plain`, which asks nothing; where that is
+            `plain`, too, the processor's chat template says it.
+    Returns:
+        What reads such conversations, for the model.
     """
-    model.template = template
     tokenizer = processor.tokenizer
     add_no_eos(tokenizer)
-    spoken = get_template(template_name(processor.chat_template) if template == "plain" else template, tokenizer)
+    names = (template, before, template_name(processor.chat_template))
+    spoken = get_template(next(name for name in names if name != "plain"), tokenizer)
     assert isinstance(spoken, ChatTemplate)
     processor.chat_template = spoken.chat_template
-    annotate = Annotator(spoken, tokenizer, model.config.image_token_id)
-    model.annotate, model.words = annotate, annotate.words
-    _tidy(model.generation_config)
-    _stop_at(model.generation_config, int(tokenizer.convert_tokens_to_ids(spoken.end)))
+    _tidy(hf.generation_config)
+    _stop_at(hf.generation_config, int(tokenizer.convert_tokens_to_ids(spoken.end)))
+    return Annotator(spoken, tokenizer, hf.config.image_token_id)
 
 
 def _tidy(config: GenerationConfig) -> None:

@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import replace
 from functools import partial
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import LlavaConfig, LlavaForConditionalGeneration
 
 from mmprune_train.errors import UserError
-from mmprune_train.model.clock import Clock, timed
+from mmprune_train.model.execution import Execution
 from mmprune_train.model.language import looking
 from mmprune_train.model.question import Asked, Looks, QuestionEncoder
 from mmprune_train.model.vision import encode, features_of
@@ -22,6 +24,19 @@ from mmprune_train.pruning.budgets import poison
 from mmprune_train.pruning.scores import VisionView
 
 
+@contextmanager
+def swapped(owner: object, **values: Any) -> Iterator[None]:
+    """An object with other values of some attributes, as long as the context lasts."""
+    before = {name: getattr(owner, name) for name in values}
+    try:
+        for name, value in values.items():
+            setattr(owner, name, value)
+        yield
+    finally:
+        for name, value in before.items():
+            setattr(owner, name, value)
+
+
 class ImageSide:
     """What `PackedLlava` does with images, before its LLM; it owns the members below."""
 
@@ -29,29 +44,35 @@ class ImageSide:
     config: LlavaConfig
     pruner: Pruner
     question: QuestionEncoder | None
-    vision_chunk: int
-    least_passes: int
-    """Passes that the tower makes of a training batch at least, if need be of blank images: set where every rank must
-    run the same modules as often (ZeRO-3)."""
+    execution: Execution
     training: bool
     device: torch.device
-    clock: Clock | None
-    """Set by who times the parts of a pass."""
 
-    def select_patches(self, pixel_values: Tensor, asked: Asked | None = None) -> Patches:
-        """Stage 1 of images [I, 3, H, W]: a row for each image, or for each that `asked` has."""
+    def without_tower(self) -> AbstractContextManager[None]:
+        """The same network without its vision tower, as long as the context lasts: the tower stays where it is while
+        the rest goes to a device, and nothing can run it."""
+        return swapped(self.hf.model, vision_tower=nn.Module())
+
+    def select_patches(self, pixel_values: Tensor, asked: Asked | None = None, least_passes: int = 0) -> Patches:
+        """Stage 1 of images [I, 3, H, W]: a row for each image, or for each that `asked` has.
+
+        Args:
+            least_passes: passes that the tower makes in training at least, if need be of blank images: where every rank
+                must run the same modules as often (ZeRO-3).
+        """
         tower: Any = self.hf.model.vision_tower
+        size = self.execution.vision_chunk
         trained = torch.is_grad_enabled() and any(p.requires_grad for p in tower.parameters())
         parts = []
-        for number, chunk in enumerate(pixel_values.split(self.vision_chunk)):
-            with timed(self.clock, "vision"), torch.set_grad_enabled(trained):
+        for number, chunk in enumerate(pixel_values.split(size)):
+            with self.execution.timed("vision"), torch.set_grad_enabled(trained):
                 states, view = self.encode_images(chunk)
-            with timed(self.clock, "selection"):
-                parts.append(self.cut_images(states, view, asked, first=number * self.vision_chunk))
+            with self.execution.timed("selection"):
+                parts.append(self.cut_images(states, view, asked, first=number * size))
         patches = Patches.cat(parts)
         if self.training and torch.is_grad_enabled():
             nothing = None if asked is None else asked.nothing()
-            for _ in range(len(parts), self.least_passes):
+            for _ in range(len(parts), least_passes):
                 with torch.set_grad_enabled(trained):
                     states, view = self.encode_images(self._blank())
                 idle = self.cut_images(states, view, nothing)
@@ -133,11 +154,11 @@ class ImageSide:
         """[K, Dv] features that stage 1 leaves of images [I, 3, H, W], made tokens among them, before the projector."""
         return self.select_patches(pixel_values.to(self.device)).chosen
 
-    def absent_image(self) -> Tensor | None:
+    def absent_image(self, least_passes: int = 0) -> Tensor | None:
         """In training, a text-only batch runs the vision path on a blank image with zero weight, so that every rank
         runs the same modules each step whatever its samples (ZeRO-3 and DDP would hang otherwise)."""
         if not (self.training and torch.is_grad_enabled()):
             return None
         blank = self._blank()  # ZeRO-3 gathers a weight that is named
         asked = None if self.question is None else self.question.ask(Looks.unasked(1))  # first, as with images
-        return self.hf.model.multi_modal_projector(self.select_patches(blank, asked).chosen)
+        return self.hf.model.multi_modal_projector(self.select_patches(blank, asked, least_passes).chosen)

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import cache, cached_property, partial
+from functools import cache, cached_property
 from importlib import import_module
 from inspect import signature
 from typing import Any
@@ -46,9 +46,8 @@ class Borders:
         """
         length = sum(self.lengths)
         lengths = self.cu_seqlens.diff()
-        segment = torch.arange(len(lengths), device=lengths.device).repeat_interleave(
-            lengths, output_size=length
-        )  # [T]
+        samples = torch.arange(len(lengths), device=lengths.device)
+        segment = samples.repeat_interleave(lengths, output_size=length)  # [T]
         block = torch.arange(-(-length // BLOCK), device=segment.device)
         first, last = segment[block * BLOCK], segment[(block * BLOCK + BLOCK - 1).clamp(max=length - 1)]
         queries, keys = block[:, None], block[None]
@@ -112,8 +111,7 @@ def choose_backend(
         return chosen, "as trainer.attention asks"
     passed_over: list[str] = []
     for backend in BACKENDS:
-        reason = backend.missing(needs)
-        if reason is None:
+        if (reason := backend.missing(needs)) is None:
             return backend, "on a CPU" if device.type == "cpu" else "; ".join(passed_over) or "the fastest there is"
         passed_over.append(f"{backend.name}: {reason}")
     raise AssertionError("sdpa_per_sample runs anywhere")
@@ -133,37 +131,25 @@ def installed(module: str, name: str) -> tuple[Any, str | None]:
         return None, f"{module} cannot be imported ({lines[0] if lines else type(error).__name__})"
 
 
-def _flash_missing(needs: Needs, module: str, majors: range, widest: int, drops: bool) -> str | None:
-    return (
-        _half_on_gpu(needs, majors)
-        or _head_dim(needs, 8, widest)
-        or (None if drops else _without_dropout(needs))
-        or installed(module, "flash_attn_varlen_func")[1]
-    )
+def _flash(name: str, module: str, majors: range, widest: int, drops: bool) -> Backend:
+    def missing(needs: Needs) -> str | None:
+        reason = _half_on_gpu(needs, majors, widest) or (None if drops else _without_dropout(needs))
+        return reason or installed(module, "flash_attn_varlen_func")[1]
 
+    def run(query: Tensor, key: Tensor, value: Tensor, borders: Borders, scale: float, dropout: float) -> Tensor:
+        attend, reason = installed(module, "flash_attn_varlen_func")
+        assert reason is None, reason
+        out = attend(  # by name: the order differs between the versions, and between the releases of version 4
+            *_packed(query, key, value),
+            **dict.fromkeys(("cu_seqlens_q", "cu_seqlens_k"), borders.cu_seqlens),
+            **dict.fromkeys(("max_seqlen_q", "max_seqlen_k"), borders.longest),
+            softmax_scale=scale,
+            causal=True,
+            **({"dropout_p": dropout} if drops else {}),
+        )
+        return (out[0] if isinstance(out, tuple) else out)[None]  # version 4, and old releases of 3, add the logsumexp
 
-def _flash(
-    query: Tensor, key: Tensor, value: Tensor, borders: Borders, scale: float, dropout: float, module: str, drops: bool
-) -> Tensor:
-    attend, reason = installed(module, "flash_attn_varlen_func")
-    assert reason is None, reason
-    cu, longest = borders.cu_seqlens, borders.longest
-    out = attend(  # by name: the order differs between the versions, and between the releases of version 4
-        *_packed(query, key, value),
-        cu_seqlens_q=cu,
-        cu_seqlens_k=cu,
-        max_seqlen_q=longest,
-        max_seqlen_k=longest,
-        softmax_scale=scale,
-        causal=True,
-        **({"dropout_p": dropout} if drops else {}),
-    )
-    return (out[0] if isinstance(out, tuple) else out)[None]  # version 4, and older releases of 3, add the logsumexp
-
-
-def _flash_backend(name: str, module: str, majors: range, widest: int, drops: bool) -> Backend:
-    missing = partial(_flash_missing, module=module, majors=majors, widest=widest, drops=drops)
-    return Backend(name, missing, partial(_flash, module=module, drops=drops))
+    return Backend(name, missing, run)
 
 
 def _packed(*tensors: Tensor) -> list[Tensor]:
@@ -175,7 +161,7 @@ def _packed(*tensors: Tensor) -> list[Tensor]:
 
 
 def _varlen_missing(needs: Needs) -> str | None:
-    if reason := _half_on_gpu(needs, range(8, 99)) or _head_dim(needs, 8, 256) or _without_dropout(needs):
+    if reason := _half_on_gpu(needs, range(8, 99), 256) or _without_dropout(needs):
         return reason
     if not torch.backends.cuda.is_flash_attention_available():
         return "this torch is built without FlashAttention"
@@ -190,9 +176,8 @@ def _varlen(query: Tensor, key: Tensor, value: Tensor, borders: Borders, scale: 
     assert reason is None, reason
     cu, longest = borders.cu_seqlens, borders.longest
     grouped = query.shape[1] != key.shape[1]
-    causal = (-1, 0)
     q, k, v = _packed(query, key, value)
-    return attend(q, k, v, cu, cu, longest, longest, scale=scale, window_size=causal, enable_gqa=grouped)[None]
+    return attend(q, k, v, cu, cu, longest, longest, scale=scale, window_size=(-1, 0), enable_gqa=grouped)[None]
 
 
 # ---------------------------------------------------------------------- FlexAttention
@@ -280,14 +265,15 @@ def _sdpa(query: Tensor, key: Tensor, value: Tensor, borders: Borders, scale: fl
 # ---------------------------------------------------------------------- what kernels ask for
 
 
-def _half_on_gpu(needs: Needs, majors: range) -> str | None:
+def _half_on_gpu(needs: Needs, majors: range, widest: int) -> str | None:
     if needs.device.type != "cuda":
         return "needs a CUDA device"
     if needs.dtype not in HALF:
         return f"needs bf16 or fp16, not {str(needs.dtype).removeprefix('torch.')} (trainer.precision=bf16)"
     if needs.capability[0] not in majors:
-        newest = "or newer" if majors[-1] > 90 else f"to {majors[-1]}.x"
-        return _too_old(needs, f"{majors[0]}.0 {newest}")
+        return _too_old(needs, f"{majors[0]}.0 " + ("or newer" if majors[-1] > 90 else f"to {majors[-1]}.x"))
+    if needs.head_dim % 8 or needs.head_dim > widest:
+        return f"needs heads of a multiple of 8 features, at most {widest}, not {needs.head_dim}"
     return None
 
 
@@ -296,21 +282,15 @@ def _too_old(needs: Needs, wanted: str) -> str:
     return f"needs a GPU of compute capability {wanted}, this one has {major}.{minor}"
 
 
-def _head_dim(needs: Needs, multiple: int, widest: int) -> str | None:
-    if needs.head_dim % multiple or needs.head_dim > widest:
-        return f"needs heads of a multiple of {multiple} features, at most {widest}, not {needs.head_dim}"
-    return None
-
-
 def _without_dropout(needs: Needs) -> str | None:
     return f"has no attention dropout ({needs.dropout} in the LLM's config)" if needs.dropout else None
 
 
 BACKENDS = (
     # Early releases of version 4 refuse the backward pass over packed sequences on 9.x, which version 3 is made for.
-    _flash_backend("flash_4", "flash_attn.cute", range(10, 12), widest=128, drops=False),
-    _flash_backend("flash_3", "flash_attn_interface", range(9, 10), widest=256, drops=False),
-    _flash_backend("flash_2", "flash_attn", range(8, 99), widest=256, drops=True),
+    _flash("flash_4", "flash_attn.cute", range(10, 12), widest=128, drops=False),
+    _flash("flash_3", "flash_attn_interface", range(9, 10), widest=256, drops=False),
+    _flash("flash_2", "flash_attn", range(8, 99), widest=256, drops=True),
     Backend("torch_varlen", _varlen_missing, _varlen),
     Backend("flex", _flex_missing, _flex),
     Backend("cpu_flash", _cpu_flash_missing, _cpu_flash),

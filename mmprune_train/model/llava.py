@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager
 from dataclasses import asdict, replace
 from inspect import signature
 from pathlib import Path
@@ -20,12 +19,12 @@ from mmprune_train.config.pruner_schema import PrunerConfig
 from mmprune_train.errors import UserError
 from mmprune_train.model import attention
 from mmprune_train.model.cache import READ_ANEW, PrunedCache
-from mmprune_train.model.clock import Clock
+from mmprune_train.model.execution import Execution
 from mmprune_train.model.further_turns import check_turn, deciding, whole_trace
 from mmprune_train.model.generation import Generating, refuse_arguments, refuse_foreign
+from mmprune_train.model.images import swapped
 from mmprune_train.model.inputs import Annotate, first_of_equal, pack
 from mmprune_train.model.language import check_language_model
-from mmprune_train.model.loss import CHUNK
 from mmprune_train.model.packed_pass import PackedOutput, PackedPass
 from mmprune_train.model.question import FOLDER, QuestionEncoder, Words
 from mmprune_train.model.vision import deepest_feature, family_of, scored_block
@@ -47,9 +46,9 @@ class PackedLlava(Generating, PackedPass, PreTrainedModel, GenerationMixin):
         annotate: tells question text from role markers in a prompt's ids; needed where stage 2 is on, or stage 1 reads
             the question, and `forward` or `generate` is used.
         template: name of the conversation template the model was trained with, saved beside the pruner's settings.
-        vision_chunk: images per forward pass of the vision tower.
         question: CLIP's text tower; needed where stage 1 reads the question, and dropped elsewhere.
         words: what the LLM's ids say, for `question`.
+        execution: how to compute.
     """
 
     config_class = LlavaConfig
@@ -67,22 +66,18 @@ class PackedLlava(Generating, PackedPass, PreTrainedModel, GenerationMixin):
         pruner: Pruner,
         annotate: Annotate | None = None,
         template: str = "v1",
-        vision_chunk: int = 64,
         question: QuestionEncoder | None = None,
         words: Words | None = None,
+        execution: Execution | None = None,
     ) -> None:
         super().__init__(hf.config)
         self.hf = hf
         self.pruner = pruner
         self.annotate = annotate
         self.template = template
-        self.vision_chunk = vision_chunk
-        self.least_passes = 0
         self.question = question if pruner.reads_text else None
         self.words = words
-        self.attention = "auto"  # trainer.attention
-        self.logits_chunk = CHUNK
-        self.clock: Clock | None = None
+        self.execution = execution or Execution()
         self.last_pruning: PruningTrace | None = None
         self.generation_config = hf.generation_config
         language = hf.model.language_model
@@ -101,16 +96,19 @@ class PackedLlava(Generating, PackedPass, PreTrainedModel, GenerationMixin):
                 module.config = own
         own._attn_implementation = attention.NAME
 
-    @contextmanager
-    def pruned_by(self, settings: PrunerConfig) -> Iterator[None]:
+    def pruned_by(self, settings: PrunerConfig) -> AbstractContextManager[None]:
         """The same network with another pruner, as long as the context lasts; with the text tower where that reads."""
-        before = self.pruner, self.question
-        self.pruner = Pruner(settings)
-        self.question = before[1] if self.pruner.reads_text else None
-        try:
-            yield
-        finally:
-            self.pruner, self.question = before
+        pruner = Pruner(settings)
+        return swapped(self, pruner=pruner, question=self.question if pruner.reads_text else None)
+
+    def executed(self, **changes: Any) -> AbstractContextManager[None]:
+        """The same network computed in another way, as long as the context lasts; the fields of `Execution`."""
+        return swapped(self, execution=replace(self.execution, **changes))
+
+    def shortened(self, layers: int) -> AbstractContextManager[None]:
+        """The same network with its first decoder layers alone, as long as the context lasts."""
+        language = self.hf.model.language_model
+        return swapped(language, layers=language.layers[:layers])
 
     def _check_question(self) -> None:
         if self.question is None:

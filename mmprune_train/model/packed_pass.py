@@ -12,7 +12,6 @@ from torch.nn.functional import pad
 from mmprune_train.errors import UserError
 from mmprune_train.model.attention import Borders, backend_for
 from mmprune_train.model.cache import PrunedCache
-from mmprune_train.model.clock import timed
 from mmprune_train.model.images import ImageSide
 from mmprune_train.model.language import ScoringKeys, gathered, rotary
 from mmprune_train.model.loss import cross_entropy_sum
@@ -58,8 +57,6 @@ class PackedPass(ImageSide):
     """How a `PackedLlava` runs a packed sequence; it owns the members below."""
 
     words: Words | None
-    attention: str
-    logits_chunk: int
 
     def forward_packed(
         self,
@@ -67,6 +64,7 @@ class PackedPass(ImageSide):
         pixel_values: Tensor | None,
         cache: PrunedCache | None = None,
         patches: Patches | None = None,
+        least_passes: int = 0,
     ) -> PackedOutput:
         """Embed, prune, run the layers, and take the loss where there is a target.
 
@@ -79,6 +77,7 @@ class PackedPass(ImageSide):
             cache: filled with every layer's keys and values, for generation.
             patches: what stage 1 left of the images that `sequence.image` names, in place of `pixel_values`: the
                 encoder does not run, not even for a batch without images.
+            least_passes: as `select_patches` takes it.
         """
         dense, dense_visual = self._count(sequence)
         ids, asked, encoded = sequence.ids, None, 0
@@ -88,7 +87,7 @@ class PackedPass(ImageSide):
                 looks = looks_of(sequence, self.words)
                 sequence = replace(sequence, image=looks.row)
                 asked = self.question.ask(looks)
-            patches, encoded = self.select_patches(pixel_values, asked), len(pixel_values)
+            patches, encoded = self.select_patches(pixel_values, asked, least_passes), len(pixel_values)
         row = sequence.image
         if patches is not None:
             kept = patches.kept
@@ -104,7 +103,7 @@ class PackedPass(ImageSide):
             projected: Tensor | None = by_rows(self.hf.model.multi_modal_projector, patches.chosen)  # [K, D]
             row_of = (kept.flatten().cumsum(0) - 1).view_as(kept)  # [I, N]
         else:
-            projected, row_of = self.absent_image(), None
+            projected, row_of = self.absent_image(least_passes), None
         stage1, stage1_visual = self._count(sequence)
         trace = PruningTrace(dense, dense_visual, stage1, stage1_visual, encoded=encoded)
         trace.asked = asked.shape if asked is not None else (0, 0)
@@ -121,7 +120,7 @@ class PackedPass(ImageSide):
             sequence, hidden = self._run_layers(replace(sequence, entry=sequence.within()), hidden, trace, cache)
         supervised = (sequence.target != IGNORE).nonzero().squeeze(1)
         targets = upload(sequence.target[supervised], hidden.device)
-        loss_sum = cross_entropy_sum(self.hf.lm_head, take(hidden, supervised), targets, self.logits_chunk)
+        loss_sum = cross_entropy_sum(self.hf.lm_head, take(hidden, supervised), targets, self.execution.logits_chunk)
         return PackedOutput(hidden, sequence, row, trace, loss_sum, torch.tensor(len(supervised)))
 
     @staticmethod
@@ -156,7 +155,7 @@ class PackedPass(ImageSide):
                 states = hidden[tokens]
                 scoring, seen = (language.layers[index - 1], entered) if self.pruner.looks_back else (layer, hidden)
                 keys = ScoringKeys(scoring, seen[tokens].detach(), rotation[0][0, tokens], rotation[1][0, tokens])
-                with timed(self.clock, "selection"), gathered(scoring):
+                with self.execution.timed("selection"), gathered(scoring):
                     pruned = self.pruner.prune_tokens(sequence, states, keys, prune_before[index], self.training)
                     if self.training and not keys.ran:  # other ranks score: under ZeRO-3 all must run the same modules
                         keys(torch.zeros(1, dtype=torch.long))
@@ -202,7 +201,7 @@ class PackedPass(ImageSide):
         language = self.hf.model.language_model
         position = upload(pad(sequence.position, (0, spare)), hidden.device)[None]
         rotation = rotary(language, hidden[None], position)
-        backend, _ = backend_for(self.attention, language.config, hidden.device, hidden.dtype)
+        backend, _ = backend_for(self.execution.attention, language.config, hidden.device, hidden.dtype)
         borders = Borders(upload(cu_seqlens, hidden.device), lengths, backend)
         return hidden, position, rotation, borders, counts
 

@@ -21,41 +21,25 @@ from mmprune_train.pruning.scores import VisionView
 class Family:
     """How one of transformers' vision towers is laid out."""
 
-    embed: Callable[[Any, Tensor], Tensor]
-    """tower, pixels [I, 3, H, W] -> states [I, (1 +) N, D]."""
     layers: Callable[[Any], Sequence[nn.Module]]
     norm: str
     """Attribute of a layer: the norm before attention."""
     attention: str
     """Attribute of a layer: the module with q_proj and k_proj."""
-    has_cls: bool
+    has_cls: bool = True
+    embed: Callable[[Any, Tensor], Tensor] = lambda tower, pixels: tower.embeddings(pixels)
+    """tower, pixels [I, 3, H, W] -> states [I, (1 +) N, D]."""
+
+
+def _clip_states(tower: Any, pixels: Tensor) -> Tensor:
+    return tower.pre_layrnorm(tower.embeddings(pixels))
 
 
 FAMILIES: dict[str, Family] = {
-    "clip_vision_model": Family(
-        lambda tower, pixels: tower.pre_layrnorm(tower.embeddings(pixels)),
-        lambda tower: tower.encoder.layers,
-        "layer_norm1",
-        "self_attn",
-        True,
-    ),
-    "dinov2": Family(
-        lambda tower, pixels: tower.embeddings(pixels), lambda tower: tower.encoder.layer, "norm1", "attention", True
-    ),
-    "siglip_vision_model": Family(
-        lambda tower, pixels: tower.embeddings(pixels),
-        lambda tower: tower.encoder.layers,
-        "layer_norm1",
-        "self_attn",
-        False,
-    ),
-    "vit": Family(
-        lambda tower, pixels: tower.embeddings(pixels),
-        lambda tower: tower.layers,
-        "layernorm_before",
-        "attention",
-        True,
-    ),
+    "clip_vision_model": Family(lambda tower: tower.encoder.layers, "layer_norm1", "self_attn", embed=_clip_states),
+    "dinov2": Family(lambda tower: tower.encoder.layer, "norm1", "attention"),
+    "siglip_vision_model": Family(lambda tower: tower.encoder.layers, "layer_norm1", "self_attn", has_cls=False),
+    "vit": Family(lambda tower: tower.layers, "layernorm_before", "attention"),
 }
 """Laid out by `model_type`; SigLIP 2's fixed-resolution checkpoints are `siglip_vision_model`s, too."""
 

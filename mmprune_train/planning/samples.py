@@ -57,22 +57,25 @@ class Sketch(NamedTuple):
     answer: int
 
 
-LLAVA_PRETRAIN = (Sketch(558_128, 1, 1, 0, 16),)
-LLAVA_INSTRUCT = (
-    Sketch(57_669, 1, 4, 14, 60),  # LLaVA's conversations
-    Sketch(23_240, 1, 1, 14, 110),  # its descriptions
-    Sketch(76_803, 1, 1, 22, 130),  # its reasoning
-    Sketch(40_688, 0, 5, 60, 260),  # ShareGPT
-    Sketch(82_783, 1, 5, 16, 3),  # VQAv2
-    Sketch(72_140, 1, 13, 18, 3),  # GQA
-    Sketch(8_998, 1, 1, 18, 3),  # OKVQA
-    Sketch(80_000, 1, 5, 18, 6),  # OCR-VQA
-    Sketch(66_160, 1, 1, 60, 2),  # A-OKVQA
-    Sketch(21_953, 1, 1, 60, 14),  # TextCaps
-    Sketch(48_447, 1, 8, 24, 20),  # RefCOCO
-    Sketch(86_417, 1, 9, 24, 20),  # Visual Genome
-)
-"""The parts of `llava_v1_5_mix665k` by the sizes its authors publish; turns and lengths are rough guesses of ours."""
+LLAVA = {
+    "pretrain": (Sketch(558_128, 1, 1, 0, 16),),
+    "instruct": (
+        Sketch(57_669, 1, 4, 14, 60),  # LLaVA's conversations
+        Sketch(23_240, 1, 1, 14, 110),  # its descriptions
+        Sketch(76_803, 1, 1, 22, 130),  # its reasoning
+        Sketch(40_688, 0, 5, 60, 260),  # ShareGPT
+        Sketch(82_783, 1, 5, 16, 3),  # VQAv2
+        Sketch(72_140, 1, 13, 18, 3),  # GQA
+        Sketch(8_998, 1, 1, 18, 3),  # OKVQA
+        Sketch(80_000, 1, 5, 18, 6),  # OCR-VQA
+        Sketch(66_160, 1, 1, 60, 2),  # A-OKVQA
+        Sketch(21_953, 1, 1, 60, 14),  # TextCaps
+        Sketch(48_447, 1, 8, 24, 20),  # RefCOCO
+        Sketch(86_417, 1, 9, 24, 20),  # Visual Genome
+    ),
+}
+"""Samples of LLaVA-1.5's training stages, those of `llava_v1_5_mix665k` part by part, by the sizes its authors publish;
+turns and lengths are rough guesses of ours."""
 UNKNOWN = (Sketch(1, 1, 1, 20, 40),)
 
 
@@ -84,12 +87,12 @@ def stage_samples(config: Config, name: str, image_tokens: int, count: int) -> S
     Raises:
         UserError: the annotation file is there and holds a malformed sample among those drawn.
     """
-    split = getattr(config.data, name)
+    split = config.data.part(name)
     file = data_root(config.data) / Path(split.annotations or "").expanduser()
     if split.annotations and file.is_file():
         return _from_file(config, name, image_tokens, count, file)
-    known = config.data.name == "llava_v1_5"
-    kinds = (LLAVA_PRETRAIN if name == "pretrain" else LLAVA_INSTRUCT) if known else UNKNOWN
+    known = config.data.name == "llava_v1_5" and name in LLAVA
+    kinds = LLAVA[name] if known else UNKNOWN
     total = sum(kind.size for kind in kinds) if known else None
     what = "LLaVA-1.5's published mix with guessed text lengths" if known else "one image, 20 + 40 tokens of text"
     total = split.limit if total is None else min(total, split.limit or total)
@@ -100,7 +103,7 @@ def stage_samples(config: Config, name: str, image_tokens: int, count: int) -> S
 
 
 def _from_file(config: Config, name: str, image_tokens: int, count: int, file: Path) -> StageSamples:
-    split, stage = getattr(config.data, name), config.stage[name]
+    split, stage = config.data.part(name), config.stage[name]
     records = read_records(file, image_folder(config.data, name), split.limit)
     drawn = random.Random(config.seed).sample(records, min(count, len(records)))
     images = len({path for record in records for path in record.images})

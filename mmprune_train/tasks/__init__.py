@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import importlib
 from collections.abc import Callable, Sequence
+from dataclasses import fields
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from mmprune_train.config.explain import unknown_name
+from mmprune_train.config.schema import DataConfig
 from mmprune_train.config.typed import key_of
 from mmprune_train.errors import UserError
 
@@ -21,6 +23,7 @@ STARTS = ("init_from", "init_adapters")
 BUILT = ("encoder", "llm", "projector", "knee", "pruner", "data", "stage", "stages", "peft", *STARTS)
 TRAINED = (*BUILT, "strategy", "optim", "logger", "trainer", "evaluate", "restart")
 COMPUTED = ("trainer.accelerator", "trainer.precision", "trainer.attention", "trainer.vision_chunk")
+DATA_KEYS = {item.name for item in fields(DataConfig)}
 ORIENTATION = "data.exif_orientation"
 """Of the images that any task reads; no option of the group sets it."""
 DATA = ("data.name", "data.root", "data.source", "data.how_to_get", "data.outside_images", "data.instruct")
@@ -160,6 +163,8 @@ def check_keys(name: str, overrides: Sequence[str], sweeping: bool) -> None:
 
 def _covers(known: Sequence[str], key: str) -> bool:
     """Whether one of the known keys is the key, holds it, or lies in it: a group's option sets what is below it."""
+    if key.startswith("data.") and key.split(".")[1] not in DATA_KEYS:
+        key = "data.pretrain"  # samples of a further training stage
     return any(
         key == one or key.startswith(f"{one}.") or (one.startswith(f"{key}.") and one != ORIENTATION) for one in known
     )

@@ -46,8 +46,8 @@ from mmprune_train.tasks import unread
 from mmprune_train.tasks.checkpoint import Checkpoint, Results, find_checkpoint, load
 from mmprune_train.tasks.prepare import prepare_data
 from mmprune_train.training.inputs import stage_reader, template_of
+from mmprune_train.training.network import MATCHED_IMAGES, fit_projector
 from mmprune_train.training.precision import choose_accelerator, choose_precision
-from mmprune_train.training.run import MATCHED_IMAGES, fit_projector
 from mmprune_train.training.starts import start_of
 
 PRESET = "calibrated"
@@ -168,7 +168,7 @@ def load_subject(config: Config, pruner: PrunerConfig | None, found: Checkpoint 
 def measure(config: Config, subject: Subject) -> tuple[Report, EncodedImages]:
     """Draw the sample, encode its images once, and look at every budget."""
     asked, pruner = config.calibrate, subject.pruner
-    records = read_records(*split_files(config.data, asked.split), getattr(config.data, asked.split).limit)
+    records = read_records(*split_files(config.data, asked.split), config.data.part(asked.split).limit)
     drawn = draw_records(records, asked.images, config.seed)
     paths = {path: record.told for record in drawn for path in record.images}
     if not paths:
@@ -198,7 +198,6 @@ def sample_passes(
     """Passes over the drawn samples, packed as their stage trains them."""
     model, tokenizer = subject.model, subject.processor.tokenizer
     assert model is not None
-    model.attention = config.trainer.attention
     split = config.calibrate.split
     stage = config.stage[split]
     template = get_template(template_of(config, split), tokenizer)

@@ -12,7 +12,7 @@ from typing import Any
 
 from omegaconf import OmegaConf
 
-from mmprune_train.config.checks import check_pruner_fits
+from mmprune_train.config.checks import check_pruner_fits, check_stage_names
 from mmprune_train.config.compose import config_from_file
 from mmprune_train.config.identity import home_dir, run_dir, run_of
 from mmprune_train.config.pruner import components
@@ -21,6 +21,7 @@ from mmprune_train.config.schema import Config
 from mmprune_train.config.typed import command_line, key_of
 from mmprune_train.errors import UserError
 from mmprune_train.model.build import load_model
+from mmprune_train.model.execution import Execution
 from mmprune_train.model.weights.folders import model_folder
 from mmprune_train.quiet import quiet
 from mmprune_train.training.lock import publishing
@@ -28,7 +29,7 @@ from mmprune_train.training.precision import Precision, choose_accelerator, choo
 from mmprune_train.training.rundir import RunDirectory, free_name
 from mmprune_train.training.sources import changed_components
 
-KEPT = ("data", "encoder", "llm", "stage", "peft", "evaluate")
+KEPT = ("data", "encoder", "llm", "stage", "stages", "peft", "evaluate")
 """Sections of a run's own config that hold for it unless the command line says otherwise."""
 
 
@@ -66,6 +67,7 @@ def find_checkpoint(config: Config) -> Checkpoint:
     model = model_folder(config.ckpt or str(run), "ckpt")
     check_writable(run or home_dir(config))
     if run is None or not (run / "config.yaml").is_file():
+        check_stage_names(config)
         return Checkpoint(model, home_dir(config), config, pruner, oriented=oriented)
     trained = config_from_file(run / "config.yaml")
     if "stages" in given:
@@ -75,6 +77,7 @@ def find_checkpoint(config: Config) -> Checkpoint:
     stage = None if Path(model).resolve() == Path(model_folder(run)).resolve() else Path(model).parent.name
     pruner = None if pruner == trained.pruner else pruner
     settled = _settled(trained, config, given)
+    check_stage_names(settled)
     if pruner is not None:
         check_pruner_fits(settled)
     return Checkpoint(model, run, settled, pruner, trained, stage, oriented)
@@ -114,13 +117,13 @@ def load(found: Checkpoint) -> tuple[Any, Any, Precision]:
             key="ckpt",
             trust_components=found.config.trust_components,
             named=components(found.config.pruner),
+            execution=Execution.of(trainer),
         )
     if found.trained is not None:
         stage = Path(found.model).parent.name
         state = RunDirectory(found.home, writable=False).stage_state(stage)
         for component, file in changed_components(model.pruner.settings, state):
             print(f"note: {component}: {file} has changed since stage {stage} was trained with it", file=sys.stderr)
-    model.vision_chunk, model.attention = trainer.vision_chunk, trainer.attention
     choose_orientation(processor.image_processor, found.config.data.exif_orientation, found.oriented)
     return model, processor, precision
 

@@ -45,7 +45,7 @@ def _check_stages(config: Config, todo: Sequence[str], found: Found) -> None:
     from mmprune_train.model.peft import adapter_targets
     from mmprune_train.quiet import quiet
     from mmprune_train.training.inputs import stage_annotations, stage_extent, stage_loader
-    from mmprune_train.training.run import uses_adapters
+    from mmprune_train.training.network import uses_adapters
     from mmprune_train.training.starts import begins_anew, start_of
 
     directory = None if config.restart else RunDirectory(run_dir(config), writable=False)

@@ -77,15 +77,12 @@ def prepare_features(config: Config) -> dict[str, Report]:
         first = name if begins_anew(config, config.stages, name) else first
         alike.setdefault((first, config.stage[name].image_aspect_ratio), []).append(name)
     reports = {}
-    with quiet():
-        model = build_on_meta(config)
-    model.vision_chunk = config.trainer.vision_chunk
     for (begun, _), names in alike.items():
         with quiet():
             torch.manual_seed(config.seed)  # random weights are to be those of a run
             tower = tower_of(config, start_of(config, None, begun)).eval().requires_grad_(False)
-        store_frozen(tower, precision.dtype)
-        model.hf.model.vision_tower = tower
+            store_frozen(tower, precision.dtype)
+            model = build_on_meta(config, tower)
         images = askers([record for name in names for record in stage_records(config, name)])
         _, report = fill_for(config, names[0], model, images, precision.dtype, torch.device(accelerator))
         reports[" and ".join(names)] = report

@@ -7,6 +7,7 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from mmprune_train.config.checks import check_stage_names
 from mmprune_train.config.compose import config_from_file
 from mmprune_train.config.identity import run_dir, without_effect
 from mmprune_train.config.schema import Config
@@ -28,8 +29,7 @@ def run(config: Config) -> dict[str, Any]:
 
     Raises Preempted, with the exit code, where a signal asks the run to end.
     """
-    if unknown := [name for name in config.stages if name not in config.stage]:
-        raise UserError(f"stages: there is no stage {unknown[0]!r}; this run has {', '.join(config.stage)}")
+    check_stage_names(config)
     if config.restart and is_next_turn():
         config = replace(config, restart=False)  # this very command has made the run that it would move aside
     main = rank_here(config.trainer.devices) == 0

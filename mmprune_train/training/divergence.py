@@ -62,7 +62,7 @@ class Divergence(StepWatch):
     def on_step_end(self, trainer: pl.Trainer, pl_module: Any) -> None:
         if pl_module.applied:
             assert self.batch is not None
-            self.in_a_row, self.learnt = 0, (self.batch, pl_module.model.least_passes)
+            self.in_a_row, self.learnt = 0, (self.batch, pl_module.least_passes)
         else:
             self._pass_over(trainer, pl_module)
         if trainer.global_step == self.last and not self._still_finite(trainer, pl_module):
@@ -88,9 +88,9 @@ class Divergence(StepWatch):
         """Whether the newest update has left a loss that is finite, on the samples that it was made of: no step that
         was applied has looked at it."""
         assert self.learnt is not None
-        batch, module.model.least_passes = self.learnt
+        batch, module.least_passes = self.learnt
         with torch.no_grad(), trainer.precision_plugin.forward_context():
-            loss = module.model.forward_packed(batch.sequence, batch.pixel_values, patches=batch.patches).loss_sum
+            loss = module.forward(batch).loss_sum
         return not bool(trainer.strategy.reduce((~loss.isfinite()).int(), reduce_op="max"))
 
     def _told(self, trainer: pl.Trainer) -> str:

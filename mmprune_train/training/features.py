@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
 
 from mmprune_train.config.schema import Config
 from mmprune_train.data.records import Record
@@ -74,15 +72,3 @@ def stage_features(
     if trainer.is_global_zero:
         print(f"feature cache: {report.line()}; {report.folder}", flush=True)
     return features
-
-
-@contextmanager
-def without_tower(model: ImageSide) -> Iterator[None]:
-    """Take the vision tower out of the network: it stays where it is while the rest goes to the device, and nothing
-    can run it."""
-    tower = model.hf.model.vision_tower
-    model.hf.model.vision_tower = nn.Module()
-    try:
-        yield
-    finally:
-        model.hf.model.vision_tower = tower

@@ -31,7 +31,7 @@ def template_of(config: Config, name: str) -> str:
 
 def stage_annotations(config: Config, name: str) -> Annotations:
     """What stage `name` uses of its annotation file."""
-    return read_annotations(*split_files(config.data, name), getattr(config.data, name).limit)
+    return read_annotations(*split_files(config.data, name), config.data.part(name).limit)
 
 
 def stage_records(config: Config, name: str) -> list[Record]:
@@ -57,7 +57,7 @@ class Extent:
 
 def stage_extent(config: Config, name: str, data: Annotations) -> Extent:
     """What stage `name` sees of `data`, its annotation file."""
-    stage, limit, used = config.stage[name], getattr(config.data, name).limit, len(data.records)
+    stage, limit, used = config.stage[name], config.data.part(name).limit, len(data.records)
     size = stage.global_batch_size
     if size > used:
         limited = f", data.{name}.limit={limit}" if used < data.available else ""
@@ -108,23 +108,17 @@ def stage_loader(
         records: of the stage, where they have been read.
         features: of all its images, where the feature cache is on; then it is known what stage 1 leaves of them.
     """
-    stage = config.stage[name]
     return train_loader(
         stage_records(config, name) if records is None else records,
         get_template(template_of(config, name), tokenizer),
         tokenizer,
         stage_reader(config, name),
         image_tokens,
-        stage.max_length,
-        stage.batch_size,
-        stage.global_batch_size,
+        config.stage[name],
         config.seed,
         rank,
         world,
         config.trainer.num_workers,
-        stage.group_by_modality,
-        stage.samples_per_image,
-        stage.token_budget,
         whole_images(config.pruner, image_tokens) if features is None else features.kept,
         features,
     )

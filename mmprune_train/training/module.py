@@ -1,4 +1,4 @@
-"""The LightningModules: a loss that is one mean over the whole global batch, whatever it was split into."""
+"""The LightningModule of every training stage: its loss is one mean over the global batch, however that is split."""
 
 from __future__ import annotations
 
@@ -17,6 +17,7 @@ from mmprune_train.config.schema import OptimConfig
 from mmprune_train.data.batch import Batch, Place
 from mmprune_train.model.flops import StepFlops
 from mmprune_train.model.llava import PackedLlava
+from mmprune_train.model.packed_pass import PackedOutput
 from mmprune_train.pruning import PruningTrace
 from mmprune_train.pruning.schedule import pace
 from mmprune_train.training.freezing import Part
@@ -24,23 +25,9 @@ from mmprune_train.training.optim import NO_DECAY, adamw, parameter_groups, sche
 from mmprune_train.training.spread import Spreading
 
 TOTALS = (
-    "loss_sum",
-    "supervised",
-    "samples",
-    "dense",
-    "stage1",
-    "stage2",
-    "layer_mean",
-    "visual_dense",
-    "visual_stage1",
-    "visual_layer_mean",
-    "flops",
-    "micro_batches",
-    "overruns",
-    "held",
-    "samples_truncated",
-    "tokens_truncated",
-)
+    "loss_sum", "supervised", "samples", "dense", "stage1", "stage2", "layer_mean", "visual_dense", "visual_stage1",
+    "visual_layer_mean", "flops", "micro_batches", "overruns", "held", "samples_truncated", "tokens_truncated",
+)  # fmt: skip
 """What is summed over the micro-batches and ranks of one optimizer step; `held`: tokens that batches had room for."""
 
 UNFINISHED = 2**40
@@ -64,10 +51,9 @@ class MultimodalModule(pl.LightningModule):
     numbers of them.
     """
 
-    stage_name = "?"
-
     def __init__(
         self,
+        stage_name: str,
         model: PackedLlava,
         parts: list[Part],
         optim: OptimConfig,
@@ -76,6 +62,7 @@ class MultimodalModule(pl.LightningModule):
         token_budget: int | None = None,
     ) -> None:
         """Args:
+        stage_name: of the training stage.
         model: frozen as `freezing.freeze` left it.
         parts: that function's report; gives each part's peak learning rate.
         optim: optimizer and schedule.
@@ -84,6 +71,7 @@ class MultimodalModule(pl.LightningModule):
         token_budget: tokens that may enter the LLM, a rank and micro-batch; its use is measured.
         """
         super().__init__()
+        self.stage_name = stage_name
         self.model = model
         self.parts = parts
         self.optim = optim
@@ -102,6 +90,8 @@ class MultimodalModule(pl.LightningModule):
         self.broken_gradients: list[str] = []
         """Parts whose gradients are not finite, of a step that is not applied; DeepSpeed does not tell."""
         self.rate = 0.0
+        self.least_passes = 0
+        """Of the vision tower in each micro-batch of the step, as `forward_packed` takes it."""
 
     @property
     def _patches(self) -> int:
@@ -125,8 +115,8 @@ class MultimodalModule(pl.LightningModule):
                 total = torch.full((), place.supervised, device=self.device, dtype=torch.int64)
                 self.supervised = self.trainer.strategy.reduce(total, reduce_op="sum").clamp(min=1)
             if getattr(self.trainer.strategy, "zero_stage_3", False):
-                passes = torch.tensor(math.ceil(place.images / self.model.vision_chunk), device=self.device)
-                self.model.least_passes = int(self.trainer.strategy.reduce(passes, reduce_op="max"))
+                passes = torch.tensor(math.ceil(place.images / self.model.execution.vision_chunk), device=self.device)
+                self.least_passes = int(self.trainer.strategy.reduce(passes, reduce_op="max"))
             self.totals = dict.fromkeys(TOTALS, 0.0)
             self.spread = torch.zeros(2, dtype=torch.float64)
             self.loss_sum, self.norm, self.broken_gradients = 0.0, None, []
@@ -145,11 +135,16 @@ class MultimodalModule(pl.LightningModule):
     def optimizer_zero_grad(self, epoch: int, batch_idx: int, optimizer: torch.optim.Optimizer) -> None:
         """See `_accumulate`."""
 
+    def forward(self, batch: Batch) -> PackedOutput:
+        return self.model.forward_packed(
+            batch.sequence, batch.pixel_values, patches=batch.patches, least_passes=self.least_passes
+        )
+
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
         pruner = self.model.pruner
         now = pace(pruner.settings.schedule, batch.place.step, self.total_steps, f"{self.seed}/{self.stage_name}")
         with pruner.paced(now):
-            output = self.model.forward_packed(batch.sequence, batch.pixel_values, patches=batch.patches)
+            output = self.forward(batch)
         counts = output.trace.counts()
         for name in TOTALS:
             if name in counts:
@@ -287,18 +282,3 @@ def _spread(trace: PruningTrace, patches: int) -> Tensor:
     images = trace.dense_visual.double() / patches  # [B]
     squares = trace.stage1_visual.double() ** 2 / images.clamp(min=1)
     return torch.stack([(images > 0).sum().double(), squares.sum()])
-
-
-class PretrainModule(MultimodalModule):
-    """Stage one: align the projector on captions."""
-
-    stage_name = "pretrain"
-
-
-class InstructModule(MultimodalModule):
-    """Stage two: instruction tuning of the projector and the LLM, or of its adapters."""
-
-    stage_name = "instruct"
-
-
-MODULES: dict[str, type[MultimodalModule]] = {m.stage_name: m for m in (PretrainModule, InstructModule)}

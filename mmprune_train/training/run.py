@@ -11,21 +11,12 @@ from typing import Any
 
 import pytorch_lightning as pl
 import torch
-from torch import Tensor
 
 from mmprune_train.config.schema import Config, StageConfig
 from mmprune_train.data.sources import split_files
 from mmprune_train.errors import NotFinite, UserError
-from mmprune_train.model.attention import backend_for
-from mmprune_train.model.begin import begin
-from mmprune_train.model.conversation import converse
-from mmprune_train.model.language import checkpoint_layers, compile_layers
 from mmprune_train.model.llava import PackedLlava
-from mmprune_train.model.loss import loss_kernel
-from mmprune_train.model.peft import add_adapters, merge_adapters, save_adapters
-from mmprune_train.model.projector import match_features
-from mmprune_train.model.vision import check_patches
-from mmprune_train.model.weights.adapters import load_adapters
+from mmprune_train.model.peft import merge_adapters, save_adapters
 from mmprune_train.model.weights.files import pickled
 from mmprune_train.model.weights.start import Start
 from mmprune_train.quiet import quiet
@@ -38,8 +29,8 @@ from mmprune_train.training.checkpoint_files import STATE, check_written_by, dat
 from mmprune_train.training.checkpoints import Checkpoints, PlainFile
 from mmprune_train.training.cluster import environment
 from mmprune_train.training.divergence import Divergence, broken_tensors
-from mmprune_train.training.features import stage_features, without_tower
-from mmprune_train.training.freezing import Part, freeze, freezing_table, image_side, store_frozen
+from mmprune_train.training.features import stage_features
+from mmprune_train.training.freezing import freezing_table, image_side
 from mmprune_train.training.inputs import (
     spread_images,
     spread_paths,
@@ -47,10 +38,18 @@ from mmprune_train.training.inputs import (
     stage_extent,
     stage_image_processor,
     stage_loader,
-    template_of,
 )
 from mmprune_train.training.loggers import build_loggers, open_loggers
-from mmprune_train.training.module import MODULES
+from mmprune_train.training.module import MultimodalModule
+from mmprune_train.training.network import (
+    MATCHED_IMAGES,
+    fit_projector,
+    kernel_lines,
+    load_stage,
+    match_projector,
+    named,
+    uses_adapters,
+)
 from mmprune_train.training.precision import Precision, choose_accelerator, choose_precision
 from mmprune_train.training.preemption import EndWhenAsked, Preemption
 from mmprune_train.training.processes import ranks_of
@@ -61,9 +60,6 @@ from mmprune_train.training.strategies import build_strategy, start_processes
 from mmprune_train.training.stream import BatchStream
 from mmprune_train.training.throughput import STARVED, peak
 
-MATCHED_IMAGES = 64
-"""Images that `projector.init=matched` measures features on."""
-
 
 def run_stage(
     config: Config, name: str, run: RunDirectory, start_from: Start | None, preemption: Preemption | None = None
@@ -72,7 +68,7 @@ def run_stage(
 
     Args:
         config: the run's config.
-        name: `pretrain` or `instruct`.
+        name: of the stage.
         run: the run directory; the newest checkpoint in it is continued.
         start_from: the weights to start from; None: the base weights.
         preemption: hears the signals that ask the run to end; None: they are not heard.
@@ -121,22 +117,14 @@ def run_stage(
         else:
             fit_projector(model, features.read([path for path, _ in spread_paths(records, MATCHED_IMAGES)]).chosen)
     stream = BatchStream(loader, steps)
-    module = MODULES[name](model, parts, config.optim, steps, config.seed, stage.token_budget)
+    module = MultimodalModule(name, model, parts, config.optim, steps, config.seed, stage.token_budget)
     limit = peak(trainer.strategy.root_device, precision.dtype)
     metrics = MetricsWriter(folder / "metrics.jsonl", stream, limit.tflops)
-    saves = Checkpoints(
-        folder / "checkpoints",
-        metrics,
-        strategy,
-        steps,
-        config.trainer.checkpoint_every_steps,
-        config.trainer.save_every_minutes,
-        config.trainer.keep_checkpoints,
-        config.trainer.keep_best,
-    )
-    divergence = Divergence(
-        folder / "checkpoints", steps, config.trainer.on_nonfinite == "skip", config.trainer.max_nonfinite_steps
-    )
+    own = config.trainer
+    every, keep = (own.checkpoint_every_steps, own.save_every_minutes), (own.keep_checkpoints, own.keep_best)
+    saves = Checkpoints(folder / "checkpoints", metrics, strategy, steps, *every, *keep)
+    skip = config.trainer.on_nonfinite == "skip"
+    divergence = Divergence(folder / "checkpoints", steps, skip, config.trainer.max_nonfinite_steps)
     trainer.callbacks += [divergence, metrics, progress(name, steps, config.trainer.log_every, metrics), saves]
     if preemption is not None:
         trainer.callbacks.append(EndWhenAsked(preemption, saves))
@@ -153,7 +141,7 @@ def run_stage(
     run.update_stage(name, state="running", steps=steps, data=source, components=components)
     began = time.perf_counter()
     state = resume and resume / STATE
-    with quiet(), data_alone(), open_loggers(loggers), nullcontext() if features is None else without_tower(model):
+    with quiet(), data_alone(), open_loggers(loggers), nullcontext() if features is None else model.without_tower():
         try:
             trainer.fit(module, train_dataloaders=stream, ckpt_path=state, weights_only=True if state else None)
         except UserError as error:
@@ -193,34 +181,6 @@ def run_stage(
     return found
 
 
-def load_stage(
-    config: Config, name: str, start_from: Start | None, precision: Precision, empty: bool
-) -> tuple[PackedLlava, Any, list[Part]]:
-    """The network as stage `name` trains it, its processor, and what is trained, part by part.
-
-    Args:
-        start_from: the weights to start from; None: the base weights.
-        empty: on the meta device.
-    """
-    pl.seed_everything(config.seed, verbose=False)
-    with quiet():
-        model, processor = begin(config, start_from, empty=empty)
-        check_patches(model.hf.model.vision_tower, config.encoder)
-        parts = make_trainable(model, config, name, precision)
-        if start_from is not None and start_from.goes_on and not empty:
-            load_adapters(model.hf, start_from.key, start_from.path)
-        if not empty and (broken := broken_tensors(model)):
-            source = "encoder.path, llm.path" if start_from is None else f"{start_from.key}={start_from.path}"
-            raise UserError(
-                f"{source}: the weights that stage {name} starts from hold NaN or infinity ({named(broken)}); get "
-                "their files anew, or start from others (init_from)"
-            )
-    model.vision_chunk = config.trainer.vision_chunk
-    model.attention, model.logits_chunk = config.trainer.attention, config.trainer.logits_chunk
-    converse(model, processor, template_of(config, name))
-    return model, processor, parts
-
-
 def save_stage(model: PackedLlava, processor: Any, folder: Path, start_from: Start | None, adapters: bool) -> None:
     """Write what a stage has trained below its folder: `model/`, and `adapters/` before they are merged into it.
 
@@ -239,57 +199,6 @@ def save_stage(model: PackedLlava, processor: Any, folder: Path, start_from: Sta
         model.save(part, processor)
         settings = part / "config.json"
         settings.write_text(masked(settings.read_text(encoding="utf-8")), encoding="utf-8")
-
-
-def named(tensors: list[str]) -> str:
-    return tensors[0] if len(tensors) == 1 else f"{tensors[0]} (and {len(tensors) - 1} more)"
-
-
-def uses_adapters(config: Config, name: str) -> bool:
-    """Whether stage `name` trains adapters in place of the LLM's own weights."""
-    stage = config.stage[name]
-    return stage.use_peft and config.peft.name != "none" and stage.train_llm
-
-
-def make_trainable(model: PackedLlava, config: Config, name: str, precision: Precision) -> list[Part]:
-    """Set a model up as stage `name` trains it: adapters, frozen parts and their dtype, gradient checkpointing.
-
-    Returns:
-        What is trained, part by part.
-    """
-    stage, adapters = config.stage[name], uses_adapters(config, name)
-    if adapters:
-        add_adapters(model, config.peft, quantize=precision.dtype)
-    parts = freeze(model, stage, adapters)
-    store_frozen(model, precision.dtype)
-    if stage.gradient_checkpointing:
-        checkpoint_layers(model, stage.checkpointed_layers)
-    if config.trainer.compile:
-        compile_layers(model)
-    return parts
-
-
-def kernel_lines(model: PackedLlava, device: torch.device, dtype: torch.dtype) -> str:
-    """What attends and what takes the loss on a device, and why; UserError where what is asked for cannot run."""
-    attends, why = backend_for(model.attention, model.hf.model.language_model.config, device, dtype)
-    kernel, reason = loss_kernel(device)
-    taken = f"chunks of {model.logits_chunk} tokens" if kernel == "chunked" else kernel
-    return f"attention: {attends.name} ({why})\nlogits: {taken} ({reason})"
-
-
-def match_projector(model: PackedLlava, images: list[Tensor]) -> None:
-    """Fit the new projector to what stage 1 keeps of these images [3, H, W]."""
-    with torch.no_grad():
-        features = [model.kept_features(torch.stack(images[at : at + 8])) for at in range(0, len(images), 8)]
-    fit_projector(model, torch.cat(features) if features else torch.empty((0, 1)))
-
-
-def fit_projector(model: PackedLlava, kept: Tensor) -> None:
-    """Fit the new projector to these features [K, Dv]."""
-    table = model.hf.model.language_model.embed_tokens
-    rms = float(table.weight.detach().float().square().mean().sqrt())
-    rms *= float(getattr(table, "embed_scale", 1.0))  # Gemma scales what it looks up
-    match_features(model.hf.model.multi_modal_projector, kept, rms)
 
 
 def stamp(run: RunDirectory) -> str:
@@ -326,29 +235,25 @@ def trainer_settings(
 def summary(metrics: Path) -> dict[str, float]:
     """What a stage's metrics.jsonl says about the whole stage; unlike a clock, it survives interruptions."""
     rows = read_jsonl(metrics)
-    losses = [row["loss"] for row in rows if row["loss"] is not None]
-    seconds = sum(row["step_seconds"] for row in rows)
-    packed = (
-        {
-            "micro_batches": fmean(row["micro_batches"] for row in rows),
-            "budget_use": fmean(row["budget_use"] for row in rows),
-            "budget_overruns": sum(row["budget_overruns"] for row in rows),
-            "padding_tokens": sum(row["padding_tokens"] for row in rows),
-        }
-        if "budget_use" in rows[0]
-        else {}
-    )
-    return {
-        "loss": fmean(losses[-10:]),
-        "steps_skipped": sum(row.get("steps_skipped", 0) for row in rows),
+
+    def total(key: str) -> float:
+        return sum(row.get(key, 0) for row in rows)
+
+    seconds = total("step_seconds")
+    found = {
+        "loss": fmean([row["loss"] for row in rows if row["loss"] is not None][-10:]),
+        "steps_skipped": total("steps_skipped"),
         "train_minutes": seconds / 60,
         "step_seconds": median(row["step_seconds"] for row in rows),
-        "keep_ratio": sum(r["tokens_layer_mean"] for r in rows) / sum(r["tokens_dense"] for r in rows),
-        "samples": sum(row["samples"] for row in rows),
-        "samples_truncated": sum(row.get("samples_truncated", 0) for row in rows),
-        "tokens_truncated": sum(row.get("tokens_truncated", 0) for row in rows),
-        "samples_per_second": sum(row["samples"] for row in rows) / seconds,
-        "data_share": sum(row["data_seconds"] for row in rows) / seconds,
+        "keep_ratio": total("tokens_layer_mean") / total("tokens_dense"),
+        "samples": total("samples"),
+        "samples_truncated": total("samples_truncated"),
+        "tokens_truncated": total("tokens_truncated"),
+        "samples_per_second": total("samples") / seconds,
+        "data_share": total("data_seconds") / seconds,
         "mfu": sum(row["mfu"] * row["step_seconds"] for row in rows) / seconds,
-        **packed,
     }
+    if "budget_use" in rows[0]:  # batches are packed to a budget
+        found |= {name: fmean(row[name] for row in rows) for name in ("micro_batches", "budget_use")}
+        found |= {name: total(name) for name in ("budget_overruns", "padding_tokens")}
+    return found

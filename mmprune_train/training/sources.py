@@ -96,7 +96,7 @@ def check_sources(config: Config, run: RunDirectory) -> None:
             continue
         did = f"stage {name} of {run.path} was {'trained' if run.finished(name) else 'begun'}"
         if known := state.get("data"):
-            file = data_root(config.data) / Path(getattr(config.data, name).annotations or "").expanduser()
+            file = data_root(config.data) / Path(config.data.part(name).annotations or "").expanduser()
             if how := changed(file, known):
                 raise UserError(
                     f"data.{name}.annotations: {file} has changed since {did} on it ({how}): put the earlier file back "

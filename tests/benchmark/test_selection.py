@@ -10,7 +10,8 @@ from tiny import PATCHES, SIDE, packed, tiny_llava
 
 from mmprune_train.benchmark.selection import selection_costs
 from mmprune_train.config.compose import load_pruner
-from mmprune_train.model.clock import Clock, timed
+from mmprune_train.model.clock import Clock
+from mmprune_train.model.execution import Execution
 
 
 def test_a_part_inside_another_counts_for_itself_alone(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -25,8 +26,6 @@ def test_a_part_inside_another_counts_for_itself_alone(monkeypatch: pytest.Monke
             pass
     assert clock.lap() == {"outer": 1 + 3 + 5, "inner": 2 + 4}
     assert clock.lap() == {}
-    with timed(None, "nothing"):
-        pass
 
 
 def test_costs_are_of_each_pruner_and_the_model_is_left_as_it_was() -> None:
@@ -36,7 +35,7 @@ def test_costs_are_of_each_pruner_and_the_model_is_left_as_it_was() -> None:
     costs = dict(
         selection_costs(model, torch.randn(3, 3, SIDE, SIDE), {name: load_pruner(name) for name in names}, repeats=2)
     )
-    assert model.pruner is before and model.clock is None
+    assert model.pruner is before and model.execution == Execution()
     assert list(costs) == names
     assert costs["none"].kept == costs["none"].patches == PATCHES > costs["divprune"].kept == 1
     for cost in costs.values():

@@ -21,6 +21,7 @@ from mmprune_train.config.compose import compose_config, load_pruner
 from mmprune_train.data.batch import collate
 from mmprune_train.errors import UserError
 from mmprune_train.model.clock import Clock
+from mmprune_train.model.execution import Execution
 from mmprune_train.model.llava import PackedLlava
 from mmprune_train.tasks import bench
 
@@ -74,7 +75,7 @@ def test_steps_are_told_apart_and_leave_the_model_as_it_was() -> None:
         "twostage": pruned(model, batch, load_pruner("twostage")),
     }
     costs = step_costs(model, ways, repeats=2, dtype=torch.float32)
-    assert model.pruner is pruner and model.clock is None
+    assert model.pruner is pruner and model.execution == Execution()
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
     for name, cost in costs.items():
         assert list(cost.seconds) == [*PARTS, "step"]
@@ -108,7 +109,7 @@ def test_steps_on_other_lengths_stand_beside_as_many_on_the_one_of_mean_length()
     assert cost.tokens == [18, 63, 15, 21] and cost.repeated == 3, "the mean is 29.25"
     assert seen == [24, 18, 63, 15, 21, *[21] * 4]
     assert cost.ratio == sum(cost.seconds) / sum(cost.repeated_seconds) > 0 < cost.cpu_ratio
-    assert model.clock is None and torch.equal(model.hf.lm_head.weight, before)
+    assert model.execution == Execution() and torch.equal(model.hf.lm_head.weight, before)
 
 
 def _tower_flops(model: PackedLlava, pixels: Any) -> float:

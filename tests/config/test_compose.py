@@ -32,6 +32,7 @@ def _single_overrides():
         extra = ["pruner.vision.score=pooled_cosine"] if name.startswith("siglip") else []
         extra += ["trainer.devices=2", "strategy=ddp"] if name == "eight_gpus" else []
         extra += [f"data.{part}.annotations=x.json" for part in ("pretrain", "instruct")] if name == "files" else []
+        extra += ["data.midtrain.annotations=x.json"] if name == "llava_onevision" else []
         yield pytest.param([f"{group}={name}", *extra], id=f"{group}={name}")
 
 

@@ -11,7 +11,7 @@ import pytest
 import torch
 from PIL import Image
 
-from mmprune_train.config.schema import EncoderConfig
+from mmprune_train.config.schema import EncoderConfig, StageConfig
 from mmprune_train.data.batch import collate
 from mmprune_train.data.dataset import ConversationDataset
 from mmprune_train.data.images import ImageReader, image_processor
@@ -155,21 +155,18 @@ def test_pad_shows_the_whole_image_on_the_mean_colour_and_square_its_middle() ->
 
 def loader(folder: Path, num_workers: int = 0, rank: int = 0, world: int = 1) -> TrainLoader:
     data = dataset(folder)
+    sizes = {"max_length": 512, "batch_size": 4 // world, "global_batch_size": 8, "samples_per_image": 2}
     return train_loader(
         data.records,
         data.template,
         data.tokenizer,
         data.reader,
         PATCHES,
-        512,
-        batch_size=4 // world,
-        global_batch_size=8,
+        StageConfig(**sizes, group_by_modality=True),
         seed=5,
         rank=rank,
         world=world,
         num_workers=num_workers,
-        group_by_modality=True,
-        samples_per_image=2,
     )
 
 

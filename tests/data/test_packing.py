@@ -15,7 +15,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from mmprune_train.config.schema import EncoderConfig
+from mmprune_train.config.schema import EncoderConfig, StageConfig
 from mmprune_train.data import loader as loader_module
 from mmprune_train.data.batch import Batch
 from mmprune_train.data.images import ImageReader, image_processor
@@ -156,15 +156,11 @@ def budgeted(
         tokenizer,
         ImageReader(image_processor(EncoderConfig(name="tiny", image_size=16, patch_size=8), "square")),
         PATCHES,
-        max_length,
-        batch_size=1,
-        global_batch_size=12,
+        StageConfig(max_length=max_length, global_batch_size=12, group_by_modality=True, token_budget=budget),
         seed=3,
         rank=rank,
         world=world,
         num_workers=num_workers,
-        group_by_modality=True,
-        token_budget=budget,
         visual_tokens=visual_tokens,
     )
 

@@ -24,8 +24,7 @@ class Counted:
     """A tiny model that counts the images it encodes."""
 
     def __init__(self, pruner: object = "twostage", vision: str = "clip") -> None:
-        self.model = packed(tiny_llava(vision), pruner).requires_grad_(False)
-        self.model.vision_chunk = 2
+        self.model = packed(tiny_llava(vision), pruner, vision_chunk=2).requires_grad_(False)
         self.images = 0
         encode = self.model.encode_images
 

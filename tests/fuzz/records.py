@@ -17,12 +17,13 @@ from PIL import Image
 from training.synthetic import entry
 
 from mmprune_train.config.compose import compose_config
-from mmprune_train.config.schema import STAGES, Config, SplitConfig
+from mmprune_train.config.schema import Config, SplitConfig
 from mmprune_train.data.batch import Batch
 from mmprune_train.model.tokenizer import VOCABULARY, tiny_tokenizer
 from mmprune_train.tasks.evaluate import question_set
 from mmprune_train.training.inputs import stage_annotations, stage_loader
 
+STAGES = ("pretrain", "instruct")
 PLAIN = 2
 TOKENS = 36
 WORDS = ("What colour is it?", "a red square", "né, 形, 🟥", "yes", "1 + 1 = 2", "A" * 300)

@@ -351,8 +351,7 @@ def test_the_whole_model_equals_the_padded_hugging_face_model(
 
 
 def test_the_model_attends_with_what_its_setting_names() -> None:
-    model = packed(tiny_llava())
-    model.attention = "flash_2"
+    model = packed(tiny_llava(), attention="flash_2")
     with pytest.raises(UserError, match="trainer.attention=flash_2: needs a CUDA device"):
         model(**tiny_inputs([1], [6]))
 

@@ -23,7 +23,7 @@ from mmprune_train.model.llava import PackedLlava
 from mmprune_train.model.peft import add_adapters, has_adapters, merge_adapters
 from mmprune_train.model.projector import match_features
 from mmprune_train.pruning import Pruner
-from mmprune_train.training.run import match_projector
+from mmprune_train.training.network import match_projector
 
 PROMPT = "USER: <image>\nWhat color is the shape? ASSISTANT:"
 

@@ -17,7 +17,6 @@ from mmprune_train import load_model
 from mmprune_train.config.compose import compose_config
 from mmprune_train.data.templates import get_template
 from mmprune_train.model.begin import begin
-from mmprune_train.model.conversation import converse
 from mmprune_train.pruning import Kind
 from mmprune_train.tasks.evaluate import prompt_template
 
@@ -26,7 +25,11 @@ ASK: list[dict[str, Any]] = [{"role": "user", "content": "<image>\nwhat color?"}
 
 
 def built(
-    folder: Path, tokenizer: PreTrainedTokenizerBase, template: str, generation: dict[str, Any] | None = None
+    folder: Path,
+    tokenizer: PreTrainedTokenizerBase,
+    template: str,
+    generation: dict[str, Any] | None = None,
+    trained: str | None = None,
 ) -> tuple[Any, Any]:
     """A network on a tiny random LLM whose configs know one EOS, token 2."""
     config = AutoConfig.for_model(
@@ -37,7 +40,8 @@ def built(
     tokenizer.save_pretrained(folder)
     if generation is not None:
         (folder / "generation_config.json").write_text(json.dumps(generation))
-    return begin(compose_config(["+experiment=smoke", f"llm.path={folder}", f"llm.template={template}"]))
+    config = compose_config(["+experiment=smoke", f"llm.path={folder}", f"llm.template={template}"])
+    return begin(config, template=trained)
 
 
 def prompt_of(processor: Any) -> list[int]:
@@ -76,8 +80,7 @@ def test_generation_settings_of_an_llm_that_change_no_answer_stop_nothing(
 
 
 def test_a_stage_with_another_template_is_saved_with_that_one(tmp_path: Path) -> None:
-    model, processor = built(tmp_path / "llm", styled("chatml"), "chat")
-    converse(model, processor, "v1")
+    model, processor = built(tmp_path / "llm", styled("chatml"), "chat", trained="v1")
     model.save(tmp_path / "model", processor)
     plain = AutoProcessor.from_pretrained(tmp_path / "model")
     text = plain.apply_chat_template(ASK, add_generation_prompt=True)
@@ -86,11 +89,11 @@ def test_a_stage_with_another_template_is_saved_with_that_one(tmp_path: Path) ->
 
 
 def test_after_a_plain_stage_a_folder_still_converses_as_its_llm_does(tmp_path: Path) -> None:
-    model, processor = built(tmp_path / "llm", styled("chatml"), "chat")
-    converse(model, processor, "plain")
+    model, processor = built(tmp_path / "llm", styled("chatml"), "chat", trained="plain")
     model.save(tmp_path / "model", processor)
     again, loaded = load_model(tmp_path / "model")
     assert again.template == "plain"
+    assert load_model(tmp_path / "model", template="v1")[0].template == "v1", "as the next stage starts"
     text = get_template("chat", styled("chatml")).prompt("<image>\nwhat color?")
     assert loaded.apply_chat_template(ASK, add_generation_prompt=True) == text
     assert prompt_template(loaded).prompt("what color?", 1) == text, "as the tasks ask"

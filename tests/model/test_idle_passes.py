@@ -11,8 +11,7 @@ from mmprune_train.model.question import Looks
 
 @pytest.mark.parametrize("pruner", ["none", "twostage", "cdpruner"])
 def test_a_training_batch_makes_as_many_passes_as_it_is_told_and_its_features_stay(pruner: str) -> None:
-    model = packed(tiny_llava(), pruner).train()
-    model.vision_chunk = 2
+    model = packed(tiny_llava(), pruner, vision_chunk=2).train()
     pixels = torch.randn((3, 3, SIDE, SIDE))
     asked = None if model.question is None else model.question.ask(Looks.unasked(3))
     tower = model.hf.model.vision_tower
@@ -22,22 +21,21 @@ def test_a_training_batch_makes_as_many_passes_as_it_is_told_and_its_features_st
         texts: list[int] = []
         model.question.clip.text_model.register_forward_hook(lambda *_: texts.append(1))
 
-    def gradients() -> tuple[torch.Tensor, list[torch.Tensor]]:
+    def gradients(least_passes: int = 0) -> tuple[torch.Tensor, list[torch.Tensor]]:
         calls.clear()
         model.zero_grad()
-        chosen = model.select_patches(pixels, asked).chosen
+        chosen = model.select_patches(pixels, asked, least_passes).chosen
         chosen.square().sum().backward()
         return chosen.detach(), [p.grad.clone() for p in tower.parameters() if p.grad is not None]
 
     plain = gradients()
     assert len(calls) == 2
-    model.least_passes = 5
-    more = gradients()
+    more = gradients(least_passes=5)
     assert len(calls) == 5
     torch.testing.assert_close(more, plain)
     if model.question is not None:
         assert not texts, "the text tower runs once a batch, whatever the passes"
     model.eval()
     calls.clear()
-    model.select_patches(pixels, asked)
+    model.select_patches(pixels, asked, least_passes=5)
     assert len(calls) == 2, "outside of training no rank waits"

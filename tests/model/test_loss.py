@@ -161,8 +161,7 @@ def test_the_models_loss_does_not_depend_on_the_chunk(chunk: int) -> None:
     labels = labels_of(inputs)
     reference = hf(**inputs, labels=labels)
     reference.loss.backward()
-    model = packed(hf).train()
-    model.logits_chunk = chunk
+    model = packed(hf, logits_chunk=chunk).train()
     model.zero_grad()
     ours = model(**inputs, labels=labels)
     ours.loss.backward()

@@ -10,6 +10,7 @@ from torch import nn
 from mmprune_train.config.compose import compose_config, load_pruner
 from mmprune_train.config.schema import PeftConfig
 from mmprune_train.data import sources
+from mmprune_train.devices import device_peak
 from mmprune_train.errors import UserError
 from mmprune_train.model import quantize
 from mmprune_train.model.build import build_on_meta
@@ -17,7 +18,7 @@ from mmprune_train.model.llava import PackedLlava
 from mmprune_train.model.peft import add_adapters, merge_adapters
 from mmprune_train.model.quantize import BYTES, check_quantization, is_quantized, quantize_linears, weight_of
 from mmprune_train.planning.layout import LAYOUTS, numerics, states
-from mmprune_train.planning.plan import _in_four_bits
+from mmprune_train.planning.plan import PlannedStage
 from mmprune_train.pruning import Pruner
 from mmprune_train.tasks import train
 from mmprune_train.training.freezing import freeze
@@ -108,8 +109,9 @@ def test_a_plan_counts_four_bits_for_the_decoder_layers_alone() -> None:
     stage = config.stage["instruct"]
     freeze(model, stage, adapters=True)
     weights = 32 * (4 * 4096**2 + 3 * 4096 * 11008)
-    assert _in_four_bits(model, config, stage) == weights
-    assert _in_four_bits(model, config, config.stage["pretrain"]) == 0
+    setting = (model, "deepspeed_zero2", device_peak("a100_80gb"), torch.bfloat16)
+    assert PlannedStage(config, stage, *setting).in_four_bits() == weights
+    assert PlannedStage(config, config.stage["pretrain"], *setting).in_four_bits() == 0
     layout, parameters = LAYOUTS["deepspeed_zero2"], list(model.parameters())
     how = numerics(layout, torch.bfloat16)
     whole = states(layout, parameters, how, 8, True)

@@ -39,7 +39,7 @@ from mmprune_train.pruning import IGNORE, Kind, Pruner
 from mmprune_train.pruning.merging import centres
 from mmprune_train.pruning.scores import VISION_SCORES, VisionView
 from mmprune_train.training.freezing import freeze, freezing_table, store_frozen
-from mmprune_train.training.module import InstructModule
+from mmprune_train.training.module import MultimodalModule
 from mmprune_train.training.optim import parameter_groups
 
 CDPRUNER = {"name": "cdpruner", "vision": {"knee": {"count": 4}}}
@@ -116,8 +116,7 @@ def test_samples_that_share_image_and_question_share_a_row() -> None:
 @pytest.mark.parametrize("chunk", [1, 2, 64])
 def test_an_image_is_encoded_once_and_cut_for_each_question(pruner: dict, chunk: int) -> None:
     hf = tiny_llava()
-    model = packed(hf, pruner)
-    model.vision_chunk = chunk
+    model = packed(hf, pruner, vision_chunk=chunk)
     samples = [
         sample("a", [5], [10, 11]),
         sample("b", [6, 5], [40]),
@@ -257,7 +256,7 @@ def test_gradients_reach_projector_and_adapters_and_never_the_text_tower(pruner:
     for name, parameter in model.named_parameters():
         reached = parameter.grad is not None and bool(parameter.grad.abs().sum() > 0)
         assert reached == (name in trained), name
-    module = InstructModule(model, parts, OptimConfig(), 1, seed=1)
+    module = MultimodalModule("instruct", model, parts, OptimConfig(), 1, seed=1)
     checkpoint = {"state_dict": module.state_dict()}
     module.on_save_checkpoint(checkpoint)
     assert checkpoint["state_dict"] and not any("question" in name for name in checkpoint["state_dict"])

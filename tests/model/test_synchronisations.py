@@ -21,7 +21,7 @@ from mmprune_train.pruning import available_budgets
 from mmprune_train.pruning.scores import LANGUAGE_SCORES, VISION_SCORES
 from mmprune_train.pruning.selection import SELECTIONS
 from mmprune_train.training.freezing import freeze
-from mmprune_train.training.module import InstructModule
+from mmprune_train.training.module import MultimodalModule
 
 MORE = {
     "recoverable": 3,  # its budget, its second pass and its merge each run scikit-learn's LOF on the host
@@ -123,7 +123,7 @@ def test_rotary_tables_are_made_once_for_each_run_of_layers() -> None:
 def test_the_loss_is_read_once_an_optimizer_step() -> None:
     model = packed(tiny_llava(), "twostage")
     parts = freeze(model, StageConfig(train_projector=True, train_llm=True, lr=1e-3), adapters=False)
-    module = InstructModule(model, parts, OptimConfig(), total_steps=1, seed=0)
+    module = MultimodalModule("instruct", model, parts, OptimConfig(), total_steps=1, seed=0)
     strategy = SimpleNamespace(handles_gradient_accumulation=False)
     groups = [{"lr": 1e-3, "name": "llm"}]
     group = SimpleNamespace(param_groups=groups, zero_grad=lambda: None)

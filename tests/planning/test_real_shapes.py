@@ -78,11 +78,10 @@ def test_the_plan_agrees_with_a_pass(
 
     model, bare = network(), network().to("meta")
     bare.hf.lm_head.weight = bare.hf.model.language_model.embed_tokens.weight  # tied, which `to` undoes
-    model.attention = "sdpa_per_sample"
-    with flop_counter() as counted, torch.autocast("cpu", torch.bfloat16, enabled=dtype == torch.bfloat16):
+    half = torch.autocast("cpu", torch.bfloat16, enabled=dtype == torch.bfloat16)
+    with model.executed(attention="sdpa_per_sample"), flop_counter() as counted, half:
         model.forward_packed(batch.sequence, batch.pixel_values).loss_sum.backward()
     model.zero_grad()
-    model.attention = "auto"
     peak, shape = peak_of_pass(model, batch.sequence, batch.pixel_values, dtype)
     assert StepFlops(model, as_counted=True).count(shape).total == pytest.approx(counted.get_total_flops(), rel=0.02)
     phases = Activations(bare, numerics(LAYOUTS["single"], dtype)).phases(shape, growing=True)

@@ -282,5 +282,5 @@ def test_prepare_says_where_everything_lies(root: Path, tmp_path: Path, capsys: 
 
 def test_an_unknown_stage_is_named(root: Path, tmp_path: Path) -> None:
     config = compose_config(overrides(root, tmp_path))
-    with pytest.raises(UserError, match="'instrcut'"):
+    with pytest.raises(UserError, match="stages=instrcut: .*did you mean instruct"):
         train.run(replace(config, stages=["instrcut"]))

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from mmprune_train.__main__ import main
-from mmprune_train.training import run
+from mmprune_train.training import network
 from mmprune_train.training.module import MultimodalModule
 
 
@@ -20,7 +20,7 @@ def peak() -> int:
 
 if __name__ == "__main__":
     before: list[int] = []
-    begin, spread = run.begin, MultimodalModule.configure_model
+    begin, spread = network.begin, MultimodalModule.configure_model
 
     def watched_begin(*args: Any, **kwargs: Any) -> Any:
         before.append(peak())
@@ -31,5 +31,5 @@ if __name__ == "__main__":
         note = Path(os.environ["PEAK_MEMORY"]) / f"rank-{self.global_rank}"
         note.write_text(str(peak() - before[0]))
 
-    run.begin, MultimodalModule.configure_model = watched_begin, watched_spread
+    network.begin, MultimodalModule.configure_model = watched_begin, watched_spread
     main()

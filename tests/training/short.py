@@ -20,7 +20,7 @@ from mmprune_train.pruning import IGNORE, Kind, Pruner
 from mmprune_train.quiet import quiet
 from mmprune_train.training.callbacks import MetricsWriter
 from mmprune_train.training.freezing import freeze
-from mmprune_train.training.module import InstructModule
+from mmprune_train.training.module import MultimodalModule
 from mmprune_train.training.stream import BatchStream
 
 
@@ -83,7 +83,8 @@ def fit(
     model = PackedLlava(tiny_llava(), Pruner(load_pruner(pruner)))
     parts = freeze(model, StageConfig(train_projector=True, train_llm=True, lr=1e-3), adapters=False)
     stream = BatchStream(loader or Loader(*[batch_size] * window), steps)
-    module = InstructModule(model, parts, OptimConfig(eps=1e-3, warmup_ratio=0.0), steps, seed, token_budget)
+    optim = OptimConfig(eps=1e-3, warmup_ratio=0.0)
+    module = MultimodalModule("instruct", model, parts, optim, steps, seed, token_budget)
     with quiet():
         trainer = pl.Trainer(
             accelerator="cpu",

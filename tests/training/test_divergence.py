@@ -22,6 +22,7 @@ from mmprune_train.config.compose import compose_config
 from mmprune_train.config.schema import Config
 from mmprune_train.errors import NotFinite, UserError
 from mmprune_train.model.llava import PackedLlava
+from mmprune_train.training import network
 from mmprune_train.training import run as run_module
 from mmprune_train.training.checkpoint_files import all_checkpoints, step_of
 from mmprune_train.training.module import MultimodalModule
@@ -226,14 +227,14 @@ def test_a_learning_rate_beyond_all_measure_is_no_success(steps: int, choice: st
 def test_weights_that_are_nan_from_the_start_are_named(
     part: str, root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    begin = run_module.begin
+    begin = network.begin
 
     def begun(*given: Any, **more: Any) -> tuple[PackedLlava, Any]:
         model, processor = begin(*given, **more)
         dict(model.named_parameters())[f"hf.model.{part}"].data[0] = torch.nan
         return model, processor
 
-    monkeypatch.setattr(run_module, "begin", begun)
+    monkeypatch.setattr(network, "begin", begun)
     with pytest.raises(UserError, match=rf"the weights that stage pretrain starts from hold NaN .*{part}"):
         train(config_of(root, tmp_path))
 

@@ -12,14 +12,14 @@ from training.synthetic import overrides, write_dataset
 from mmprune_train.config.compose import compose_config
 from mmprune_train.errors import UserError
 from mmprune_train.tasks import train
-from mmprune_train.training.run import kernel_lines
+from mmprune_train.training.network import kernel_lines
 
 
 def test_kernels_are_told_with_the_reason() -> None:
     model = packed(tiny_llava())
     told = kernel_lines(model, torch.device("cpu"), torch.float32)
     assert told == "attention: sdpa_per_sample (on a CPU)\nlogits: chunks of 1024 tokens (on a CPU)"
-    model.attention, model.logits_chunk = "sdpa_per_sample", 5
+    model = packed(tiny_llava(), attention="sdpa_per_sample", logits_chunk=5)
     told = kernel_lines(model, torch.device("cpu"), torch.float32)
     assert told.splitlines()[0].endswith("(as trainer.attention asks)") and "chunks of 5 tokens" in told
 

@@ -17,8 +17,8 @@ from mmprune_train.errors import UserError
 from mmprune_train.model.begin import begin
 from mmprune_train.model.build import load_model
 from mmprune_train.model.llava import PackedLlava
+from mmprune_train.training.network import make_trainable
 from mmprune_train.training.precision import Precision
-from mmprune_train.training.run import make_trainable
 from mmprune_train.training.spread import replace_tensors, spreads, undo
 from mmprune_train.training.strategies import build_strategy
 from mmprune_train.training.zero import ZeroStrategy

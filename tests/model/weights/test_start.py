@@ -22,8 +22,8 @@ from mmprune_train.model.begin import begin, tower_of
 from mmprune_train.model.peft import add_adapters, merge_adapters, save_adapters
 from mmprune_train.model.weights.adapters import load_adapters
 from mmprune_train.model.weights.start import Start, find_start
+from mmprune_train.training.network import make_trainable
 from mmprune_train.training.precision import Precision
-from mmprune_train.training.run import make_trainable
 
 
 @functools.cache
