@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any, cast
 
 import yaml
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import DictConfig, OmegaConf, open_dict
 from omegaconf._utils import get_omega_conf_dumper
 from omegaconf.errors import OmegaConfBaseException
 
@@ -89,20 +89,23 @@ def compose_config(overrides: list[str]) -> Config:
 
     Raises UserError for an unknown key, group, option or a value that does not fit.
     """
-    from hydra import compose, initialize_config_dir
-    from hydra.core.global_hydra import GlobalHydra
+    from hydra import version
+    from hydra._internal.config_loader_impl import ConfigLoaderImpl
+    from hydra._internal.utils import create_config_search_path
+    from hydra.types import RunMode
 
     register_schema()
-    running, GlobalHydra.instance().hydra = GlobalHydra.instance().hydra, None  # of the command line that calls this
+    version.setbase("1.3")
+    overrides = readable(overrides)
     try:
-        with initialize_config_dir(config_dir=str(conf_dir()), version_base="1.3", job_name="mmprune"):
-            cfg = compose(config_name="config", overrides=readable(overrides))
+        loader = ConfigLoaderImpl(create_config_search_path(str(conf_dir())))
+        cfg = loader.load_configuration("config", overrides, RunMode.RUN, from_shell=False)
     except Exception as error:
-        if (message := user_mistake(error)) is None:
+        if (message := user_mistake(error, overrides)) is None:
             raise
         raise UserError(message) from error
-    finally:
-        GlobalHydra.instance().hydra = running
+    with open_dict(cfg):
+        del cfg["hydra"]
     return config_from(cfg)
 
 

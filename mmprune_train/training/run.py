@@ -13,6 +13,7 @@ import pytorch_lightning as pl
 import torch
 from torch import Tensor
 
+from mmprune_train.config.command import SAME
 from mmprune_train.config.schema import Config, StageConfig
 from mmprune_train.data.sources import split_files
 from mmprune_train.errors import NotFinite, UserError
@@ -66,7 +67,12 @@ MATCHED_IMAGES = 64
 
 
 def run_stage(
-    config: Config, name: str, run: RunDirectory, start_from: Start | None, preemption: Preemption | None = None
+    config: Config,
+    name: str,
+    run: RunDirectory,
+    start_from: Start | None,
+    preemption: Preemption | None = None,
+    again: str = SAME,
 ) -> dict[str, Any]:
     """Train one stage, or go on with it, and write its `model/`.
 
@@ -76,6 +82,7 @@ def run_stage(
         run: the run directory; the newest checkpoint in it is continued.
         start_from: the weights to start from; None: the base weights.
         preemption: hears the signals that ask the run to end; None: they are not heard.
+        again: what continues the run, in words.
     Returns:
         Summary of the stage, as `summary` gives it.
     """
@@ -133,10 +140,10 @@ def run_stage(
         config.trainer.save_every_minutes,
         config.trainer.keep_checkpoints,
         config.trainer.keep_best,
+        again,
     )
-    divergence = Divergence(
-        folder / "checkpoints", steps, config.trainer.on_nonfinite == "skip", config.trainer.max_nonfinite_steps
-    )
+    skip = config.trainer.on_nonfinite == "skip"
+    divergence = Divergence(folder / "checkpoints", steps, skip, config.trainer.max_nonfinite_steps, again)
     trainer.callbacks += [divergence, metrics, progress(name, steps, config.trainer.log_every, metrics), saves]
     if preemption is not None:
         trainer.callbacks.append(EndWhenAsked(preemption, saves))
@@ -157,7 +164,7 @@ def run_stage(
         try:
             trainer.fit(module, train_dataloaders=stream, ckpt_path=state, weights_only=True if state else None)
         except UserError as error:
-            raise with_advice(error, run, name, annotations) from None
+            raise with_advice(error, run, name, annotations, again) from None
         except UnpicklingError as error:  # a checkpoint of a forger, who made its checksum fit
             raise UserError(
                 f"{state} {pickled(error)}; put the run's own there, or give restart=true to start the run over"
