@@ -27,7 +27,7 @@ from mmprune_train.config.schema import Config
 from mmprune_train.config.sweepers import register_sweepers
 from mmprune_train.config.typed import literal, readable
 from mmprune_train.errors import UserError
-from mmprune_train.secrets import masked_settings, note_settings
+from mmprune_train.secrets import masked_settings, note_given, note_settings
 from mmprune_train.storage.files import PUT_BACK, damaged, read_yaml
 
 SCHEMA_NAME = "mmprune_schema"
@@ -58,8 +58,10 @@ def config_from(cfg: DictConfig) -> Config:
     Raises UserError for a missing or inconsistent value.
     """
     written = OmegaConf.to_container(cfg, resolve=False)
-    note_settings(cast("dict[str, Any]", written))
-    return _typed(cfg)
+    keys = note_settings(cast("dict[str, Any]", written))
+    config = _typed(cfg)
+    note_given(keys, dataclasses.asdict(config))
+    return config
 
 
 def _typed(cfg: DictConfig) -> Config:
