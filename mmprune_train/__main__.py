@@ -10,10 +10,13 @@ from __future__ import annotations
 import os
 import sys
 import traceback
+from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from mmprune_train.config.typed import command_line, readable
+from mmprune_train.config.command import SAME, Command
+from mmprune_train.config.typed import readable
 from mmprune_train.current_folder import leave_out_in_children, search_last
 from mmprune_train.errors import NotFinite
 from mmprune_train.printed import harmless_output
@@ -26,35 +29,59 @@ if TYPE_CHECKING:
 
     from mmprune_train.config.schema import Config
 
-_failures: list[Exception] = []
-"""What the task of a single run raised: kept from Hydra, which would announce it with a line of its own."""
 
-
-def run_task(cfg: DictConfig) -> Any:
-    """Check the composed config and run its task; the result goes to Hydra's sweepers."""
+def compose_and_run() -> None:
+    """Let Hydra read `sys.argv`; raises what went wrong in composing or in the task."""
+    os.environ.setdefault("HYDRA_FULL_ERROR", "1")  # Hydra's errors come back to us instead of ending the process
+    import hydra
     from hydra.core.hydra_config import HydraConfig
     from hydra.types import RunMode
 
-    from mmprune_train.config.compose import config_from
+    from mmprune_train.config.compose import config_from, register_schema
+    from mmprune_train.config.paths import conf_dir
+    from mmprune_train.sweeps.watch import finish_sweep
 
-    if HydraConfig.get().mode == RunMode.MULTIRUN:
-        from mmprune_train.sweeps.job import run_job
+    failures: list[Exception] = []
 
-        note_arguments([*HydraConfig.get().overrides.task, *HydraConfig.get().overrides.hydra])
-        with harmless_output():  # a launcher may have started another process for the job
-            return run_job(cfg, execute)
+    def run_task(cfg: DictConfig) -> Any:
+        """Check the composed config and run its task; the result goes to Hydra's sweepers."""
+        settings = HydraConfig.get()
+        sources = [one for one in settings.runtime.config_sources if one.schema != "structured"]
+        sweeping = settings.mode == RunMode.MULTIRUN
+        command = Command.of(settings.overrides.task, sweeping, [f"{one.schema}://{one.path}" for one in sources])
+        folders = [Path(one.path) for one in sources if one.provider == "command-line"]  # --config-dir
+        task = partial(execute, command=command, folders=folders)
+        if sweeping:
+            from mmprune_train.sweeps.job import run_job
+
+            note_arguments([*settings.overrides.task, *settings.overrides.hydra])
+            with harmless_output():  # a launcher may have started another process for the job
+                return run_job(cfg, settings, command, task)
+        try:
+            return task(config_from(cfg))
+        except Exception as error:  # kept from Hydra, which would announce it with a line of its own
+            failures.append(error)
+            return None
+
+    register_schema()
     try:
-        return execute(config_from(cfg))
-    except Exception as error:
-        _failures.append(error)
-        return None
+        hydra.main(config_path=str(conf_dir()), config_name="config", version_base="1.3")(run_task)()
+    finally:
+        code = finish_sweep()
+    if failures:
+        raise failures[0]
+    if code:
+        sys.exit(code)
 
 
-def execute(config: Config) -> Any:
-    """Run the config's task."""
-    from hydra.core.hydra_config import HydraConfig
-    from hydra.types import RunMode
+def execute(config: Config, command: Command, folders: Sequence[Path] = ()) -> Any:
+    """Run the config's task.
 
+    Args:
+        config: checked.
+        command: what it was composed from.
+        folders: those of --config-dir.
+    """
     from mmprune_train.config.notes import notes
     from mmprune_train.config.pruner import components
     from mmprune_train.storage.files import check_yaml_files
@@ -62,37 +89,14 @@ def execute(config: Config) -> Any:
 
     if config.trust_components or components(config.pruner):
         search_last()
-    sweeping = HydraConfig.get().mode == RunMode.MULTIRUN
-    check_keys(config.task, command_line(), sweeping)
-    if not has_part(config.task, config.trainer.devices, config.trainer.num_nodes, sweeping):
+    check_keys(config.task, command)
+    if not has_part(config.task, config.trainer.devices, config.trainer.num_nodes, command.sweeping):
         return None
-    for source in HydraConfig.get().runtime.config_sources:
-        if source.provider == "command-line":  # --config-dir
-            check_yaml_files(Path(source.path))
-    for note in notes(config, command_line()):
+    for folder in folders:
+        check_yaml_files(folder)
+    for note in notes(config, command):
         print(f"note: {note}", file=sys.stderr, flush=True)
-    return find_task(config.task)(config)
-
-
-def compose_and_run() -> None:
-    """Let Hydra read `sys.argv`; raises what went wrong in composing or in the task."""
-    os.environ.setdefault("HYDRA_FULL_ERROR", "1")  # Hydra's errors come back to us instead of ending the process
-    import hydra
-
-    from mmprune_train.config.compose import register_schema
-    from mmprune_train.config.paths import conf_dir
-    from mmprune_train.sweeps.watch import finish_sweep
-
-    register_schema()
-    _failures.clear()
-    try:
-        hydra.main(config_path=str(conf_dir()), config_name="config", version_base="1.3")(run_task)()
-    finally:
-        code = finish_sweep()
-    if _failures:
-        raise _failures[0]
-    if code:
-        sys.exit(code)
+    return find_task(config.task)(config, command)
 
 
 def main() -> None:
@@ -116,7 +120,7 @@ def _run(arguments: list[str]) -> None:
     except Exception as error:
         from mmprune_train.config.explain import user_mistake
 
-        mistake = user_mistake(error)
+        mistake = user_mistake(error, arguments)
         message = str(error) if isinstance(error, NotFinite) else mistake
         if message is None or any(argument.lstrip("+").lower() == "debug=true" for argument in arguments):
             traceback.print_exception(error)
@@ -127,11 +131,9 @@ def _run(arguments: list[str]) -> None:
 
 def _what_follows(arguments: list[str]) -> str:
     """An interruption: training and sweeps go on where they were, other tasks begin anew."""
-    from mmprune_train.config.identity import same_command
-
     tasks = [argument.partition("=")[2] for argument in arguments if argument.startswith("task=")]
     goes_on = tasks[-1:] in ([], ["train"]) or "-m" in arguments or "--multirun" in arguments
-    return f"{same_command()} continues it" if goes_on else "the same command starts it again"
+    return f"{Command(tuple(arguments)).again} continues it" if goes_on else f"{SAME} starts it again"
 
 
 if __name__ == "__main__":

@@ -48,8 +48,8 @@ _ADDRESS = re.compile(r"://[^/:@\s]*:([^/@\s]+)@")
 
 _values: dict[str, str] = {}
 """Text -> what stands for it."""
-_keys: set[str] = set()
-"""Of the present config, those that the environment gives."""
+_given: set[tuple[str, str]] = set()
+"""Keys with the text that the environment gives them."""
 
 
 def sounds_secret(key: str) -> bool:
@@ -95,15 +95,22 @@ def note_arguments(arguments: Iterable[str]) -> None:
         _note_text(argument)
 
 
-def note_settings(tree: Mapping[str, Any]) -> None:
-    """Learn the secrets of a composed config, its interpolations as they are written."""
-    _keys.clear()
+def note_settings(tree: Mapping[str, Any]) -> set[str]:
+    """Learn the secrets of a composed config, its interpolations as they are written; returns the keys whose text the
+    environment gives and nothing may tell."""
+    keys = set()
     for key, value in _leaves(tree):
         names = _note_text(value)
         if names and (any(map(sounds_secret, names)) or not _is_open(key)):
-            _keys.add(key)
+            keys.add(key)
         if sounds_secret(key) and not names:
             hide(value)
+    return keys
+
+
+def note_given(keys: set[str], tree: Mapping[str, Any]) -> None:
+    """Learn what the environment gives these keys of a config, of which all is filled in."""
+    _given.update((key, value) for key, value in _leaves(tree) if key in keys)
 
 
 def masked(text: str) -> str:
@@ -131,7 +138,7 @@ def masked_settings(tree: Any, key: str = "") -> Any:
         return [masked_settings(value, f"{key}[{place}]") for place, value in enumerate(tree)]
     if not isinstance(tree, str) or not tree:
         return tree
-    return MASK if key in _keys or sounds_secret(key) else masked(tree)
+    return MASK if (key, tree) in _given or sounds_secret(key) else masked(tree)
 
 
 def _note_text(text: str) -> list[str]:

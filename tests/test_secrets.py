@@ -23,14 +23,14 @@ SMOKE = "+experiment=smoke"
 @pytest.fixture(autouse=True)
 def unknown() -> Iterator[None]:
     """No secrets of another test."""
-    values, keys = dict(secrets._values), set(secrets._keys)
+    values, given = dict(secrets._values), set(secrets._given)
     secrets._values.clear()
-    secrets._keys.clear()
+    secrets._given.clear()
     yield
     secrets._values.clear()
-    secrets._keys.clear()
+    secrets._given.clear()
     secrets._values.update(values)
-    secrets._keys.update(keys)
+    secrets._given.update(given)
 
 
 @pytest.mark.parametrize(
@@ -95,6 +95,15 @@ def test_paths_names_and_numbers_of_the_environment_are_as_ever(monkeypatch: pyt
         assert f"root: {root}" in text and f"method: {knee}" in text and f"seed: {seed}" in text
         found.add(run_id(config))
     assert len(found) == 2
+
+
+def test_two_configs_of_one_process_are_told_each_as_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PLAIN", "ask the owner")
+    given = compose_config([SMOKE, "data.how_to_get=${oc.env:PLAIN}"])
+    alone = run_id(given), to_yaml(given)
+    typed = compose_config([SMOKE, "data.how_to_get=here"])
+    assert (run_id(given), to_yaml(given)) == alone and "ask the owner" not in alone[1]
+    assert "how_to_get: here" in to_yaml(typed), "a text of its own"
 
 
 def test_keys_of_tokenizers_stay() -> None:

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any, cast
 
 import yaml
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import DictConfig, OmegaConf, open_dict
 from omegaconf._utils import get_omega_conf_dumper
 from omegaconf.errors import OmegaConfBaseException
 
@@ -27,7 +27,7 @@ from mmprune_train.config.schema import Config, DataConfig, data_config
 from mmprune_train.config.sweepers import register_sweepers
 from mmprune_train.config.typed import literal, readable
 from mmprune_train.errors import UserError
-from mmprune_train.secrets import masked_settings, note_settings
+from mmprune_train.secrets import masked_settings, note_given, note_settings
 from mmprune_train.storage.files import PUT_BACK, damaged, read_yaml
 
 SCHEMA_NAME = "mmprune_schema"
@@ -65,8 +65,10 @@ def config_from(cfg: DictConfig) -> Config:
     Raises UserError for a missing or inconsistent value.
     """
     written = OmegaConf.to_container(cfg, resolve=False)
-    note_settings(cast("dict[str, Any]", written))
-    return _typed(cfg)
+    keys = note_settings(cast("dict[str, Any]", written))
+    config = _typed(cfg)
+    note_given(keys, dataclasses.asdict(config))
+    return config
 
 
 def _typed(cfg: DictConfig) -> Config:
@@ -100,20 +102,23 @@ def compose_config(overrides: list[str]) -> Config:
 
     Raises UserError for an unknown key, group, option or a value that does not fit.
     """
-    from hydra import compose, initialize_config_dir
-    from hydra.core.global_hydra import GlobalHydra
+    from hydra import version
+    from hydra._internal.config_loader_impl import ConfigLoaderImpl
+    from hydra._internal.utils import create_config_search_path
+    from hydra.types import RunMode
 
     register_schema()
-    running, GlobalHydra.instance().hydra = GlobalHydra.instance().hydra, None  # of the command line that calls this
+    version.setbase("1.3")
+    overrides = readable(overrides)
     try:
-        with initialize_config_dir(config_dir=str(conf_dir()), version_base="1.3", job_name="mmprune"):
-            cfg = compose(config_name="config", overrides=readable(overrides))
+        loader = ConfigLoaderImpl(create_config_search_path(str(conf_dir())))
+        cfg = loader.load_configuration("config", overrides, RunMode.RUN, from_shell=False)
     except Exception as error:
-        if (message := user_mistake(error)) is None:
+        if (message := user_mistake(error, overrides)) is None:
             raise
         raise UserError(message) from error
-    finally:
-        GlobalHydra.instance().hydra = running
+    with open_dict(cfg):
+        del cfg["hydra"]
     return config_from(cfg)
 
 

@@ -11,13 +11,13 @@ import re
 import shlex
 import traceback
 import types
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Union, get_args, get_origin, get_type_hints
 
 from mmprune_train.config.paths import options
 from mmprune_train.config.schema import Config, data_config
-from mmprune_train.config.typed import command_line, quoted
+from mmprune_train.config.typed import key_of, quoted
 from mmprune_train.errors import UserError
 from mmprune_train.storage.user_files import reason_of
 
@@ -102,8 +102,13 @@ _DISK = {
 _FULL = os.strerror(errno.ENOSPC)
 
 
-def user_mistake(error: Exception) -> str | None:
-    """The message for the user when the error is their input's, or their disk's, else None."""
+def user_mistake(error: Exception, overrides: Sequence[str] = ()) -> str | None:
+    """The message for the user when the error is their input's, or their disk's, else None.
+
+    Args:
+        error: what was raised.
+        overrides: the command's: one of them may name the file or folder that the error is of.
+    """
     from hydra.errors import HydraException
     from omegaconf.errors import OmegaConfBaseException
 
@@ -112,7 +117,7 @@ def user_mistake(error: Exception) -> str | None:
     elif isinstance(error, HydraException | OmegaConfBaseException):
         message = explain(error).replace("\n", "\\n")
     elif isinstance(error, OSError) and error.errno in _DISK and error.filename:
-        message = f"{_named(error.filename)}: {error.strerror}; {_DISK[error.errno]}"
+        message = f"{_named(error.filename, overrides)}: {error.strerror}; {_DISK[error.errno]}"
     elif _FULL in str(error):  # a library's writer, or ours: neither says which file
         message = f"{reason_of(error)}; make room, or name another place: runs_dir=, of the cache MMPRUNE_CACHE"
     elif (found := _at_override(error)) is not None:
@@ -122,13 +127,13 @@ def user_mistake(error: Exception) -> str | None:
     return re.sub(r"\S{300,}", lambda word: f"{word[0][:120]}...{word[0][-40:]}", message)
 
 
-def _named(place: object) -> str:
+def _named(place: object, overrides: Sequence[str]) -> str:
     """A file or folder behind the key of the command line that names it, or a folder around it."""
     path = Path(str(place))
-    for override in command_line():
-        key, _, value = override.partition("=")
+    for override in overrides:
+        value = override.partition("=")[2]
         if value and Path(value).expanduser() in (path, *path.parents):
-            return f"{key}: {path}"
+            return f"{key_of(override)}: {path}"
     return str(path)
 
 

@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import Any
 
 from mmprune_train.config.schema import Config
-from mmprune_train.config.typed import command_line
 from mmprune_train.secrets import masked, masked_settings, note_arguments
 
 NOT_DECISIVE = frozenset(
@@ -64,12 +63,6 @@ def sweep_name(experiment: str, choices: Mapping[str, Any], overrides: Sequence[
 
 STARTED_OVER = ("restart=true", "debug=true")
 """Overrides that make neither a sweep nor one of its jobs another one."""
-
-
-def same_command() -> str:
-    """What continues the run of this command, in words: `restart=true`, given again, would move it aside."""
-    restarts = any(override.lstrip("+").lower() == "restart=true" for override in command_line())
-    return "the same command without restart=true" if restarts else "the same command"
 
 
 def run_dir(config: Config) -> Path:

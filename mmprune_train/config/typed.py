@@ -91,11 +91,11 @@ def literal(tree: Any) -> Any:
     return re.sub(r"(\\*)\$\{", r"\1\1\\${", tree) if isinstance(tree, str) else tree
 
 
-def command_line() -> list[str]:
-    """The overrides of this run, or of this job of a sweep; empty outside of the command line."""
-    from hydra.core.hydra_config import HydraConfig
-
-    return list(HydraConfig.get().overrides.task) if HydraConfig.initialized() else []
+def options_of(override: str) -> list[str]:
+    """Options that an override of a config group chooses."""
+    parsed = _parsed(override)
+    value = None if parsed is None or parsed.is_delete() or parsed.is_sweep_override() else parsed.value()
+    return [option for option in (value if isinstance(value, list) else [value]) if isinstance(option, str)]
 
 
 def key_of(override: str) -> str:

@@ -11,9 +11,10 @@ from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
-from hydra.core.hydra_config import HydraConfig
+from hydra.conf import HydraConf
 from omegaconf import DictConfig
 
+from mmprune_train.config.command import Command
 from mmprune_train.config.compose import config_from
 from mmprune_train.config.explain import user_mistake
 from mmprune_train.config.identity import home_dir, run_dir
@@ -26,19 +27,23 @@ from mmprune_train.training.cluster import rank_here
 from mmprune_train.training.lock import alone_in
 
 
-def run_job(cfg: DictConfig, execute: Callable[[Config], Any]) -> Any:
+def run_job(cfg: DictConfig, hydra: HydraConf, command: Command, execute: Callable[[Config], Any]) -> Any:
     """What a sweeper gets from a job.
 
+    Args:
+        cfg: the job's config as composed.
+        hydra: Hydra's own settings of the job.
+        command: the job's overrides.
+        execute: runs the task of a config.
     Returns:
         To Hydra's basic sweeper the task's result; to one that optimises, the objective or a list of them. None where
         the job failed: no exception, which would have to survive being pickled, and would end the sweep.
     """
     if rank_here(cfg.trainer.devices):
         return execute(config_from(cfg))  # the first process speaks for the job
-    hydra = HydraConfig.get()
     sweep = Path(hydra.sweep.dir)
     number = read_settings(sweep).get("first_job", 0) + hydra.job.num
-    record = JobRecord(number, list(map(masked, hydra.overrides.task)), started=time.strftime("%Y-%m-%dT%H:%M:%S%z"))
+    record = JobRecord(number, list(map(masked, command.overrides)), started=time.strftime("%Y-%m-%dT%H:%M:%S%z"))
     began = time.perf_counter()
     with ExitStack() as held:
         try:
@@ -57,7 +62,7 @@ def run_job(cfg: DictConfig, execute: Callable[[Config], Any]) -> Any:
                 result = values if len(values) > 1 else values[0]
             record.state = "done"
         except Exception as error:
-            told = fail(record, error, debug=bool(cfg.get("debug")))
+            told = fail(record, error, command, debug=bool(cfg.get("debug")))
             print(f"error: job {record.job}: {told}", file=sys.stderr, flush=True)
             result = None
         except BaseException:
@@ -70,9 +75,9 @@ def run_job(cfg: DictConfig, execute: Callable[[Config], Any]) -> Any:
     return result
 
 
-def fail(record: JobRecord, error: Exception, debug: bool) -> str:
+def fail(record: JobRecord, error: Exception, command: Command, debug: bool) -> str:
     """Record the error; a traceback is printed for what no line explains, or with `debug`."""
-    message = user_mistake(error)
+    message = user_mistake(error, command.overrides)
     record.state, record.mistake = "failed", message is not None
     foreseen = isinstance(error, NotFinite)
     if (message is None and not foreseen) or debug:

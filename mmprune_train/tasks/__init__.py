@@ -13,9 +13,10 @@ from mmprune_train.config.typed import key_of
 from mmprune_train.errors import UserError
 
 if TYPE_CHECKING:
+    from mmprune_train.config.command import Command
     from mmprune_train.config.schema import Config
 
-    Run = Callable[[Config], dict[str, Any] | float | None]
+    Run = Callable[[Config, Command], dict[str, Any] | float | None]
 
 ANYWHERE = ("task", "experiment", "experiment_name", "run_id", "runs_dir", "seed", "trust_components", "debug")
 """Keys that every task reads."""
@@ -36,7 +37,7 @@ QUESTION = ("generate.images", "generate.question", "generate.question_file")
 
 class Task(NamedTuple):
     where: str
-    """`module:function`; the function takes the Config and returns what a sweeper may optimise."""
+    """`module:function`; the function takes the Config and the Command, and returns what a sweeper may optimise."""
     help: str
     """One line for `--help`."""
     writes: str = ""
@@ -155,9 +156,9 @@ def unread(name: str, overrides: Sequence[str], sweeping: bool = False) -> list[
     return [override for key, override in zip(given, overrides, strict=True) if not _covers(known, key)]
 
 
-def check_keys(name: str, overrides: Sequence[str], sweeping: bool) -> None:
-    """Raise UserError for an override that the task does not read. Arguments as of `unread`."""
-    for override in unread(name, overrides, sweeping):
+def check_keys(name: str, command: Command) -> None:
+    """Raise UserError for an override that the task does not read."""
+    for override in unread(name, command.overrides, command.sweeping):
         raise UserError(f"{override}: {_no_effect(name, key_of(override))}")
 
 

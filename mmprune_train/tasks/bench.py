@@ -17,6 +17,7 @@ from mmprune_train.benchmark.lengths import LengthsCost, lengths_cost
 from mmprune_train.benchmark.selection import selection_costs
 from mmprune_train.benchmark.steps import BASELINE, PARTS, Shares, StepCost, Way, padded, pruned, step_costs
 from mmprune_train.config.checks import BENCHED, check_feature_cache, check_pruner_fits
+from mmprune_train.config.command import Command
 from mmprune_train.config.compose import load_pruner
 from mmprune_train.config.identity import run_dir
 from mmprune_train.config.pruner import reads_text
@@ -51,9 +52,9 @@ DENSE = "none"
 """The packed model without pruning: what the others are shares of."""
 
 
-def run(config: Config) -> dict[str, Any]:
+def run(config: Config, command: Command = Command()) -> dict[str, Any]:
     """Write `bench/result.json` and the figure to the run directory; returns the result."""
-    found = find_checkpoint(config) if config.ckpt else None
+    found = find_checkpoint(config, command) if config.ckpt else None
     if found is not None and found.trained is None:
         raise UserError(
             f"ckpt={config.ckpt}: task=bench needs a run directory, whose config says how samples are prepared"

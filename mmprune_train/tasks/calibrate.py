@@ -10,13 +10,14 @@ from typing import Any
 
 import torch
 
+from mmprune_train.config.command import Command
 from mmprune_train.config.compose import to_yaml
 from mmprune_train.config.identity import run_dir
 from mmprune_train.config.pruner import KNEE_METHODS
 from mmprune_train.config.pruner_schema import PrunerConfig
 from mmprune_train.config.schema import Config
 from mmprune_train.config.task_schema import CalibrateConfig
-from mmprune_train.config.typed import command_line, group_of
+from mmprune_train.config.typed import group_of
 from mmprune_train.data.images import ImageReader
 from mmprune_train.data.records import Record, read_records
 from mmprune_train.data.sources import split_files
@@ -56,7 +57,7 @@ LEFT_OUT = {"task", "calibrate", "ckpt", "pruner", "knee"}
 """Keys of the command that the next one does not repeat: the preset holds what they said."""
 
 
-def run(config: Config) -> dict[str, Any]:
+def run(config: Config, command: Command = Command()) -> dict[str, Any]:
     """Write `calibrate/result.json`, `budgets.png` and `conf/pruner/calibrated.yaml` below the run directory.
 
     Without `ckpt=` what a training run would start from is measured: `init_from`, else the base weights.
@@ -65,7 +66,7 @@ def run(config: Config) -> dict[str, Any]:
         UserError: the run's own budget cannot meet the target; the report is written nevertheless.
     """
     asked = config.calibrate
-    found = find_checkpoint(config) if config.ckpt else None
+    found = find_checkpoint(config, command) if config.ckpt else None
     chosen, pruner = (found.config, found.pruner) if found else (config, config.pruner)
     folder = (found.home if found else run_dir(config)) / "calibrate"
     if pruner is not None:
@@ -75,11 +76,11 @@ def run(config: Config) -> dict[str, Any]:
     check_subject(subject.pruner, asked)
     report, images = measure(chosen, subject)
     with (results := Results(folder)).writing() as folder:
-        written = write_presets(folder / "conf", report, chosen)
+        written = write_presets(folder / "conf", report, chosen, command)
         result = {**summary(report), "seed": config.seed, "ckpt": config.ckpt}
         result["presets"] = sorted(written)
         if PRESET in written:
-            result["next"] = next_command(config, folder / "conf")
+            result["next"] = next_command(config, command, folder / "conf")
         write_json(folder / "result.json", result)
         draw(report, images, folder / "budgets.png")
     print(f"\n{text(report)}\n\n{results.place}", flush=True)
@@ -208,7 +209,7 @@ def sample_passes(
     return passes
 
 
-def write_presets(folder: Path, report: Report, config: Config) -> dict[str, Path]:
+def write_presets(folder: Path, report: Report, config: Config, command: Command) -> dict[str, Path]:
     """`pruner/calibrated.yaml` for the run's own budget and `pruner/calibrated_NAME.yaml` for every other one that was
     solved. By name."""
     written = {}
@@ -218,21 +219,21 @@ def write_presets(folder: Path, report: Report, config: Config) -> dict[str, Pat
             settings = with_knee(report.pruner, report.stage, row.solved)
             settings = replace(settings, name=f"{settings.name.removesuffix('-' + PRESET)}-{PRESET}")
             written[name] = folder / "pruner" / f"{name}.yaml"
-            write_yaml(written[name], "".join(header(report, row, config)) + to_yaml(settings))
+            write_yaml(written[name], "".join(header(report, row, config, command)) + to_yaml(settings))
     return written
 
 
-def header(report: Report, row: BudgetRow, config: Config) -> list[str]:
+def header(report: Report, row: BudgetRow, config: Config, command: Command) -> list[str]:
     """Comment lines that say what a preset was computed from."""
     asked = report.asked
     found, reached = outcome(row.solution)
-    command = shlex.join(["python", "-m", "mmprune_train", *(command_line() or ["task=calibrate"])])
+    typed = shlex.join(["python", "-m", "mmprune_train", *(command.overrides or ["task=calibrate"])])
     begun = first_start(config, asked.split)
     weights = f"encoder {config.encoder.name}, llm {config.llm.name}, {f'from {begun[1]}' if begun else 'not trained'}"
     weights = config.ckpt or weights
     score = getattr(report.pruner, report.stage).score
     return [
-        f"# {command}\n",
+        f"# {typed}\n",
         f"# {report.images} images in {report.samples} samples of {asked.split}, seed {config.seed}; {weights}.\n",
         f"# pruner.{report.stage}: score {score}, {row.name}, {found}. {asked.measure} ({WHAT[asked.measure]}):\n",
         f"# target {asked.target}, reached {reached}. Every setting is pinned: knee=... moves nothing here,\n",
@@ -240,9 +241,9 @@ def header(report: Report, row: BudgetRow, config: Config) -> list[str]:
     ]
 
 
-def next_command(config: Config, folder: Path) -> str:
+def next_command(config: Config, command: Command, folder: Path) -> str:
     """The command that uses the preset: evaluates the checkpoint with it, or trains."""
-    kept = [override for override in command_line() if group_of(override) not in LEFT_OUT]
+    kept = [override for override in command.overrides if group_of(override) not in LEFT_OUT]
     task = ["task=evaluate", f"ckpt={config.ckpt}"] if config.ckpt else []
     idle = unread("evaluate" if task else "train", [*task, *kept])
     arguments = ["--config-dir", str(folder), *task, *(one for one in kept if one not in idle), f"pruner={PRESET}"]

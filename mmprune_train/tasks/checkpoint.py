@@ -13,12 +13,13 @@ from typing import Any
 from omegaconf import OmegaConf
 
 from mmprune_train.config.checks import check_pruner_fits, check_stage_names
+from mmprune_train.config.command import Command
 from mmprune_train.config.compose import config_from_file
 from mmprune_train.config.identity import home_dir, run_dir, run_of
 from mmprune_train.config.pruner import components
 from mmprune_train.config.pruner_schema import PrunerConfig
 from mmprune_train.config.schema import Config
-from mmprune_train.config.typed import command_line, key_of
+from mmprune_train.config.typed import group_of
 from mmprune_train.errors import UserError
 from mmprune_train.model.build import load_model
 from mmprune_train.model.execution import Execution
@@ -30,7 +31,7 @@ from mmprune_train.training.rundir import RunDirectory, free_name
 from mmprune_train.training.sources import changed_components
 
 KEPT = ("data", "encoder", "llm", "stage", "stages", "peft", "evaluate")
-"""Sections of a run's own config that hold for it unless the command line says otherwise."""
+"""Sections of a run's own config, of which the command's config has only the keys that are asked for by name."""
 
 
 @dataclass(frozen=True)
@@ -42,18 +43,18 @@ class Checkpoint:
     home: Path
     """Where a task's folder goes: the run directory that the model belongs to, else this config's."""
     config: Config
-    """The command's; of a run, its own settings in `KEPT`, except for what the command line names."""
+    """The command's; of a run, its own settings in `KEPT`, except for what the command asks for."""
     pruner: PrunerConfig | None
-    """Instead of the model's own, where the command line names one."""
+    """Instead of the model's own, where the command asks for one."""
     trained: Config | None = None
     """The config of the run; None: this is no run directory."""
     stage: str | None = None
     """Training stage of the run, where another than the last finished one is named."""
-    oriented: bool = False
-    """Whether the command line names `data.exif_orientation`, whatever the model was trained with."""
+    command: Command = Command()
+    """What was asked for by name."""
 
 
-def find_checkpoint(config: Config) -> Checkpoint:
+def find_checkpoint(config: Config, command: Command = Command()) -> Checkpoint:
     """What `ckpt=` means, by default this config's own run. Nothing is loaded.
 
     Raises UserError where there is no such folder, or no model in it, or where the pruner does not fit it.
@@ -61,26 +62,27 @@ def find_checkpoint(config: Config) -> Checkpoint:
     run = run_of(config.ckpt or str(run_dir(config)))
     if run is None and not config.ckpt:
         raise UserError(f"ckpt= is not given and {run_dir(config)} has no run; give ckpt=FOLDER or train first")
-    given = {key_of(override) for override in command_line()}
-    oriented = "data.exif_orientation" in given
-    pruner = config.pruner if {key.split(".", 1)[0] for key in given} & {"pruner", "knee"} else None
+    pruner = config.pruner if command.names("pruner", "knee") else None
     model = model_folder(config.ckpt or str(run), "ckpt")
     check_writable(run or home_dir(config))
     if run is None or not (run / "config.yaml").is_file():
         check_stage_names(config)
-        return Checkpoint(model, home_dir(config), config, pruner, oriented=oriented)
+        return Checkpoint(model, home_dir(config), config, pruner, command=command)
     trained = config_from_file(run / "config.yaml")
-    if "stages" in given:
+    if "stages" in command.keys:
         model = run / config.stages[-1] / "model"
         if not (model / "config.json").is_file():
             raise UserError(f"stages={config.stages}: {run} has no finished stage {config.stages[-1]}; leave it out")
     stage = None if Path(model).resolve() == Path(model_folder(run)).resolve() else Path(model).parent.name
     pruner = None if pruner == trained.pruner else pruner
-    settled = _settled(trained, config, given)
+    settled = _settled(trained, config, command)
     check_stage_names(settled)
     if pruner is not None:
         check_pruner_fits(settled)
-    return Checkpoint(model, run, settled, pruner, trained, stage, oriented)
+        if {"pruner", "knee"}.isdisjoint(map(group_of, command.overrides)):
+            told = f"the pruner is the experiment's, {pruner.name}, and not {trained.pruner.name} as {run} was trained"
+            print(f"note: {told}; +experiment= left out, it is the run's own", file=sys.stderr, flush=True)
+    return Checkpoint(model, run, settled, pruner, trained, stage, command)
 
 
 def check_writable(home: Path) -> None:
@@ -93,14 +95,13 @@ def check_writable(home: Path) -> None:
         )
 
 
-def _settled(trained: Config, asked: Config, given: set[str]) -> Config:
-    """The command's config with the run's own `KEPT`, in which keys of the command line have the command's values."""
-    own, typed = OmegaConf.structured(trained), OmegaConf.structured(asked)
-    named = KEPT if "experiment" in given else [key for key in given if key.split(".", 1)[0] in KEPT]
-    for key in sorted(named):  # a group's choice comes before single keys in it
-        OmegaConf.update(own, key, OmegaConf.select(typed, key), merge=False)
+def _settled(trained: Config, config: Config, command: Command) -> Config:
+    """The command's config with the run's own `KEPT`, in which keys that are asked for have the command's values."""
+    own, given = OmegaConf.structured(trained), OmegaConf.structured(config)
+    for key in sorted(key for key in command.keys if group_of(key) in KEPT):  # a group's choice before keys in it
+        OmegaConf.update(own, key, OmegaConf.select(given, key), merge=False)
     settled = OmegaConf.to_object(own)
-    return replace(asked, **{name: getattr(settled, name) for name in KEPT})
+    return replace(config, **{name: getattr(settled, name) for name in KEPT})
 
 
 def load(found: Checkpoint) -> tuple[Any, Any, Precision]:
@@ -124,7 +125,8 @@ def load(found: Checkpoint) -> tuple[Any, Any, Precision]:
         state = RunDirectory(found.home, writable=False).stage_state(stage)
         for component, file in changed_components(model.pruner.settings, state):
             print(f"note: {component}: {file} has changed since stage {stage} was trained with it", file=sys.stderr)
-    choose_orientation(processor.image_processor, found.config.data.exif_orientation, found.oriented)
+    named = "data.exif_orientation" in found.command.keys
+    choose_orientation(processor.image_processor, found.config.data.exif_orientation, named)
     return model, processor, precision
 
 

@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
+from mmprune_train.config.command import Command
 from mmprune_train.config.identity import run_dir
 from mmprune_train.config.schema import Config
 from mmprune_train.doctor import backends, machine
@@ -37,7 +38,7 @@ class Failure(Note):
     """What went wrong in finding a row."""
 
 
-def run(config: Config) -> dict[str, Any]:
+def run(config: Config, command: Command = Command()) -> dict[str, Any]:
     """Write `doctor/result.json` to the run directory, section by section; SystemExit with code 1 where the self-test
     fails."""
     result: dict[str, Any] = {"sections": {}, "failed": []}

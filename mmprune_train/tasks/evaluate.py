@@ -7,8 +7,8 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from mmprune_train.config.command import Command
 from mmprune_train.config.schema import Config
-from mmprune_train.config.typed import command_line, key_of
 from mmprune_train.data.records import IMAGE_PLACEHOLDER, read_records
 from mmprune_train.data.sources import data_root, split_files
 from mmprune_train.data.templates import Template, get_template, template_name
@@ -36,9 +36,9 @@ class QuestionSet:
     """For result.json: the file with its checksum, turns, and questions of each kind."""
 
 
-def run(config: Config) -> dict[str, Any]:
+def run(config: Config, command: Command = Command()) -> dict[str, Any]:
     """Evaluate `ckpt=` (a run directory, an exported or a llava-hf folder), by default this config's own run."""
-    found = find_checkpoint(config)
+    found = find_checkpoint(config, command)
     questions = question_set(found.config)
     results = Results(found.home / folder_name(found, questions.asked["annotations"]))
     result = evaluate_checkpoint(found, questions, results)
@@ -100,7 +100,7 @@ def evaluate_checkpoint(found: Checkpoint, questions: QuestionSet, results: Resu
     """Ask a model the questions. predictions.jsonl and result.json go to `results`; an earlier evaluation there is
     moved aside when the answers are there, not before."""
     config = found.config
-    answers = training_answers(config)
+    answers = training_answers(config, found.command)
     model, processor, precision = load(found)
     check_room("evaluate.max_new_tokens", config.evaluate.max_new_tokens, model)
 
@@ -122,7 +122,7 @@ def prompt_template(processor: Any) -> Template:
     return get_template(template_name(processor.chat_template), processor.tokenizer)
 
 
-def training_answers(config: Config) -> list[tuple[str, str]]:
+def training_answers(config: Config, command: Command) -> list[tuple[str, str]]:
     """(question, answer) of the instruction data, all of it; empty where there is none.
 
     Raises UserError where it is malformed, or named by the command and not there.
@@ -134,7 +134,7 @@ def training_answers(config: Config) -> list[tuple[str, str]]:
     try:
         annotations, images = split_files(data, "instruct")
     except UserError as error:
-        if any(key_of(override) == "data.blind" for override in command_line()):
+        if "data.blind" in command.keys:
             raise UserError(f"data.blind: {error}") from None
         print(f"note: no blind majority, its data are not here: {error}", file=sys.stderr, flush=True)
         return []

@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from typing import Any
 
+from mmprune_train.config.command import Command
 from mmprune_train.config.schema import Config
 from mmprune_train.errors import UserError
 from mmprune_train.evaluation.generate import answer, check_room
@@ -17,12 +18,12 @@ from mmprune_train.tasks.question import typed_question
 from mmprune_train.training.lock import publishing
 
 
-def run(config: Config) -> dict[str, Any]:
+def run(config: Config, command: Command = Command()) -> dict[str, Any]:
     """Print the answer and how many tokens it was read from; add a line to `generate/answers.jsonl`."""
     if not config.ckpt:
         raise UserError("task=generate needs ckpt=FOLDER: a run directory, an exported folder or a llava-hf folder")
     question = typed_question(config.generate, "generate")
-    found = find_checkpoint(config)
+    found = find_checkpoint(config, command)
     model, processor, precision = load(found)
     check_room("generate.max_new_tokens", config.generate.max_new_tokens, model)
     prediction = answer(

@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from mmprune_train.config.command import Command
 from mmprune_train.config.schema import Config
 from mmprune_train.data.images import ImageReader
 from mmprune_train.errors import UserError
@@ -20,14 +21,14 @@ from mmprune_train.tasks.evaluate import prompt_template
 from mmprune_train.tasks.question import typed_question
 
 
-def run(config: Config) -> dict[str, Any]:
+def run(config: Config, command: Command = Command()) -> dict[str, Any]:
     """Write `inspect/pruning.png` and `inspect/result.json`; those of an earlier question are moved aside."""
     if not config.ckpt:
         raise UserError("task=inspect needs ckpt=FOLDER: a run directory, an exported folder or a llava-hf folder")
     if not config.generate.images:
         raise UserError("task=inspect needs generate.images=[FILE,...]: the images to draw")
     question = typed_question(config.generate, "inspect")
-    found = find_checkpoint(config)
+    found = find_checkpoint(config, command)
     model, processor, precision = load(found)
     read = ImageReader(processor.image_processor).open
     prompt = question.prompt(prompt_template(processor))

@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 
+from mmprune_train.config.command import Command
 from mmprune_train.config.identity import run_dir
 from mmprune_train.config.schema import Config
 from mmprune_train.devices import CPU, Device, device_peak, present_device
@@ -34,7 +35,7 @@ SOLVED_ON = 64
 """Samples on which the budgets' share is found."""
 
 
-def run(config: Config) -> dict[str, Any]:
+def run(config: Config, command: Command = Command()) -> dict[str, Any]:
     """Write `plan/result.json` to the run directory. Nothing is downloaded, no weights are read."""
     check_starts(config)
     device = chosen_device(config)

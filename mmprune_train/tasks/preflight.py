@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from mmprune_train.config.command import Command
 from mmprune_train.config.identity import run_dir
 from mmprune_train.config.schema import Config
 from mmprune_train.devices import CPU, GIB, device_peak
@@ -19,12 +20,13 @@ if TYPE_CHECKING:
     from mmprune_train.model.llava import PackedLlava
 
 
-def check_inputs(config: Config, todo: Sequence[str], evaluates: bool) -> None:
+def check_inputs(config: Config, todo: Sequence[str], evaluates: bool, command: Command = Command()) -> None:
     """Raise UserError for what would end the run later.
 
     Args:
         todo: stages that are to be trained.
         evaluates: the model is evaluated after them.
+        command: what the config was composed from.
     """
     found = find_inputs(config, todo, [*todo, *(["evaluate"] if evaluates else [])])
     if evaluates:
@@ -32,7 +34,7 @@ def check_inputs(config: Config, todo: Sequence[str], evaluates: bool) -> None:
 
         question_set(config)
         if config.data.blind:
-            training_answers(config)
+            training_answers(config, command)
     if todo:
         _check_stages(config, todo, found)
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from mmprune_train.config.command import Command
 from mmprune_train.config.identity import run_dir
 from mmprune_train.config.pruner import projects
 from mmprune_train.config.schema import Config
@@ -19,7 +20,7 @@ if TYPE_CHECKING:
     from mmprune_train.features.fill import Report
 
 
-def run(config: Config) -> dict[str, Any]:
+def run(config: Config, command: Command = Command()) -> dict[str, Any]:
     """Everything the run needs, with the places where it lies."""
     splits = [*config.stages, *(["evaluate"] if config.data.evaluate.annotations else [])]
     found = find_inputs(config, config.stages, splits, trains=False)

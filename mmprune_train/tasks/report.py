@@ -6,6 +6,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
+from mmprune_train.config.command import Command
 from mmprune_train.config.schema import Config
 from mmprune_train.errors import UserError
 from mmprune_train.reporting.page import Shown, compare, render
@@ -15,7 +16,7 @@ from mmprune_train.storage.files import write_atomically, write_json
 from mmprune_train.training.lock import publishing
 
 
-def run(config: Config) -> dict[str, Any]:
+def run(config: Config, command: Command = Command()) -> dict[str, Any]:
     """Write report.html and result.json; returns what the latter holds."""
     folders = config.report.runs or [str(Path(config.runs_dir) / config.experiment_name)]
     if not config.report.runs and not Path(folders[0]).is_dir():

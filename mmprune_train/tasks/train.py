@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from mmprune_train.config.checks import check_stage_names
+from mmprune_train.config.command import Command
 from mmprune_train.config.compose import config_from_file
 from mmprune_train.config.identity import run_dir, without_effect
 from mmprune_train.config.schema import Config
@@ -24,7 +25,7 @@ if TYPE_CHECKING:
     from mmprune_train.training.preemption import Preemption
 
 
-def run(config: Config) -> dict[str, Any]:
+def run(config: Config, command: Command = Command()) -> dict[str, Any]:
     """Train what is not yet trained; returns the run's result.
 
     Raises Preempted, with the exit code, where a signal asks the run to end.
@@ -38,7 +39,7 @@ def run(config: Config) -> dict[str, Any]:
     todo = [name for name in config.stages if config.restart or not found.finished(name)]
     result = None if todo else found.result
     if result is None or (asked is not None and _asked_otherwise(config, asked, result)):
-        result = _make(config, todo, asked, main)
+        result = _make(config, todo, asked, main, command)
     else:
         directory = open_run(config, writable=main)  # says where the settings are not the run's
         check_sources(config, directory)
@@ -72,17 +73,19 @@ def _asked_otherwise(config: Config, asked: dict[str, Any], result: dict[str, An
     return known is not None and file.is_file() and sha256_of(file) != known
 
 
-def _make(config: Config, todo: list[str], asked: dict[str, Any] | None, main: bool) -> dict[str, Any]:
+def _make(
+    config: Config, todo: list[str], asked: dict[str, Any] | None, main: bool, command: Command
+) -> dict[str, Any]:
     """Train and evaluate; what is imported here takes seconds, and a finished run is shown without."""
     from mmprune_train.training.preemption import Preemption
     from mmprune_train.training.processes import end_with_parent
 
     end_with_parent()
     join(config.trainer.devices)
-    with Preemption() as preemption:
+    with Preemption(command.again) as preemption:
         from mmprune_train.tasks.preflight import check_inputs
 
-        check_inputs(config, todo, asked is not None)
+        check_inputs(config, todo, asked is not None, command)
         with alone_in(run_dir(config)) if main else nullcontext():
             new = main and (config.restart or not run_dir(config).exists())
             directory = open_run(config, writable=main)
@@ -95,17 +98,19 @@ def _make(config: Config, todo: list[str], asked: dict[str, Any] | None, main: b
                 if new:
                     discard_unstarted(directory)
                 raise
-            return _evaluated(config, directory, asked) if main else {}
+            return _evaluated(config, directory, asked, command) if main else {}
 
 
-def _evaluated(config: Config, directory: RunDirectory, asked: dict[str, Any] | None) -> dict[str, Any]:
+def _evaluated(
+    config: Config, directory: RunDirectory, asked: dict[str, Any] | None, command: Command
+) -> dict[str, Any]:
     """The result of a trained run, after the evaluation that is asked for."""
     result: dict[str, Any] = {"run": str(directory.path), "stages": stage_summaries(directory, config.stages)}
     if asked is not None:
         from mmprune_train.tasks.checkpoint import Checkpoint, Results
         from mmprune_train.tasks.evaluate import evaluate_checkpoint, folder_name, question_set
 
-        trained = Checkpoint(directory.model(config.stages[-1]), directory.path, config, None, config)
+        trained = Checkpoint(directory.model(config.stages[-1]), directory.path, config, None, config, command=command)
         questions = question_set(config)
         results = Results(directory.path / folder_name(trained, questions.asked["annotations"]))
         result["evaluate"] = evaluate_checkpoint(trained, questions, results)
@@ -131,7 +136,7 @@ def _train(config: Config, directory: RunDirectory, todo: list[str], main: bool,
             print(f"\n{name} starts from {words}", flush=True)
         if main or not config.restart:  # what the others see may be the old run, on its way aside
             note_start(directory, name, start)
-        run_stage(config, name, directory, start, preemption)
+        run_stage(config, name, directory, start, preemption, preemption.again)
 
 
 NOT_TOLD = ("state", "start", "data", "components", "files")

@@ -17,7 +17,7 @@ import pytorch_lightning as pl
 import torch
 from lightning_fabric.plugins import TorchCheckpointIO
 
-from mmprune_train.config.identity import same_command
+from mmprune_train.config.command import SAME
 from mmprune_train.storage.checksums import checksum_of
 from mmprune_train.storage.files import sync
 from mmprune_train.training.callbacks import MetricsWriter, StepWatch
@@ -53,6 +53,7 @@ class Checkpoints(StepWatch):
         every_minutes: float | None = None,
         keep: int = 2,
         keep_best: bool = False,
+        again: str = SAME,
     ) -> None:
         """Args:
         folder: the stage's checkpoints/.
@@ -63,6 +64,7 @@ class Checkpoints(StepWatch):
         every_minutes: minutes after which the step that ends is saved; None: by steps alone.
         keep: how many of the newest stay.
         keep_best: the one with the lowest mean training loss since the one before it stays, too.
+        again: what continues the run, in words.
         """
         super().__init__()
         self.folder = folder
@@ -73,6 +75,7 @@ class Checkpoints(StepWatch):
         self.every_minutes = every_minutes
         self.keep = max(1, keep)
         self.keep_best = keep_best
+        self.again = again
         self.saved_step = 0
         """A stage's start needs no checkpoint."""
         self.saved_at = 0.0
@@ -104,7 +107,7 @@ class Checkpoints(StepWatch):
         if isinstance(exception, KeyboardInterrupt) and trainer.is_global_zero:
             done = all_checkpoints(self.folder)
             kept = f"after step {step_of(done[-1])}" if done else "from the stage's start"
-            print(f"\ninterrupted; {same_command()} continues {kept}", flush=True)
+            print(f"\ninterrupted; {self.again} continues {kept}", flush=True)
 
     def save(self, trainer: pl.Trainer) -> None:
         """Write a checkpoint of the present step, unless it has one, or no step was applied yet (FSDP2 would make
@@ -117,7 +120,7 @@ class Checkpoints(StepWatch):
         step = trainer.global_step
         if step == self.saved_step or not trainer.optimizers[0].state:
             return
-        refuse_broken(trainer, self.folder)
+        refuse_broken(trainer, self.folder, self.again)
         final = self.folder / name_of(step)
         temporary = self.folder / unfinished(final.name)
         for logger in trainer.loggers:  # what they hold back would be missing after the resume
@@ -134,7 +137,7 @@ class Checkpoints(StepWatch):
             why = (str(error).strip() or type(error).__name__).splitlines()[0]
             what = (
                 f"cannot be written ({why}; {free:.2f} GiB are free there); those before it are whole: "
-                f"{same_command()} continues after the newest"
+                f"{self.again} continues after the newest"
             )
             if isinstance(error, OSError) or "inline_container" in str(error):  # torch's writer of files
                 raise OSError(getattr(error, "errno", None) or errno.ENOSPC, what, str(final)) from error

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 
-from mmprune_train.config.identity import same_command
+from mmprune_train.config.command import SAME
 from mmprune_train.data.batch import Batch
 from mmprune_train.errors import NotFinite
 from mmprune_train.model.llava import PackedLlava
@@ -29,16 +29,18 @@ class Divergence(StepWatch):
     """Sees to the steps that were not applied (`MultimodalModule.applied`): ends the stage at one, or counts those in a
     row. Must come before MetricsWriter, so that no row is written of a step that ends the stage."""
 
-    def __init__(self, checkpoints: Path, last: int, skip: bool, most: int) -> None:
+    def __init__(self, checkpoints: Path, last: int, skip: bool, most: int, again: str = SAME) -> None:
         """Args:
         checkpoints: the stage's folder of them.
         last: the stage's last step.
         skip: go on after such a step.
         most: such steps in a row, after which the stage ends.
+        again: what continues the run, in words.
         """
         super().__init__()
         self.checkpoints = checkpoints
         self.last = last
+        self.again = again
         self.most = most if skip else 0
         self.in_a_row = 0
         self.batch: Batch | None = None
@@ -66,7 +68,9 @@ class Divergence(StepWatch):
         else:
             self._pass_over(trainer, pl_module)
         if trainer.global_step == self.last and not self._still_finite(trainer, pl_module):
-            end_stage(trainer, "the loss is not finite any more after the last step applied", self.checkpoints)
+            end_stage(
+                trainer, "the loss is not finite any more after the last step applied", self.checkpoints, self.again
+            )
 
     def _pass_over(self, trainer: pl.Trainer, pl_module: MultimodalModule) -> None:
         self.in_a_row += 1
@@ -82,7 +86,7 @@ class Divergence(StepWatch):
         if broken := broken_parts(pl_module.model, trainer.strategy):
             what += f"; the weights of {', '.join(broken)} are not finite either"
         skip = "; trainer.on_nonfinite=skip goes on without such steps"
-        end_stage(trainer, what, self.checkpoints, "" if self.most else skip)
+        end_stage(trainer, what, self.checkpoints, self.again, "" if self.most else skip)
 
     def _still_finite(self, trainer: pl.Trainer, module: MultimodalModule) -> bool:
         """Whether the newest update has left a loss that is finite, on the samples that it was made of: no step that
@@ -107,14 +111,15 @@ def _source(module: MultimodalModule) -> str:
     return f"the gradient norm of {parts}" if parts else "the gradient norm"
 
 
-def refuse_broken(trainer: pl.Trainer, checkpoints: Path) -> None:
+def refuse_broken(trainer: pl.Trainer, checkpoints: Path, again: str) -> None:
     """End the stage where its trained weights are not finite. Every rank must call it."""
     module: Any = trainer.lightning_module
     if broken := broken_parts(module.model, trainer.strategy, trained=True):
-        end_stage(trainer, f"the weights of {', '.join(broken)} are not finite, so they are not saved", checkpoints)
+        what = f"the weights of {', '.join(broken)} are not finite, so they are not saved"
+        end_stage(trainer, what, checkpoints, again)
 
 
-def end_stage(trainer: pl.Trainer, what: str, checkpoints: Path, more: str = "") -> NoReturn:
+def end_stage(trainer: pl.Trainer, what: str, checkpoints: Path, again: str, more: str = "") -> NoReturn:
     """Raise NotFinite on rank 0; other ranks end in silence, and without a failure that would have a launcher end rank
     0 before it has spoken."""
     if not trainer.is_global_zero:
@@ -122,16 +127,16 @@ def end_stage(trainer: pl.Trainer, what: str, checkpoints: Path, more: str = "")
     module: Any = trainer.lightning_module
     rates = ", ".join(f"{part.name} {part.lr:g}" for part in module.parts if part.lr is not None)
     raise NotFinite(
-        f"stage {module.stage_name}, step {trainer.global_step}: {what}.\n{what_is_kept(checkpoints)}.\n"
+        f"stage {module.stage_name}, step {trainer.global_step}: {what}.\n{what_is_kept(checkpoints, again)}.\n"
         f"Lower stage.{module.stage_name}.lr ({rates}) or set optim.grad_clip=1.0, with another run_id= or "
         f"restart=true, or mend the samples{more}"
     )
 
 
-def what_is_kept(checkpoints: Path) -> str:
-    """Which checkpoint the same command goes on from."""
+def what_is_kept(checkpoints: Path, again: str) -> str:
+    """Which checkpoint the run goes on from."""
     done = all_checkpoints(checkpoints)
-    command = same_command().capitalize()
+    command = again.capitalize()
     return f"{command} goes on from {done[-1]}" if done else f"{command} begins the stage anew"
 
 

@@ -9,7 +9,6 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from mmprune_train.config.identity import same_command
 from mmprune_train.config.pruner import components
 from mmprune_train.config.pruner_schema import PrunerConfig
 from mmprune_train.config.schema import Config
@@ -109,7 +108,7 @@ def check_sources(config: Config, run: RunDirectory) -> None:
             )
 
 
-def with_advice(error: UserError, run: RunDirectory, stage: str, file: Path) -> UserError:
+def with_advice(error: UserError, run: RunDirectory, stage: str, file: Path, again: str) -> UserError:
     """What ended a stage while it trained, with what may be changed before it goes on, where it has a checkpoint."""
     from mmprune_train.training.checkpoint_files import step_of
 
@@ -117,7 +116,7 @@ def with_advice(error: UserError, run: RunDirectory, stage: str, file: Path) -> 
     if not begun:
         return error
     return UserError(
-        f"{error}\n{same_command().capitalize()} goes on after step {step_of(begun[-1])}, also with other image "
+        f"{error}\n{again.capitalize()} goes on after step {step_of(begun[-1])}, also with other image "
         f"files; with a changed {file.name} it does not: {ASIDE}"
     )
 

@@ -2,6 +2,7 @@
 
 import pytest
 
+from mmprune_train.config.command import Command
 from mmprune_train.config.compose import compose_config, config_from_file, to_yaml
 from mmprune_train.config.notes import notes
 from mmprune_train.config.pruner import idle_budgets, idle_knee
@@ -198,14 +199,14 @@ def test_notes_are_of_the_encoder_that_runs(smoke, tmp_path):
     told = (
         f"pruner.vision.knee.count=100000: nothing is dropped of an image, which has {patches} patches on this encoder"
     )
-    assert notes(config, whole) == [told]
-    assert notes(smoke("task=evaluate", f"ckpt={tmp_path}", *whole, "knee.count=100000"), whole) == []
+    assert notes(config, Command.of(whole)) == [told]
+    assert notes(smoke("task=evaluate", f"ckpt={tmp_path}", *whole, "knee.count=100000"), Command.of(whole)) == []
     (tmp_path / "config.yaml").write_text(to_yaml(config))
     (tmp_path / "manifest.json").write_text("{}")
     asked = smoke("task=evaluate", f"ckpt={tmp_path}", *whole, "knee.count=100000")
-    assert notes(asked, whole) == [told] and notes(asked, ["task=evaluate"]) == []
+    assert notes(asked, Command.of(whole)) == [told] and notes(asked, Command.of(["task=evaluate"])) == []
     other = smoke("pruner=visionzip", "knee=otsu", "pruner.vision.knee.count=2")
-    assert len(notes(other, ["knee=otsu"])) == 1 and not notes(other, [])
+    assert len(notes(other, Command.of(["knee=otsu"]))) == 1 and not notes(other, Command())
 
 
 def test_a_config_written_before_a_key_means_what_it_did(smoke, tmp_path):

@@ -91,16 +91,16 @@ def test_debug_adds_the_traceback(tmp_path):
 
 
 RAISES = (
-    "exec('def run(config): from mmprune_train.errors import UserError as E; raise E(\\'no such file\\')'); m.run = run"
+    "exec('def run(*_): from mmprune_train.errors import UserError as E; raise E(\\'no such file\\')'); m.run = run"
 )
 
 
 @pytest.mark.parametrize(
     ("body", "code", "words"),
     [
-        ("m.run = lambda config: print('ran', config.seed)", 0, "ran 7"),
+        ("m.run = lambda config, command: print('ran', config.seed)", 0, "ran 7"),
         (RAISES, 2, "error: no such file"),
-        ("m.run = lambda config: 1 / 0", 1, "ZeroDivisionError"),
+        ("m.run = lambda config, command: 1 / 0", 1, "ZeroDivisionError"),
     ],
 )
 def test_how_a_task_ends_decides_the_exit_code(body, code, words, tmp_path):
@@ -113,7 +113,7 @@ def test_how_a_task_ends_decides_the_exit_code(body, code, words, tmp_path):
 
 
 def test_a_sweep_runs_every_job_and_keeps_its_record_under_runs(tmp_path):
-    body = "m.run = lambda config: print('ran', config.seed)"
+    body = "m.run = lambda config, command: print('ran', config.seed)"
     answer = mmprune("-m", "seed=1,2", cwd=tmp_path, before=FAKE_TASK + body)
     assert answer.returncode == 0, answer.stderr
     assert "ran 1" in answer.stdout

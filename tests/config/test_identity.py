@@ -7,9 +7,10 @@ import pytest
 import yaml
 
 from mmprune_train.__main__ import main
+from mmprune_train.config.command import Command
 from mmprune_train.config.compose import to_yaml
 from mmprune_train.config.explain import all_keys
-from mmprune_train.config.identity import NOT_DECISIVE, differences, home_dir, run_dir, run_id, run_of, same_command
+from mmprune_train.config.identity import NOT_DECISIVE, differences, home_dir, run_dir, run_id, run_of
 
 
 @pytest.mark.parametrize(
@@ -67,11 +68,9 @@ def test_the_list_of_exceptions_holds_no_stale_key():
 
 
 @pytest.mark.parametrize("asked", ["restart=true", "+restart=True"])
-def test_the_same_command_is_not_one_that_would_start_over(asked: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("mmprune_train.config.identity.command_line", lambda: ["+experiment=smoke"])
-    assert same_command() == "the same command"
-    monkeypatch.setattr("mmprune_train.config.identity.command_line", lambda: ["+experiment=smoke", asked])
-    assert same_command() == "the same command without restart=true"
+def test_the_same_command_is_not_one_that_would_start_over(asked: str) -> None:
+    assert Command(("+experiment=smoke",)).again == "the same command"
+    assert Command(("+experiment=smoke", asked)).again == "the same command without restart=true"
 
 
 @pytest.mark.parametrize(

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 
+from mmprune_train.config.command import Command
 from mmprune_train.config.explain import all_keys
 from mmprune_train.config.schema import Config
 from mmprune_train.errors import UserError
@@ -48,7 +49,7 @@ STAND_IN = 'mmprune() { printf "%s\\x1f" "$@"; echo; }'
 )  # fmt: skip
 def test_a_key_without_effect_is_refused(task: str, arguments: list[str], words: str) -> None:
     with pytest.raises(UserError) as caught:
-        check_keys(task, arguments, sweeping=False)
+        check_keys(task, Command(tuple(arguments)))
     assert words in str(caught.value) and "\n" not in str(caught.value)
     assert str(caught.value).startswith(f"{arguments[-1]}: task={task} ")
 
@@ -72,7 +73,7 @@ def test_a_key_without_effect_is_refused(task: str, arguments: list[str], words:
     ],
 )  # fmt: skip
 def test_a_key_that_is_read_is_not(task: str, arguments: list[str]) -> None:
-    check_keys(task, [f"task={task}", *arguments], sweeping=False)
+    check_keys(task, Command((f"task={task}", *arguments)))
 
 
 def test_a_sweep_reads_what_its_jobs_are_compared_by() -> None:
@@ -103,7 +104,8 @@ def test_the_commands_of_the_documentation_have_no_idle_key(page: Path) -> None:
     for arguments in commands(page):
         typed = [one for one in arguments if "=" in one and not one.startswith(("hydra/", "hydra.", "-"))]
         task = next((one.removeprefix("task=") for one in typed if one.startswith("task=")), "train")
-        check_keys(task, typed, sweeping="-m" in arguments or any(one.startswith("+sweep=") for one in typed))
+        sweeping = "-m" in arguments or any(one.startswith("+sweep=") for one in typed)
+        check_keys(task, Command(tuple(typed), sweeping=sweeping))
 
 
 @pytest.mark.parametrize("task", TASKS)

@@ -19,6 +19,7 @@ from training.synthetic import overrides as smoke_on
 from training.synthetic import write_dataset
 
 from mmprune_train.config.checks import check
+from mmprune_train.config.command import Command
 from mmprune_train.config.compose import compose_config, load_pruner
 from mmprune_train.config.paths import conf_dir, options
 from mmprune_train.config.schema import Config
@@ -33,7 +34,7 @@ from mmprune_train.training.lock import alone_in
 Sweep = Callable[..., tuple[int, str, str]]
 
 
-def scored(config: Config) -> dict:
+def scored(config: Config, command: Command) -> dict:
     """A task in place of training: later pruning is better and dearer; layer 3 fails, 2 is a mistake."""
     layer = config.pruner.language.layer
     if layer == 3:

@@ -16,6 +16,7 @@ from safetensors.torch import load_file, save_file
 from training.synthetic import overrides, write_dataset
 from transformers import AutoConfig, AutoModel, LlamaForCausalLM, LlavaForConditionalGeneration
 
+from mmprune_train.config.command import Command
 from mmprune_train.config.compose import compose_config, load_pruner
 from mmprune_train.config.schema import Config
 from mmprune_train.errors import UserError
@@ -171,7 +172,7 @@ def test_a_picture_that_cannot_be_read_is_named_before_a_model_is_loaded(task: A
 
 
 def test_orientation_is_the_command_lines_else_the_models_else_the_configs(
-    finished: tuple[Config, dict, Path], monkeypatch: pytest.MonkeyPatch
+    finished: tuple[Config, dict, Path],
 ) -> None:
     config, _, folder = finished
     turned = replace(config, data=replace(config.data, exif_orientation=False))
@@ -179,8 +180,8 @@ def test_orientation_is_the_command_lines_else_the_models_else_the_configs(
     assert trained.exif_orientation and not stage_image_processor(turned, "instruct").exif_orientation
     checkpoint.choose_orientation(trained, False, named=False)
     assert trained.exif_orientation, "as it was trained"
-    monkeypatch.setattr(checkpoint, "command_line", lambda: ["data.root=x", "++data.exif_orientation=false"])
-    found = checkpoint.find_checkpoint(replace(turned, ckpt=str(folder)))
+    asked = Command.of(["data.root=x", "++data.exif_orientation=false"])
+    found = checkpoint.find_checkpoint(replace(turned, ckpt=str(folder)), asked)
     _, processor, _ = checkpoint.load(found)
     assert not processor.image_processor.exif_orientation, "as it is asked for"
     of_others = SimpleNamespace()
