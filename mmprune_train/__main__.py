@@ -17,7 +17,7 @@ from mmprune_train.config.typed import command_line, readable
 from mmprune_train.current_folder import leave_out_in_children, search_last
 from mmprune_train.errors import NotFinite
 from mmprune_train.printed import harmless_output
-from mmprune_train.secrets import note_arguments
+from mmprune_train.storage.secrets import note_arguments
 from mmprune_train.tasks import check_keys, find_task
 from mmprune_train.usage import usage
 
@@ -80,7 +80,7 @@ def compose_and_run() -> None:
     import hydra
 
     from mmprune_train.config.compose import register_schema
-    from mmprune_train.config.paths import conf_dir
+    from mmprune_train.storage.conf import conf_dir
     from mmprune_train.sweeps.watch import finish_sweep
 
     register_schema()

@@ -15,10 +15,10 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Union, get_args, get_origin, get_type_hints
 
-from mmprune_train.config.paths import options
 from mmprune_train.config.schema import STAGES, Config
 from mmprune_train.config.typed import command_line, quoted
 from mmprune_train.errors import UserError
+from mmprune_train.storage.conf import options
 from mmprune_train.storage.user_files import reason_of
 
 _PLUS_GROUPS = ("experiment", "sweep", "hydra/launcher", "hydra/sweeper")

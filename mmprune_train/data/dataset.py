@@ -1,4 +1,4 @@
-"""Records as a torch data set of ready samples."""
+"""Records as ready samples."""
 
 from __future__ import annotations
 
@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import Protocol
 
 from torch import Tensor
-from torch.utils.data import Dataset
 from transformers import PreTrainedTokenizerBase
 
 from mmprune_train.data.batch import Sample
@@ -43,7 +42,7 @@ def _at_most(record: Record, image_tokens: int) -> int:
     return TEMPLATE_TOKENS * len(turns) + text + len(record.images) * image_tokens
 
 
-class ConversationDataset(Dataset[Sample]):
+class ConversationDataset:
     """Tokenises and reads images on demand; a bad sample raises UserError with its id and is never replaced.
 
     With `features` no image is read: samples carry what those hold.
@@ -79,10 +78,7 @@ class ConversationDataset(Dataset[Sample]):
     def __len__(self) -> int:
         return len(self.records)
 
-    def __getitem__(self, index: int) -> Sample:
-        return self.__getitems__([index])[0]
-
-    def __getitems__(self, indices: Sequence[int]) -> list[Sample]:
+    def read(self, indices: Sequence[int]) -> list[Sample]:
         """A batch at once, so that an image that several of its samples share is read once."""
         read: dict[Path, Tensor] = {}
         samples = []

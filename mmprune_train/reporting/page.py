@@ -19,9 +19,9 @@ from mmprune_train.reporting import charts
 from mmprune_train.reporting.evaluation import KIND_NAMES, asked_apart, asked_text
 from mmprune_train.reporting.results import front, numbers, pick
 from mmprune_train.reporting.runs import Run, telling_keys
+from mmprune_train.reporting.sweeps import varying
 from mmprune_train.reporting.tables import cell
 from mmprune_train.reporting.training import STAGE_NUMBERS
-from mmprune_train.sweeps.records import varying
 
 HIGHLIGHTED = 6
 """Most runs whose loss is drawn in colour where all runs are in one figure."""

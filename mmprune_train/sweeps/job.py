@@ -20,10 +20,10 @@ from mmprune_train.config.identity import home_dir, run_dir
 from mmprune_train.config.schema import Config
 from mmprune_train.errors import NotFinite, UserError
 from mmprune_train.reporting.results import numbers, pick
-from mmprune_train.secrets import masked
-from mmprune_train.sweeps.records import JobRecord, read_records, read_settings, relative
+from mmprune_train.reporting.sweeps import JobRecord, read_records, read_settings, relative
+from mmprune_train.storage.locks import alone_in
+from mmprune_train.storage.secrets import masked
 from mmprune_train.training.cluster import rank_here
-from mmprune_train.training.lock import alone_in
 
 
 def run_job(cfg: DictConfig, execute: Callable[[Config], Any]) -> Any:

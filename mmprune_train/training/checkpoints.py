@@ -18,8 +18,8 @@ import torch
 from lightning_fabric.plugins import TorchCheckpointIO
 
 from mmprune_train.config.identity import same_command
+from mmprune_train.storage.atomic import publish, sync, unfinished
 from mmprune_train.storage.checksums import checksum_of
-from mmprune_train.storage.files import sync
 from mmprune_train.training.callbacks import MetricsWriter, StepWatch
 from mmprune_train.training.checkpoint_files import (
     STATE,
@@ -31,7 +31,6 @@ from mmprune_train.training.checkpoint_files import (
     remove,
     seal,
     step_of,
-    unfinished,
 )
 from mmprune_train.training.divergence import refuse_broken
 from mmprune_train.training.processes import ranks_of
@@ -119,7 +118,7 @@ class Checkpoints(StepWatch):
             return
         refuse_broken(trainer, self.folder)
         final = self.folder / name_of(step)
-        temporary = self.folder / unfinished(final.name)
+        temporary = unfinished(final)
         for logger in trainer.loggers:  # what they hold back would be missing after the resume
             logger.save()
         if trainer.is_global_zero:
@@ -144,8 +143,7 @@ class Checkpoints(StepWatch):
         rows = checksum_of(self.metrics.path) if trainer.is_global_zero else None
         seal(temporary, Index(step, self.strategy, trainer.world_size, loss, metrics=rows), ranks_of(trainer))
         if trainer.is_global_zero:
-            temporary.rename(final)
-            sync(self.folder)
+            publish(temporary, final)
             if fault := damage(final, contents=False):
                 raise RuntimeError(f"{final} is damaged as soon as it is written ({fault}); the older ones are kept")
             self._delete_older()
@@ -155,7 +153,7 @@ class Checkpoints(StepWatch):
     def _tidy(self, step: int) -> None:
         """Delete what a kill has left unfinished, and put aside what lies after the step that is continued: it was
         passed over as damaged, and must not count among those that are kept."""
-        for left in self.folder.glob(unfinished("step-*.ckpt")):
+        for left in self.folder.glob(unfinished(Path("step-*.ckpt")).name):
             remove(left)
         for later in all_checkpoints(self.folder):
             if step_of(later) > step:
