@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
 
@@ -42,29 +43,20 @@ def _at_most(record: Record, image_tokens: int) -> int:
     return TEMPLATE_TOKENS * len(turns) + text + len(record.images) * image_tokens
 
 
+@dataclass
 class ConversationDataset:
     """Tokenises and reads images on demand; a bad sample raises UserError with its id and is never replaced.
 
     With `features` no image is read: samples carry what those hold.
     """
 
-    def __init__(
-        self,
-        records: Sequence[Record],
-        template: Template,
-        tokenizer: PreTrainedTokenizerBase,
-        reader: ImageReader,
-        image_tokens: int,
-        max_length: int,
-        features: Features | None = None,
-    ) -> None:
-        self.records = records
-        self.template = template
-        self.tokenizer = tokenizer
-        self.reader = reader
-        self.image_tokens = image_tokens
-        self.max_length = max_length
-        self.features = features
+    records: Sequence[Record]
+    template: Template
+    tokenizer: PreTrainedTokenizerBase
+    reader: ImageReader
+    image_tokens: int
+    max_length: int
+    features: Features | None = None
 
     def check_cuts(self) -> None:
         """Raise UserError at the first sample that the template does not take, of which `max_length` leaves nothing to

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from collections import deque
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from functools import partial
 from itertools import islice
 
@@ -22,34 +23,24 @@ from mmprune_train.data.templates import Template
 from mmprune_train.workers import read_by_workers
 
 
+@dataclass
 class TrainLoader:
     """Micro-batches of one rank. Holds no position: a resumed run asks for the step where it was."""
 
-    def __init__(
-        self,
-        dataset: ConversationDataset,
-        batches: GlobalBatches,
-        split: Split,
-        rank: int = 0,
-        world: int = 1,
-        num_workers: int = 0,
-        pin: bool = False,
-        kept: KeptTokens | None = None,
-    ) -> None:
-        """Args:
-        split: of a step's samples into micro-batches.
-        kept: the estimate that `split` plans with, to be told what training sees; None: it needs none.
-        """
-        self.dataset = dataset
-        self.batches = batches
-        self.split = split
-        self.rank = rank
-        self.world = world
-        self.num_workers = num_workers
-        self.pin = pin
-        self.kept = kept
-        self.most = batches.size // world
-        if num_workers:  # set before the fork, or the tokenizers library warns in every worker
+    dataset: ConversationDataset
+    batches: GlobalBatches
+    split: Split
+    """Of a step's samples into micro-batches."""
+    rank: int = 0
+    world: int = 1
+    num_workers: int = 0
+    pin: bool = False
+    kept: KeptTokens | None = None
+    """The estimate that `split` plans with, to be told what training sees; None: it needs none."""
+
+    def __post_init__(self) -> None:
+        self.most = self.batches.size // self.world
+        if self.num_workers:  # set before the fork, or the tokenizers library warns in every worker
             os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
     def epochs(self, steps: int) -> float:

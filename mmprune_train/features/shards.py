@@ -11,7 +11,7 @@ from __future__ import annotations
 import re
 import time
 from contextlib import suppress
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from hashlib import sha256
 from pathlib import Path
 from types import TracebackType
@@ -94,18 +94,17 @@ def remove_leftovers(folder: Path) -> None:
                     path.unlink()
 
 
+@dataclass
 class ShardWriter:
     """Collects images and writes them shard by shard; leaving it, whatever for, writes what is left."""
 
-    def __init__(self, folder: Path, limit: int = SHARD_BYTES, seconds: float = SHARD_SECONDS) -> None:
-        """Args:
-        folder: where the shards go.
-        limit: bytes of features after which a shard is written. seconds: the same in time.
-        """
-        self.folder = folder
-        self.limit = limit
-        self.seconds = seconds
-        self.written: list[Shard] = []
+    folder: Path
+    limit: int = SHARD_BYTES
+    """Bytes of features after which a shard is written."""
+    seconds: float = SHARD_SECONDS
+    written: list[Shard] = field(default_factory=list)
+
+    def __post_init__(self) -> None:
         self._empty()
 
     def add(self, images: list[str], patches: Patches) -> None:

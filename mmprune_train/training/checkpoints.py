@@ -9,6 +9,7 @@ from __future__ import annotations
 import errno
 import shutil
 import time
+from dataclasses import dataclass, field
 from pathlib import Path
 from statistics import fmean
 from typing import Any
@@ -38,45 +39,32 @@ from mmprune_train.training.processes import ranks_of
 DAMAGED = ".damaged"
 
 
+@dataclass(eq=False)
 class Checkpoints(StepWatch):
     """Saves a stage at its end and in between. Must come after MetricsWriter, so that a checkpoint never knows of a
     step that metrics.jsonl does not."""
 
-    def __init__(
-        self,
-        folder: Path,
-        metrics: MetricsWriter,
-        strategy: str,
-        last: int,
-        every_steps: int | None,
-        every_minutes: float | None = None,
-        keep: int = 2,
-        keep_best: bool = False,
-    ) -> None:
-        """Args:
-        folder: the stage's checkpoints/.
-        metrics: knows the loss of each step.
-        strategy: its name, which a checkpoint records.
-        last: the stage's last step, which is always saved.
-        every_steps: optimizer steps between two; None: by time alone.
-        every_minutes: minutes after which the step that ends is saved; None: by steps alone.
-        keep: how many of the newest stay.
-        keep_best: the one with the lowest mean training loss since the one before it stays, too.
-        """
-        super().__init__()
-        self.folder = folder
-        self.metrics = metrics
-        self.strategy = strategy
-        self.last = last
-        self.every_steps = every_steps
-        self.every_minutes = every_minutes
-        self.keep = max(1, keep)
-        self.keep_best = keep_best
-        self.saved_step = 0
-        """A stage's start needs no checkpoint."""
-        self.saved_at = 0.0
-        self.losses: list[float] = []
-        """Since the last checkpoint."""
+    folder: Path
+    """The stage's checkpoints/."""
+    metrics: MetricsWriter
+    """Knows the loss of each step."""
+    strategy: str
+    """Its name, which a checkpoint records."""
+    last: int
+    """The stage's last step, which is always saved."""
+    every_steps: int | None
+    """Optimizer steps between two; None: by time alone."""
+    every_minutes: float | None = None
+    """Minutes after which the step that ends is saved; None: by steps alone."""
+    keep: int = 2
+    """How many of the newest stay."""
+    keep_best: bool = False
+    """The one with the lowest mean training loss since the one before it stays, too."""
+    saved_step: int = 0
+    """A stage's start needs no checkpoint."""
+    saved_at: float = 0.0
+    losses: list[float] = field(default_factory=list)
+    """Since the last checkpoint."""
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         super().on_train_start(trainer, pl_module)

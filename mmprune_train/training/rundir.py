@@ -9,6 +9,7 @@ import platform
 import shutil
 import subprocess
 import time
+from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -25,16 +26,14 @@ from mmprune_train.storage.run_files import read_manifest, read_result
 PACKAGES = ("torch", "transformers", "pytorch-lightning", "peft", "deepspeed", "hydra-core", "numpy", "tokenizers")
 
 
+@dataclass
 class RunDirectory:
     """One run's folder."""
 
-    def __init__(self, path: Path, writable: bool) -> None:
-        """Args:
-        path: the folder; `open_run` makes it.
-        writable: rank 0 of the run.
-        """
-        self.path = path
-        self.writable = writable
+    path: Path
+    """`open_run` makes it."""
+    writable: bool
+    """Rank 0 of the run."""
 
     def stage(self, name: str) -> Path:
         return self.path / name
