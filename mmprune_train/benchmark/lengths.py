@@ -10,7 +10,7 @@ from statistics import fmean
 import torch
 
 from mmprune_train.benchmark.steps import Way, one_step
-from mmprune_train.model.clock import Clock
+from mmprune_train.model.clock import Clock, clocked
 from mmprune_train.model.llava import PackedLlava
 
 
@@ -52,7 +52,6 @@ def lengths_cost(
         progress: wraps the ways.
     """
     optimizer = torch.optim.AdamW([parameter for parameter in model.parameters() if parameter.requires_grad], lr=0.0)
-    own_clock, model.clock = model.clock, Clock()
 
     def seconds(some: Iterable[Way]) -> tuple[list[float], float]:
         began, laps = time.process_time(), []
@@ -61,13 +60,11 @@ def lengths_cost(
                 laps.append(sum(one_step(model, way, optimizer, dtype).values()))
         return laps, time.process_time() - began
 
-    try:
+    with clocked(model, Clock()):
         seconds([warm])
         each, computed = seconds(progress(ways))
         tokens = [way.tokens["layer_mean"] for way in ways]
         mean = fmean(tokens)
         middle = min(range(len(ways)), key=lambda index: abs(tokens[index] - mean))
         same, computed_same = seconds(progress([ways[middle]] * len(ways)))
-    finally:
-        model.clock = own_clock
     return LengthsCost(tokens, middle, each, same, computed / computed_same)

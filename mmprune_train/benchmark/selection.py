@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from mmprune_train.config.pruner_schema import PrunerConfig
-from mmprune_train.model.clock import Clock
+from mmprune_train.model.clock import Clock, clocked
 from mmprune_train.model.llava import PackedLlava
 
 
@@ -40,19 +40,16 @@ def selection_costs(
         pixel_values: [I, 3, H, W], encoded in chunks of `model.vision_chunk`.
         repeats: passes that are counted, of every pruner.
     """
-    own_clock, model.clock = model.clock, Clock()
     laps: dict[str, list[dict[str, float]]] = {name: [] for name in pruners}
     kept: dict[str, Tensor] = {}
-    try:
+    with clocked(model, Clock()) as clock:
         for repeat in range(repeats + 1):
             for name, settings in pruners.items():
                 with torch.no_grad(), model.pruned_by(settings):
                     kept[name] = model.select_patches(pixel_values).kept
-                lap = model.clock.lap()
+                lap = clock.lap()
                 if repeat:
                     laps[name].append(lap)
-    finally:
-        model.clock = own_clock
     for name, all_laps in laps.items():
         selection = [lap.get("selection", 0.0) for lap in all_laps]
         vision = [lap["vision"] for lap in all_laps]

@@ -17,7 +17,7 @@ from mmprune_train.benchmark.flops import flop_counter
 from mmprune_train.benchmark.memory import PeakMemory
 from mmprune_train.config.pruner_schema import PrunerConfig
 from mmprune_train.data.batch import Batch
-from mmprune_train.model.clock import Clock
+from mmprune_train.model.clock import Clock, clocked
 from mmprune_train.model.flops import StepFlops
 from mmprune_train.model.llava import PackedLlava
 from mmprune_train.packed.patches import Patches
@@ -168,10 +168,9 @@ def step_costs(
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
     optimizer = torch.optim.AdamW(trained, lr=0.0)
     device = trained[0].device
-    own_clock, model.clock = model.clock, Clock()
     laps: dict[str, list[dict[str, float]]] = {name: [] for name in ways}
     costs = {}
-    try:
+    with clocked(model, Clock()):
         for number in progress(range(repeats + 1)):
             for name, way in ways.items():
                 with way.context():
@@ -194,20 +193,17 @@ def step_costs(
                 tokens=way.tokens,
                 causal_flops=way.causal_flops,
             )
-    finally:
-        model.clock = own_clock
     return costs
 
 
 def _counted(model: PackedLlava, way: Way, optimizer: torch.optim.Optimizer, dtype: torch.dtype) -> dict[str, float]:
     """Operations of a step by part, with an attention that the counter sees."""
-    seconds, attention = model.clock, model.attention
+    attention, model.attention = model.attention, "sdpa_per_sample"
     try:
-        with flop_counter() as counter:
-            model.clock, model.attention = Clock(counter.get_total_flops), "sdpa_per_sample"
+        with flop_counter() as counter, clocked(model, Clock(counter.get_total_flops)):
             return one_step(model, way, optimizer, dtype)
     finally:
-        model.clock, model.attention = seconds, attention
+        model.attention = attention
 
 
 def one_step(model: PackedLlava, way: Way, optimizer: torch.optim.Optimizer, dtype: torch.dtype) -> dict[str, float]:

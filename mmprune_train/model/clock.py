@@ -6,6 +6,7 @@ import time
 from collections import defaultdict
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
+from typing import Any
 
 import torch
 
@@ -49,6 +50,16 @@ class Clock:
         if self._stack:
             self._seconds[self._stack[-1]] += now - self._since
         self._since = now
+
+
+@contextmanager
+def clocked(model: Any, clock: Clock) -> Iterator[Clock]:
+    """While this lasts `model`, which has a `clock`, runs under this one."""
+    own, model.clock = model.clock, clock
+    try:
+        yield clock
+    finally:
+        model.clock = own
 
 
 def timed(clock: Clock | None, name: str) -> AbstractContextManager[None]:
