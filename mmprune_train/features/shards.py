@@ -102,7 +102,7 @@ class ShardWriter:
     limit: int = SHARD_BYTES
     """Bytes of features after which a shard is written."""
     seconds: float = SHARD_SECONDS
-    written: list[Shard] = field(default_factory=list)
+    written: list[Shard] = field(init=False, default_factory=list)
 
     def __post_init__(self) -> None:
         self._empty()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from statistics import fmean
 from typing import Any
@@ -73,7 +74,7 @@ def compare(runs: Sequence[Run], shown: Shown) -> Compared:
     """Raises UserError where no run has a number that is asked for."""
     values: list[dict[str, float | None]] = []
     for run in runs:
-        values.append({name: picked(run.numbers, name) for name in shown.axes})
+        values.append({name: _number(run, name) for name in shown.axes})
     for name in shown.axes:
         if any(run.numbers for run in runs) and all(value[name] is None for value in values):
             pick(next(run.numbers for run in runs if run.numbers), name)  # says what there is instead
@@ -82,6 +83,10 @@ def compare(runs: Sequence[Run], shown: Shown) -> Compared:
     differ = varying([run.settings for run in runs])
     apart = asked_apart({run.name: run.result.get("evaluate") or {} for run in runs})
     return Compared(telling_keys(runs), differ, values, [full[i] for i in front(points, shown.directions)], apart)
+
+
+def _number(run: Run, name: str) -> float | None:
+    return picked(run.numbers, name)
 
 
 def render(runs: Sequence[Run], shown: Shown, title: str, sources: Sequence[str]) -> str:
@@ -151,7 +156,7 @@ def _beside(runs: Sequence[Run], compared: Compared, shown: Shown, order: Sequen
 def _table(runs: Sequence[Run], compared: Compared, shown: Shown, order: Sequence[int]) -> dict[str, Any]:
     more: dict[str, Callable[[Run], float | None]] = {
         **{
-            key.removeprefix("evaluate."): lambda run, key=key: picked(run.numbers, key)
+            key.removeprefix("evaluate."): partial(_number, name=key)
             for key in dict.fromkeys(k for run in runs for k in run.numbers if k.startswith("evaluate.accuracy."))
         },
         "loss": lambda run: _last_stage(run).get("loss"),

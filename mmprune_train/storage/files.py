@@ -89,22 +89,22 @@ def write_yaml(path: Path, text: str) -> None:
     write_atomically(path, f"{BEGIN}{_crc(text)}  (delete this line if you change the file)\n{text}")
 
 
-def read_yaml(path: Path, remedy: str = PUT_BACK) -> str:
+def read_yaml(path: Path) -> str:
     """The text of a YAML file that this project has written.
 
     Raises:
         UserError: it is empty, or not what was written, or has references: with a few of them a short file holds
             billions of values.
     """
-    text = _text(path, remedy)
+    text = _text(path, PUT_BACK)
     if all(not line.strip() or line.startswith("#") for line in text.split("\n")):
-        raise damaged(path, "it is empty or cut off", remedy)
+        raise damaged(path, "it is empty or cut off", PUT_BACK)
     first, _, rest = text.partition("\n")
     known = FIRST_LINE.fullmatch(first)
     if known and known[1] != _crc(rest):
-        raise changed(path, "first line", remedy)
+        raise changed(path, "first line", PUT_BACK)
     if "*" in text and any(isinstance(event, yaml.AliasEvent) for event in yaml.parse(text, Loader=yaml.SafeLoader)):
-        raise damaged(path, "it has references (*name), as no file that is written here", remedy)
+        raise damaged(path, "it has references (*name), as no file that is written here", PUT_BACK)
     return text
 
 

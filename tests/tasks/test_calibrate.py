@@ -117,7 +117,8 @@ def test_passes_that_stop_at_the_last_pruned_layer_count_what_whole_ones_do(root
             batch = collate(loader.dataset.read([index]))
             trace = model.forward_packed(batch.sequence, batch.pixel_values).trace
             assert len(trace.layers) == 4
-            kept, dense = kept + trace.tokens_layer_mean, dense + trace.tokens_dense
+            counts = trace.counts()
+            kept, dense = kept + counts["layer_mean"], dense + counts["dense"]
     assert result["samples"] == len(loader.dataset) == 18
     assert result["keep_ratio"] == pytest.approx(kept / dense, abs=1e-3)
     assert "target" not in result["budgets"]["kneedle"] and result["presets"] == []
