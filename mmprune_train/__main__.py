@@ -20,7 +20,7 @@ from mmprune_train.config.typed import readable
 from mmprune_train.current_folder import leave_out_in_children, search_last
 from mmprune_train.errors import NotFinite
 from mmprune_train.printed import harmless_output
-from mmprune_train.secrets import note_arguments
+from mmprune_train.storage.secrets import note_arguments
 from mmprune_train.tasks import check_keys, find_task
 from mmprune_train.usage import usage
 
@@ -38,7 +38,7 @@ def compose_and_run() -> None:
     from hydra.types import RunMode
 
     from mmprune_train.config.compose import config_from, register_schema
-    from mmprune_train.config.paths import conf_dir
+    from mmprune_train.storage.conf import conf_dir
     from mmprune_train.sweeps.watch import finish_sweep
 
     failures: list[Exception] = []

@@ -21,55 +21,32 @@ class Device:
     """Dense matrix products, 1e12 FLOPs a second, in bf16 with fp32 accumulation; None: not known."""
 
 
-def _device(name: str, gib: float, tflops: float) -> Device:
-    return Device(name, round(gib * GIB), tflops)
-
-
-DEVICES = {
-    device.name: device
-    for device in (
-        _device("b200_180gb", 178.4, 2250.0),
-        _device("h200_141gb", 139.8, 989.5),
-        _device("h100_80gb", 79.1, 989.5),
-        _device("h100_pcie_80gb", 79.1, 756.0),
-        _device("h100_nvl_94gb", 93.1, 835.0),
-        _device("a100_80gb", 79.2, 312.0),
-        _device("a100_40gb", 39.4, 312.0),
-        _device("l40s_48gb", 44.4, 362.0),
-        _device("rtx_a6000_48gb", 47.4, 154.8),
-        _device("rtx4090_24gb", 23.6, 165.2),
-        _device("rtx3090_24gb", 23.6, 71.0),
-        _device("l4_24gb", 22.0, 121.0),
-        _device("a10_24gb", 22.0, 125.0),
-    )
+_TABLE = {
+    "b200_180gb": (r"\bB200\b", 178.4, 2250.0),
+    "h200_141gb": (r"\bH200\b(?! NVL)", 139.8, 989.5),
+    "h100_80gb": (r"\bH100\b(?! PCIe| NVL).*80GB", 79.1, 989.5),
+    "h100_pcie_80gb": (r"\bH100 PCIe\b", 79.1, 756.0),
+    "h100_nvl_94gb": (r"\bH100 NVL\b", 93.1, 835.0),
+    "a100_80gb": (r"\bA100\b.*80GB", 79.2, 312.0),
+    "a100_40gb": (r"\bA100\b.*40GB", 39.4, 312.0),
+    "l40s_48gb": (r"\bL40S\b", 44.4, 362.0),
+    "rtx_a6000_48gb": (r"\bRTX A6000\b", 47.4, 154.8),
+    "rtx4090_24gb": (r"\bRTX 4090\b(?!.*(Laptop| D\b))", 23.6, 165.2),
+    "rtx3090_24gb": (r"\bRTX 3090\b(?! Ti)", 23.6, 71.0),
+    "l4_24gb": (r"\bL4\b", 22.0, 121.0),
+    "a10_24gb": (r"\bA10\b", 22.0, 125.0),
 }
-"""By the name that `plan.device` takes. Throughput is the data sheets' without sparsity, of the SXM form where a name
-does not say another."""
+"""By the name that `plan.device` takes: what `torch.cuda.get_device_name` says, GiB, TFLOP/s. Throughput is the data
+sheets' without sparsity, of the SXM form where a name does not say another."""
+DEVICES = {name: Device(name, round(gib * GIB), tflops) for name, (_, gib, tflops) in _TABLE.items()}
 CPU = "cpu"
-
-_PATTERNS = {
-    r"\bB200\b": "b200_180gb",
-    r"\bH200\b(?! NVL)": "h200_141gb",
-    r"\bH100 PCIe\b": "h100_pcie_80gb",
-    r"\bH100 NVL\b": "h100_nvl_94gb",
-    r"\bH100\b.*80GB": "h100_80gb",
-    r"\bA100\b.*80GB": "a100_80gb",
-    r"\bA100\b.*40GB": "a100_40gb",
-    r"\bL40S\b": "l40s_48gb",
-    r"\bRTX A6000\b": "rtx_a6000_48gb",
-    r"\bRTX 4090\b(?!.*(Laptop| D\b))": "rtx4090_24gb",
-    r"\bRTX 3090\b(?! Ti)": "rtx3090_24gb",
-    r"\bL4\b": "l4_24gb",
-    r"\bA10\b": "a10_24gb",
-}
-"""What `torch.cuda.get_device_name` says -> a name of `DEVICES`."""
 
 
 def known_device(name: str) -> Device | None:
     """The device of a name of `DEVICES`, or of a name that torch gives; None: it is not in the table."""
     if name in DEVICES:
         return DEVICES[name]
-    return next((DEVICES[known] for pattern, known in _PATTERNS.items() if re.search(pattern, name)), None)
+    return next((DEVICES[known] for known, (pattern, *_) in _TABLE.items() if re.search(pattern, name)), None)
 
 
 def device_peak(name: str) -> Device:

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 
 from mmprune_train.config.docs import Key, describe
 from mmprune_train.config.explain import all_keys
-from mmprune_train.config.paths import conf_dir, default_options, options
+from mmprune_train.storage.conf import conf_dir, default_options, options
 from mmprune_train.tasks import ANYWHERE, TASKS, task_named
 
 GROUPS = (

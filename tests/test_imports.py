@@ -1,45 +1,53 @@
-"""Imports between the package's folders run one way."""
+"""Imports between this package's folders and modules run one way, the way that CONTRIBUTING.md tells."""
 
 from __future__ import annotations
 
 import ast
+import re
+from graphlib import TopologicalSorter
 from pathlib import Path
-
-import pytest
 
 import mmprune_train
 
 ROOT = Path(mmprune_train.__file__).parent
-LEVELS = (
-    ("storage",),
-    ("config",),
-    ("packed",),
-    ("pruning",),
-    ("data",),
-    ("model",),
-    ("features",),
-    ("training", "evaluation", "reporting", "benchmark", "sweeps"),
-    ("planning",),
-    ("doctor",),
-    ("tasks",),
-)
-"""From the bottom; folders of one level may import each other."""
-LEVEL = {folder: level for level, folders in enumerate(LEVELS) for folder in folders}
+GUIDE = ROOT.parent / "CONTRIBUTING.md"
 
 
 def imported(file: Path) -> set[str]:
-    """Folders of this package that a module imports from, at its top or inside functions."""
-    tree = ast.walk(ast.parse(file.read_text(encoding="utf-8")))
-    names = [node.module for node in tree if isinstance(node, ast.ImportFrom) and node.module]
-    return {parts[1] for name in names if (parts := name.split("."))[0] == ROOT.name and len(parts) > 1}
+    """Folders and modules of this package that a file imports from, at its top, inside functions or for types alone."""
+    names: set[str] = set()
+    for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.Import):
+            names |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{file}: a relative import"
+            names |= {f"{node.module}.{alias.name}" for alias in node.names}
+    return {parts[1] for name in names if (parts := name.split("."))[0] == ROOT.name}
 
 
-def test_every_folder_has_a_level() -> None:
-    assert {path.parent.name for path in ROOT.glob("*/*.py")} == set(LEVEL)
+def graph() -> dict[str, set[str]]:
+    """Folder, or module beside the folders, -> those that it imports from."""
+    found: dict[str, set[str]] = {}
+    for file in ROOT.rglob("*.py"):
+        name = file.relative_to(ROOT).parts[0].removesuffix(".py")
+        found.setdefault(name, set()).update(imported(file) - {name})
+    return found
 
 
-@pytest.mark.parametrize("folder", LEVEL)
-def test_a_folder_imports_nothing_from_above(folder: str) -> None:
-    for file in (ROOT / folder).rglob("*.py"):
-        above = sorted(name for name in imported(file) if LEVEL.get(name, 0) > LEVEL[folder])
-        assert not above, f"{folder}/{file.name} imports {above}"
+def told() -> list[str]:
+    """The chain of arrows in CONTRIBUTING.md, from the top."""
+    (chain,) = re.findall(r"((?:`\w+`\s*->\s*)+`\w+`)", GUIDE.read_text(encoding="utf-8"))
+    return re.findall(r"`(\w+)`", chain)
+
+
+def test_there_is_no_cycle() -> None:
+    assert set(TopologicalSorter(graph()).static_order()) == set(graph()), "graphlib raises CycleError for one"
+
+
+def test_imports_follow_the_order_that_the_guide_tells() -> None:
+    order = told()
+    assert sorted(order) == sorted(graph()), "each stands there once"
+    above = {
+        (name, other) for name, others in graph().items() for other in others if order.index(other) < order.index(name)
+    }
+    assert not above

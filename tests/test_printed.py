@@ -9,10 +9,10 @@ import sys
 
 import pytest
 
-from mmprune_train import secrets
 from mmprune_train.config.explain import user_mistake
 from mmprune_train.printed import Printed, harmless, harmless_output
-from mmprune_train.secrets import hide, masked
+from mmprune_train.storage import secrets
+from mmprune_train.storage.secrets import hide, masked
 
 
 @pytest.mark.parametrize(

@@ -16,12 +16,12 @@ from mmprune_train.model.lora import as_peft_adds
 from mmprune_train.pruning import IGNORE
 
 
-def padded_inputs(batch: Batch, pad_id: int = 0) -> dict[str, Tensor]:
+def padded_inputs(batch: Batch) -> dict[str, Tensor]:
     """What `LlavaForConditionalGeneration.forward` takes of a packed batch: padded on the right to its longest sample,
     an image encoded for each sample that shows it, labels not shifted."""
     sequence = batch.sequence
     lengths = sequence.lengths.tolist()
-    ids = pad_sequence(list(sequence.ids.split(lengths)), batch_first=True, padding_value=pad_id)
+    ids = pad_sequence(list(sequence.ids.split(lengths)), batch_first=True, padding_value=0)
     targets = pad_sequence(list(sequence.target.split(lengths)), batch_first=True, padding_value=IGNORE)
     labels = torch.full_like(ids, IGNORE)
     labels[:, 1:] = targets[:, :-1]
@@ -33,10 +33,10 @@ def padded_inputs(batch: Batch, pad_id: int = 0) -> dict[str, Tensor]:
 
 
 @contextmanager
-def as_transformers(model: PackedLlava, attend: str = "sdpa") -> Iterator[None]:
-    """While the context lasts, `model.hf` runs as transformers and PEFT make it, with the attention of that name."""
+def as_transformers(model: PackedLlava) -> Iterator[None]:
+    """While the context lasts, `model.hf` runs as transformers and PEFT make it, with torch's attention."""
     config = model.hf.model.language_model.layers[0].self_attn.config
-    config._attn_implementation = attend
+    config._attn_implementation = "sdpa"
     try:
         with as_peft_adds(model.hf):
             yield

@@ -6,8 +6,8 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from mmprune_train.config.paths import conf_dir
 from mmprune_train.config.typed import group_of, key_of, options_of, readable
+from mmprune_train.storage.conf import conf_dir
 
 if TYPE_CHECKING:
     from hydra._internal.config_repository import ConfigRepository

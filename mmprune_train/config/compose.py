@@ -19,15 +19,14 @@ from omegaconf.errors import OmegaConfBaseException
 from mmprune_train.config import checks
 from mmprune_train.config.explain import all_keys, explain, unknown_key, unknown_name, user_mistake
 from mmprune_train.config.identity import sweep_name
-from mmprune_train.config.launchers import register_launchers
-from mmprune_train.config.paths import conf_dir, options
+from mmprune_train.config.masking import masked_settings, note_given, note_settings
+from mmprune_train.config.plugins import register_launchers, register_sweepers
 from mmprune_train.config.pruner import check_pruner
 from mmprune_train.config.pruner_schema import KneeConfig, PrunerConfig
 from mmprune_train.config.schema import Config, DataConfig, data_config
-from mmprune_train.config.sweepers import register_sweepers
 from mmprune_train.config.typed import literal, readable
 from mmprune_train.errors import UserError
-from mmprune_train.secrets import masked_settings, note_given, note_settings
+from mmprune_train.storage.conf import conf_dir, options
 from mmprune_train.storage.files import PUT_BACK, damaged, read_yaml
 
 SCHEMA_NAME = "mmprune_schema"

@@ -15,10 +15,10 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Union, get_args, get_origin, get_type_hints
 
-from mmprune_train.config.paths import options
 from mmprune_train.config.schema import Config, data_config
 from mmprune_train.config.typed import key_of, quoted
 from mmprune_train.errors import UserError
+from mmprune_train.storage.conf import options
 from mmprune_train.storage.user_files import reason_of
 
 _PLUS_GROUPS = ("experiment", "sweep", "hydra/launcher", "hydra/sweeper")

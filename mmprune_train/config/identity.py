@@ -9,8 +9,9 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from mmprune_train.config.masking import masked_settings
 from mmprune_train.config.schema import Config
-from mmprune_train.secrets import masked, masked_settings, note_arguments
+from mmprune_train.storage.secrets import masked, note_arguments
 
 NOT_DECISIVE = frozenset(
     {

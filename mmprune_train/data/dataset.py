@@ -1,13 +1,13 @@
-"""Records as a torch data set of ready samples."""
+"""Records as ready samples."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
 
 from torch import Tensor
-from torch.utils.data import Dataset
 from transformers import PreTrainedTokenizerBase
 
 from mmprune_train.data.batch import Sample
@@ -43,29 +43,20 @@ def _at_most(record: Record, image_tokens: int) -> int:
     return TEMPLATE_TOKENS * len(turns) + text + len(record.images) * image_tokens
 
 
-class ConversationDataset(Dataset[Sample]):
+@dataclass
+class ConversationDataset:
     """Tokenises and reads images on demand; a bad sample raises UserError with its id and is never replaced.
 
     With `features` no image is read: samples carry what those hold.
     """
 
-    def __init__(
-        self,
-        records: Sequence[Record],
-        template: Template,
-        tokenizer: PreTrainedTokenizerBase,
-        reader: ImageReader,
-        image_tokens: int,
-        max_length: int,
-        features: Features | None = None,
-    ) -> None:
-        self.records = records
-        self.template = template
-        self.tokenizer = tokenizer
-        self.reader = reader
-        self.image_tokens = image_tokens
-        self.max_length = max_length
-        self.features = features
+    records: Sequence[Record]
+    template: Template
+    tokenizer: PreTrainedTokenizerBase
+    reader: ImageReader
+    image_tokens: int
+    max_length: int
+    features: Features | None = None
 
     def check_cuts(self) -> None:
         """Raise UserError at the first sample that the template does not take, of which `max_length` leaves nothing to
@@ -79,10 +70,7 @@ class ConversationDataset(Dataset[Sample]):
     def __len__(self) -> int:
         return len(self.records)
 
-    def __getitem__(self, index: int) -> Sample:
-        return self.__getitems__([index])[0]
-
-    def __getitems__(self, indices: Sequence[int]) -> list[Sample]:
+    def read(self, indices: Sequence[int]) -> list[Sample]:
         """A batch at once, so that an image that several of its samples share is read once."""
         read: dict[Path, Tensor] = {}
         samples = []

@@ -20,8 +20,8 @@ from PIL import Image
 
 from mmprune_train.errors import UserError
 from mmprune_train.storage.assets import check_sha256, say, sha256_of, wheel
+from mmprune_train.storage.atomic import finished_folder
 from mmprune_train.storage.files import read_json
-from mmprune_train.storage.folders import finished_folder
 
 PACKAGE, VERSION = "easy-vqa", "1.0"
 SHA256 = "c92f6049f859aab177cbba8552ca76e3ca778b15b970ea5719df00beadd6f10c"

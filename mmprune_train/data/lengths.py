@@ -44,16 +44,16 @@ class Length:
         return Length(self.known + other.known, self.images + other.images, self.spread + other.spread)
 
 
+@dataclass
 class SampleLengths:
     """Lengths of a data set's samples. A sample is tokenised when first asked for, and its length remembered."""
 
-    def __init__(self, dataset: ConversationDataset, visual_tokens: VisualTokens | None = None) -> None:
-        """Args:
-        visual_tokens: exact; None: an image counts as unknown.
-        """
-        self.dataset = dataset
-        self.visual_tokens = visual_tokens
-        self._seen = np.full((len(dataset), 2), -1, dtype=np.int32)  # text tokens, images left after cutting
+    dataset: ConversationDataset
+    visual_tokens: VisualTokens | None = None
+    """Exact; None: an image counts as unknown."""
+
+    def __post_init__(self) -> None:
+        self._seen = np.full((len(self.dataset), 2), -1, dtype=np.int32)  # text tokens, images left after cutting
 
     def __len__(self) -> int:
         return len(self._seen)
@@ -86,23 +86,23 @@ class Estimate:
         return length.known + min(visual, length.images * self.most)
 
 
+@dataclass
 class KeptTokens:
     """Running estimate of what stage 1 leaves of an image: as many as there are patches until enough have been seen.
 
     Different images are taken as independent of each other. The plan of a step uses what was known `lag` steps before
     it, which `state_dict` holds, so a resumed run plans the same batches.
-
-    Args:
-        patches: of an image, the most that can be left.
-        enough: images.
     """
 
-    def __init__(self, patches: int, lag: int = LAG, enough: int = ENOUGH) -> None:
-        self.patches = patches
-        self.lag = lag
-        self.enough = enough
+    patches: int
+    """Of an image, the most that can be left."""
+    lag: int = LAG
+    enough: int = ENOUGH
+    """Images."""
+
+    def __post_init__(self) -> None:
         self.steps = 0
-        self._history: deque[list[float]] = deque(maxlen=lag + 1)  # totals after step `steps`, last, and those before
+        self._history: deque[list[float]] = deque(maxlen=self.lag + 1)  # totals after step `steps` last
 
     def observe(self, seen: Sequence[float]) -> None:
         """What an optimizer step saw over all ranks.

@@ -3,19 +3,17 @@
 from __future__ import annotations
 
 import os
-import signal
-import threading
 from collections import deque
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from functools import partial
 from itertools import islice
-from typing import Any
 
 import torch
-from torch.utils.data import DataLoader, Dataset
 from transformers import PreTrainedTokenizerBase
 
 from mmprune_train.config.schema import StageConfig
-from mmprune_train.data.batch import Batch, Sample, collate
+from mmprune_train.data.batch import Batch, collate
 from mmprune_train.data.dataset import ConversationDataset, Features
 from mmprune_train.data.images import ImageReader
 from mmprune_train.data.lengths import KeptTokens, SampleLengths, VisualTokens
@@ -23,37 +21,27 @@ from mmprune_train.data.packing import EvenSplit, Split, TokenSplit
 from mmprune_train.data.records import Record
 from mmprune_train.data.sampler import GlobalBatches
 from mmprune_train.data.templates import Template
-from mmprune_train.errors import UserError
+from mmprune_train.workers import read_by_workers
 
 
+@dataclass
 class TrainLoader:
     """Micro-batches of one rank. Holds no position: a resumed run asks for the step where it was."""
 
-    def __init__(
-        self,
-        dataset: ConversationDataset,
-        batches: GlobalBatches,
-        split: Split,
-        rank: int = 0,
-        world: int = 1,
-        num_workers: int = 0,
-        pin: bool = False,
-        kept: KeptTokens | None = None,
-    ) -> None:
-        """Args:
-        split: of a step's samples into micro-batches.
-        kept: the estimate that `split` plans with, to be told what training sees; None: it needs none.
-        """
-        self.dataset = dataset
-        self.batches = batches
-        self.split = split
-        self.rank = rank
-        self.world = world
-        self.num_workers = num_workers
-        self.pin = pin
-        self.kept = kept
-        self.most = batches.size // world
-        if num_workers:  # set before the fork, or the tokenizers library warns in every worker
+    dataset: ConversationDataset
+    batches: GlobalBatches
+    split: Split
+    """Of a step's samples into micro-batches."""
+    rank: int = 0
+    world: int = 1
+    num_workers: int = 0
+    pin: bool = False
+    kept: KeptTokens | None = None
+    """The estimate that `split` plans with, to be told what training sees; None: it needs none."""
+
+    def __post_init__(self) -> None:
+        self.most = self.batches.size // self.world
+        if self.num_workers:  # set before the fork, or the tokenizers library warns in every worker
             os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
     def epochs(self, steps: int) -> float:
@@ -74,16 +62,7 @@ class TrainLoader:
                 yield from mine
 
         workers, ahead = self._workers()
-        loader = DataLoader(
-            _Reporting(self.dataset),
-            batch_sampler=planned(),
-            collate_fn=_collate,
-            num_workers=workers,
-            worker_init_fn=_outlive_signals,
-            prefetch_factor=ahead if workers else None,
-            pin_memory=self.pin,
-        )
-        micro_batches = _checked(loader)
+        micro_batches = read_by_workers(partial(_batch, self.dataset), planned(), workers, ahead, self.pin)
         for first in micro_batches:
             yield [first, *islice(micro_batches, counts.popleft() - 1)]
 
@@ -139,49 +118,5 @@ def train_loader(
     return TrainLoader(dataset, batches, split, rank, world, num_workers, pin, kept)
 
 
-def _checked(loader: DataLoader[Any]) -> Iterator[Batch]:
-    for batch in loader:
-        if isinstance(batch, UserError):
-            raise batch
-        yield batch
-
-
-class _Reporting(Dataset[Sample]):
-    """Hands a UserError on as a value: raised in a worker it would arrive wrapped in a traceback."""
-
-    def __init__(self, dataset: ConversationDataset) -> None:
-        self.dataset = dataset
-
-    def __len__(self) -> int:
-        return len(self.dataset)
-
-    def __getitem__(self, index: int) -> Sample:
-        return self.dataset[index]
-
-    def __getitems__(self, indices: Sequence[int]) -> list[Sample] | UserError:
-        try:
-            return self.dataset.__getitems__(indices)
-        except UserError as error:
-            return error
-
-
-def _outlive_signals(worker: int) -> None:
-    """Keep a reader alive until its parent ends it: Slurm and torchrun send what asks a run to save and end to all its
-    processes, and the running step still needs data."""
-    for each in (signal.SIGUSR1, signal.SIGUSR2):
-        signal.signal(each, signal.SIG_IGN)
-    if not hasattr(signal, "sigwaitinfo"):  # macOS, which has neither of the two
-        return
-    signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
-    parent = os.getppid()
-
-    def end_with_parent() -> None:
-        while signal.sigwaitinfo({signal.SIGTERM}).si_pid != parent:
-            pass
-        os._exit(0)
-
-    threading.Thread(target=end_with_parent, daemon=True).start()
-
-
-def _collate(samples: Sequence[Sample] | UserError) -> Batch | UserError:
-    return samples if isinstance(samples, UserError) else collate(samples)
+def _batch(dataset: ConversationDataset, indices: Sequence[int]) -> Batch:
+    return collate(dataset.read(indices))

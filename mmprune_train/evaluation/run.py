@@ -14,6 +14,7 @@ from mmprune_train.data.templates import Template
 from mmprune_train.evaluation.generate import Prediction, answer, blank_images
 from mmprune_train.evaluation.metrics import accuracy_by_kind, blind_majority
 from mmprune_train.evaluation.questions import Question
+from mmprune_train.storage.atomic import write_atomically
 from mmprune_train.storage.files import json_text
 
 
@@ -94,14 +95,14 @@ def token_counts(predictions: Sequence[Prediction]) -> dict[str, float]:
 
 def write_predictions(path: Path, predictions: Sequence[Prediction]) -> None:
     """One object a question; `answer` only where it is known, `turn` only where a record has several."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with path.open("w", encoding="utf-8") as file:
-        for p in predictions:
-            row: dict[str, Any] = {"id": p.question.id}
-            if p.question.turn is not None:
-                row["turn"] = p.question.turn
-            row |= {"question": p.question.plain, "prediction": p.text}
-            if p.question.answer:
-                row["answer"] = p.question.answer
-            row |= {f"visual_tokens_{s}": int(p.counts[f"visual_{s}"]) for s in ("dense", "stage1", "stage2")}
-            file.write(json_text(row) + "\n")
+    rows = []
+    for p in predictions:
+        row: dict[str, Any] = {"id": p.question.id}
+        if p.question.turn is not None:
+            row["turn"] = p.question.turn
+        row |= {"question": p.question.plain, "prediction": p.text}
+        if p.question.answer:
+            row["answer"] = p.question.answer
+        row |= {f"visual_tokens_{s}": int(p.counts[f"visual_{s}"]) for s in ("dense", "stage1", "stage2")}
+        rows.append(json_text(row) + "\n")
+    write_atomically(path, "".join(rows).encode())

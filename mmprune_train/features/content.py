@@ -8,11 +8,11 @@ from pathlib import Path
 from typing import NamedTuple
 
 from mmprune_train.data.images import unreadable
-from mmprune_train.features.ranks import Ranks
 from mmprune_train.features.shards import INDEX
 from mmprune_train.storage.assets import sha256_of
 from mmprune_train.storage.files import read_json, write_json
 from mmprune_train.storage.user_files import file_status
+from mmprune_train.workers import Ranks
 
 
 class Known(NamedTuple):

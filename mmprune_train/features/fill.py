@@ -7,17 +7,17 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import BatchSampler
 
 from mmprune_train.data.images import ImageReader
 from mmprune_train.errors import UserError
 from mmprune_train.features.content import image_digests
-from mmprune_train.features.ranks import Ranks
 from mmprune_train.features.settings import folder_name
 from mmprune_train.features.shards import (
     SETTINGS,
@@ -35,6 +35,7 @@ from mmprune_train.packed.patches import Patches
 from mmprune_train.progress import progress
 from mmprune_train.storage.assets import say
 from mmprune_train.storage.files import write_json
+from mmprune_train.workers import Ranks, read_by_workers
 
 
 @dataclass(frozen=True)
@@ -220,35 +221,16 @@ def encoder_of(model: ImageSide, dtype: torch.dtype, device: torch.device) -> It
             part.to(place)
 
 
-class _Pixels(Dataset[Any]):
-    """A UserError is handed on as a value: raised in a worker it would arrive wrapped in a traceback."""
-
-    def __init__(self, items: Sequence[tuple[str, Path]], askers: Mapping[Path, str], reader: ImageReader) -> None:
-        self.items = [(digest, path, askers[path]) for digest, path in items]
-        self.reader = reader
-
-    def __len__(self) -> int:
-        return len(self.items)
-
-    def __getitems__(self, indices: Sequence[int]) -> tuple[list[str], Tensor] | UserError:
-        items = [self.items[index] for index in indices]
-        try:
-            pixels = [self.reader(path, asker) for _, path, asker in items]
-        except UserError as error:
-            return error
-        return [digest for digest, _, _ in items], torch.stack(pixels)
-
-
 def read_chunks(
     items: Sequence[tuple[str, Path]], askers: Mapping[Path, str], reader: ImageReader, size: int, num_workers: int
 ) -> Iterator[tuple[list[str], Tensor]]:
     """Digests and pixels [I, 3, H, W] of images, `size` at a time."""
-    source = _Pixels(items, askers, reader)
-    for chunk in DataLoader(source, batch_size=size, num_workers=num_workers, collate_fn=_as_it_is):
-        if isinstance(chunk, UserError):
-            raise chunk
-        yield chunk
+    chunks = BatchSampler(range(len(items)), size, drop_last=False)
+    return read_by_workers(partial(_chunk, items, askers, reader), chunks, num_workers)
 
 
-def _as_it_is(chunk: Any) -> Any:
-    return chunk
+def _chunk(
+    items: Sequence[tuple[str, Path]], askers: Mapping[Path, str], reader: ImageReader, indices: Sequence[int]
+) -> tuple[list[str], Tensor]:
+    digests, paths = zip(*(items[index] for index in indices), strict=True)
+    return list(digests), torch.stack([reader(path, askers[path]) for path in paths])

@@ -11,7 +11,7 @@ from __future__ import annotations
 import re
 import time
 from contextlib import suppress
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from hashlib import sha256
 from pathlib import Path
 from types import TracebackType
@@ -23,8 +23,9 @@ from torch import Tensor
 from mmprune_train.errors import UserError
 from mmprune_train.packed.patches import Patches
 from mmprune_train.storage.assets import sha256_of
-from mmprune_train.storage.files import MACHINE, read_json, unused_name, write_atomically, write_json
-from mmprune_train.storage.folders import LEFTOVER_SECONDS, held
+from mmprune_train.storage.atomic import is_left_over, unused_name, write_atomically
+from mmprune_train.storage.files import read_json, write_json
+from mmprune_train.storage.locks import held
 
 SETTINGS = "settings.json"
 """Beside the shards: what their features depend on."""
@@ -89,23 +90,21 @@ def remove_leftovers(folder: Path) -> None:
         unlisted = [path for path in shards if not path.with_suffix(".json").is_file()]
         for path in (*folder.glob(".*.tmp"), *folder.parent.glob(f".{INDEX}.*.tmp"), *unlisted):
             with suppress(OSError):  # another user's, or gone in the meantime
-                own = MACHINE in path.name
-                if (alone and own) or time.time() - path.stat().st_mtime > LEFTOVER_SECONDS:
+                if is_left_over(path, alone):
                     path.unlink()
 
 
+@dataclass
 class ShardWriter:
     """Collects images and writes them shard by shard; leaving it, whatever for, writes what is left."""
 
-    def __init__(self, folder: Path, limit: int = SHARD_BYTES, seconds: float = SHARD_SECONDS) -> None:
-        """Args:
-        folder: where the shards go.
-        limit: bytes of features after which a shard is written. seconds: the same in time.
-        """
-        self.folder = folder
-        self.limit = limit
-        self.seconds = seconds
-        self.written: list[Shard] = []
+    folder: Path
+    limit: int = SHARD_BYTES
+    """Bytes of features after which a shard is written."""
+    seconds: float = SHARD_SECONDS
+    written: list[Shard] = field(init=False, default_factory=list)
+
+    def __post_init__(self) -> None:
         self._empty()
 
     def add(self, images: list[str], patches: Patches) -> None:

@@ -105,19 +105,19 @@ def _projector(start: Start) -> Tensors:
     return projector_tensors(tensors_of(start.key, start.path))
 
 
-def tower_of(config: Config, start: Start | None, dtype: torch.dtype = torch.float32) -> PreTrainedModel:
+def tower_of(config: Config, start: Start | None) -> PreTrainedModel:
     """The vision tower that a stage starts with; of the LLM beside it no layer is read."""
     start = start and start.whole
     if start is None:
-        return vision_tower(config.encoder, encoder_folder(config.encoder), dtype)
+        return vision_tower(config.encoder, encoder_folder(config.encoder), torch.float32)
     if start.kind == ORIGINAL:
-        return _tower(config, tower_tensors(weights_of(start.key, start.path)), start, dtype, empty=False)
+        return _tower(config, tower_tensors(weights_of(start.key, start.path)), start, torch.float32, empty=False)
     settings = config_of(start.path)
     settings.text_config.num_hidden_layers = 0
     if getattr(settings.text_config, "layer_types", None):
         settings.text_config.layer_types = []
     beside = ("language_model",)
-    hf = load_whole(LlavaForConditionalGeneration, start.path, beside=beside, config=settings, dtype=dtype)
+    hf = load_whole(LlavaForConditionalGeneration, start.path, beside=beside, config=settings, dtype=torch.float32)
     return hf.model.vision_tower
 
 

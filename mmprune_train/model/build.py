@@ -144,13 +144,11 @@ def assemble(
     return hf
 
 
-def make_processor(
-    encoder: EncoderConfig, tokenizer: PreTrainedTokenizerBase, aspect_ratio: str = "square"
-) -> LlavaProcessor:
+def make_processor(encoder: EncoderConfig, tokenizer: PreTrainedTokenizerBase) -> LlavaProcessor:
     """The llava-hf processor: images and text in, image tokens already repeated, padding on the left for `generate`."""
     tokenizer.padding_side = "left"
     return LlavaProcessor(
-        image_processor=image_processor(encoder, aspect_ratio),
+        image_processor=image_processor(encoder, "square"),
         tokenizer=tokenizer,
         patch_size=encoder.patch_size,
         vision_feature_select_strategy="default" if encoder.has_cls else "full",

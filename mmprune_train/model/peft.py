@@ -63,11 +63,6 @@ def add_adapters(model: PackedLlava, cfg: PeftConfig, quantize: torch.dtype | No
     add_in_place(layers)
 
 
-def has_adapters(model: PackedLlava) -> bool:
-    """Whether adapters are on the LLM."""
-    return any(isinstance(part, BaseTunerLayer) for part in model.hf.modules())
-
-
 def save_adapters(model: PackedLlava, folder: Path, base: str | None) -> None:
     """Write what a LoRA stage trained as PEFT writes it, for `PeftModel.from_pretrained(base model, folder)`, and the
     projector's weights beside it.

@@ -62,29 +62,7 @@ class PruningTrace:
         return dict(zip(per_sample, torch.stack([v.double().sum() for v in per_sample.values()]).tolist(), strict=True))
 
     @property
-    def tokens_dense(self) -> int:
-        return int(self.dense.sum())
-
-    @property
-    def tokens_stage1(self) -> int:
-        return int(self.stage1.sum())
-
-    @property
-    def tokens_stage2(self) -> int:
-        return int(self.layers[-1].sum())
-
-    @property
-    def tokens_layer_mean(self) -> float:
-        """Tokens entering an LLM layer, averaged over layers: the fair number for a share of the dense cost."""
-        return self.counts()["layer_mean"]
-
-    @property
     def keep_ratio(self) -> float:
+        """Tokens entering an LLM layer, averaged over layers, as a share of the dense ones."""
         counts = self.counts()
         return counts["layer_mean"] / counts["dense"]
-
-    @property
-    def visual_keep_ratio(self) -> float:
-        """1.0 where there is no visual token to drop."""
-        counts = self.counts()
-        return counts["visual_layer_mean"] / counts["visual_dense"] if counts["visual_dense"] else 1.0

@@ -2,11 +2,11 @@
 the budget `lof` also scikit-learn, imported when it is used.
 """
 
-from mmprune_train.config.paths import options
 from mmprune_train.packed.sequence import IGNORE, Kind, PackedSequence
 from mmprune_train.packed.trace import PruningTrace
 from mmprune_train.pruning.budgets import available_budgets, find_knee
 from mmprune_train.pruning.pruner import Pruner
+from mmprune_train.storage.conf import options
 
 
 def available_pruners() -> list[str]:

@@ -1,1 +1,1 @@
-"""How results are shown."""
+"""What runs and sweeps have left, read and shown."""

@@ -11,7 +11,7 @@ from mmprune_train.reporting.tables import table
 KIND_NAMES = {"yes_no": "yes/no"}
 
 
-def result_table(result: dict[str, Any], title: str = "Evaluation") -> str:
+def result_table(result: dict[str, Any]) -> str:
     """Accuracies by kind, then tokens."""
     kinds = list(result["accuracy"])
     rows: list[list[object]] = []
@@ -22,7 +22,7 @@ def result_table(result: dict[str, Any], title: str = "Evaluation") -> str:
     ):
         if key in result:
             rows.append([name, *(result[key].get(kind) for kind in kinds)])
-    scores = table(rows, ["", *(KIND_NAMES.get(kind, kind) for kind in kinds)], f"{title}: {asked_text(result)}")
+    scores = table(rows, ["", *(KIND_NAMES.get(kind, kind) for kind in kinds)], f"Evaluation: {asked_text(result)}")
     names = {
         "tokens_dense": "tokens, dense",
         "tokens_stage1": "tokens after stage 1",

@@ -17,11 +17,11 @@ from mmprune_train.errors import UserError
 from mmprune_train.progress import progress
 from mmprune_train.reporting import charts
 from mmprune_train.reporting.evaluation import KIND_NAMES, asked_apart, asked_text
-from mmprune_train.reporting.results import front, numbers, pick
+from mmprune_train.reporting.results import front, numbers, pick, picked
 from mmprune_train.reporting.runs import Run, telling_keys
+from mmprune_train.reporting.sweeps import varying
 from mmprune_train.reporting.tables import cell
 from mmprune_train.reporting.training import STAGE_NUMBERS
-from mmprune_train.sweeps.records import varying
 
 HIGHLIGHTED = 6
 """Most runs whose loss is drawn in colour where all runs are in one figure."""
@@ -86,10 +86,7 @@ def compare(runs: Sequence[Run], shown: Shown) -> Compared:
 
 
 def _number(run: Run, name: str) -> float | None:
-    try:
-        return pick(run.numbers, name)
-    except UserError:
-        return None
+    return picked(run.numbers, name)
 
 
 def render(runs: Sequence[Run], shown: Shown, title: str, sources: Sequence[str]) -> str:

@@ -53,6 +53,14 @@ def pick(found: Mapping[str, float], name: str) -> float:
     return fmean(next(iter(first.values())))
 
 
+def picked(found: Mapping[str, float], name: str) -> float | None:
+    """As `pick`; None where it raises."""
+    try:
+        return pick(found, name)
+    except UserError:
+        return None
+
+
 def _listed(found: Mapping[str, float]) -> str:
     """`evaluate: questions, keep_ratio; evaluate.accuracy: open`."""
     groups: dict[str, list[str]] = {}

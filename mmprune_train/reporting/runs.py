@@ -15,9 +15,9 @@ from mmprune_train.config.identity import NOT_DECISIVE
 from mmprune_train.errors import UserError
 from mmprune_train.reporting.evaluation import asked_apart
 from mmprune_train.reporting.results import numbers
+from mmprune_train.reporting.sweeps import JobRecord, read_records, varying
 from mmprune_train.storage.files import PUT_BACK, damaged, read_jsonl, read_yaml
 from mmprune_train.storage.run_files import METRICS, MISSHAPEN, read_manifest, read_result, rows_fault, rows_written
-from mmprune_train.sweeps.records import JobRecord, read_records, varying
 
 HIDDEN = frozenset(NOT_DECISIVE - {"knee", "stages", "data.evaluate"}) | {"data.how_to_get", "data.root"}
 """Settings that do not tell runs apart."""

@@ -17,7 +17,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from mmprune_train.errors import UserError
-from mmprune_train.storage.folders import delete_leftovers, finished_folder, remove_damaged, temporary_folder
+from mmprune_train.storage.atomic import delete_leftovers, finished_folder, remove_damaged, temporary_folder
 from mmprune_train.storage.user_files import file_status
 
 DAMAGED = (zipfile.BadZipFile, zlib.error, EOFError, NotImplementedError)

@@ -1,4 +1,4 @@
-"""Files that are either whole or not there; those that are read back carry a checksum, and damage is told by name.
+"""JSON, JSONL and YAML that this project writes and reads back, with a checksum: damage is told by the file's name.
 
 The checksum finds accidents and edits that somebody forgot; it is no protection against a forger. A file without one,
 of an earlier version or because its owner took it out, is taken as it is.
@@ -6,23 +6,19 @@ of an earlier version or because its owner took it out, is taken as it is.
 
 from __future__ import annotations
 
-import hashlib
 import json
 import math
-import os
-import platform
 import re
-import uuid
 import zlib
 from collections.abc import Iterator, Mapping
-from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 import yaml
 
 from mmprune_train.errors import UserError
-from mmprune_train.secrets import masked, masked_texts
+from mmprune_train.storage.atomic import write_atomically
+from mmprune_train.storage.secrets import masked, masked_texts
 from mmprune_train.storage.user_files import BadJson, parse_json, read_bytes, reason_of
 
 CHECKSUM = "checksum"
@@ -33,43 +29,6 @@ FIRST_LINE = re.compile(BEGIN + r"([0-9a-f]{8})\b.*")
 """Of a YAML file: CRC-32 of all lines below it. First, since a YAML file that is cut off may be a whole one with fewer
 keys."""
 PUT_BACK = "put an earlier copy back"
-MACHINE = hashlib.sha256(platform.node().encode()).hexdigest()[:8]
-"""In names of what is being written. On NFS a lock on a folder is known to its own machine alone, so whether another
-one's is still being written only its age can tell."""
-
-
-def unused_name() -> str:
-    """32 hexadecimal digits, `MACHINE` the first of them."""
-    return MACHINE + uuid.uuid4().hex[len(MACHINE) :]
-
-
-def write_atomically(path: Path, data: str | bytes, shared: bool = False) -> None:
-    """Write beside the file, a text without secrets, bring that to disk, then rename over it.
-
-    Args:
-        shared: several processes may write it at once.
-    """
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{unused_name()}.tmp" if shared else f".{path.name}.tmp")
-    try:
-        temporary.unlink(missing_ok=True)  # another user's, who was stopped, might not be written to
-        temporary.write_bytes(masked(data).encode() if isinstance(data, str) else data)
-        sync(temporary)
-        os.replace(temporary, path)
-    except OSError:
-        with suppress(OSError):
-            temporary.unlink(missing_ok=True)
-        raise
-    sync(path.parent)
-
-
-def sync(path: Path) -> None:
-    """Bring a file, or a folder's list of names, to disk, where it outlasts the machine's failure."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 def stamp_of(file: Path) -> list[Any]:
@@ -130,22 +89,22 @@ def write_yaml(path: Path, text: str) -> None:
     write_atomically(path, f"{BEGIN}{_crc(text)}  (delete this line if you change the file)\n{text}")
 
 
-def read_yaml(path: Path, remedy: str = PUT_BACK) -> str:
+def read_yaml(path: Path) -> str:
     """The text of a YAML file that this project has written.
 
     Raises:
         UserError: it is empty, or not what was written, or has references: with a few of them a short file holds
             billions of values.
     """
-    text = _text(path, remedy)
+    text = _text(path, PUT_BACK)
     if all(not line.strip() or line.startswith("#") for line in text.split("\n")):
-        raise damaged(path, "it is empty or cut off", remedy)
+        raise damaged(path, "it is empty or cut off", PUT_BACK)
     first, _, rest = text.partition("\n")
     known = FIRST_LINE.fullmatch(first)
     if known and known[1] != _crc(rest):
-        raise changed(path, "first line", remedy)
+        raise changed(path, "first line", PUT_BACK)
     if "*" in text and any(isinstance(event, yaml.AliasEvent) for event in yaml.parse(text, Loader=yaml.SafeLoader)):
-        raise damaged(path, "it has references (*name), as no file that is written here", remedy)
+        raise damaged(path, "it has references (*name), as no file that is written here", PUT_BACK)
     return text
 
 

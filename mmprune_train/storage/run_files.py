@@ -8,8 +8,9 @@ from pathlib import Path
 from typing import Any
 
 from mmprune_train.errors import UserError
+from mmprune_train.storage.atomic import write_atomically
 from mmprune_train.storage.checksums import Checksum, as_checksums, checksum_of, checksums_of, first_fault
-from mmprune_train.storage.files import PUT_BACK, damaged, read_json, rows_of, write_atomically
+from mmprune_train.storage.files import PUT_BACK, damaged, read_json, rows_of
 
 MANIFEST = "manifest.json"
 METRICS = "metrics.jsonl"

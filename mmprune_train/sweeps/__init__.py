@@ -1,1 +1,1 @@
-"""Sweeps (`-m`): every job leaves a record in the sweep directory, wherever it runs; the records make the table."""
+"""Sweeps (`-m`): every job leaves a record in the sweep directory, wherever it runs (`reporting/sweeps.py`)."""

@@ -19,12 +19,12 @@ from mmprune_train.config.compose import config_from
 from mmprune_train.config.explain import user_mistake
 from mmprune_train.config.identity import home_dir, run_dir
 from mmprune_train.config.schema import Config
-from mmprune_train.errors import NotFinite, UserError
-from mmprune_train.reporting.results import numbers, pick
-from mmprune_train.secrets import masked
-from mmprune_train.sweeps.records import JobRecord, read_records, read_settings, relative
+from mmprune_train.errors import NotFinite
+from mmprune_train.reporting.results import numbers, pick, picked
+from mmprune_train.reporting.sweeps import JobRecord, read_records, read_settings, relative
+from mmprune_train.storage.locks import alone_in
+from mmprune_train.storage.secrets import masked
 from mmprune_train.training.cluster import rank_here
-from mmprune_train.training.lock import alone_in
 
 
 def run_job(cfg: DictConfig, hydra: HydraConf, command: Command, execute: Callable[[Config], Any]) -> Any:
@@ -56,10 +56,11 @@ def run_job(cfg: DictConfig, hydra: HydraConf, command: Command, execute: Callab
             record.write(sweep)
             result = execute(config)
             record.numbers = numbers(result if isinstance(result, Mapping) else {config.task: result})
-            record.objectives = objectives(record.numbers, config.sweep.objectives)
+            values = {name: picked(record.numbers, name) for name in config.sweep.objectives}
+            record.objectives = {name: value for name, value in values.items() if value is not None}
             if hydra.runtime.choices["hydra/sweeper"] != "basic":
-                values = [pick(record.numbers, name) for name in config.sweep.objectives]
-                result = values if len(values) > 1 else values[0]
+                aims = [pick(record.numbers, name) for name in config.sweep.objectives]
+                result = aims if len(aims) > 1 else aims[0]
             record.state = "done"
         except Exception as error:
             told = fail(record, error, command, debug=bool(cfg.get("debug")))
@@ -85,17 +86,6 @@ def fail(record: JobRecord, error: Exception, command: Command, debug: bool) -> 
     text = message or (str(error) if foreseen else f"{type(error).__name__}: {error}")
     record.error = " ".join(text.split())
     return record.error
-
-
-def objectives(found: dict[str, float], names: list[str]) -> dict[str, float]:
-    """Those of the objectives that the result has."""
-    values = {}
-    for name in names:
-        try:
-            values[name] = pick(found, name)
-        except UserError:  # told once, at the end of the sweep
-            continue
-    return values
 
 
 def changed(record: JobRecord, sweep: Path) -> str:

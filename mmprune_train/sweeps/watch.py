@@ -16,11 +16,11 @@ from omegaconf import DictConfig, OmegaConf
 from mmprune_train.config.checks import check_sweep
 from mmprune_train.config.task_schema import SweepConfig
 from mmprune_train.errors import UserError
-from mmprune_train.secrets import masked
+from mmprune_train.reporting.sweeps import SWEEP, JobRecord, read_records, read_settings, summary_text, write_summary
 from mmprune_train.storage.checksums import as_checksums, checksum_of, first_fault
 from mmprune_train.storage.files import write_json
 from mmprune_train.storage.run_files import MISSHAPEN
-from mmprune_train.sweeps.records import SWEEP, JobRecord, read_records, read_settings, summary_text, write_summary
+from mmprune_train.storage.secrets import masked
 from mmprune_train.training.cluster import check_sweep_is_alone
 
 STUDY = "optuna.db"

@@ -37,8 +37,8 @@ from mmprune_train.progress import progress
 from mmprune_train.quiet import quiet
 from mmprune_train.reporting.bench_figure import draw_steps
 from mmprune_train.reporting.tables import table
+from mmprune_train.storage.atomic import delete_leftovers, temporary_folder
 from mmprune_train.storage.files import write_json
-from mmprune_train.storage.folders import delete_leftovers, temporary_folder
 from mmprune_train.tasks.checkpoint import Results, find_checkpoint, load
 from mmprune_train.tasks.prepare import prepare_data
 from mmprune_train.training.features import fill_for

@@ -33,6 +33,7 @@ from mmprune_train.evaluation.calibration import (
     pack,
     with_knee,
 )
+from mmprune_train.evaluation.calibration_text import WHAT, outcome, sentence, share, summary, text
 from mmprune_train.model.begin import begin, tower_of
 from mmprune_train.model.llava import PackedLlava
 from mmprune_train.model.vision import encode
@@ -41,7 +42,6 @@ from mmprune_train.pruning import Pruner
 from mmprune_train.pruning.calibration import ScoredImages, knob_of
 from mmprune_train.quiet import quiet
 from mmprune_train.reporting.budget_figure import KeptTokens, draw_budgets
-from mmprune_train.reporting.calibration import WHAT, outcome, sentence, share, summary, text
 from mmprune_train.storage.files import write_json, write_yaml
 from mmprune_train.tasks import unread
 from mmprune_train.tasks.checkpoint import Checkpoint, Results, find_checkpoint, load

@@ -25,7 +25,7 @@ from mmprune_train.model.build import load_model
 from mmprune_train.model.execution import Execution
 from mmprune_train.model.weights.folders import model_folder
 from mmprune_train.quiet import quiet
-from mmprune_train.training.lock import publishing
+from mmprune_train.storage.locks import publishing
 from mmprune_train.training.precision import Precision, choose_accelerator, choose_precision
 from mmprune_train.training.rundir import RunDirectory, free_name
 from mmprune_train.training.sources import changed_components

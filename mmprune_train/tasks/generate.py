@@ -10,12 +10,12 @@ from mmprune_train.config.schema import Config
 from mmprune_train.errors import UserError
 from mmprune_train.evaluation.generate import answer, check_room
 from mmprune_train.reporting.tables import table
-from mmprune_train.secrets import masked_texts
 from mmprune_train.storage.files import json_text, write_json
+from mmprune_train.storage.locks import publishing
+from mmprune_train.storage.secrets import masked_texts
 from mmprune_train.tasks.checkpoint import find_checkpoint, load
 from mmprune_train.tasks.evaluate import prompt_template
 from mmprune_train.tasks.question import typed_question
-from mmprune_train.training.lock import publishing
 
 
 def run(config: Config, command: Command = Command()) -> dict[str, Any]:

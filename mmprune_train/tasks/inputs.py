@@ -12,7 +12,7 @@ from mmprune_train.config.schema import Config
 from mmprune_train.data import sources
 from mmprune_train.errors import NotHere, UserError
 from mmprune_train.storage.assets import cache_dir, say
-from mmprune_train.storage.folders import delete_leftovers
+from mmprune_train.storage.atomic import delete_leftovers
 from mmprune_train.training.rundir import RunDirectory
 
 Found = dict[str, Path | None]

@@ -22,7 +22,7 @@ from mmprune_train.planning.report import fits, longest, of_stage, stage_text, v
 from mmprune_train.planning.samples import StageSamples, stage_samples
 from mmprune_train.quiet import quiet
 from mmprune_train.storage.files import read_jsonl, write_json
-from mmprune_train.training.lock import publishing
+from mmprune_train.storage.locks import publishing
 from mmprune_train.training.precision import choose_precision
 from mmprune_train.training.starts import start_of
 from mmprune_train.training.throughput import measured_tflops

@@ -13,8 +13,8 @@ from mmprune_train.data import sources
 from mmprune_train.reporting.tables import table
 from mmprune_train.storage.assets import say
 from mmprune_train.storage.files import write_json
+from mmprune_train.storage.locks import publishing
 from mmprune_train.tasks.inputs import find_inputs, machine_faults
-from mmprune_train.training.lock import publishing
 
 if TYPE_CHECKING:
     from mmprune_train.features.fill import Report

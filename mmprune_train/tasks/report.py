@@ -12,8 +12,9 @@ from mmprune_train.errors import UserError
 from mmprune_train.reporting.page import Shown, compare, render
 from mmprune_train.reporting.runs import DAMAGED, is_run, read_runs
 from mmprune_train.reporting.tables import table
-from mmprune_train.storage.files import write_atomically, write_json
-from mmprune_train.training.lock import publishing
+from mmprune_train.storage.atomic import write_atomically
+from mmprune_train.storage.files import write_json
+from mmprune_train.storage.locks import publishing
 
 
 def run(config: Config, command: Command = Command()) -> dict[str, Any]:

@@ -16,8 +16,8 @@ from mmprune_train.data.sources import data_root
 from mmprune_train.errors import NotFinite, UserError
 from mmprune_train.reporting.training import result_text
 from mmprune_train.storage.assets import sha256_of
+from mmprune_train.storage.locks import alone_in
 from mmprune_train.training.cluster import is_next_turn, join, rank_here
-from mmprune_train.training.lock import alone_in
 from mmprune_train.training.rundir import RunDirectory, discard_unstarted, open_run
 from mmprune_train.training.sources import check_sources, told
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import sys
 import time
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -20,8 +21,7 @@ from mmprune_train.training.stream import BatchStream
 class StepWatch(pl.Callback):
     """Base: calls `on_step_end` once an optimizer step, after its last micro-batch."""
 
-    def __init__(self) -> None:
-        self.seen = 0
+    seen: int = 0
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         self.seen = trainer.global_step
@@ -37,21 +37,18 @@ class StepWatch(pl.Callback):
         raise NotImplementedError
 
 
+@dataclass(eq=False)
 class MetricsWriter(StepWatch):
     """Writes one line of metrics.jsonl an optimizer step, and hands it to the loggers and to the progress callback."""
 
-    def __init__(self, path: Path, stream: BatchStream, peak_tflops: float) -> None:
-        """Args:
-        path: the stage's metrics.jsonl.
-        stream: tells the epoch and the seconds spent waiting for data, and is told what images left.
-        peak_tflops: of one device, for the MFU.
-        """
-        super().__init__()
-        self.path = path
-        self.stream = stream
-        self.peak_tflops = peak_tflops
-        self.latest: dict[str, Any] = {}
-        self.began = 0.0
+    path: Path
+    """The stage's metrics.jsonl."""
+    stream: BatchStream
+    """Tells the epoch and the seconds spent waiting for data, and is told what images left."""
+    peak_tflops: float
+    """Of one device, for the MFU."""
+    latest: dict[str, Any] = field(default_factory=dict)
+    began: float = 0.0
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         super().on_train_start(trainer, pl_module)
@@ -91,17 +88,16 @@ class MetricsWriter(StepWatch):
             logger.log_metrics(logged, step=row["step"])
 
 
+@dataclass(eq=False)
 class PlainProgress(StepWatch):
     """One line every `every` steps, where there is no terminal to draw a bar on."""
 
-    def __init__(self, stage: str, total_steps: int, every: int, metrics: MetricsWriter) -> None:
-        super().__init__()
-        self.stage = stage
-        self.total_steps = total_steps
-        self.every = every
-        self.metrics = metrics
-        self.began = 0.0
-        self.first = 0
+    stage: str
+    total_steps: int
+    every: int
+    metrics: MetricsWriter
+    began: float = 0.0
+    first: int = 0
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         super().on_train_start(trainer, pl_module)

@@ -1,9 +1,8 @@
 """Checkpoints as files: what makes one whole, how damage is found, and which one a run continues.
 
 A checkpoint is a folder `step-00000100.ckpt` with `state`, the file or folder that the strategy writes and reads, and
-`index.json`, written last: the size and CRC-32 of every file, and of the rows that metrics.jsonl had. It is written
-under a name with a dot, brought to disk with fsync, and renamed. The checksum finds accidents; it is no protection
-against a forger.
+`index.json`, written last: the size and CRC-32 of every file, and of the rows that metrics.jsonl had. All processes
+write it, otherwise as any folder that is whole or not there (`storage/atomic.py`).
 """
 
 from __future__ import annotations
@@ -21,10 +20,11 @@ from typing import Any
 import torch
 
 from mmprune_train.errors import UserError
-from mmprune_train.features.ranks import Ranks
+from mmprune_train.storage.atomic import sync, unfinished
 from mmprune_train.storage.checksums import Checksum, as_checksums, checksum_of, fault_of, files_in
-from mmprune_train.storage.files import read_json, sync, write_json
+from mmprune_train.storage.files import read_json, write_json
 from mmprune_train.storage.run_files import METRICS, rows_fault
+from mmprune_train.workers import Ranks
 
 PATTERN = re.compile(r"step-(\d+)\.ckpt")
 STATE = "state"
@@ -148,16 +148,11 @@ def check_written_by(checkpoint: Path, strategy: str, world_size: int) -> None:
 def remove(checkpoint: Path) -> None:
     """Delete a checkpoint, under a name that marks what a kill leaves of it as unfinished."""
     if checkpoint.is_dir() and PATTERN.fullmatch(checkpoint.name):
-        checkpoint = checkpoint.rename(checkpoint.with_name(unfinished(checkpoint.name)))
+        checkpoint = checkpoint.rename(unfinished(checkpoint))
     if checkpoint.is_dir() and not checkpoint.is_symlink():
         shutil.rmtree(checkpoint)
     else:
         checkpoint.unlink(missing_ok=True)
-
-
-def unfinished(name: str) -> str:
-    """What a checkpoint is called while it is written or deleted."""
-    return f".{name}.tmp"
 
 
 @contextmanager

@@ -9,6 +9,7 @@ from __future__ import annotations
 import errno
 import shutil
 import time
+from dataclasses import dataclass, field
 from pathlib import Path
 from statistics import fmean
 from typing import Any
@@ -18,8 +19,8 @@ import torch
 from lightning_fabric.plugins import TorchCheckpointIO
 
 from mmprune_train.config.command import SAME
+from mmprune_train.storage.atomic import publish, sync, unfinished
 from mmprune_train.storage.checksums import checksum_of
-from mmprune_train.storage.files import sync
 from mmprune_train.training.callbacks import MetricsWriter, StepWatch
 from mmprune_train.training.checkpoint_files import (
     STATE,
@@ -31,7 +32,6 @@ from mmprune_train.training.checkpoint_files import (
     remove,
     seal,
     step_of,
-    unfinished,
 )
 from mmprune_train.training.divergence import refuse_broken
 from mmprune_train.training.processes import ranks_of
@@ -39,48 +39,34 @@ from mmprune_train.training.processes import ranks_of
 DAMAGED = ".damaged"
 
 
+@dataclass(eq=False)
 class Checkpoints(StepWatch):
     """Saves a stage at its end and in between. Must come after MetricsWriter, so that a checkpoint never knows of a
     step that metrics.jsonl does not."""
 
-    def __init__(
-        self,
-        folder: Path,
-        metrics: MetricsWriter,
-        strategy: str,
-        last: int,
-        every_steps: int | None,
-        every_minutes: float | None = None,
-        keep: int = 2,
-        keep_best: bool = False,
-        again: str = SAME,
-    ) -> None:
-        """Args:
-        folder: the stage's checkpoints/.
-        metrics: knows the loss of each step.
-        strategy: its name, which a checkpoint records.
-        last: the stage's last step, which is always saved.
-        every_steps: optimizer steps between two; None: by time alone.
-        every_minutes: minutes after which the step that ends is saved; None: by steps alone.
-        keep: how many of the newest stay.
-        keep_best: the one with the lowest mean training loss since the one before it stays, too.
-        again: what continues the run, in words.
-        """
-        super().__init__()
-        self.folder = folder
-        self.metrics = metrics
-        self.strategy = strategy
-        self.last = last
-        self.every_steps = every_steps
-        self.every_minutes = every_minutes
-        self.keep = max(1, keep)
-        self.keep_best = keep_best
-        self.again = again
-        self.saved_step = 0
-        """A stage's start needs no checkpoint."""
-        self.saved_at = 0.0
-        self.losses: list[float] = []
-        """Since the last checkpoint."""
+    folder: Path
+    """The stage's checkpoints/."""
+    metrics: MetricsWriter
+    """Knows the loss of each step."""
+    strategy: str
+    """Its name, which a checkpoint records."""
+    last: int
+    """The stage's last step, which is always saved."""
+    every_steps: int | None
+    """Optimizer steps between two; None: by time alone."""
+    every_minutes: float | None = None
+    """Minutes after which the step that ends is saved; None: by steps alone."""
+    keep: int = 2
+    """How many of the newest stay."""
+    keep_best: bool = False
+    """The one with the lowest mean training loss since the one before it stays, too."""
+    again: str = SAME
+    """What continues the run, in words."""
+    saved_step: int = 0
+    """A stage's start needs no checkpoint."""
+    saved_at: float = 0.0
+    losses: list[float] = field(default_factory=list)
+    """Since the last checkpoint."""
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         super().on_train_start(trainer, pl_module)
@@ -122,7 +108,7 @@ class Checkpoints(StepWatch):
             return
         refuse_broken(trainer, self.folder, self.again)
         final = self.folder / name_of(step)
-        temporary = self.folder / unfinished(final.name)
+        temporary = unfinished(final)
         for logger in trainer.loggers:  # what they hold back would be missing after the resume
             logger.save()
         if trainer.is_global_zero:
@@ -147,8 +133,7 @@ class Checkpoints(StepWatch):
         rows = checksum_of(self.metrics.path) if trainer.is_global_zero else None
         seal(temporary, Index(step, self.strategy, trainer.world_size, loss, metrics=rows), ranks_of(trainer))
         if trainer.is_global_zero:
-            temporary.rename(final)
-            sync(self.folder)
+            publish(temporary, final)
             if fault := damage(final, contents=False):
                 raise RuntimeError(f"{final} is damaged as soon as it is written ({fault}); the older ones are kept")
             self._delete_older()
@@ -158,7 +143,7 @@ class Checkpoints(StepWatch):
     def _tidy(self, step: int) -> None:
         """Delete what a kill has left unfinished, and put aside what lies after the step that is continued: it was
         passed over as damaged, and must not count among those that are kept."""
-        for left in self.folder.glob(unfinished("step-*.ckpt")):
+        for left in self.folder.glob(unfinished(Path("step-*.ckpt")).name):
             remove(left)
         for later in all_checkpoints(self.folder):
             if step_of(later) > step:

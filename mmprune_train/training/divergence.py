@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -25,30 +26,31 @@ TOLD = 8
 """Samples of a step that a message names."""
 
 
+@dataclass(eq=False)
 class Divergence(StepWatch):
     """Sees to the steps that were not applied (`MultimodalModule.applied`): ends the stage at one, or counts those in a
     row. Must come before MetricsWriter, so that no row is written of a step that ends the stage."""
 
-    def __init__(self, checkpoints: Path, last: int, skip: bool, most: int, again: str = SAME) -> None:
-        """Args:
-        checkpoints: the stage's folder of them.
-        last: the stage's last step.
-        skip: go on after such a step.
-        most: such steps in a row, after which the stage ends.
-        again: what continues the run, in words.
-        """
-        super().__init__()
-        self.checkpoints = checkpoints
-        self.last = last
-        self.again = again
-        self.most = most if skip else 0
-        self.in_a_row = 0
-        self.batch: Batch | None = None
-        self.samples: list[str] = []
-        """Of the step, on this rank."""
-        self.learnt: tuple[Batch, int] | None = None
-        """The last micro-batch of the newest step that was applied, and the passes of its vision tower; None: no step
-        was, since the stage or its continuation began."""
+    checkpoints: Path
+    """The stage's folder of them."""
+    last: int
+    """The stage's last step."""
+    skip: bool
+    """Go on after such a step."""
+    most: int
+    """Such steps in a row, after which the stage ends."""
+    again: str = SAME
+    """What continues the run, in words."""
+    in_a_row: int = 0
+    batch: Batch | None = None
+    samples: list[str] = field(default_factory=list)
+    """Of the step, on this rank."""
+    learnt: tuple[Batch, int] | None = None
+    """The last micro-batch of the newest step that was applied, and the passes of its vision tower; None: no step
+    was, since the stage or its continuation began."""
+
+    def __post_init__(self) -> None:
+        self.most = self.most if self.skip else 0
 
     def state_dict(self) -> dict[str, Any]:
         return {"in_a_row": self.in_a_row}

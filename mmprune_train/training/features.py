@@ -11,13 +11,13 @@ import torch
 from mmprune_train.config.schema import Config
 from mmprune_train.data.records import Record
 from mmprune_train.features.fill import Report, fill
-from mmprune_train.features.ranks import Ranks
 from mmprune_train.features.settings import feature_settings
 from mmprune_train.features.store import ImageFeatures
 from mmprune_train.model.images import ImageSide
 from mmprune_train.storage.assets import cache_dir
 from mmprune_train.training.inputs import stage_image_processor, stage_reader
 from mmprune_train.training.processes import ranks_of
+from mmprune_train.workers import Ranks
 
 
 def features_root(config: Config) -> Path:

@@ -22,8 +22,8 @@ from pytorch_lightning.utilities import rank_zero_only
 
 from mmprune_train.config.schema import LoggerConfig, WandbConfig
 from mmprune_train.printed import harmless_output
-from mmprune_train.secrets import masked
 from mmprune_train.storage.run_files import rows_to
+from mmprune_train.storage.secrets import masked
 from mmprune_train.training.preemption import EXIT_CODE, Preempted, withheld
 
 PATIENCE = 30.0

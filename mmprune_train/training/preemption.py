@@ -8,6 +8,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from types import FrameType
 from typing import Any
 
@@ -124,14 +125,13 @@ class Preemption:
         return handler if callable(handler) else None
 
 
+@dataclass(eq=False)
 class EndWhenAsked(StepWatch):
     """Saves and ends all processes of a run at the end of the step in which a signal came to any of them. Must come
     after Checkpoints."""
 
-    def __init__(self, preemption: Preemption, saves: Checkpoints) -> None:
-        super().__init__()
-        self.preemption = preemption
-        self.saves = saves
+    preemption: Preemption
+    saves: Checkpoints
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         super().on_train_start(trainer, pl_module)

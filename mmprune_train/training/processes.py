@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from mmprune_train.features.ranks import Ranks
+from mmprune_train.workers import Ranks
 
 PR_SET_PDEATHSIG = 1
 

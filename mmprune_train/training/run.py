@@ -21,10 +21,10 @@ from mmprune_train.model.peft import merge_adapters, save_adapters
 from mmprune_train.model.weights.files import pickled
 from mmprune_train.model.weights.start import Start
 from mmprune_train.quiet import quiet
-from mmprune_train.secrets import masked
+from mmprune_train.storage.atomic import whole_folder
 from mmprune_train.storage.files import read_jsonl
-from mmprune_train.storage.folders import whole_folder
 from mmprune_train.storage.run_files import files_of_stage
+from mmprune_train.storage.secrets import masked
 from mmprune_train.training.callbacks import MetricsWriter, progress
 from mmprune_train.training.checkpoint_files import STATE, check_written_by, data_alone, last_checkpoint, step_of
 from mmprune_train.training.checkpoints import Checkpoints, PlainFile

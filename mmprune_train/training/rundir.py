@@ -9,6 +9,7 @@ import platform
 import shutil
 import subprocess
 import time
+from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -19,22 +20,20 @@ from mmprune_train.config.schema import Config
 from mmprune_train.errors import UserError
 from mmprune_train.reporting.training import result_text
 from mmprune_train.storage.files import write_json, write_yaml
-from mmprune_train.storage.folders import refuse_links
+from mmprune_train.storage.locks import refuse_links
 from mmprune_train.storage.run_files import read_manifest, read_result
 
 PACKAGES = ("torch", "transformers", "pytorch-lightning", "peft", "deepspeed", "hydra-core", "numpy", "tokenizers")
 
 
+@dataclass
 class RunDirectory:
     """One run's folder."""
 
-    def __init__(self, path: Path, writable: bool) -> None:
-        """Args:
-        path: the folder; `open_run` makes it.
-        writable: rank 0 of the run.
-        """
-        self.path = path
-        self.writable = writable
+    path: Path
+    """`open_run` makes it."""
+    writable: bool
+    """Rank 0 of the run."""
 
     def stage(self, name: str) -> Path:
         return self.path / name

@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Iterator, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
 from mmprune_train.data.batch import Batch, Place
@@ -42,14 +42,14 @@ def steps_of(samples: int, epochs: int, global_batch_size: int, max_steps: int |
     return math.ceil(epochs * samples / global_batch_size) if max_steps is None else max_steps
 
 
+@dataclass
 class BatchStream:
     """Iterates over the micro-batches of a stage and knows how many steps were handed out (Lightning saves that)."""
 
-    def __init__(self, loader: StepLoader, steps: int) -> None:
-        self.loader = loader
-        self.steps = steps
-        self.handed_out = 0
-        self.waited = 0.0
+    loader: StepLoader
+    steps: int
+    handed_out: int = 0
+    waited: float = 0.0
 
     def __len__(self) -> int:
         """More micro-batches than the stage has: it ends when the steps are done. Without a length Lightning would

@@ -9,6 +9,8 @@ import torch
 
 from mmprune_train.devices import present_device
 
+SIDE = 1536
+"""Of the matrices whose product is measured."""
 STARVED = 0.2
 """Share of the time spent waiting for data from which a run is told so."""
 
@@ -29,17 +31,17 @@ def peak(device: torch.device, dtype: torch.dtype) -> Peak:
     return Peak(measured_tflops(device, dtype), "a matrix product measured now")
 
 
-def measured_tflops(device: torch.device, dtype: torch.dtype, size: int = 1536, repeats: int = 20) -> float:
+def measured_tflops(device: torch.device, dtype: torch.dtype) -> float:
     """1e12 FLOPs a second: best of some products of two square matrices."""
-    left, right = (torch.randn(size, size, device=device, dtype=dtype) for _ in range(2))
+    left, right = (torch.randn(SIDE, SIDE, device=device, dtype=dtype) for _ in range(2))
     best = float("inf")
-    for _ in range(repeats + 1):
+    for _ in range(21):
         _wait(device)
         began = time.perf_counter()
         left @ right
         _wait(device)
         best = min(best, time.perf_counter() - began)
-    return 2 * size**3 / best / 1e12
+    return 2 * SIDE**3 / best / 1e12
 
 
 def _wait(device: torch.device) -> None:

@@ -5,7 +5,7 @@ import torch
 import yaml
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, CLIPConfig, CLIPModel
 
-from mmprune_train.config.paths import conf_dir, options
+from mmprune_train.storage.conf import conf_dir, options
 
 PUBLISHED = {
     "clip_vit_b32": 87_456_000,

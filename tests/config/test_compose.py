@@ -7,8 +7,8 @@ import pytest
 import yaml
 
 from mmprune_train.config.compose import compose_config, config_from_file, load_pruner, to_yaml
-from mmprune_train.config.paths import conf_dir, options
 from mmprune_train.errors import UserError
+from mmprune_train.storage.conf import conf_dir, options
 from mmprune_train.usage import GROUPS
 
 TINY = ["encoder=tiny_clip", "llm=tiny_llama"]

@@ -8,7 +8,7 @@ import pytest
 from hydra import compose, initialize_config_dir
 
 from mmprune_train.config.compose import register_schema
-from mmprune_train.config.paths import conf_dir
+from mmprune_train.storage.conf import conf_dir
 
 pytest.importorskip("hydra_plugins.hydra_submitit_launcher", reason="pip install 'mmprune-train[sweep]'")
 

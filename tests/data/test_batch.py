@@ -55,13 +55,11 @@ def dataset(folder: Path, max_length: int = 512, template: str = "v1") -> Conver
 
 
 def test_what_is_cut_is_counted(folder: Path) -> None:
-    lengths = [
-        len(example.ids) for example in (sample.example for sample in dataset(folder).__getitems__([0, 1, 2, 3]))
-    ]
+    lengths = [len(example.ids) for example in (sample.example for sample in dataset(folder).read([0, 1, 2, 3]))]
     longest = max(lengths)
-    batch = collate(dataset(folder, longest - 1).__getitems__([0, 1, 2, 3]))
+    batch = collate(dataset(folder, longest - 1).read([0, 1, 2, 3]))
     assert batch.truncated == (lengths.count(longest), lengths.count(longest))
-    assert collate(dataset(folder, longest).__getitems__([0, 1])).truncated == (0, 0)
+    assert collate(dataset(folder, longest).read([0, 1])).truncated == (0, 0)
 
 
 def test_samples_that_cannot_be_trained_are_told_beforehand_and_few_are_tokenised(
@@ -84,7 +82,7 @@ def test_samples_that_cannot_be_trained_are_told_beforehand_and_few_are_tokenise
 
 
 def test_a_batch_is_its_samples_one_after_the_other(folder: Path) -> None:
-    samples = dataset(folder).__getitems__([0, 1, 2])
+    samples = dataset(folder).read([0, 1, 2])
     batch = collate(samples)
     s = batch.sequence
     lengths = [len(sample.example.ids) for sample in samples]
@@ -100,7 +98,7 @@ def test_a_batch_is_its_samples_one_after_the_other(folder: Path) -> None:
 
 
 def test_samples_of_one_image_share_its_pixels_and_every_patch_knows_its_place(folder: Path) -> None:
-    batch = collate(dataset(folder).__getitems__([0, 1, 2, 3]))
+    batch = collate(dataset(folder).read([0, 1, 2, 3]))
     assert batch.pixel_values is not None
     assert batch.pixel_values.shape == (3, 3, 16, 16) and batch.pixel_values.dtype == torch.float32
     s = batch.sequence
@@ -113,9 +111,9 @@ def test_samples_of_one_image_share_its_pixels_and_every_patch_knows_its_place(f
 
 
 def test_pixels_move_and_the_sequence_stays_on_the_host(folder: Path) -> None:
-    moved = collate(dataset(folder).__getitems__([0])).to("meta")
+    moved = collate(dataset(folder).read([0])).to("meta")
     assert moved.pixel_values.device.type == "meta" and moved.sequence.ids.device.type == "cpu"
-    text = collate(dataset(folder).__getitems__([2])).to("meta")
+    text = collate(dataset(folder).read([2])).to("meta")
     assert text.pixel_values is None and not text.sequence.visual.any()
 
 
@@ -124,7 +122,7 @@ def test_an_image_is_read_once_for_a_batch(folder: Path) -> None:
     read: Counter[str] = Counter()
     reader = data.reader
     data.reader = lambda path, sample: (read.update([path.name]), reader(path, sample))[1]
-    data.__getitems__([0, 1, 4, 5])
+    data.read([0, 1, 4, 5])
     assert read == {"0.png": 1, "1.png": 1}
 
 
@@ -133,10 +131,10 @@ def test_missing_and_damaged_images_name_sample_and_file(folder: Path) -> None:
     whole = (folder / "0.png").read_bytes()
     (folder / "0.png").write_bytes(whole[: len(whole) // 2])
     with pytest.raises(UserError, match=r"a\.json\[0\] \(id one\): image .*0\.png cannot be read"):
-        data[0]
+        data.read([0])
     (folder / "2.png").unlink()
     with pytest.raises(UserError, match=r"\(id three\): image .*2\.png is missing"):
-        data[3]
+        data.read([3])
 
 
 def test_pad_shows_the_whole_image_on_the_mean_colour_and_square_its_middle() -> None:

@@ -19,7 +19,7 @@ from mmprune_train.errors import UserError
 from mmprune_train.evaluation.generate import load_images
 from mmprune_train.evaluation.questions import Question
 from mmprune_train.features.content import image_digests
-from mmprune_train.features.ranks import Ranks
+from mmprune_train.workers import Ranks
 
 SIDE = 32
 RAMP = np.tile(np.linspace(0, 1, SIDE), (SIDE, 1))

@@ -19,8 +19,8 @@ from tiny import SIDE
 
 from mmprune_train.errors import UserError
 from mmprune_train.features.content import INDEX
-from mmprune_train.features.ranks import Ranks
 from mmprune_train.packed.patches import Patches
+from mmprune_train.workers import Ranks
 
 RANKED = {"name": "x", "vision": {"order": "rank", "knee": {"method": "fixed_count", "count": 4}}}
 

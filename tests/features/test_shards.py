@@ -11,8 +11,8 @@ from pathlib import Path
 import pytest
 from features.counted import Counted, assert_same, flip_a_byte
 
-from mmprune_train.storage.files import unused_name
-from mmprune_train.storage.folders import held
+from mmprune_train.storage.atomic import unused_name
+from mmprune_train.storage.locks import held
 
 
 def cut_off(shard: Path) -> None:

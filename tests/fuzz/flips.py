@@ -27,11 +27,11 @@ import mmprune_train.model.weights.convert as converting
 import mmprune_train.training.base_weights as base_weights
 import mmprune_train.training.sources as sources
 import mmprune_train.training.throughput as throughput
-from mmprune_train.config.paths import conf_dir
 from mmprune_train.data import easy_vqa
 from mmprune_train.errors import UserError
 from mmprune_train.model.tokenizer import tiny_tokenizer
 from mmprune_train.storage.assets import sha256_of
+from mmprune_train.storage.conf import conf_dir
 
 PLAIN = 1
 RUNS = Path("runs/smoke")

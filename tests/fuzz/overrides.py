@@ -23,7 +23,7 @@ import mmprune_train.training.run as training
 import mmprune_train.training.throughput as throughput
 from mmprune_train.config.compose import compose_config
 from mmprune_train.config.docs import _docs
-from mmprune_train.config.paths import conf_dir, options
+from mmprune_train.storage.conf import conf_dir, options
 
 PLAIN = 1
 SMALL = (

@@ -12,7 +12,6 @@ from hypothesis import strategies as st
 from tiny import IMAGE_TOKEN, PATCHES, SIDE, packed, tiny_llava
 from torch import Tensor
 
-from mmprune_train.config.paths import options
 from mmprune_train.config.schema import PeftConfig, StageConfig
 from mmprune_train.data.batch import Sample, collate
 from mmprune_train.data.encode import Example
@@ -20,6 +19,7 @@ from mmprune_train.model.llava import PackedLlava
 from mmprune_train.model.packed_pass import PackedOutput
 from mmprune_train.model.peft import add_adapters
 from mmprune_train.pruning import IGNORE, Kind
+from mmprune_train.storage.conf import options
 from mmprune_train.training.freezing import freeze
 
 PRESETS = [name for name in options("pruner") if name != "none"]

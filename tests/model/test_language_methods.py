@@ -12,13 +12,13 @@ from tiny import annotate, labels_of, packed, rows_of, tiny_inputs, tiny_llava
 from torch import Tensor
 from transformers import LlavaForConditionalGeneration
 
-from mmprune_train.config.paths import options
 from mmprune_train.config.schema import PeftConfig, StageConfig
 from mmprune_train.errors import UserError
 from mmprune_train.model.flops import StepFlops
 from mmprune_train.model.llava import PackedLlava
 from mmprune_train.model.peft import add_adapters
 from mmprune_train.pruning import Kind
+from mmprune_train.storage.conf import options
 from mmprune_train.training.freezing import freeze
 
 COUNTS = [7, 4, 2]

@@ -15,7 +15,6 @@ from tiny import IMAGE_TOKEN, PATCHES, labels_of, packed, rows_of, tiny_clip, ti
 from torch import Tensor
 from transformers import LlavaForConditionalGeneration
 
-from mmprune_train.config.paths import options
 from mmprune_train.config.schema import StageConfig
 from mmprune_train.errors import UserError
 from mmprune_train.model.flops import StepFlops
@@ -24,6 +23,7 @@ from mmprune_train.model.question import tiny_question_tokenizer
 from mmprune_train.model.vision import encode
 from mmprune_train.pruning.merging import centres
 from mmprune_train.pruning.scores import VISION_SCORES, even_order
+from mmprune_train.storage.conf import options
 from mmprune_train.training.freezing import freeze, store_frozen
 
 FACTOR = 0.2  # nine patches have no outliers at 1.5

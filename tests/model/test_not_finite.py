@@ -7,10 +7,10 @@ import torch
 from model.test_every_pruner import sample
 from tiny import packed, tiny_llava
 
-from mmprune_train.config.paths import options
 from mmprune_train.data.batch import Batch, collate
 from mmprune_train.errors import UserError
 from mmprune_train.model.llava import PackedLlava
+from mmprune_train.storage.conf import options
 
 
 def batch() -> Batch:

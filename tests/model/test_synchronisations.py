@@ -11,7 +11,6 @@ from pretend import PretendedDevice, move, on_device
 from tiny import packed, tiny_llava
 from torch import Tensor
 
-from mmprune_train.config.paths import options
 from mmprune_train.config.schema import OptimConfig, StageConfig
 from mmprune_train.data.batch import Batch, Place, collate
 from mmprune_train.errors import UserError
@@ -20,6 +19,7 @@ from mmprune_train.packed.host import fetch, take, upload
 from mmprune_train.pruning import available_budgets
 from mmprune_train.pruning.scores import LANGUAGE_SCORES, VISION_SCORES
 from mmprune_train.pruning.selection import SELECTIONS
+from mmprune_train.storage.conf import options
 from mmprune_train.training.freezing import freeze
 from mmprune_train.training.module import MultimodalModule
 

@@ -19,13 +19,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from kneed import KneeLocator
 
-from mmprune_train.config.paths import options
 from mmprune_train.config.pruner import KNEE_METHODS, SHARE_METHODS
 from mmprune_train.config.pruner_schema import KneeConfig, PrunerConfig
 from mmprune_train.errors import UserError
 from mmprune_train.pruning import IGNORE, Kind, PackedSequence, Pruner, available_budgets, find_knee
 from mmprune_train.pruning.budgets import BUDGETS, budget_parameters
 from mmprune_train.pruning.scores import VisionView
+from mmprune_train.storage.conf import options
 
 KNEES = ["kneedle", "max_chord", "l_method", "menger", "second_difference"]
 WIDTH = 6

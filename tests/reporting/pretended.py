@@ -6,7 +6,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from mmprune_train.sweeps.records import JobRecord, relative
+from mmprune_train.reporting.sweeps import JobRecord, relative
 
 
 def write_run(folder: Path, accuracy: float | None = 0.9, keep: float = 0.1, steps: int = 20, **settings: Any) -> Path:

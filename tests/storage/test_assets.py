@@ -10,7 +10,7 @@ import pytest
 
 from mmprune_train.errors import UserError
 from mmprune_train.storage import assets
-from mmprune_train.storage.folders import finished_folder
+from mmprune_train.storage.atomic import finished_folder
 
 CONTENT = b"weights"
 SHA256 = hashlib.sha256(CONTENT).hexdigest()

@@ -16,7 +16,6 @@ import yaml
 from training.synthetic import entry, overrides, write_dataset
 
 from mmprune_train.config.compose import compose_config, config_from_file, load_pruner
-from mmprune_train.config.paths import options
 from mmprune_train.data.batch import collate
 from mmprune_train.data.records import Record
 from mmprune_train.errors import UserError
@@ -24,6 +23,7 @@ from mmprune_train.evaluation.calibration import draw_records
 from mmprune_train.model.begin import begin
 from mmprune_train.model.build import load_model
 from mmprune_train.model.llava import PackedLlava
+from mmprune_train.storage.conf import options
 from mmprune_train.storage.files import read_jsonl
 from mmprune_train.tasks import calibrate, train
 from mmprune_train.training.inputs import stage_loader
@@ -114,10 +114,11 @@ def test_passes_that_stop_at_the_last_pruned_layer_count_what_whole_ones_do(root
     kept = dense = 0.0
     with torch.no_grad():
         for index in range(len(loader.dataset)):
-            batch = collate([loader.dataset[index]])
+            batch = collate(loader.dataset.read([index]))
             trace = model.forward_packed(batch.sequence, batch.pixel_values).trace
             assert len(trace.layers) == 4
-            kept, dense = kept + trace.tokens_layer_mean, dense + trace.tokens_dense
+            counts = trace.counts()
+            kept, dense = kept + counts["layer_mean"], dense + counts["dense"]
     assert result["samples"] == len(loader.dataset) == 18
     assert result["keep_ratio"] == pytest.approx(kept / dense, abs=1e-3)
     assert "target" not in result["budgets"]["kneedle"] and result["presets"] == []

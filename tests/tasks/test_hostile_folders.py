@@ -26,13 +26,13 @@ from mmprune_train.config.compose import compose_config, config_from_file, load_
 from mmprune_train.config.schema import WheelConfig
 from mmprune_train.current_folder import search_last
 from mmprune_train.errors import UserError
-from mmprune_train.features.ranks import Ranks
 from mmprune_train.model.begin import begin
 from mmprune_train.model.question import load_question_encoder
 from mmprune_train.model.weights.files import tensors_of
+from mmprune_train.storage.locks import alone_in, publishing
 from mmprune_train.training.checkpoint_files import STATE, Index, seal
-from mmprune_train.training.lock import alone_in, publishing
 from mmprune_train.training.rundir import open_run
+from mmprune_train.workers import Ranks
 
 PACKAGE = Path(mmprune_train.__file__).parent
 Command = Callable[..., tuple[int, str, str]]

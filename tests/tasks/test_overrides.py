@@ -12,7 +12,7 @@ import pytest
 from training.synthetic import overrides, write_dataset
 
 from mmprune_train.config.compose import compose_config
-from mmprune_train.config.paths import options
+from mmprune_train.storage.conf import options
 from mmprune_train.tasks import train
 
 SHORT = (

@@ -10,7 +10,7 @@ import torch
 
 from mmprune_train.config.compose import compose_config
 from mmprune_train.config.identity import run_dir
-from mmprune_train.config.paths import options
+from mmprune_train.storage.conf import options
 from mmprune_train.tasks import plan
 from mmprune_train.tasks.plan import run
 

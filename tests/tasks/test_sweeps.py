@@ -21,15 +21,15 @@ from training.synthetic import write_dataset
 from mmprune_train.config.checks import check
 from mmprune_train.config.command import Command
 from mmprune_train.config.compose import compose_config, load_pruner
-from mmprune_train.config.paths import conf_dir, options
 from mmprune_train.config.schema import Config
 from mmprune_train.errors import NotFinite, UserError
+from mmprune_train.reporting.sweeps import SWEEP
 from mmprune_train.storage.checksums import checksum_of
+from mmprune_train.storage.conf import conf_dir, options
 from mmprune_train.storage.files import write_json
-from mmprune_train.sweeps.records import SWEEP
+from mmprune_train.storage.locks import alone_in
 from mmprune_train.sweeps.watch import STUDY, check_study
 from mmprune_train.tasks import TASKS, Task
-from mmprune_train.training.lock import alone_in
 
 Sweep = Callable[..., tuple[int, str, str]]
 
@@ -184,7 +184,7 @@ def test_optuna_gets_the_objectives_marks_failed_trials_and_goes_on_with_its_stu
 
 def test_a_run_directory_is_used_by_one_process_at_a_time(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
     run = tmp_path / "smoke" / "a"
-    code = "import sys, pathlib, time; from mmprune_train.training.lock import alone_in\n"
+    code = "import sys, pathlib, time; from mmprune_train.storage.locks import alone_in\n"
     code += "with alone_in(pathlib.Path(sys.argv[1])): print('in', flush=True); time.sleep(1.5)"
     other = subprocess.Popen([sys.executable, "-c", code, str(run)], stdout=subprocess.PIPE, text=True)
     assert other.stdout is not None and other.stdout.readline() == "in\n"

@@ -16,8 +16,6 @@ from training.killed import Killed
 
 from mmprune_train.config.explain import user_mistake
 from mmprune_train.errors import UserError
-from mmprune_train.features.ranks import Ranks
-from mmprune_train.storage import files
 from mmprune_train.training import checkpoint_files, checkpoints
 from mmprune_train.training.checkpoint_files import (
     all_checkpoints,
@@ -29,6 +27,7 @@ from mmprune_train.training.checkpoint_files import (
     step_of,
 )
 from mmprune_train.training.checkpoints import Checkpoints
+from mmprune_train.workers import Ranks
 
 
 class Strategy:
@@ -119,11 +118,10 @@ def test_a_kill_at_any_moment_leaves_a_whole_checkpoint(
         path.rmdir()
 
     monkeypatch.setattr(shutil, "rmtree", remove_tree)
-    for module in (checkpoint_files, checkpoints, files):
-        monkeypatch.setattr(module, "sync", mortal(files.sync), raising=False)
     for name in ("mkdir", "rename", "rmdir", "unlink"):
         monkeypatch.setattr(Path, name, mortal(getattr(Path, name)))
-    monkeypatch.setattr(os, "replace", mortal(os.replace))
+    for name in ("fsync", "replace"):
+        monkeypatch.setattr(os, name, mortal(getattr(os, name)))
     monkeypatch.setattr(Path, "write_bytes", cut_off)
     killed = 0
     for moment in range(1, 400):

@@ -52,14 +52,18 @@ Tensors = dict[str, Entry]
 
 def read_config(key: str, file: Path) -> dict[str, Any]:
     """A JSON object. Raises UserError where the file is a git-lfs pointer, cut off, or something else."""
-    refuse_pointer(key, file)
-    try:
-        found = parse_json(read_bytes(file))
-    except (OSError, ValueError) as error:
-        raise UserError(f"{key}: {file} is damaged or cut off ({error}); copy it again") from None
+    found = _read_json(key, file)
     if not isinstance(found, dict):
         raise UserError(f"{key}: {file} holds a {type(found).__name__} where an object is expected; copy it again")
     return found
+
+
+def _read_json(key: str, file: Path) -> Any:
+    refuse_pointer(key, file)
+    try:
+        return parse_json(read_bytes(file))
+    except (OSError, ValueError) as error:
+        raise UserError(f"{key}: {file} is damaged or cut off ({error}); copy it again") from None
 
 
 def refuse_pointer(key: str, file: Path) -> None:
@@ -110,14 +114,7 @@ def check_small_files(key: str, folder: Path) -> None:
             if (size := file.stat().st_size) > MOST_SMALL:
                 raise UserError(f"{key}: {file} has {size:,} bytes, at most {MOST_SMALL:,} are read; copy it again")
             if file.suffix == ".json":
-                if file.name.endswith("config.json"):
-                    read_config(key, file)
-                    continue
-                refuse_pointer(key, file)
-                try:
-                    parse_json(read_bytes(file))
-                except (OSError, ValueError) as error:
-                    raise UserError(f"{key}: {file} is damaged or cut off ({error}); copy it again") from None
+                (read_config if file.name.endswith("config.json") else _read_json)(key, file)
             elif file.stat().st_size:  # an empty text file may be meant
                 refuse_pointer(key, file)
 

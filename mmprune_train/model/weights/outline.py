@@ -15,6 +15,7 @@ from transformers.utils import logging
 from mmprune_train.errors import UserError
 from mmprune_train.model.weights.auto import DATA_ALONE
 from mmprune_train.model.weights.files import Tensors
+from mmprune_train.quiet import no_bars
 
 REPORT = {"output_loading_info": True, "ignore_mismatched_sizes": True}
 """Let `from_pretrained` report a wrong shape as it reports wrong keys."""
@@ -81,10 +82,5 @@ def check_outline(source: object, config: PreTrainedConfig, tensors: Tensors, be
     """
     model_class: Any = MODEL_FOR_CAUSAL_LM_MAPPING.get(type(config), LlavaForConditionalGeneration)
     state = {name: torch.empty(entry.shape, device="meta") for name, entry in tensors.items()}
-    bars = logging.is_progress_bar_enabled()
-    logging.disable_progress_bar()  # nothing is loaded
-    try:
+    with no_bars():  # nothing is loaded
         load_whole(model_class, None, source, beside, config=config, state_dict=state, device_map="meta")
-    finally:
-        if bars:
-            logging.enable_progress_bar()

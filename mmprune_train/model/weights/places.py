@@ -12,8 +12,8 @@ from mmprune_train.config.schema import EncoderConfig, LlmConfig, TextTowerConfi
 from mmprune_train.errors import NotHere, UserError
 from mmprune_train.model.weights.folders import check_folder
 from mmprune_train.storage.assets import cache_dir, fetch_wheel_file, say
+from mmprune_train.storage.atomic import finished_folder, remove_damaged
 from mmprune_train.storage.checksums import fault_by_list, write_list
-from mmprune_train.storage.folders import finished_folder, remove_damaged
 
 CONVERTER = 2
 """Raised when the converters write something else, so that old folders in a cache are not taken for new ones."""

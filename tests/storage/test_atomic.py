@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import os
+import re
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -12,16 +14,18 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
+import mmprune_train
 from mmprune_train.errors import UserError
-from mmprune_train.storage.files import MACHINE
-from mmprune_train.storage.folders import (
+from mmprune_train.storage.atomic import (
+    MACHINE,
     delete_leftovers,
     finished_folder,
-    held,
     remove_damaged,
     temporary_folder,
     whole_folder,
+    write_atomically,
 )
+from mmprune_train.storage.locks import held
 
 
 @pytest.mark.parametrize("umask", [0o002, 0o027])
@@ -43,11 +47,77 @@ def test_files_of_a_new_folder_have_the_mode_of_the_umask(make: Any, umask: int,
 KILLED = """
 import os, sys, signal
 from pathlib import Path
-from mmprune_train.storage.folders import finished_folder
+from mmprune_train.storage.atomic import finished_folder
 with finished_folder(Path(sys.argv[1])) as part:
     (part / "half").touch()
     os.kill(os.getpid(), signal.SIGKILL)
 """
+
+
+class Killed(BaseException):
+    """Not an Exception: nothing on the way may catch it and tidy up."""
+
+
+def write_file(path: Path, text: str) -> None:
+    write_atomically(path, text * 1000)
+
+
+def write_folder(path: Path, text: str) -> None:
+    with whole_folder(path) as part:
+        (part / "in").mkdir()
+        (part / "in/file").write_text(text * 1000)
+
+
+def held_by(path: Path) -> str:
+    return (path / "in/file" if path.is_dir() else path).read_text()
+
+
+@pytest.mark.parametrize("write", [write_file, write_folder])
+def test_a_kill_at_any_file_operation_leaves_what_is_whole_and_the_next_write_nothing_else(
+    write: Callable[[Path, str], None], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    left = 0
+
+    def mortal(function: Any) -> Any:
+        def call(*arguments: Any, **more: Any) -> Any:
+            nonlocal left
+            left -= 1
+            if left == 0:
+                raise Killed
+            return function(*arguments, **more)
+
+        return call
+
+    path, killed = tmp_path / "target", 0
+    write(path, "old")
+    for place, name in ((os, "fsync"), (os, "replace"), (os, "unlink"), (os, "rmdir"), (Path, "write_bytes")):
+        monkeypatch.setattr(place, name, mortal(getattr(place, name)))
+    for name in ("chmod", "mkdir", "unlink"):
+        monkeypatch.setattr(Path, name, mortal(getattr(Path, name)))
+    for moment in range(1, 100):
+        left = moment
+        try:
+            write(path, "new")
+        except Killed:
+            killed += 1
+        alive, left = left > 0, 0
+        if path.exists():  # a folder is gone for a moment
+            assert held_by(path) in ("old" * 1000, "new" * 1000)
+        write(path, "old")
+        assert held_by(path) == "old" * 1000 and list(tmp_path.iterdir()) == [path]
+        if alive:
+            break
+    assert alive and killed >= 5
+
+
+def test_one_module_brings_to_disk_and_renames() -> None:
+    root = Path(mmprune_train.__file__).parent
+    places = {
+        file.relative_to(root).as_posix()
+        for file in root.rglob("*.py")
+        if re.search(r"fsync\(|os\.replace\(", file.read_text())
+    }
+    assert places == {"storage/atomic.py"}
 
 
 def test_what_a_killed_process_left_is_swept_and_a_living_ones_is_not(tmp_path: Path) -> None:

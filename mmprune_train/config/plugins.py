@@ -1,4 +1,8 @@
-"""This project's defaults for submitit's launchers, where that plugin is installed."""
+"""This project's defaults for submitit's launchers and Optuna's sweeper, where those plugins are installed.
+
+They are stored over the plugins' own, which YAML files of the same names may not do; the keys and their types stay the
+plugins'. See docs/launching.md and docs/sweeps.md.
+"""
 
 from __future__ import annotations
 
@@ -10,13 +14,10 @@ from omegaconf import OmegaConf
 
 DAY = 24 * 60
 YEAR = 365 * DAY
+TRIALS = 20
 
 
 def register_launchers() -> None:
-    """Store the defaults over the plugin's own, which a YAML file of the same name may not do.
-
-    The keys and their types stay the plugin's. See docs/launching.md.
-    """
     Plugins.instance()  # the plugin has stored its own then
     try:
         from hydra_plugins.hydra_submitit_launcher.config import LocalQueueConf, SlurmQueueConf
@@ -40,3 +41,25 @@ def register_launchers() -> None:
     local = LocalQueueConf(**size, timeout_min=YEAR)  # nobody else waits for this machine
     for name, node in (("submitit_slurm", slurm), ("submitit_local", local)):
         ConfigStore.instance().store(group="hydra/launcher", name=name, node=node, provider="mmprune_train")
+
+
+def register_sweepers() -> None:
+    Plugins.instance()
+    try:
+        from hydra_plugins.hydra_optuna_sweeper.config import OptunaSweeperConf
+    except ImportError:
+        return
+    optuna = OptunaSweeperConf(
+        direction="${sweep.directions}",
+        study_name="sweep",
+        storage={
+            "_target_": "optuna.storages.RDBStorage",
+            "url": "sqlite:///${hydra.sweep.dir}/optuna.db",
+            # optuna 2 leaves commits to SQLAlchemy, which makes none of its own from version 2 on
+            "engine_kwargs": {"isolation_level": "AUTOCOMMIT"},
+        },
+        n_trials=TRIALS,
+        n_jobs=1,  # each trial knows all before it; a launcher that runs jobs in parallel wants more
+        max_failure_rate=1.0,  # a failed trial is marked so and told at the end; the others go on
+    )
+    ConfigStore.instance().store(group="hydra/sweeper", name="optuna", node=optuna, provider="mmprune_train")

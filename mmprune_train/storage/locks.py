@@ -1,4 +1,4 @@
-"""One process at a time in a run directory."""
+"""Locks: one process at a time in a run directory, in a folder of results, or in one of the cache."""
 
 from __future__ import annotations
 
@@ -6,17 +6,53 @@ import errno
 import fcntl
 import hashlib
 import os
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import BinaryIO
 
 from mmprune_train.errors import UserError
-from mmprune_train.storage.folders import held, refuse_links
 
 BUSY = (errno.EACCES, errno.EAGAIN)
 _held: set[Path] = set()
 """Run directories that this process is alone in."""
+
+
+@contextmanager
+def held(folder: Path, wait: bool = False, together: bool = False) -> Iterator[bool | None]:
+    """Lock a folder while the block lasts; a process that is killed leaves nothing of it behind.
+
+    Args:
+        wait: for those who hold it.
+        together: let others in who ask for this, too.
+    Returns:
+        Whether it is held; False: another process holds it; None: the file system has no such locks.
+    """
+    descriptor = os.open(folder, os.O_RDONLY)
+    how = (fcntl.LOCK_SH if together else fcntl.LOCK_EX) | (0 if wait else fcntl.LOCK_NB)
+    state: bool | None = True
+    try:
+        try:
+            fcntl.flock(descriptor, how)
+        except BlockingIOError:
+            state = False
+        except OSError:
+            state = None
+        yield state
+    finally:
+        os.close(descriptor)
+
+
+def refuse_links(home: Path, places: Iterable[Path]) -> None:
+    """Raise UserError for one of the places in a folder that is a link out of it: what is written there, or deleted,
+    would be somebody else's."""
+    root = os.path.realpath(home)
+    for place in places:
+        if place.is_symlink() and os.path.commonpath((root, real := os.path.realpath(place))) != root:
+            raise UserError(
+                f"{place} is a link to {real}, and what is written there would change it; remove the link, or put what "
+                "it leads to in its place"
+            )
 
 
 @contextmanager

@@ -1,11 +1,8 @@
-"""Secrets among the settings: the process uses them, and what it writes and prints has `***` in their place.
+"""Secrets: the process uses them, and what it writes and prints has `***` in their place.
 
 A secret is what a key or an environment variable that sounds like one gives (`api_key`, `HF_TOKEN`, `password`), or a
-password in an address. Of all else that `${oc.env:X}` gives, text is left out of config.yaml and of what makes a run
-the run it is, unless the key takes a path or a name of this project's.
-
-In texts a secret is searched for, unless it is a number or a word of this project (`true`, `demo`, `mean`): there it
-tells nothing, and other settings and results would be lost with it.
+password in an address. In texts it is searched for, unless it is a number or a word of this project (`true`, `demo`,
+`mean`): there it tells nothing, and other settings and results would be lost with it.
 """
 
 from __future__ import annotations
@@ -15,12 +12,11 @@ import html
 import json
 import os
 import re
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-from mmprune_train.config.paths import conf_dir
-from mmprune_train.config.typed import PATHS, WORDS
+from mmprune_train.storage.conf import conf_dir
 
 MASK = "***"
 LEAST = 4
@@ -37,19 +33,12 @@ _OF_TEXT = (
     "eos", "pad", "unk", "cls", "sep", "mask", "stop", "extra", "last", "next", "new", "per",
 )  # fmt: skip
 """Words before `_token` that a tokenizer's settings have."""
-_OPEN = re.compile(
-    r"(task|experiment_name|run_id|stages|init_adapters|knee|pruner|projector|strategy|peft|optim|trainer|stage|evaluate"
-    r"|generate|bench|calibrate|plan|sweep|report)(\..*)?|.*\.(name|source|template|mode)(\..*)?"
-)
-"""Keys whose text is a name, and no secret."""
 _PAIR = re.compile(r"""([\w.]+)\s*[=:]\s*("[^"]*"|'[^']*'|[^,{}\[\]\s]+)""")
 _ENV = re.compile(r"(?<!\\)\$\{oc\.env:\s*(\w+)")
 _ADDRESS = re.compile(r"://[^/:@\s]*:([^/@\s]+)@")
 
 _values: dict[str, str] = {}
 """Text -> what stands for it."""
-_given: set[tuple[str, str]] = set()
-"""Keys with the text that the environment gives them."""
 
 
 def sounds_secret(key: str) -> bool:
@@ -77,8 +66,8 @@ def _says_nothing(value: str) -> bool:
 
 @functools.cache
 def _own_text() -> str:
-    here = Path(__file__).parent
-    return "\n".join(file.read_text("utf-8") for file in (*here.rglob("*.py"), *conf_dir().rglob("*.yaml")))
+    package = Path(__file__).parent.parent
+    return "\n".join(file.read_text("utf-8") for file in (*package.rglob("*.py"), *conf_dir().rglob("*.yaml")))
 
 
 def note_arguments(arguments: Iterable[str]) -> None:
@@ -92,25 +81,7 @@ def note_arguments(arguments: Iterable[str]) -> None:
             if given and sounds_secret(name) and not _ENV.search(given):
                 hide(given.strip("\"'"))
                 _values[pair] = pair.removesuffix(given) + MASK
-        _note_text(argument)
-
-
-def note_settings(tree: Mapping[str, Any]) -> set[str]:
-    """Learn the secrets of a composed config, its interpolations as they are written; returns the keys whose text the
-    environment gives and nothing may tell."""
-    keys = set()
-    for key, value in _leaves(tree):
-        names = _note_text(value)
-        if names and (any(map(sounds_secret, names)) or not _is_open(key)):
-            keys.add(key)
-        if sounds_secret(key) and not names:
-            hide(value)
-    return keys
-
-
-def note_given(keys: set[str], tree: Mapping[str, Any]) -> None:
-    """Learn what the environment gives these keys of a config, of which all is filled in."""
-    _given.update((key, value) for key, value in _leaves(tree) if key in keys)
+        note_text(argument)
 
 
 def masked(text: str) -> str:
@@ -130,18 +101,7 @@ def masked_texts(value: Any) -> Any:
     return masked(value) if isinstance(value, str) else value
 
 
-def masked_settings(tree: Any, key: str = "") -> Any:
-    """Settings as they may be written, and compared with those that were."""
-    if isinstance(tree, Mapping):
-        return {name: masked_settings(value, f"{key}.{name}" if key else str(name)) for name, value in tree.items()}
-    if isinstance(tree, list | tuple):
-        return [masked_settings(value, f"{key}[{place}]") for place, value in enumerate(tree)]
-    if not isinstance(tree, str) or not tree:
-        return tree
-    return MASK if (key, tree) in _given or sounds_secret(key) else masked(tree)
-
-
-def _note_text(text: str) -> list[str]:
+def note_text(text: str) -> list[str]:
     """The environment's variables that a text refers to, those that sound secret learnt."""
     for password in _ADDRESS.findall(text):
         hide(password)
@@ -149,19 +109,3 @@ def _note_text(text: str) -> list[str]:
     for name in filter(sounds_secret, names):
         hide(os.environ.get(name))
     return names
-
-
-def _is_open(key: str) -> bool:
-    last = re.sub(r"\[\d+\]$", "", key).rpartition(".")[2]
-    return last in PATHS or key in WORDS or _OPEN.fullmatch(key) is not None
-
-
-def _leaves(tree: Any, key: str = "") -> Iterator[tuple[str, str]]:
-    if isinstance(tree, Mapping):
-        for name, value in tree.items():
-            yield from _leaves(value, f"{key}.{name}" if key else str(name))
-    elif isinstance(tree, list):
-        for place, value in enumerate(tree):
-            yield from _leaves(value, f"{key}[{place}]")
-    elif isinstance(tree, str):
-        yield key, tree

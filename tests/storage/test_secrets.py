@@ -9,12 +9,13 @@ from pathlib import Path
 
 import pytest
 
-from mmprune_train import secrets
+from mmprune_train.config import masking
 from mmprune_train.config.compose import compose_config, config_from_file, to_yaml
 from mmprune_train.config.identity import decisive, run_id, sweep_name, without_effect
-from mmprune_train.secrets import hide, masked, note_arguments, sounds_secret
+from mmprune_train.reporting.sweeps import JobRecord
+from mmprune_train.storage import secrets
 from mmprune_train.storage.files import read_json, write_json
-from mmprune_train.sweeps.records import JobRecord
+from mmprune_train.storage.secrets import hide, masked, note_arguments, sounds_secret
 from mmprune_train.training.rundir import open_run
 
 SMOKE = "+experiment=smoke"
@@ -23,14 +24,14 @@ SMOKE = "+experiment=smoke"
 @pytest.fixture(autouse=True)
 def unknown() -> Iterator[None]:
     """No secrets of another test."""
-    values, given = dict(secrets._values), set(secrets._given)
+    values, given = dict(secrets._values), set(masking._given)
     secrets._values.clear()
-    secrets._given.clear()
+    masking._given.clear()
     yield
     secrets._values.clear()
-    secrets._given.clear()
+    masking._given.clear()
     secrets._values.update(values)
-    secrets._given.update(given)
+    masking._given.update(given)
 
 
 @pytest.mark.parametrize(

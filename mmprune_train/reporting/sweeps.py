@@ -16,7 +16,8 @@ from mmprune_train.config.identity import STARTED_OVER
 from mmprune_train.errors import UserError
 from mmprune_train.reporting.results import front
 from mmprune_train.reporting.tables import table
-from mmprune_train.storage.files import damaged, read_json, write_atomically, write_json
+from mmprune_train.storage.atomic import write_atomically
+from mmprune_train.storage.files import damaged, read_json, write_json
 from mmprune_train.storage.run_files import MISSHAPEN
 
 STATES = ("done", "failed", "interrupted", "unfinished")

@@ -13,9 +13,9 @@ import pytest
 
 from mmprune_train.config.explain import user_mistake
 from mmprune_train.errors import UserError
+from mmprune_train.storage.atomic import delete_leftovers, finished_folder
 from mmprune_train.storage.files import write_json
-from mmprune_train.storage.folders import delete_leftovers, finished_folder
-from mmprune_train.training.lock import alone_in
+from mmprune_train.storage.locks import alone_in
 
 NOBODY = 65534
 pytestmark = pytest.mark.skipif(os.geteuid() != 0, reason="only root can be two users")
