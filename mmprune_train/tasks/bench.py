@@ -290,9 +290,8 @@ def steps_text(costs: dict[str, StepCost], shares: Mapping[str, Shares], what: s
         peak_gib = cost.peak_bytes / 2**30
         parts.append([name, cost.flops["step"] / 1e12, ideal, causal, achieved, *over, peak_gib, memory])
     columns = ["way", "TFLOP", "ideal", "causal ideal", "LLM seconds", "/ ideal", "/ causal", "peak GiB", "memory"]
-    repeats = len(next(iter(costs.values())).seconds_all["step"])
     title = f"Shares of {DENSE}: LLM operations, LLM forward + backward, peak memory above the weights"
-    timed = f"Seconds of a step, median of {repeats} interleaved"
+    timed = f"Seconds of a step, median of {len(next(iter(costs.values())).seconds_all['step'])} interleaved"
     tables = (
         table(tokens, ["way", *names, "keep_ratio"], f"Tokens of the batch: {what}"),
         table(seconds, ["way", *PARTS, "step", f"x {BASELINE}"], timed),
