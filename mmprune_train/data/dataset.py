@@ -43,7 +43,7 @@ def _at_most(record: Record, image_tokens: int) -> int:
     return TEMPLATE_TOKENS * len(turns) + text + len(record.images) * image_tokens
 
 
-@dataclass
+@dataclass(eq=False)
 class ConversationDataset:
     """Tokenises and reads images on demand; a bad sample raises UserError with its id and is never replaced.
 

@@ -44,7 +44,7 @@ class Length:
         return Length(self.known + other.known, self.images + other.images, self.spread + other.spread)
 
 
-@dataclass
+@dataclass(eq=False)
 class SampleLengths:
     """Lengths of a data set's samples. A sample is tokenised when first asked for, and its length remembered."""
 
@@ -86,7 +86,7 @@ class Estimate:
         return length.known + min(visual, length.images * self.most)
 
 
-@dataclass
+@dataclass(eq=False)
 class KeptTokens:
     """Running estimate of what stage 1 leaves of an image: as many as there are patches until enough have been seen.
 

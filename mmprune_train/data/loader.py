@@ -24,7 +24,7 @@ from mmprune_train.data.templates import Template
 from mmprune_train.workers import read_by_workers
 
 
-@dataclass
+@dataclass(eq=False)
 class TrainLoader:
     """Micro-batches of one rank. Holds no position: a resumed run asks for the step where it was."""
 

@@ -94,7 +94,7 @@ def remove_leftovers(folder: Path) -> None:
                     path.unlink()
 
 
-@dataclass
+@dataclass(eq=False)
 class ShardWriter:
     """Collects images and writes them shard by shard; leaving it, whatever for, writes what is left."""
 

@@ -42,7 +42,7 @@ def steps_of(samples: int, epochs: int, global_batch_size: int, max_steps: int |
     return math.ceil(epochs * samples / global_batch_size) if max_steps is None else max_steps
 
 
-@dataclass
+@dataclass(eq=False)
 class BatchStream:
     """Iterates over the micro-batches of a stage and knows how many steps were handed out (Lightning saves that)."""
 
