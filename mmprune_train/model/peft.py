@@ -28,7 +28,7 @@ def linear_names(module: nn.Module) -> list[str]:
 
 
 def adapter_targets(hf: LlavaForConditionalGeneration, cfg: PeftConfig) -> list[str]:
-    """Last name parts of the Linears that get adapters. Raises UserError for one that the LLM has not."""
+    """Last name parts of the Linears that get adapters. Raises UserError for one that the LLM does not have."""
     known = linear_names(hf.model.language_model.layers)
     if unknown := sorted(set(cfg.target_modules) - set(known)):
         raise UserError(f"peft.target_modules: this LLM has no {', '.join(unknown)}; it has {', '.join(known)}")
@@ -61,11 +61,6 @@ def add_adapters(model: PackedLlava, cfg: PeftConfig, quantize: torch.dtype | No
         model.hf.is_loaded_in_4bit = True  # PEFT asks for it before it adapts such a Linear
     get_peft_model(model.hf, lora)  # puts the adapters into model.hf's own modules
     add_in_place(layers)
-
-
-def has_adapters(model: PackedLlava) -> bool:
-    """Whether adapters are on the LLM."""
-    return any(isinstance(part, BaseTunerLayer) for part in model.hf.modules())
 
 
 def save_adapters(model: PackedLlava, folder: Path, base: str | None) -> None:

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import json
-import urllib.error
-import urllib.request
 from pathlib import Path
 from typing import Any
 
@@ -75,7 +73,8 @@ def local_or_hub(key: str, path: str, download: bool = True) -> Path:
     Args:
         key: what gave `path`, for messages.
     Raises:
-        NotHere: the hub has it, perhaps, and this machine has not. UserError: there is no such folder.
+        NotHere: the hub has it, perhaps, and this machine does not.
+        UserError: there is no such folder.
     """
     folder = Path(path).expanduser()
     if folder.is_dir():
@@ -88,58 +87,33 @@ def local_or_hub(key: str, path: str, download: bool = True) -> Path:
         f"run `hf download {path}` where the hub can be reached (then copy its cache here), "
         f"or set {key} to a local folder of these weights"
     )
-    from huggingface_hub import snapshot_download
+    from huggingface_hub import HfApi, snapshot_download
 
     patterns = ["*.json", "*.safetensors", "*.txt", "*.model", "*.jinja"]
     try:
-        return Path(_complete(snapshot_download(path, allow_patterns=patterns, local_files_only=True)))
+        return _complete(Path(snapshot_download(path, allow_patterns=patterns, local_files_only=True)))
     except Exception as error:  # the hub client raises many kinds; all mean: not here
         if not download:
             reason = "they are not in the Hugging Face cache"
             raise NotHere(f"{key}: the weights {path} are missing ({reason}): {remedy}") from error
     say(f"Fetching {path} from the Hugging Face hub ...")
     try:
-        _reach_hub()
-        return Path(_download(path, patterns))
+        files = HfApi().model_info(path, timeout=10).siblings or ()  # at once: a download retries for half a minute
+        if not any(file.rfilename.endswith(".safetensors") for file in files):
+            patterns.append("*.bin")
+        return Path(snapshot_download(path, allow_patterns=patterns))
     except Exception as error:
         reason = f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else 'no reason given'}"
         raise NotHere(f"{key}: cannot get the weights {path} ({reason[:160]}): {remedy}") from error
 
 
-def _reach_hub() -> None:
-    """Raise ConnectionError at once where there is no hub; its client would retry for half a minute."""
-    from huggingface_hub import constants
-
-    if constants.is_offline_mode():
-        raise ConnectionError("HF_HUB_OFFLINE is set")
-    try:
-        urllib.request.urlopen(urllib.request.Request(constants.ENDPOINT, method="HEAD"), timeout=10).close()
-    except urllib.error.HTTPError:
-        return  # it answered
-    except OSError as error:
-        raise ConnectionError(f"{constants.ENDPOINT} cannot be reached") from error
-
-
-def _download(repo: str, patterns: list[str]) -> str:
-    """The snapshot with safetensors, or with the older `.bin` files where a repository has nothing else."""
-    from huggingface_hub import HfApi, snapshot_download
-
-    files = HfApi().list_repo_files(repo)
-    if not any(name.endswith(".safetensors") for name in files):
-        patterns = [*patterns, "*.bin"]
-    return snapshot_download(repo, allow_patterns=patterns)
-
-
-def _complete(folder: str) -> str:
+def _complete(folder: Path) -> Path:
     """`folder`, when all its weights are there; an interrupted download leaves some files only."""
-    path = Path(folder)
-    indices = [*path.glob("*.safetensors.index.json"), *path.glob("*.bin.index.json")]
-    whole = any(path.glob("*.safetensors")) or any(path.glob("*.bin"))
+    indices = [*folder.glob("*.safetensors.index.json"), *folder.glob("*.bin.index.json")]
+    whole = not indices and (any(folder.glob("*.safetensors")) or any(folder.glob("*.bin")))
     for index in indices:
         shards = set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
-        if all((path / shard).is_file() for shard in shards):
-            return folder
-        whole = False
+        whole |= all((folder / shard).is_file() for shard in shards)
     if not whole:
         raise FileNotFoundError(folder)
     return folder
