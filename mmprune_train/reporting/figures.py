@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
+from PIL import Image
 
 from mmprune_train.reporting.canvas import PLAIN, save, style_of
 
@@ -41,16 +42,12 @@ class PrunedText:
 
 def faded(image: PrunedImage, kept: Sequence[int]) -> NDArray[np.uint8]:
     """The image with dropped patches washed out and grey."""
-    side = image.grid
-    mask = np.zeros(side * side, dtype=bool)
-    mask[list(kept)] = True
+    mask = np.zeros((image.grid, image.grid), dtype=bool)
+    mask.flat[list(kept)] = True
     height, width = image.pixels.shape[:2]
-    rows = (np.arange(height) * side // height)[:, None]
-    columns = (np.arange(width) * side // width)[None]
-    shown = mask.reshape(side, side)[rows, columns]
-    grey = image.pixels.mean(-1, keepdims=True).repeat(3, -1)
-    washed = 255 - (255 - grey) * 0.18
-    return np.where(shown[..., None], image.pixels, washed).astype(np.uint8)
+    shown = Image.fromarray(mask).resize((width, height), Image.Resampling.NEAREST)
+    washed = 255 - (255 - image.pixels.mean(-1, keepdims=True)) * 0.18
+    return np.where(np.asarray(shown)[..., None], image.pixels, washed).astype(np.uint8)
 
 
 @style_of(PLAIN)

