@@ -11,7 +11,7 @@ from mmprune_train.pruning.calibration import Solution
 from mmprune_train.reporting.tables import table
 
 WHAT = {
-    "vision": "visual tokens that stage 1 leaves / dense ones",
+    "vision": "visual tokens kept by stage 1 / dense ones",
     "layer_mean": "tokens entering an LLM layer, averaged over layers / dense ones",
 }
 """By `calibrate.measure`."""

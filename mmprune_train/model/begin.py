@@ -94,15 +94,12 @@ def _network(
     if not empty:
         if start.kind == ADAPTERS and not start.goes_on:
             merge_folder(hf, start.key, start.path)
-        if weights := _projector(start):
-            load_projector(hf.model.multi_modal_projector, weights)
+        if start.kind == ADAPTERS:
+            weights = projector_beside(start.key, start.path)
+        else:
+            weights = projector_tensors(tensors_of(start.key, start.path))
+        load_projector(hf.model.multi_modal_projector, weights)
     return hf, tokenizer
-
-
-def _projector(start: Start) -> Tensors:
-    if start.kind == ADAPTERS:
-        return projector_beside(start.key, start.path)
-    return projector_tensors(tensors_of(start.key, start.path))
 
 
 def tower_of(config: Config, start: Start | None) -> PreTrainedModel:
@@ -136,8 +133,7 @@ def _from_original(
             language = load_whole(AutoModelForCausalLM, start.path, beside=BESIDE_LLM, config=text, dtype=dtype)
         hf = put_together(config, vision, grown(language, tokenizer), tokenizer)
     if not empty:
-        inside = {name: entry for name, entry in tensors.items() if "mm_projector" in name}
-        load_projector(hf.model.multi_modal_projector, projector_tensors(inside))
+        load_projector(hf.model.multi_modal_projector, projector_tensors(tensors))
     return hf, tokenizer
 
 

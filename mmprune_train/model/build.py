@@ -35,11 +35,7 @@ from mmprune_train.model.language import check_language_model
 from mmprune_train.model.llava import PackedLlava
 from mmprune_train.model.processor import load_processor
 from mmprune_train.model.projector import new_projector
-from mmprune_train.model.question import (
-    QuestionEncoder,
-    find_question_encoder,
-    question_encoder_on_meta,
-)
+from mmprune_train.model.question import QuestionEncoder, find_question_encoder, question_encoder_on_meta
 from mmprune_train.model.tokenizer import IMAGE_TOKEN, load_tokenizer
 from mmprune_train.model.vision import check_patches, family_of
 from mmprune_train.model.weights.auto import config_of
@@ -54,19 +50,13 @@ VOCAB_MULTIPLE = 64
 """A vocabulary that must grow for the image token grows to a multiple of this, as llava-hf's folders do."""
 
 
-def _vision_config(folder: Path | None, arch: dict[str, Any]) -> PreTrainedConfig:
-    if folder is None:
-        return arch_config("encoder.arch", arch)
-    config = config_of(folder)
-    return getattr(config, "vision_config", config)
-
-
 def vision_tower(cfg: EncoderConfig, folder: Path | None, dtype: torch.dtype, empty: bool = False) -> PreTrainedModel:
     """The encoder with its weights (random without a folder). No key of a module that runs may be missing.
 
     `empty`: the weights are not read.
     """
-    config = _vision_config(folder, cfg.arch)
+    config = arch_config("encoder.arch", cfg.arch) if folder is None else config_of(folder)
+    config = getattr(config, "vision_config", config)
     family_of(config.model_type)
     found = {"hidden_size": config.hidden_size, "num_hidden_layers": config.num_hidden_layers}
     if {**found, **cfg.arch} != {**cfg.arch, **found}:
@@ -110,11 +100,7 @@ def grown(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> PreTrai
 
 
 def llava_config(
-    encoder: EncoderConfig,
-    vision: PreTrainedConfig,
-    text: PreTrainedConfig,
-    projector: str,
-    image_token: int,
+    encoder: EncoderConfig, vision: PreTrainedConfig, text: PreTrainedConfig, projector: str, image_token: int
 ) -> LlavaConfig:
     """LLaVA's config for an encoder and an LLM; keeps copies of theirs."""
     return LlavaConfig(
@@ -144,19 +130,6 @@ def assemble(
     return hf
 
 
-def make_processor(encoder: EncoderConfig, tokenizer: PreTrainedTokenizerBase) -> LlavaProcessor:
-    """The llava-hf processor: images and text in, image tokens already repeated, padding on the left for `generate`."""
-    tokenizer.padding_side = "left"
-    return LlavaProcessor(
-        image_processor=image_processor(encoder, "square"),
-        tokenizer=tokenizer,
-        patch_size=encoder.patch_size,
-        vision_feature_select_strategy="default" if encoder.has_cls else "full",
-        image_token=IMAGE_TOKEN,
-        num_additional_image_tokens=1 if encoder.has_cls else 0,
-    )
-
-
 def build_on_meta(config: Config, tower: PreTrainedModel | None = None) -> PackedLlava:
     """The run's network without weights, from the config alone: for planning, and for testing 7B models on a laptop.
 
@@ -168,9 +141,8 @@ def build_on_meta(config: Config, tower: PreTrainedModel | None = None) -> Packe
     text.vocab_size = -(-(text.vocab_size + 1) // VOCAB_MULTIPLE) * VOCAB_MULTIPLE
     with torch.device("meta"):
         with described("encoder.arch or llm.arch"):
-            hf = LlavaForConditionalGeneration(
-                llava_config(config.encoder, vision, text, config.projector.name, image_token)
-            )
+            llava = llava_config(config.encoder, vision, text, config.projector.name, image_token)
+            hf = LlavaForConditionalGeneration(llava)
         check_patches(hf.model.vision_tower, config.encoder)
         if config.projector.name == "linear":
             hf.model.multi_modal_projector.linear_2.requires_grad_(False)
@@ -220,7 +192,16 @@ def packed(
         question: the text tower, where stage 1 reads the question.
         template: of the samples it is trained on; None: the LLM's own.
     """
-    processor, own = make_processor(config.encoder, tokenizer), config.llm.template
+    encoder, own = config.encoder, config.llm.template
+    tokenizer.padding_side = "left"  # for `generate`
+    processor = LlavaProcessor(
+        image_processor=image_processor(encoder, "square"),
+        tokenizer=tokenizer,
+        patch_size=encoder.patch_size,
+        vision_feature_select_strategy="default" if encoder.has_cls else "full",
+        image_token=IMAGE_TOKEN,
+        num_additional_image_tokens=int(encoder.has_cls),
+    )
     template = template or own
     annotate = converse(hf, processor, template, own)
     pruner, execution = Pruner(config.pruner), Execution.of(config.trainer)

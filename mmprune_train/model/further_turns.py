@@ -70,7 +70,8 @@ def check_turn(cache: PrunedCache, whole: Parts, pruner: Pruner) -> None:
     """Raise UserError where reading the whole conversation anew would keep other tokens than the cache holds.
 
     Args:
-        cache: of the turns before. whole: with the further turn.
+        cache: of the turns before.
+        whole: the conversation with the further turn.
     """
     settings, name = pruner.settings, f"pruner={pruner.settings.name}"
     for number, ((ids, _, _), (read, _, _), settled) in enumerate(zip(whole, cache.read, cache.settled, strict=True)):

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 import inspect
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
@@ -12,6 +11,7 @@ from torch import Tensor
 from transformers import LlavaConfig, LlavaForConditionalGeneration
 from transformers.utils.deprecation import deprecate_kwarg
 
+from mmprune_train.config.explain import nearest
 from mmprune_train.errors import UserError
 from mmprune_train.model.cache import PrunedCache
 from mmprune_train.packed.host import fetch
@@ -35,11 +35,8 @@ REFUSED_OPTIONS = {
 
 
 def refuse_arguments(given: Mapping[str, Any], known: list[str]) -> None:
-    """Raise UserError for arguments of a forward pass that nothing reads; those that are unset or off are let be.
-
-    Args:
-        known: what is read.
-    """
+    """Raise UserError for arguments of a forward pass beside the `known` ones that are read; those that are unset or
+    off are let be."""
     theirs = [*inspect.signature(LlavaForConditionalGeneration.forward).parameters, *REFUSED_OPTIONS]
     for name, value in given.items():
         if name in theirs and (value is None or value is False):
@@ -48,10 +45,7 @@ def refuse_arguments(given: Mapping[str, Any], known: list[str]) -> None:
             raise UserError(f"{name}: {REFUSED_OPTIONS[name]}")
         if name in theirs:
             raise UserError(f"{name}: cannot be set for one call of a pruned model; leave it out")
-        near = difflib.get_close_matches(name, known, n=1)
-        raise UserError(
-            f"{name}: there is no such argument; " + (f"did you mean {near[0]}?" if near else ", ".join(known))
-        )
+        raise UserError(f"{name}: there is no such argument{nearest(name, known)} (there are {', '.join(known)})")
 
 
 def refuse_foreign(cache: object) -> None:

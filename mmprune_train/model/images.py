@@ -1,4 +1,4 @@
-"""The image side of the network: from pixels to what stage 1 leaves for the projector."""
+"""The image side of the network: from pixels to the visual tokens kept by vision-side pruning."""
 
 from __future__ import annotations
 
@@ -99,17 +99,13 @@ class ImageSide:
         )
 
     def cut_images(
-        self,
-        states: Tensor,
-        view: VisionView,
-        asked: Asked | None = None,
-        first: int = 0,
-        scores: Tensor | None = None,
+        self, states: Tensor, view: VisionView, asked: Asked | None = None, first: int = 0, scores: Tensor | None = None
     ) -> Patches:
         """Stage 1 of encoded images: a row for each image, or for each that `asked` has. Here the host waits for it.
 
         Args:
-            states: features [I, N, D] for the projector. view: what stage 1 looks at.
+            states: features [I, N, D] for the projector.
+            view: what stage 1 looks at.
             asked: the questions, where the pruner reads them; None: nothing is asked.
             first: number of the first of these images among those of `asked`.
             scores: [I, N] of an earlier call, which need not be computed again.
@@ -151,7 +147,7 @@ class ImageSide:
         return projected if rows is None else projected[rows]
 
     def kept_features(self, pixel_values: Tensor) -> Tensor:
-        """[K, Dv] features that stage 1 leaves of images [I, 3, H, W], made tokens among them, before the projector."""
+        """[K, Dv] features of images [I, 3, H, W] kept by vision-side pruning, before the projector."""
         return self.select_patches(pixel_values.to(self.device)).chosen
 
     def absent_image(self, least_passes: int = 0) -> Tensor | None:

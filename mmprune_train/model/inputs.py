@@ -29,7 +29,8 @@ def pack(
     """Leave out the padding and name each token's sample, image and patch. All on the host.
 
     Args:
-        input_ids: [B, L], every image as its full number of image tokens. valid: [B, L] bool, False at padding.
+        input_ids: [B, L], every image as its full number of image tokens.
+        valid: [B, L] bool, False at padding.
         images: how many images there are, in the order of their tokens.
         image_token: id that stands for one patch.
         labels: [B, L] ids to predict, IGNORE elsewhere (not shifted); None: no targets.

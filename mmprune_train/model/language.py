@@ -80,7 +80,7 @@ def compile_layers(model: Any) -> None:
 
 @contextmanager
 def gathered(module: nn.Module) -> Iterator[None]:
-    """Context in which parts of a module may be called from outside of it, also where FSDP2 has spread its weights;
+    """Context in which parts of a module may be called from outside of it, also where FSDP2 has sharded its weights;
     ZeRO-3 gathers for each part."""
     if not isinstance(module, FSDPModule):
         yield
@@ -98,7 +98,8 @@ class ScoringKeys:
     Args:
         layer: the decoder layer that is about to run.
         hidden: [T, D] states entering it.
-        cos, sin: [T, d] rotary tables of the tokens' positions; narrower where the family turns part of a head.
+        cos: [T, d] rotary table of the tokens' positions; narrower where the family turns part of a head.
+        sin: as `cos`.
     """
 
     def __init__(self, layer: Any, hidden: Tensor, cos: Tensor, sin: Tensor) -> None:

@@ -41,9 +41,9 @@ class AddedInPlace(LoraVariant):
         down, up = module.lora_A[active_adapter], module.lora_B[active_adapter]
         if not torch.is_autocast_enabled(x.device.type):  # which would cast back what is cast here
             x = x.to(down.weight.dtype)
-        spread = hasattr(down.weight, "ds_id")  # by ZeRO-3, which gathers B when it is called
+        sharded = hasattr(down.weight, "ds_id")  # by ZeRO-3, which gathers B when it is called
         narrow = down(module.lora_dropout[active_adapter](x)) * module.scaling[active_adapter]  # [..., r]
-        if spread or narrow.dtype != result.dtype or narrow.dim() not in (2, 3):
+        if sharded or narrow.dtype != result.dtype or narrow.dim() not in (2, 3):
             return result + up(narrow)
         wide = up.weight.to(narrow.dtype).t()
         if narrow.dim() == 2:

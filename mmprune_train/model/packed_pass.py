@@ -45,7 +45,8 @@ def _in_order(sequence: PackedSequence, kept: Tensor, order: Tensor) -> PackedSe
 
     Args:
         sequence: after stage 1, patches in raster order.
-        kept: [I, N] bool. order: [I, N] the kept patches, and behind them anything.
+        kept: [I, N] bool.
+        order: [I, N] the kept patches, and behind them anything.
     """
     visual = sequence.visual
     image = sequence.image[visual]
@@ -75,8 +76,8 @@ class PackedPass(ImageSide):
             sequence: the dense batch on the host, without embeddings.
             pixel_values: [I, 3, H, W], or None or empty for text alone.
             cache: filled with every layer's keys and values, for generation.
-            patches: what stage 1 left of the images that `sequence.image` names, in place of `pixel_values`: the
-                encoder does not run, not even for a batch without images.
+            patches: visual tokens kept by vision-side pruning of the images that `sequence.image` names, in place of
+                `pixel_values`: the encoder does not run, not even for a batch without images.
             least_passes: as `select_patches` takes it.
         """
         dense, dense_visual = self._count(sequence)
@@ -108,11 +109,8 @@ class PackedPass(ImageSide):
         trace = PruningTrace(dense, dense_visual, stage1, stage1_visual, encoded=encoded)
         trace.asked = asked.shape if asked is not None else (0, 0)
         if patches is not None:
-            trace.vision_kept, trace.vision_order, trace.vision_scores = (
-                patches.indices,
-                patches.entering,
-                patches.scores,
-            )
+            trace.vision_kept, trace.vision_order = patches.indices, patches.entering
+            trace.vision_scores = patches.scores
         hidden = self._embed(sequence, projected, row_of)
         if cache is not None and cache.prompt_is_in:
             sequence, hidden = self._run_turn(sequence, hidden, list(ids.split(dense.tolist())), cache)

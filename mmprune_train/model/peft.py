@@ -28,7 +28,7 @@ def linear_names(module: nn.Module) -> list[str]:
 
 
 def adapter_targets(hf: LlavaForConditionalGeneration, cfg: PeftConfig) -> list[str]:
-    """Last name parts of the Linears that get adapters. Raises UserError for one that the LLM has not."""
+    """Last name parts of the Linears that get adapters. Raises UserError for one that the LLM does not have."""
     known = linear_names(hf.model.language_model.layers)
     if unknown := sorted(set(cfg.target_modules) - set(known)):
         raise UserError(f"peft.target_modules: this LLM has no {', '.join(unknown)}; it has {', '.join(known)}")

@@ -110,7 +110,6 @@ def _features(hf: LlavaForConditionalGeneration, height: int, width: int, folder
     """Features that the LLM gets of an image."""
     tower: Any = hf.model.vision_tower
     stated = getattr(tower.config, "image_size", None)
-    family_of(tower.config.model_type)
     try:
         states = embedded(tower, height, width)
     except (ValueError, RuntimeError) as error:

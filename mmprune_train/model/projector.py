@@ -25,18 +25,12 @@ def new_projector(config: LlavaConfig, init: str = "torch") -> LlavaMultiModalPr
             nn.init.normal_(linear.weight, std=linear.in_features**-0.5)
             if linear.bias is not None:
                 nn.init.zeros_(linear.bias)
-    if config.projector_hidden_act == "linear":
-        _make_linear(projector)
+    if config.projector_hidden_act == "linear":  # with the same keys: the second layer is the identity, never trained
+        nn.init.eye_(projector.linear_2.weight)
+        if projector.linear_2.bias is not None:
+            nn.init.zeros_(projector.linear_2.bias)
+        projector.linear_2.requires_grad_(False)
     return projector
-
-
-def _make_linear(projector: LlavaMultiModalProjector) -> None:
-    """Turn Hugging Face's two-layer projector into LLaVA's single linear one, loadable with the same keys: the second
-    layer is the identity and is never trained (`requires_grad` is false)."""
-    nn.init.eye_(projector.linear_2.weight)
-    if projector.linear_2.bias is not None:
-        nn.init.zeros_(projector.linear_2.bias)
-    projector.linear_2.requires_grad_(False)
 
 
 @torch.no_grad()
@@ -56,8 +50,8 @@ def match_features(projector: LlavaMultiModalProjector, features: Float[Tensor, 
     first, second = projector.linear_1, projector.linear_2
     if len(features) < 2 or first.bias is None:
         raise UserError("projector.init=matched needs images in the first stage's data and a projector with biases")
-    mean, spread = features.float().mean(0), features.float().std(0)
-    weight = first.weight.float() / spread.clamp(min=1e-6)
+    mean, deviation = features.float().mean(0), features.float().std(0)
+    weight = first.weight.float() / deviation.clamp(min=1e-6)
     first.weight.copy_(weight)
     first.bias.copy_(first.bias.float() - weight @ mean)
     gain = text_rms / projector(features.to(first.weight.dtype)).float().square().mean().sqrt()

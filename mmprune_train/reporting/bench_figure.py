@@ -6,15 +6,14 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from mmprune_train.reporting.canvas import drawn
+from mmprune_train.reporting.canvas import PLAIN, save, style_of
 
 COLOURS = ("#4477aa", "#ee6677", "#228833", "#66ccee", "#bbbbbb")
 """Of vision, selection, forward, backward and optimizer: Paul Tol's bright scheme, safe for colour-blind eyes."""
 
 
-@drawn
+@style_of(PLAIN)
 def draw_steps(
-    plt: Any,
     seconds: Mapping[str, Mapping[str, float]],
     parts: Sequence[str],
     shares: Mapping[str, tuple[float | None, float | None, float | None]],
@@ -28,21 +27,18 @@ def draw_steps(
         shares: way -> the LLM's operations, the LLM's seconds and the peak memory, each as a share of the dense packed
             model's; None: not to be had.
     """
+    from matplotlib.figure import Figure
+
     names = list(seconds)
-    figure, (left, right) = plt.subplots(
-        1, 2, figsize=(11, 1.7 + 0.45 * len(names)), width_ratios=[1.5, 1], sharey=True
-    )
+    figure = Figure(figsize=(11, 1.7 + 0.45 * len(names)))
+    left, right = figure.subplots(1, 2, width_ratios=[1.5, 1], sharey=True)
     rows = range(len(names))
     start = [0.0] * len(names)
     for part, colour in zip(parts, COLOURS, strict=True):
         width = [seconds[name].get(part, 0.0) for name in names]
-        left.barh(rows, width, left=start, color=colour, label=part, height=0.6)
+        bars = left.barh(rows, width, left=start, color=colour, label=part, height=0.6)
         start = [a + b for a, b in zip(start, width, strict=True)]
-    for row, name in enumerate(names):
-        left.annotate(
-            f"{seconds[name]['step']:.2f} s", (start[row], row), (4, 0), textcoords="offset points", va="center",
-            fontsize=9,
-        )  # fmt: skip
+    left.bar_label(bars, [f"{seconds[name]['step']:.2f} s" for name in names], padding=4, fontsize=9)
     left.set_yticks(rows, names)
     left.invert_yaxis()
     left.set_xlim(0, 1.14 * max(start))
@@ -51,11 +47,7 @@ def draw_steps(
     for axis in (left, right):
         axis.spines[["top", "right"]].set_visible(False)
     left.legend(ncols=len(parts), fontsize=8, frameon=False, loc="lower left", bbox_to_anchor=(0, 1.0))
-    figure.suptitle(title, fontsize=11, x=0.01, ha="left")
-    figure.tight_layout()
-    path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, dpi=110)
-    plt.close(figure)
+    save(figure, title, path)
 
 
 def _shares(

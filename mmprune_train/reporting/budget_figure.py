@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from mmprune_train.reporting.canvas import drawn
+from mmprune_train.reporting.canvas import PLAIN, save, style_of
 from mmprune_train.reporting.figures import CURVE, DROPPED, KEPT
 
 
@@ -27,9 +27,8 @@ class KeptTokens:
     """Whether this is the run's own budget."""
 
 
-@drawn
+@style_of(PLAIN)
 def draw_budgets(
-    plt: Any,
     budgets: Sequence[KeptTokens],
     scores: NDArray[np.float64] | None,
     target: float | None,
@@ -44,19 +43,15 @@ def draw_budgets(
         target: kept tokens a row that meet the target.
         what: label of the tokens' axis.
     """
+    from matplotlib.figure import Figure
+
     columns = 1 if scores is None else 2
-    figure, axes = plt.subplots(
-        1, columns, figsize=(6.5 + 5.0 * (columns - 1), 1.6 + 0.42 * len(budgets)), squeeze=False,
-        width_ratios=[1.5, 1][:columns],
-    )  # fmt: skip
+    figure = Figure(figsize=(6.5 + 5.0 * (columns - 1), 1.6 + 0.42 * len(budgets)))
+    axes = figure.subplots(1, columns, squeeze=False, width_ratios=[1.5, 1][:columns])
     _histograms(axes[0][0], budgets, target, what)
     if scores is not None:
         _curves(axes[0][1], scores, target)
-    figure.suptitle(title, fontsize=11, x=0.01, ha="left")
-    figure.tight_layout()
-    path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, dpi=110)
-    plt.close(figure)
+    save(figure, title, path)
 
 
 def _histograms(axis: Any, budgets: Sequence[KeptTokens], target: float | None, what: str) -> None:
@@ -64,8 +59,7 @@ def _histograms(axis: Any, budgets: Sequence[KeptTokens], target: float | None, 
     edges = np.linspace(0, most, min(most, 60) + 1) + 0.5
     if target is not None:
         axis.axvline(target, color="black", lw=0.8, ls=":")
-        axis.annotate("target", (target, 1), (3, 2), xycoords=("data", "axes fraction"), textcoords="offset points",
-                      fontsize=8)  # fmt: skip
+        axis.text(target, 1, " target", transform=axis.get_xaxis_transform(), va="bottom", fontsize=8)
     for row, budget in enumerate(reversed(budgets)):
         for tokens, colour in ((budget.tokens, CURVE), (budget.solved, KEPT)):
             if tokens is None:
@@ -78,9 +72,7 @@ def _histograms(axis: Any, budgets: Sequence[KeptTokens], target: float | None, 
     for label, budget in zip(axis.get_yticklabels(), reversed(budgets), strict=True):
         label.set_fontweight("bold" if budget.chosen else "normal")
     axis.tick_params(axis="y", length=0)
-    axis.set_xlim(0, most + 1)
-    axis.set_ylim(0, len(budgets))
-    axis.set_xlabel(what)
+    axis.set(xlim=(0, most + 1), ylim=(0, len(budgets)), xlabel=what)
     axis.spines[["top", "right", "left"]].set_visible(False)
     handles = [axis.fill_between([], [], color=colour, alpha=0.45) for colour in (CURVE, KEPT)]
     axis.legend(handles, ["as set", "at the target"], fontsize=8, loc="upper right", bbox_to_anchor=(1, 1.09), ncols=2,
@@ -98,7 +90,6 @@ def _curves(axis: Any, scores: NDArray[np.float64], target: float | None) -> Non
     if curves.max() > 10 * curves.min() > 0:
         axis.set_yscale("log")
         axis.yaxis.set_major_formatter("{x:g}")  # the usual one writes powers as formulas
-    axis.set_xlabel("patches, by score")
-    axis.set_ylabel("stage-1 score")
+    axis.set(xlabel="patches, by score", ylabel="stage-1 score")
     axis.legend(fontsize=8, frameon=False)
     axis.spines[["top", "right"]].set_visible(False)

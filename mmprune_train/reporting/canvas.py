@@ -1,14 +1,11 @@
-"""Where figures of files are drawn: without a display, and texts as they are."""
+"""How figures are drawn and saved: without a display, and texts as they are."""
 
 from __future__ import annotations
 
-import functools
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, Concatenate, ParamSpec
-
-Arguments = ParamSpec("Arguments")
+from typing import Any
 
 PLAIN: Any = {"text.parse_math": False, "text.usetex": False}
 """Questions, settings and names may hold `$`: matplotlib would read a formula, and fail where it is none."""
@@ -16,8 +13,8 @@ PLAIN: Any = {"text.parse_math": False, "text.usetex": False}
 
 @contextmanager
 def style_of(settings: Any) -> Iterator[None]:
-    """matplotlib with these settings: on top of the user's own, but never of a file in the current folder, which may be
-    somebody else's and names programs to start."""
+    """matplotlib with these settings, also as a decorator: on top of the user's own, but never of a file in the current
+    folder, which may be somebody else's and names programs to start."""
     import matplotlib
 
     with matplotlib.rc_context():
@@ -27,17 +24,9 @@ def style_of(settings: Any) -> Iterator[None]:
         yield
 
 
-def drawn(draw: Callable[Concatenate[Any, Arguments], None]) -> Callable[Arguments, None]:
-    """A function that draws with `matplotlib.pyplot`, which it gets first; imported when something is drawn."""
-
-    @functools.wraps(draw)
-    def inside(*args: Arguments.args, **kwargs: Arguments.kwargs) -> None:
-        import matplotlib
-
-        matplotlib.use("Agg")
-        import matplotlib.pyplot as plt
-
-        with style_of(PLAIN):
-            draw(plt, *args, **kwargs)
-
-    return inside
+def save(figure: Any, title: str, path: Path, bottom: float = 0.0) -> None:
+    """Title, arrange and write a figure; the format follows the ending. `bottom` is the share left free below."""
+    figure.suptitle(title, fontsize=11, x=0.01, ha="left")
+    figure.tight_layout(rect=(0, bottom, 1, 1))
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path, dpi=110)

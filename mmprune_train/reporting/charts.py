@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-import functools
 import io
 import re
-from collections.abc import Callable, Mapping, Sequence
-from typing import Any, ParamSpec
+from collections.abc import Mapping, Sequence
+from statistics import fmean
+from typing import Any
 
 from mmprune_train.reporting.canvas import PLAIN, style_of
 
 INK, RULE = "#100001", "#100002"
-SERIES = ("#100011", "#100012", "#100013", "#100014", "#100015", "#100016", "#100017", "#100018")
+SERIES = [f"#1000{number}" for number in range(11, 19)]
 """Stand-ins that the page's stylesheet has the colours for: `--ink`, `--rule`, `--s1` and on."""
 FADED = "#100019"
 COLOURS = {INK: "var(--ink)", RULE: "var(--rule)", FADED: "var(--faded)"} | {
@@ -32,6 +32,9 @@ STYLE: Any = {
     "axes.spines.top": False,
     "axes.spines.right": False,
     "axes.grid": True,
+    "legend.frameon": False,
+    "legend.handlelength": 0.9,
+    "legend.handletextpad": 0.4,
     "grid.color": RULE,
     "grid.linewidth": 0.5,
     "lines.linewidth": 1.4,
@@ -45,23 +48,11 @@ PER_INCH, LINE = 12, 4
 SMALL = (3.4, 2.1)
 """Inches of a panel."""
 
-Arguments = ParamSpec("Arguments")
 Line = tuple[Sequence[float], Sequence[float]]
 """Places along and upwards."""
 
 
-def styled(draw: Callable[Arguments, str]) -> Callable[Arguments, str]:
-    """In the report's style, which texts and axes take when they are made."""
-
-    @functools.wraps(draw)
-    def inside(*args: Arguments.args, **kwargs: Arguments.kwargs) -> str:
-        with style_of(STYLE):
-            return draw(*args, **kwargs)
-
-    return inside
-
-
-@styled
+@style_of(STYLE)
 def lines(
     series: Mapping[str, Line],
     xlabel: str,
@@ -74,25 +65,19 @@ def lines(
     shown = [name for name in series if name not in faded]
     for name in faded:
         axis.plot(*thinned(*series[name]), color=FADED, lw=0.8)
-    for name, colour in zip(shown, _cycle(len(shown)), strict=True):
-        axis.plot(*thinned(*series[name]), color=colour, label=name)
-    axis.set_xlabel(xlabel)
-    axis.set_ylabel(ylabel)
+    for number, name in enumerate(shown):
+        axis.plot(*thinned(*series[name]), color=SERIES[number % len(SERIES)], label=name)
+    axis.set(xlabel=xlabel, ylabel=ylabel)
     axis.xaxis.get_major_locator().set_params(integer=True)
     if len(shown) > 1:
         row = sum(map(len, shown)) + LINE * len(shown)
         above = len(shown) <= 4 and row <= PER_INCH * size[0]  # in one row above the axes; else beside them
-        place = (
-            {"loc": "lower left", "bbox_to_anchor": (0, 1)}
-            if above
-            else {"loc": "upper left", "bbox_to_anchor": (1, 1)}
-        )
-        columns = len(shown) if above else 1
-        axis.legend(**place, frameon=False, ncols=columns, columnspacing=0.7, handlelength=0.9, handletextpad=0.4)
+        loc, anchor, columns = ("lower left", (0, 1), len(shown)) if above else ("upper left", (1, 1), 1)
+        axis.legend(loc=loc, bbox_to_anchor=anchor, ncols=columns, columnspacing=0.7)
     return _svg(figure)
 
 
-@styled
+@style_of(STYLE)
 def scatter(
     points: Sequence[tuple[float, float]], labels: Sequence[str], links: Sequence[str], front: Sequence[int],
     xlabel: str, ylabel: str,
@@ -113,8 +98,7 @@ def scatter(
         text = " / ".join(names[:2]) + (f" / {len(names) - 2} more" if len(names) > 2 else "")
         axis.annotate(text, point, (5, 4), textcoords="offset points", fontsize=8)
     axis.margins(0.12)
-    axis.set_xlabel(xlabel)
-    axis.set_ylabel(ylabel)
+    axis.set(xlabel=xlabel, ylabel=ylabel)
     return _svg(figure)
 
 
@@ -124,15 +108,7 @@ def thinned(along: Sequence[float], up: Sequence[float]) -> Line:
     if size <= 1:
         return along, up
     bins = [slice(at, at + size) for at in range(0, len(along), size)]
-    return [_mean(along[b]) for b in bins], [_mean(up[b]) for b in bins]
-
-
-def _mean(values: Sequence[float]) -> float:
-    return sum(values) / len(values)
-
-
-def _cycle(count: int) -> list[str]:
-    return [SERIES[i % len(SERIES)] for i in range(count)]
+    return [fmean(along[b]) for b in bins], [fmean(up[b]) for b in bins]
 
 
 def _axes(size: tuple[float, float]) -> tuple[Any, Any]:

@@ -9,20 +9,24 @@ from typing import Any
 from mmprune_train.reporting.tables import table
 
 KIND_NAMES = {"yes_no": "yes/no"}
+ACCURACIES = {
+    "accuracy": "accuracy",
+    "blind_majority": "blind majority (question alone)",
+    "accuracy_blank": "accuracy, image blanked",
+}
+
+
+def accuracies(result: Mapping[str, Any]) -> tuple[list[str], list[list[Any]]]:
+    """Kinds of questions, and a row each of what was measured for them: its name, then the numbers."""
+    kinds = list(result.get("accuracy", {}))
+    rows = [[text, *map(result[key].get, kinds)] for key, text in ACCURACIES.items() if key in result]
+    return [KIND_NAMES.get(kind, kind) for kind in kinds], rows
 
 
 def result_table(result: dict[str, Any]) -> str:
     """Accuracies by kind, then tokens."""
-    kinds = list(result["accuracy"])
-    rows: list[list[object]] = []
-    for key, name in (
-        ("accuracy", "accuracy"),
-        ("blind_majority", "blind majority (question alone)"),
-        ("accuracy_blank", "accuracy, image blanked"),
-    ):
-        if key in result:
-            rows.append([name, *(result[key].get(kind) for kind in kinds)])
-    scores = table(rows, ["", *(KIND_NAMES.get(kind, kind) for kind in kinds)], f"Evaluation: {asked_text(result)}")
+    kinds, rows = accuracies(result)
+    scores = table(rows, ["", *kinds], f"Evaluation: {asked_text(result)}")
     names = {
         "tokens_dense": "tokens, dense",
         "tokens_stage1": "tokens after stage 1",

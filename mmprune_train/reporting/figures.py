@@ -9,8 +9,9 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
+from PIL import Image
 
-from mmprune_train.reporting.canvas import drawn
+from mmprune_train.reporting.canvas import PLAIN, save, style_of
 
 KEPT, CURVE, DROPPED = "#c2410c", "#1d4ed8", "#9ca3af"
 
@@ -41,27 +42,24 @@ class PrunedText:
 
 def faded(image: PrunedImage, kept: Sequence[int]) -> NDArray[np.uint8]:
     """The image with dropped patches washed out and grey."""
-    side = image.grid
-    mask = np.zeros(side * side, dtype=bool)
-    mask[list(kept)] = True
+    mask = np.zeros((image.grid, image.grid), dtype=bool)
+    mask.flat[list(kept)] = True
     height, width = image.pixels.shape[:2]
-    rows = (np.arange(height) * side // height)[:, None]
-    columns = (np.arange(width) * side // width)[None]
-    shown = mask.reshape(side, side)[rows, columns]
-    grey = image.pixels.mean(-1, keepdims=True).repeat(3, -1)
-    washed = 255 - (255 - grey) * 0.18
-    return np.where(shown[..., None], image.pixels, washed).astype(np.uint8)
+    shown = Image.fromarray(mask).resize((width, height), Image.Resampling.NEAREST)
+    washed = 255 - (255 - image.pixels.mean(-1, keepdims=True)) * 0.18
+    return np.where(np.asarray(shown)[..., None], image.pixels, washed).astype(np.uint8)
 
 
-@drawn
-def draw(plt: Any, images: Sequence[PrunedImage], text: PrunedText, title: str, path: Path) -> None:
+@style_of(PLAIN)
+def draw(images: Sequence[PrunedImage], text: PrunedText, title: str, path: Path) -> None:
     """One row an image (as seen, after stage 1, after stage 2, the sorted curve), the prompt's text tokens below.
 
     Needs no display; the format follows the file's ending.
     """
-    figure, axes = plt.subplots(
-        len(images), 4, figsize=(13, 3.3 * len(images) + 1.3), squeeze=False, width_ratios=[1, 1, 1, 1.5]
-    )
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(13, 3.3 * len(images) + 1.3))
+    axes = figure.subplots(len(images), 4, squeeze=False, width_ratios=[1, 1, 1, 1.5])
     for row, image in zip(axes, images, strict=True):
         total = image.grid**2
         panels = [
@@ -72,18 +70,13 @@ def draw(plt: Any, images: Sequence[PrunedImage], text: PrunedText, title: str, 
         for axis, (pixels, caption) in zip(row[:3], panels, strict=True):
             axis.imshow(pixels)
             axis.set_title(caption, fontsize=10)
-            axis.set_xticks([])
-            axis.set_yticks([])
+            axis.set(xticks=[], yticks=[])
         _curve(row[3], image)
-    figure.suptitle(title, fontsize=11, x=0.01, ha="left")
-    figure.tight_layout(rect=(0, 1.0 / (3.3 * len(images) + 1.3), 1, 1))
     _words(figure, text)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, dpi=110)
-    plt.close(figure)
+    save(figure, title, path, bottom=1.0 / (3.3 * len(images) + 1.3))
 
 
-def _curve(axis, image: PrunedImage) -> None:  # type: ignore[no-untyped-def]
+def _curve(axis: Any, image: PrunedImage) -> None:
     if image.scores is None:
         axis.text(0.5, 0.5, "stage 1 is off", ha="center", va="center", transform=axis.transAxes)
         axis.set_axis_off()
@@ -94,29 +87,21 @@ def _curve(axis, image: PrunedImage) -> None:  # type: ignore[no-untyped-def]
     axis.fill_between(rank[:knee], curve[:knee], color=KEPT, alpha=0.25, lw=0)
     axis.plot(rank, curve, color=CURVE, lw=1.5)
     axis.plot(knee, curve[knee - 1], "o", color=KEPT)
-    axis.annotate(
-        f"cut after {knee}",
-        (knee, curve[knee - 1]),
-        xytext=(14, 14),
-        textcoords="offset points",
-        color=KEPT,
-        fontsize=10,
-    )
-    axis.set_xlabel("patches, by score")
-    axis.set_ylabel("stage-1 score")
+    point = (knee, curve[knee - 1])
+    axis.annotate(f"cut after {knee}", point, (14, 14), textcoords="offset points", color=KEPT, fontsize=10)
+    axis.set(xlabel="patches, by score", ylabel="stage-1 score")
     axis.set_ylim(bottom=min(0.0, float(curve[-1])))
     axis.spines[["top", "right"]].set_visible(False)
 
 
-def _words(figure, text: PrunedText) -> None:  # type: ignore[no-untyped-def]
+def _words(figure: Any, text: PrunedText) -> None:
     """The text tokens on wrapped lines; dropped ones struck grey."""
-    renderer = figure.canvas.get_renderer()
     width = figure.bbox.width
     x, y, line = 12.0, 62.0, 20.0
     for word, kept in zip(["text tokens after stage 2:  ", *text.words], [None, *text.kept], strict=True):
         colour = "black" if kept is None else KEPT if kept else DROPPED
         shown = figure.text(x / width, y / figure.bbox.height, word, fontsize=9, family="monospace", color=colour)
-        extent = shown.get_window_extent(renderer).width
+        extent = shown.get_window_extent().width
         if x + extent > width - 12:
             x, y = 12.0, y - line
             shown.set_position((x / width, y / figure.bbox.height))

@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from statistics import fmean
 from typing import Any
@@ -16,7 +15,7 @@ from markupsafe import Markup
 from mmprune_train.errors import UserError
 from mmprune_train.progress import progress
 from mmprune_train.reporting import charts
-from mmprune_train.reporting.evaluation import KIND_NAMES, asked_apart, asked_text
+from mmprune_train.reporting.evaluation import ACCURACIES, accuracies, asked_apart, asked_text
 from mmprune_train.reporting.results import front, numbers, pick, picked
 from mmprune_train.reporting.runs import Run, telling_keys
 from mmprune_train.reporting.sweeps import varying
@@ -72,9 +71,7 @@ class Compared:
 
 def compare(runs: Sequence[Run], shown: Shown) -> Compared:
     """Raises UserError where no run has a number that is asked for."""
-    values: list[dict[str, float | None]] = []
-    for run in runs:
-        values.append({name: _number(run, name) for name in shown.axes})
+    values = [{name: _number(run, name) for name in shown.axes} for run in runs]
     for name in shown.axes:
         if any(run.numbers for run in runs) and all(value[name] is None for value in values):
             pick(next(run.numbers for run in runs if run.numbers), name)  # says what there is instead
@@ -102,12 +99,9 @@ def render(runs: Sequence[Run], shown: Shown, title: str, sources: Sequence[str]
     many = len(runs) > 1
     beside = _beside(runs, compared, shown, order) if many else None
     sections = [_section(runs[i], f"run-{i}", compared) for i in progress(order, "report", "runs", lines=5)]
+    loader = FileSystemLoader(Path(__file__).parent / "templates")
     environment = Environment(
-        loader=FileSystemLoader(Path(__file__).parent / "templates"),
-        autoescape=True,
-        undefined=StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
+        loader=loader, autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
     )
     return environment.get_template("report.html").render(
         title=title,
@@ -154,35 +148,19 @@ def _beside(runs: Sequence[Run], compared: Compared, shown: Shown, order: Sequen
 
 
 def _table(runs: Sequence[Run], compared: Compared, shown: Shown, order: Sequence[int]) -> dict[str, Any]:
-    more: dict[str, Callable[[Run], float | None]] = {
-        **{
-            key.removeprefix("evaluate."): partial(_number, name=key)
-            for key in dict.fromkeys(k for run in runs for k in run.numbers if k.startswith("evaluate.accuracy."))
-        },
-        "loss": lambda run: _last_stage(run).get("loss"),
-        "s/step": lambda run: _last_stage(run).get("step_seconds"),
-        "training min": lambda run: _training_minutes(run),
-    }
-    columns = [
-        *compared.keys,
-        *shown.axes,
-        *(name for name, find in more.items() if any(find(run) is not None for run in runs)),
-    ]
+    more = [_more_numbers(run) for run in runs]
+    names = dict.fromkeys(name for found in more for name in found)
+    further = sorted(names, key=lambda name: not name.startswith("accuracy."))
+    columns = [*compared.keys, *shown.axes, *further]
     rows = []
     for i in order:
-        run, values = runs[i], compared.values[i]
-        cells: list[Any] = [run.settings.get(key) for key in compared.keys]
-        cells += [values[name] for name in shown.axes]
-        cells += [more[name](run) for name in columns[len(cells) :]]
-        rows.append(
-            {
-                "name": run.name,
-                "anchor": f"run-{i}",
-                "state": run.state,
-                "best": i in compared.front,
-                "cells": [cell(value) for value in cells],
-            }
-        )
+        run = runs[i]
+        found: dict[str, Any] = {**more[i], **compared.values[i]}
+        cells = [run.settings.get(name) for name in compared.keys]
+        cells += [found.get(name) for name in columns[len(cells) :]]
+        texts = [cell(value) for value in cells]
+        best = i in compared.front
+        rows.append({"name": run.name, "anchor": f"run-{i}", "state": run.state, "best": best, "cells": texts})
     sorted_by = "descending" if shown.maximize_y else "ascending"
     headings = [
         {"name": name, "number": place >= len(compared.keys), "sorted": sorted_by if name == shown.y else "none"}
@@ -191,16 +169,17 @@ def _table(runs: Sequence[Run], compared: Compared, shown: Shown, order: Sequenc
     return {"columns": headings, "rows": rows}
 
 
-def _last_stage(run: Run) -> Mapping[str, Any]:
-    stages = run.result.get("stages") or {}
-    return stages[list(stages)[-1]] if stages else {}
-
-
-def _training_minutes(run: Run) -> float | None:
-    minutes = [
-        stage["train_minutes"] for stage in (run.result.get("stages") or {}).values() if "train_minutes" in stage
-    ]
-    return sum(minutes) if minutes else None
+def _more_numbers(run: Run) -> dict[str, float]:
+    """Accuracies by kind, and of training what the last stage reached and what all took."""
+    accuracies = [key for key in run.numbers if key.startswith("evaluate.accuracy.")]
+    found = {key.removeprefix("evaluate."): run.numbers[key] for key in accuracies}
+    stages = list((run.result.get("stages") or {}).values())
+    for key, name in (("loss", "loss"), ("step_seconds", "s/step")):
+        if stages and stages[-1].get(key) is not None:
+            found[name] = stages[-1][key]
+    if minutes := [stage["train_minutes"] for stage in stages if "train_minutes" in stage]:
+        found["training min"] = sum(minutes)
+    return found
 
 
 def _scatter(runs: Sequence[Run], compared: Compared, shown: Shown) -> dict[str, Any]:
@@ -250,10 +229,9 @@ def _ending(key: str, keys: Sequence[str]) -> str:
 def _heat(runs: Sequence[Run], compared: Compared, shown: Shown) -> dict[str, Any]:
     """Means of y over the runs of each pair of values, as cells with a shade from 0 to 100."""
     keys = shown.heat or tuple(sorted(compared.keys, key="seed".__eq__)[:2])
-    if shown.heat is not None:
-        for key in shown.heat:
-            if not any(key in run.settings for run in runs):
-                raise UserError(f"report.heat: no run has a setting {key}; they differ in {', '.join(compared.keys)}")
+    for key in shown.heat or ():
+        if not any(key in run.settings for run in runs):
+            raise UserError(f"report.heat: no run has a setting {key}; they differ in {', '.join(compared.keys)}")
     if len(keys) < 2:
         return {"rows": [], "why": "fewer than two settings differ"}
     groups: dict[tuple[str, str], list[float]] = {}
@@ -378,11 +356,8 @@ def _steps(run: Run, stage: str, key: str) -> charts.Line:
 
 def _evaluation(result: Mapping[str, Any]) -> dict[str, Any]:
     """Accuracies by kind, then every other number, as rows of texts."""
-    kinds = list(result.get("accuracy", {}))
-    named = {"accuracy": "accuracy", "blind_majority": "blind majority", "accuracy_blank": "image blanked"}
-    rows = [[text, *(cell(result[key].get(kind)) for kind in kinds)] for key, text in named.items() if key in result]
-    others = {key: value for key, value in numbers(result).items() if key.split(".")[0] not in named}
-    told = [[key, cell(value)] for key, value in others.items()]
+    kinds, rows = accuracies(result)
+    told = [[key, cell(value)] for key, value in numbers(result).items() if key.split(".")[0] not in ACCURACIES]
     if asked := result.get("asked"):
         told = [["asked", asked_text(result)], ["of", asked["annotations"]], *told]
-    return {"kinds": [KIND_NAMES.get(kind, kind) for kind in kinds], "rows": rows, "others": told}
+    return {"kinds": kinds, "rows": [[text, *map(cell, values)] for text, *values in rows], "others": told}

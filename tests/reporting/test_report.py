@@ -86,7 +86,9 @@ def test_a_single_run_shows_its_stages_its_evaluation_and_all_its_settings(tmp_p
     page = (run / "report" / "report.html").read_text()
     said = text(page)
     assert (
-        "pruner.language.layer 2" in said and "blind majority 0.200 0.800" in said and "training minutes 1.500" in said
+        "pruner.language.layer 2" in said
+        and "blind majority (question alone) 0.200 0.800" in said
+        and "training minutes 1.500" in said
     )
     assert page.count("<svg") == 7 and "Runs beside each other" not in said
 

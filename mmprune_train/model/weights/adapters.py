@@ -57,14 +57,10 @@ def check_adapters(key: str, folder: Path) -> None:
     """Raise UserError for adapters of a kind that cannot be taken up, or that are not as their stage left them."""
     check_saved(key, folder)
     config = read_config(key, folder / ADAPTER_CONFIG)
-    wrong = []
-    if config.get("peft_type", "LORA") != "LORA":
-        wrong.append(f"peft_type={config['peft_type']}")
-    if config.get("bias", "none") != "none":
-        wrong.append(f"bias={config['bias']}")
-    if config.get("modules_to_save"):
-        wrong.append(f"modules_to_save={config['modules_to_save']}")
-    if wrong:
+    usual: dict[str, Any] = {"peft_type": ("LORA",), "bias": ("none",), "modules_to_save": (None, [])}
+    if wrong := [
+        f"{name}={config[name]}" for name, values in usual.items() if config.get(name, values[0]) not in values
+    ]:
         raise UserError(
             f"{key}: {folder} holds adapters with {', '.join(wrong)}; only LoRA and DoRA weights can be taken up: "
             "merge them into their model with PEFT, and start from that"
@@ -138,6 +134,6 @@ def merge_folder(hf: LlavaForConditionalGeneration, key: str, folder: Path) -> N
     try:
         get_peft_model(hf, lora)
     except ValueError as error:
-        raise UserError(f"{key}: {folder} adapts layers that this LLM has not ({str(error)[:120]})") from None
+        raise UserError(f"{key}: {folder} adapts layers that this LLM does not have ({str(error)[:120]})") from None
     load_adapters(hf, key, folder)
     fold(hf)

@@ -106,14 +106,9 @@ def dinov2_tensors(file: Path) -> dict[str, Tensor]:
 
 def _operand(graph: Any, raw: dict[str, Tensor], op_type: str, tokens: int | None) -> Tensor:
     """The one unnamed three-dimensional initialiser that a node of this type reads."""
-    found = {
-        name: raw[name]
-        for node in graph.node
-        if node.op_type == op_type
-        for name in node.input
-        if name in raw and not name.startswith("backbone.") and raw[name].dim() == 3
-    }
-    found = {name: value for name, value in found.items() if tokens is None or value.shape[1] == tokens}
+    names = {name for node in graph.node if node.op_type == op_type for name in node.input}
+    unnamed = [raw[name] for name in names & raw.keys() if not name.startswith("backbone.")]
+    found = [value for value in unnamed if value.dim() == 3 and tokens in (None, value.shape[1])]
     if len(found) != 1:
         raise UserError(f"the ONNX graph has {len(found)} position tables read by {op_type}, expected one")
-    return next(iter(found.values()))
+    return found[0]

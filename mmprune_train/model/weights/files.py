@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import pickle
 import re
 import zipfile
 from pathlib import Path
@@ -15,14 +14,10 @@ from torch import Tensor
 from mmprune_train.errors import UserError
 from mmprune_train.storage.user_files import file_status, parse_json, read_bytes, reason_of
 
-LONGEST_HEADER = 100_000_000
-"""Bytes, of a safetensors file, as its own reader has it."""
 MOST_SMALL = 1 << 30
 """Bytes of a config or tokenizer file."""
 BOM = b"\xef\xbb\xbf"
 POINTER = b"version https://git-lfs.github.com/spec/"
-LEGACY = b"\x80\x02\x8a\x0al\xfc\x9cF\xf9"
-"""First bytes of what torch.save wrote before it wrote zip files."""
 STEMS = (("model", "safetensors"), ("pytorch_model", "bin"))
 """Names of weights, in the order in which transformers looks for them."""
 SMALL = (
@@ -171,49 +166,18 @@ def tensors_of(key: str, file: Path) -> Tensors:
 
 
 def _of_safetensors(key: str, file: Path) -> Tensors:
-    size = file.stat().st_size
-    with file.open("rb") as stream:
-        length = int.from_bytes(stream.read(8), "little")
-        try:
-            if 8 + length > size:
-                raise _cut(key, file, size, 8 + length)
-            if length > LONGEST_HEADER:
-                raise ValueError(length)
-            header = parse_json(stream.read(length))
-            header.pop("__metadata__", None)
-            ends = [entry["data_offsets"][1] for entry in header.values()]
-            found = {name: Entry(file, name, tuple(entry["shape"]), entry["dtype"]) for name, entry in header.items()}
-        except (ValueError, LookupError, TypeError, AttributeError) as error:
-            if isinstance(error, UserError):
-                raise
-            raise UserError(f"{key}: {file} is damaged, it has no safetensors header; copy it again") from None
-    if size != (whole := 8 + length + max(ends, default=0)):
-        raise _cut(key, file, size, whole)
     try:
-        with safe_open(file, "pt"):  # its own reader checks the rest of the header
-            return found
+        with safe_open(file, "pt") as opened:
+            parts = {name: opened.get_slice(name) for name in opened.keys()}  # noqa: SIM118
+            return {name: Entry(file, name, tuple(part.get_shape()), part.get_dtype()) for name, part in parts.items()}
     except SafetensorError as error:
-        raise UserError(f"{key}: {file} is damaged ({str(error)[:120]}); copy it again") from None
-
-
-def _cut(key: str, file: Path, size: int, whole: int) -> UserError:
-    what = "cut off" if size < whole else "damaged"
-    more = "or more" if size < whole else "expected"
-    return UserError(f"{key}: {file} is {what}: it has {size:,} bytes of {whole:,} {more}; copy it again")
+        raise UserError(f"{key}: {file} is damaged or cut off ({str(error)[:160]}); copy it again") from None
 
 
 def _of_pickle(key: str, file: Path) -> Tensors:
-    with file.open("rb") as stream:
-        begin = stream.read(len(LEGACY))
-    zipped = zipfile.is_zipfile(file)  # of a cut one the list at its end is lost
-    if not zipped and begin != LEGACY:
-        raise UserError(
-            f"{key}: {file} is cut off or damaged ({file.stat().st_size:,} bytes, no file that torch.save wrote); "
-            "copy it again"
-        )
     try:
-        found = torch.load(file, map_location="meta", mmap=zipped or None, weights_only=True)
-    except (RuntimeError, pickle.UnpicklingError, EOFError, OSError, ValueError) as error:
+        found = torch.load(file, map_location="meta", mmap=zipfile.is_zipfile(file) or None, weights_only=True)
+    except Exception as error:  # of a damaged file, any kind
         raise UserError(f"{key}: {file} {pickled(error)}; copy it again, or as safetensors") from None
     if not isinstance(found, dict):
         raise UserError(f"{key}: {file} holds a {type(found).__name__}, not weights by name; give a state dict")
@@ -224,7 +188,7 @@ def pickled(error: Exception) -> str:
     """What a file is that torch.load refuses to read as data alone."""
     if found := re.search(r"(?:GLOBAL|Unsupported global:|Can only .*?:)\s+(?:GLOBAL )?([\w.]+)", str(error)):
         return f"is not a file of weights alone: it holds {found[1]}, code that is never run here"
-    return f"is not a file of weights alone, or damaged ({reason_of(error)})"
+    return f"is cut off or damaged, or not a file of weights alone ({reason_of(error)})"
 
 
 def read_tensors(tensors: Tensors) -> dict[str, Tensor]:

@@ -15,7 +15,7 @@ from mmprune_train.model.tokenizer import IMAGE_TOKEN, load_tokenizer
 from mmprune_train.model.vision import feature_indices
 from mmprune_train.model.weights.auto import config_of
 from mmprune_train.model.weights.files import Tensors, read_config
-from mmprune_train.model.weights.folders import ADAPTERS, LLAVA, ORIGINAL, PROJECTOR, Folder
+from mmprune_train.model.weights.folders import ADAPTERS, LLAVA, ORIGINAL, PROJECTOR, Folder, is_hub_id
 from mmprune_train.model.weights.original import projector_tensors, text_config, tower_tensors, unsupported
 
 TEXT = (
@@ -90,7 +90,8 @@ def _original(config: Config, key: str, found: Folder, tensors: Tensors) -> Iter
     yield from _features(encoder, own.get("mm_vision_select_layer", -2), drops_cls or not encoder.has_cls, chosen)
     tower = tower_tensors(tensors)
     named, asked = str(own.get("mm_vision_tower") or ""), encoder.path or ""
-    if not tower and _hub_id(named) and _hub_id(asked) and named.split("/")[1] != asked.split("/")[1]:
+    hub_ids = [path for path in (named, asked) if is_hub_id(path) and not Path(path).exists()]
+    if not tower and len({path.split("/")[1] for path in hub_ids}) == 2:
         yield "encoder.path", asked, named
     patch = next((e.shape for n, e in tower.items() if n.endswith("patch_embedding.weight")), None)
     if patch is not None and patch[-1] != encoder.patch_size:
@@ -102,10 +103,6 @@ def _original(config: Config, key: str, found: Folder, tensors: Tensors) -> Iter
     if tower and len(layers) != blocks:
         yield "encoder.arch.num_hidden_layers", blocks, len(layers)
     yield from _projector_of(config, key, found, {n: e for n, e in tensors.items() if "mm_projector" in n})
-
-
-def _hub_id(path: str) -> bool:
-    return path.count("/") == 1 and not path.startswith((".", "/", "~")) and not Path(path).exists()
 
 
 def _projector_of(config: Config, key: str, found: Folder, tensors: Tensors) -> Iterator[Difference]:

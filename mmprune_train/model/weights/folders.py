@@ -5,13 +5,13 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from importlib.metadata import version
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 from transformers import GenerationConfig
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING_NAMES
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+from transformers.quantizers import AutoHfQuantizer
 
 from mmprune_train.errors import UserError
 from mmprune_train.model.weights.auto import config_of
@@ -44,6 +44,7 @@ NOUNS = {
     PROJECTOR: "a projector alone",
     RUN: "a run of this project",
     GGUF: "GGUF weights",
+    NOTHING: "no model (it has no config.json)",
 }
 WANTED = {
     "llm": ((LANGUAGE,), "a language model (config.json of a causal LM, weights, tokenizer)"),
@@ -53,29 +54,6 @@ WANTED = {
 }
 """What a key may want: the kinds that are it, and the words for them."""
 KEYS_OF = {LANGUAGE: "llm.path", ENCODER: "encoder.path", CLIP: "encoder.path"}
-
-LIBRARIES = {
-    "awq": "gptqmodel",
-    "awq or gptq": "gptqmodel",
-    "gptq": "gptqmodel",
-    "bitsandbytes": "bitsandbytes",
-    "compressed-tensors": "compressed_tensors",
-    "aqlm": "aqlm",
-    "vptq": "vptq",
-    "quanto": "optimum.quanto",
-    "eetq": "eetq",
-    "hqq": "hqq",
-    "torchao": "torchao",
-    "auto-round": "auto_round",
-    "quark": "quark",
-    "fbgemm_fp8": "fbgemm_gpu",
-    "fp8": "kernels",
-    "mxfp4": "kernels",
-    "spqr": "spqr_quant",
-    "fp_quant": "fp_quant",
-}
-"""Way of quantisation, as config.json names it -> module that transformers needs to read it."""
-
 
 KERNELS = ("attn_implementation", "_attn_implementation", "experts_implementation", "_experts_implementation")
 """Keys of a config.json for which transformers would fetch a kernel from the hub and run it."""
@@ -93,12 +71,6 @@ class Folder:
     kind: str
     config: dict[str, Any]
     """config.json; empty where there is none."""
-
-    def words(self) -> str:
-        """What it holds."""
-        if self.kind in NOUNS:
-            return NOUNS[self.kind]
-        return f"a model of type {self.config.get('model_type', '(not given)')!r}" if self.config else "no model"
 
 
 def look(key: str, path: Path) -> Folder:
@@ -171,23 +143,23 @@ def check_whole(key: str, found: Folder, trains: bool = True) -> Tensors:
     if found.kind in (LANGUAGE, LLAVA):
         _check_language(key, found)
         _check_generation(key, found)
-    _check_quantisation(key, found, way := _way(found.config), trains)
     tensors = weights_of(key, found.path)
-    _check_quantisation(key, found, _way_by_tensors(tensors), trains)
-    if way is None and found.kind in (LANGUAGE, LLAVA, ORIGINAL):
+    _check_quantisation(key, found, tensors, trains)
+    if not _quantisation(found.config) and found.kind in (LANGUAGE, LLAVA, ORIGINAL):
         _check_outline(key, found, tensors)
     return tensors
 
 
 def unfit(found: Folder) -> str:
     """What a folder of the wrong kind holds, and why a model of no known kind is none."""
-    if found.kind == OTHER and "auto_map" in found.config and not _known(found.config):
-        return f"{found.words()}, which needs code of its own (auto_map) that is never run here"
-    if found.kind == OTHER and found.config.get("model_type") and not _known(found.config):
-        return f"{found.words()}, which transformers {version('transformers')} does not know"
-    if found.kind == NOTHING:
-        return "no model (it has no config.json)"
-    return found.words()
+    if found.kind != OTHER:
+        return NOUNS[found.kind]
+    words = f"a model of type {found.config.get('model_type', '(not given)')!r}"
+    if _known(found.config) or not {"auto_map", "model_type"} & found.config.keys():
+        return words
+    if "auto_map" in found.config:
+        return f"{words}, which needs code of its own (auto_map) that is never run here"
+    return f"{words}, which transformers {version('transformers')} does not know"
 
 
 def _instead(found: Folder, wanted: str) -> str:
@@ -294,13 +266,11 @@ def _check_outline(key: str, found: Folder, tensors: Tensors) -> None:
         ) from None
 
 
-def _way(config: dict[str, Any]) -> str | None:
+def _quantisation(config: dict[str, Any]) -> dict[str, Any]:
+    """What config.json says of how its weights are quantised; empty where it says nothing."""
     parts = [config, *(part for part in map(config.get, ("text_config", "vision_config")) if isinstance(part, dict))]
     settings = next((part["quantization_config"] for part in parts if part.get("quantization_config")), None)
-    if not isinstance(settings, dict):
-        return None
-    way = settings.get("quant_method") or ("bitsandbytes" if any(k.startswith("load_in") for k in settings) else "")
-    return str(way or "unknown")
+    return settings if isinstance(settings, dict) else {}
 
 
 def _way_by_tensors(tensors: Tensors) -> str | None:
@@ -317,15 +287,14 @@ def _way_by_tensors(tensors: Tensors) -> str | None:
     return None
 
 
-def _check_quantisation(key: str, found: Folder, way: str | None, trains: bool) -> None:
-    if way is None:
+def _check_quantisation(key: str, found: Folder, tensors: Tensors, trains: bool) -> None:
+    settings = _quantisation(found.config)
+    way = _way_by_tensors(tensors)
+    if settings:
+        way = settings.get("quant_method") or ("bitsandbytes" if any("load_in" in name for name in settings) else "?")
+    why = "such weights cannot be trained" if trains else _unread(settings)
+    if way is None or why is None:
         return
-    library = LIBRARIES.get(way)
-    absent = library is not None and not _installed(library)
-    if not trains and library is not None and not absent:
-        return
-    why = "such weights cannot be trained" if library is not None or trains else "nothing here reads them"
-    why = f"{library} is not installed, which reads them" if absent else why
     more = " (peft=qlora takes them to 4 bits itself)" if found.kind == LANGUAGE and trains else ""
     raise UserError(
         f"{key}: {found.path} holds weights quantised by {way}, and {why}; give the checkpoint in bf16, fp16 or "
@@ -333,11 +302,20 @@ def _check_quantisation(key: str, found: Folder, way: str | None, trains: bool) 
     )
 
 
-def _installed(module: str) -> bool:
+def _unread(settings: dict[str, Any]) -> str | None:
+    """Why transformers cannot read weights quantised like this; None: it can."""
+    if not settings:
+        return "their config.json does not say how"
     try:
-        return find_spec(module) is not None
-    except (ImportError, ValueError):
-        return False
+        AutoHfQuantizer.from_config(settings).validate_environment()
+    except Exception as error:  # a library or a device that it needs, or whatever wrong settings lead to
+        return f"transformers cannot read them here ({_said(error)})"
+    return None
+
+
+def is_hub_id(path: str) -> bool:
+    """Whether this may be `owner/name`, and is not written as a folder."""
+    return path.count("/") == 1 and not path.startswith((".", "/", "~"))
 
 
 def model_folder(path: str | Path, key: str = "") -> Path | str:
@@ -355,6 +333,6 @@ def model_folder(path: str | Path, key: str = "") -> Path | str:
     if folder.is_dir():
         inside = folder / "model"  # of a training stage
         return inside if (inside / "config.json").is_file() and not (folder / "config.json").is_file() else folder
-    if str(path).startswith(("/", ".", "~")) or str(path).count("/") != 1:
+    if not is_hub_id(str(path)):
         raise UserError(f"{named}: no such folder; give a run directory, an exported folder or a llava-hf folder")
     return str(path)

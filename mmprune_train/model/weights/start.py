@@ -23,6 +23,7 @@ from mmprune_train.model.weights.folders import (
     PROJECTOR_BIN,
     Folder,
     check_whole,
+    is_hub_id,
     look,
     model_folder,
     unfit,
@@ -141,7 +142,7 @@ def locate(key: str, path: str, download: bool = True) -> Start:
     if place.is_file():
         return Start(PROJECTOR, place.resolve(), key)
     if not place.is_dir():
-        if path.startswith(("/", ".", "~")) or path.count("/") != 1:
+        if not is_hub_id(path):
             raise UserError(f"{key}: there is no {path}; give {SOURCES}")
         place = local_or_hub(key, path, download)
     found = look(key, Path(model_folder(place, key)))
@@ -151,8 +152,7 @@ def locate(key: str, path: str, download: bool = True) -> Start:
     if found.kind == ORIGINAL:
         return Start(ORIGINAL, folder, key, tower=bool(tower_tensors(weights_of(key, folder))))
     if found.kind == ADAPTERS:
-        beside = bool(projector_beside(key, folder))
-        return Start(ADAPTERS, folder, key, _base(key, found, download), projector=beside)
+        return Start(ADAPTERS, folder, key, _base(key, found, download), projector=bool(projector_beside(key, folder)))
     if found.kind == PROJECTOR:
         return Start(PROJECTOR, folder / PROJECTOR_BIN, key)
     hint = f"; give it as {KEYS_OF[found.kind]}" if found.kind in KEYS_OF else ""
@@ -169,8 +169,7 @@ def _base(key: str, found: Folder, download: bool) -> Start | None:
         moved = found.path.resolve().parent.parent / Path(*place.parts[-2:])  # RUN/STAGE/adapters, RUN/STAGE/model
         place = moved if moved.is_dir() else place
     if not place.is_dir():
-        hub_id = not named.startswith(("/", ".", "~")) and named.count("/") == 1
-        if not hub_id:
+        if not is_hub_id(named):
             raise UserError(
                 f"{key}: the adapters in {found.path} belong to {named}, which is not here: put it there, or correct "
                 f"base_model_name_or_path in its adapter_config.json (null: the chosen encoder= and llm=)"
