@@ -11,8 +11,7 @@ from torch import Tensor
 from transformers import LlavaConfig, LlavaForConditionalGeneration
 from transformers.utils.deprecation import deprecate_kwarg
 
-from mmprune_train.config.explain import nearest
-from mmprune_train.errors import UserError
+from mmprune_train.errors import UserError, nearest
 from mmprune_train.model.cache import PrunedCache
 from mmprune_train.packed.host import fetch
 from mmprune_train.pruning import Pruner

@@ -7,10 +7,9 @@ from collections.abc import Callable, Sequence
 from dataclasses import fields
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from mmprune_train.config.explain import unknown_name
 from mmprune_train.config.schema import DataConfig
 from mmprune_train.config.typed import key_of
-from mmprune_train.errors import UserError
+from mmprune_train.errors import UserError, unknown_name
 
 if TYPE_CHECKING:
     from mmprune_train.config.command import Command

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 import numpy as np
 import pytest
 import torch
+from loaded import VISION_SCORES
 from sklearn.neighbors import LocalOutlierFactor
 from tiny import IMAGE_TOKEN, PATCHES, labels_of, packed, rows_of, tiny_clip, tiny_inputs, tiny_llava, words
 from torch import Tensor
@@ -22,22 +23,23 @@ from mmprune_train.model.llava import PackedLlava
 from mmprune_train.model.question import tiny_question_tokenizer
 from mmprune_train.model.vision import encode
 from mmprune_train.pruning.merging import centres
-from mmprune_train.pruning.scores import VISION_SCORES, even_order
+from mmprune_train.pruning.vision_scores import even_order
 from mmprune_train.storage.conf import options
 from mmprune_train.training.freezing import freeze, store_frozen
 
 FACTOR = 0.2  # nine patches have no outliers at 1.5
 SMALL: dict[str, dict] = {
     "uniform": {"knee": {"ratio": 0.5}},
-    "prumerge": {"knee": {"factor": FACTOR}, "merge_count": 3},
-    "prumerge_plus": {"knee": {"factor": FACTOR}, "merge_count": 3},
-    "visionzip": {"knee": {"count": 4}, "merge_count": 2},
+    "prumerge": {"knee": {"factor": FACTOR}, "merge_args": {"count": 3}},
+    "prumerge_plus": {"knee": {"factor": FACTOR}, "merge_args": {"count": 3}},
+    "visionzip": {"knee": {"count": 4}, "merge_args": {"count": 2}},
     "fastervlm": {"knee": {"count": 4}},
     "vispruner": {"knee": {"count": 5}},
+    "windowed": {"knee": {"count": 6}, "score_args": {"window": 2}},
     "divprune": {"knee": {"ratio": 0.5}},
     "dpp": {"knee": {"count": 4}},
     "cdpruner": {"knee": {"count": 4}},
-    "recoverable": {"knee": {"neighbors": 2}, "recover": {"knee": {"neighbors": 2}}, "merge_count": 3},
+    "recoverable": {"knee": {"neighbors": 2}, "recover": {"knee": {"neighbors": 2}}, "merge_args": {"count": 3}},
 }
 """The presets with budgets that bite on nine patches."""
 
@@ -228,6 +230,16 @@ def recoverable(seen: Seen) -> Answer:
     return order, {i: features[0, i] for i in order}
 
 
+def windowed(seen: Seen) -> Answer:
+    """Six of nine patches, of windows 2 x 2, 2 x 1, 1 x 2 and 1 x 1: the best of each, then the best of the seconds."""
+    attention = seen.attention.tolist()
+    windows = [[0, 1, 3, 4], [2, 5], [6, 7], [8]]
+    ranked = [sorted(window, key=lambda i: -attention[i]) for window in windows]
+    seconds = sorted((window[1] for window in ranked if len(window) > 1), key=lambda i: -attention[i])
+    order = sorted([window[0] for window in ranked] + seconds[:2])
+    return order, {i: seen.states[i] for i in order}
+
+
 SLOW: dict[str, Callable[[Seen], Answer]] = {
     "uniform": uniform,
     "prumerge": prumerge,
@@ -235,6 +247,7 @@ SLOW: dict[str, Callable[[Seen], Answer]] = {
     "visionzip": visionzip,
     "fastervlm": fastervlm,
     "vispruner": vispruner,
+    "windowed": windowed,
     "divprune": divprune,
     "dpp": dpp,
     "cdpruner": cdpruner,
