@@ -9,6 +9,7 @@ from mmprune_train.components.declare import KEYS, KINDS, Component
 from mmprune_train.components.registry import declared, find
 from mmprune_train.config.docs import Key, describe
 from mmprune_train.config.explain import all_keys
+from mmprune_train.config.typed import as_typed
 from mmprune_train.storage.conf import conf_dir, default_options, options
 from mmprune_train.tasks import ANYWHERE, TASKS, task_named
 
@@ -80,7 +81,7 @@ def task_usage(name: str) -> str:
             sections.append(reads)
             continue
         for key in below or [first]:
-            lines.append(f"  {key.name}={_value(key.default)}")
+            lines.append(f"  {key.name}={as_typed(key.default)}")
             lines += textwrap.wrap(
                 key.says, 108, initial_indent=" " * 6, subsequent_indent=" " * 6, break_on_hyphens=False
             )
@@ -99,14 +100,6 @@ def task_usage(name: str) -> str:
 
 OWN = ("evaluate", "generate", "bench", "calibrate", "plan", "report", "sweep")
 """Sections whose keys are told one by one."""
-
-
-def _value(default: object) -> str:
-    if isinstance(default, bool) or default is None:
-        return {True: "true", False: "false", None: "null"}[default]
-    if isinstance(default, list):
-        return f"[{','.join(map(str, default))}]"
-    return str(default)
 
 
 def all_tasks() -> str:

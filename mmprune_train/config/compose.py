@@ -20,11 +20,13 @@ from mmprune_train.components.registry import default_of
 from mmprune_train.config import checks
 from mmprune_train.config.explain import all_keys, explain, unknown_key, user_mistake
 from mmprune_train.config.identity import sweep_name
+from mmprune_train.config.in_effect import as_now
 from mmprune_train.config.knee import follow_group
 from mmprune_train.config.masking import masked_settings, note_given, note_settings
 from mmprune_train.config.plugins import register_launchers, register_sweepers
 from mmprune_train.config.pruner import check_own_components, check_pruner
 from mmprune_train.config.pruner_schema import KneeConfig, PrunerConfig
+from mmprune_train.config.renamed import former_settings, refuse_former
 from mmprune_train.config.schema import Config, DataConfig, data_config
 from mmprune_train.config.typed import literal, readable
 from mmprune_train.errors import UserError, unknown_name
@@ -118,6 +120,7 @@ def compose_config(overrides: list[str]) -> Config:
     from hydra._internal.utils import create_config_search_path
     from hydra.types import RunMode
 
+    refuse_former(overrides)
     register_schema()
     version.setbase("1.3")
     overrides = readable(overrides)
@@ -138,10 +141,9 @@ def config_from_file(path: Path) -> Config:
     if not path.is_file():
         raise UserError(f"{path} is missing: is {path.parent} a run directory of mmprune_train?")
     try:
-        written = OmegaConf.to_container(OmegaConf.create(read_yaml(path)))
-        if isinstance(written, dict) and isinstance(written.get("pruner"), dict):
-            written["pruner"] = as_saved(written["pruner"])
-        merged = OmegaConf.merge(schema(), OmegaConf.create(literal(written)))
+        written: Any = OmegaConf.to_container(OmegaConf.create(read_yaml(path)))
+        now = as_now(written) if isinstance(written, Mapping) else written
+        merged = OmegaConf.merge(schema(), OmegaConf.create(literal(now)))
     except UserError:
         raise
     except (OmegaConfBaseException, OverflowError) as error:
@@ -153,18 +155,16 @@ def config_from_file(path: Path) -> Config:
     return _typed(merged)
 
 
-def as_saved(pruner: Mapping[str, Any]) -> dict[str, Any]:
-    """Saved settings of a pruner, with what was done before a key existed where they lack it."""
-    language = pruner.get("language") or {}
-    known = {"min_per_image": 0, **language} if isinstance(language, Mapping) else language
-    return {**pruner, "language": known}
-
-
 def to_yaml(config: Config | PrunerConfig) -> str:
     """The config as YAML, without secrets; `config_from_file` reads a whole Config back, `load_pruner` the mapping of a
     pruner."""
     tree = masked_settings(dataclasses.asdict(config))
     return yaml.dump(tree, Dumper=get_omega_conf_dumper(), allow_unicode=True, sort_keys=False)  # `${` is no mistake
+
+
+def saved_pruner(saved: Mapping[str, Any]) -> PrunerConfig:
+    """The settings of the pruner that a model was saved with. Raises as `load_pruner`."""
+    return load_pruner(as_now({"pruner": saved})["pruner"])
 
 
 def load_pruner(spec: str | Mapping[str, Any] | None) -> PrunerConfig:
@@ -176,6 +176,7 @@ def load_pruner(spec: str | Mapping[str, Any] | None) -> PrunerConfig:
     """
     given: dict[str, Any] = {"name": "none" if spec is None else spec} if not isinstance(spec, Mapping) else dict(spec)
     name = given.get("name", PrunerConfig.name)
+    refuse_former(former_settings({"pruner": given}))
     known = options("pruner")
     if name not in known and not isinstance(spec, Mapping):
         raise UserError(unknown_name("pruner", name, known))
@@ -184,8 +185,8 @@ def load_pruner(spec: str | Mapping[str, Any] | None) -> PrunerConfig:
             {"knee": OmegaConf.structured(KneeConfig), "pruner": OmegaConf.structured(PrunerConfig)}
         )
         tree.knee = OmegaConf.merge(tree.knee, OmegaConf.load(conf_dir() / f"knee/{default_of('knee.method')}.yaml"))
-        preset = OmegaConf.load(conf_dir() / f"pruner/{name}.yaml") if name in known else OmegaConf.create()
-        tree.pruner = OmegaConf.merge(tree.pruner, preset, literal(given))
+        preset: Any = OmegaConf.load(conf_dir() / f"pruner/{name}.yaml") if name in known else OmegaConf.create()
+        tree.pruner = OmegaConf.merge(tree.pruner, _without_replaced(preset, given), literal(given))
         pruner = OmegaConf.to_object(tree.pruner)
     except (OmegaConfBaseException, OverflowError) as error:
         raise UserError(f"pruner: {explain(error)}") from error
@@ -193,3 +194,13 @@ def load_pruner(spec: str | Mapping[str, Any] | None) -> PrunerConfig:
     check_pruner(pruner)
     check_own_components(pruner)
     return pruner
+
+
+def _without_replaced(preset: Mapping[Any, Any], given: Any) -> dict[Any, Any]:
+    """A preset without the arguments of the components that are given in place of its own."""
+    named = given if isinstance(given, Mapping) else {}
+    return {
+        key: _without_replaced(value, named.get(key)) if isinstance(value, Mapping) else value
+        for key, value in preset.items()
+        if not (key.endswith("args") and (key.removesuffix("_args") if key != "args" else "method") in named)
+    }

@@ -21,7 +21,7 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
-from mmprune_train.config.compose import as_saved, load_pruner
+from mmprune_train.config.compose import load_pruner, saved_pruner
 from mmprune_train.config.pruner import components, refuse_foreign
 from mmprune_train.config.pruner_schema import PrunerConfig
 from mmprune_train.config.schema import Config, EncoderConfig, LlmConfig, TextTowerConfig
@@ -279,7 +279,7 @@ def load_model(
     elif pruner is None and "pruner" in saved:
         if not trust_components:
             refuse_foreign(folder / "config.json", components(saved["pruner"]), named)
-        settings = load_pruner(as_saved(saved["pruner"]))
+        settings = saved_pruner(saved["pruner"])
     else:
         settings = load_pruner(pruner)
     chosen, question = Pruner(settings), None
