@@ -13,6 +13,7 @@ import traceback
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from mmprune_train.config.renamed import refuse_former
 from mmprune_train.config.typed import command_line, readable
 from mmprune_train.current_folder import leave_out_in_children, search_last
 from mmprune_train.errors import NotFinite
@@ -108,6 +109,7 @@ def _run(arguments: list[str]) -> None:
         if "--help" in arguments or "-h" in arguments:
             print(usage(arguments))
             return
+        refuse_former(arguments)
         sys.argv[1:] = readable(arguments)
         compose_and_run()
     except KeyboardInterrupt:

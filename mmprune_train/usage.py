@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from mmprune_train.config.docs import Key, describe
 from mmprune_train.config.explain import all_keys
 from mmprune_train.config.paths import conf_dir, default_options, options
+from mmprune_train.config.typed import as_typed
 from mmprune_train.tasks import ANYWHERE, TASKS, task_named
 
 GROUPS = (
@@ -55,7 +56,7 @@ def task_usage(name: str) -> str:
             sections.append(reads)
             continue
         for key in below or [first]:
-            lines.append(f"  {key.name}={_value(key.default)}")
+            lines.append(f"  {key.name}={as_typed(key.default)}")
             lines += textwrap.wrap(
                 key.says, 108, initial_indent=" " * 6, subsequent_indent=" " * 6, break_on_hyphens=False
             )
@@ -74,14 +75,6 @@ def task_usage(name: str) -> str:
 
 OWN = ("evaluate", "generate", "bench", "calibrate", "plan", "report", "sweep")
 """Sections whose keys are told one by one."""
-
-
-def _value(default: object) -> str:
-    if isinstance(default, bool) or default is None:
-        return {True: "true", False: "false", None: "null"}[default]
-    if isinstance(default, list):
-        return f"[{','.join(map(str, default))}]"
-    return str(default)
 
 
 def all_tasks() -> str:

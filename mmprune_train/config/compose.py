@@ -23,6 +23,7 @@ from mmprune_train.config.launchers import register_launchers
 from mmprune_train.config.paths import conf_dir, options
 from mmprune_train.config.pruner import check_pruner
 from mmprune_train.config.pruner_schema import KneeConfig, PrunerConfig
+from mmprune_train.config.renamed import former_settings, refuse_former, upgraded
 from mmprune_train.config.schema import Config
 from mmprune_train.config.sweepers import register_sweepers
 from mmprune_train.config.typed import literal, readable
@@ -92,6 +93,7 @@ def compose_config(overrides: list[str]) -> Config:
     from hydra import compose, initialize_config_dir
     from hydra.core.global_hydra import GlobalHydra
 
+    refuse_former(overrides)
     register_schema()
     running, GlobalHydra.instance().hydra = GlobalHydra.instance().hydra, None  # of the command line that calls this
     try:
@@ -112,9 +114,8 @@ def config_from_file(path: Path) -> Config:
         raise UserError(f"{path} is missing: is {path.parent} a run directory of mmprune_train?")
     try:
         written = OmegaConf.to_container(OmegaConf.create(read_yaml(path)))
-        if isinstance(written, dict) and isinstance(written.get("pruner"), dict):
-            written["pruner"] = as_saved(written["pruner"])
-        merged = OmegaConf.merge(OmegaConf.structured(Config), OmegaConf.create(literal(written)))
+        now = upgraded(written) if isinstance(written, Mapping) else written
+        merged = OmegaConf.merge(OmegaConf.structured(Config), OmegaConf.create(literal(now)))
     except UserError:
         raise
     except (OmegaConfBaseException, OverflowError) as error:
@@ -124,13 +125,6 @@ def config_from_file(path: Path) -> Config:
         raise damaged(path, f"it is damaged, not YAML of settings ({told})", PUT_BACK) from None
     assert isinstance(merged, DictConfig)
     return _typed(merged)
-
-
-def as_saved(pruner: Mapping[str, Any]) -> dict[str, Any]:
-    """Saved settings of a pruner, with what was done before a key existed where they lack it."""
-    language = pruner.get("language") or {}
-    known = {"min_per_image": 0, **language} if isinstance(language, Mapping) else language
-    return {**pruner, "language": known}
 
 
 def to_yaml(config: Config | PrunerConfig) -> str:
@@ -149,6 +143,7 @@ def load_pruner(spec: str | Mapping[str, Any] | None) -> PrunerConfig:
     """
     given: dict[str, Any] = {"name": "none" if spec is None else spec} if not isinstance(spec, Mapping) else dict(spec)
     name = given.get("name", PrunerConfig.name)
+    refuse_former(former_settings(given, "pruner."))
     known = options("pruner")
     if name not in known and not isinstance(spec, Mapping):
         raise UserError(unknown_name("pruner", name, known))

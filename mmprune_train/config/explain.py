@@ -13,9 +13,10 @@ import traceback
 import types
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Union, get_args, get_origin, get_type_hints
+from typing import Any, Union, cast, get_args, get_origin, get_type_hints
 
 from mmprune_train.config.paths import options
+from mmprune_train.config.renamed import former_settings, present_name, renamed
 from mmprune_train.config.schema import STAGES, Config
 from mmprune_train.config.typed import command_line, quoted
 from mmprune_train.errors import UserError
@@ -41,6 +42,8 @@ def unknown_name(what: str, word: str, known: Iterable[str]) -> str:
 
 def unknown_key(key: str) -> str:
     """A line for a key that the schema does not have, with the most likely one that it has."""
+    if told := present_name(key):
+        return told
     keys = [*all_keys(), *_PLUS_GROUPS]
     head, last = key.split(".", 1)[0], key.rsplit(".", 1)[-1]
     found = difflib.get_close_matches(key, [k for k in keys if not key.startswith(f"{k}.")], n=1, cutoff=0.6)
@@ -171,7 +174,7 @@ def explain(error: BaseException) -> str:
         listed = re.findall(r"^\t(\S+)$", text, flags=re.M)  # Hydra's own list has what --config-dir adds
         return unknown_name(group, name, listed or options(group))
     if cause and (match := re.search(r"In '([^']+)': \w+ raised while composing config", text)):
-        return f"{match.group(1)}.yaml: {explain(cause)}"
+        return f"{match.group(1)}.yaml: {_former_keys(error) or explain(cause)}"
     if match := re.search(r"Could not override '([^']+)'", text):
         key = match.group(1)
         return f"{key}=...: write it with a plus, +{key}=NAME" if key in _PLUS_GROUPS else unknown_key(key)
@@ -199,6 +202,17 @@ def explain(error: BaseException) -> str:
         return unknown_key(str(full_key))
     line = _first_line(text) or _reason(cause)
     return f"{full_key}: {line}" if full_key and str(full_key) not in line else line
+
+
+def _former_keys(error: BaseException) -> str:
+    """What keys of the file that Hydra broke at are called now; empty: they are called so."""
+    from omegaconf import OmegaConf
+
+    for frame, _ in traceback.walk_tb(error.__traceback__):
+        loaded = frame.f_locals.get("loaded")
+        if frame.f_globals.get("__name__", "").startswith("hydra.") and loaded is not None:
+            return renamed(former_settings(cast("dict[str, Any]", OmegaConf.to_container(loaded.config))))
+    return ""
 
 
 def _reason(cause: BaseException | None) -> str:

@@ -106,3 +106,12 @@ def key_of(override: str) -> str:
 def group_of(override: str) -> str:
     """First part of an override's key: `pruner` of `+pruner.vision.score=random`."""
     return key_of(override).split(".", 1)[0]
+
+
+def as_typed(value: Any) -> str:
+    """A value as the command line takes it."""
+    if isinstance(value, list | tuple):
+        return f"[{','.join(map(as_typed, value))}]"
+    if isinstance(value, Mapping):
+        return f"{{{','.join(f'{key}:{as_typed(inner)}' for key, inner in value.items())}}}"
+    return {True: "true", False: "false", None: "null"}[value] if isinstance(value, bool | None) else str(value)

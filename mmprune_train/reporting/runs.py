@@ -12,6 +12,8 @@ from typing import Any
 import yaml
 
 from mmprune_train.config.identity import NOT_DECISIVE
+from mmprune_train.config.renamed import upgraded
+from mmprune_train.config.typed import as_typed
 from mmprune_train.errors import UserError
 from mmprune_train.reporting.evaluation import asked_apart
 from mmprune_train.reporting.results import numbers
@@ -117,7 +119,7 @@ def read_sweep(path: Path, alone: bool = True) -> list[Run]:
 def read_run(path: Path) -> Run:
     """A run directory as far as it has come. What is damaged in it is among what is missing."""
     run = Run(name=path.name, path=path.resolve(), state="unfinished")
-    run.settings = _whole(run, lambda: _flat(yaml.safe_load(read_yaml(path / "config.yaml"))), {})
+    run.settings = _whole(run, lambda: _flat(upgraded(yaml.safe_load(read_yaml(path / "config.yaml")))), {})
     run.manifest = _whole(run, lambda: read_manifest(path) or {}, {})
     run.result = _whole(run, lambda: read_result(path / "result.json", _usable) or {}, {})
     run.numbers = numbers(run.result)
@@ -208,12 +210,5 @@ def _flat(tree: Mapping[str, Any], prefix: str = "") -> dict[str, str]:
         if isinstance(value, Mapping):
             found |= _flat(value, f"{name}.")
         else:
-            found[name] = _as_typed(value)
+            found[name] = as_typed(value)
     return found
-
-
-def _as_typed(value: Any) -> str:
-    """As on a command line."""
-    if isinstance(value, list):
-        return f"[{','.join(map(_as_typed, value))}]"
-    return "null" if value is None else str(value)

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from mmprune_train.config.identity import STARTED_OVER
+from mmprune_train.config.renamed import present_override
 from mmprune_train.errors import UserError
 from mmprune_train.reporting.results import front
 from mmprune_train.reporting.tables import table
@@ -74,6 +75,7 @@ class JobRecord:
         found = read_json(path, remedy) or {}
         try:
             record = cls(**found)
+            record.overrides = [present_override(one) or one for one in record.overrides]
             if type(record.job) is not int or record.state not in STATES:
                 raise ValueError("its job is no number, or its state unknown")
             record.settings.keys(), record.numbers.keys(), record.objectives.keys()
