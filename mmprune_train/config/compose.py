@@ -19,11 +19,12 @@ from omegaconf.errors import OmegaConfBaseException
 from mmprune_train.config import checks
 from mmprune_train.config.explain import all_keys, explain, unknown_key, unknown_name, user_mistake
 from mmprune_train.config.identity import sweep_name
+from mmprune_train.config.in_effect import as_now
 from mmprune_train.config.launchers import register_launchers
 from mmprune_train.config.paths import conf_dir, options
 from mmprune_train.config.pruner import check_pruner
 from mmprune_train.config.pruner_schema import KneeConfig, PrunerConfig
-from mmprune_train.config.renamed import former_settings, refuse_former, upgraded
+from mmprune_train.config.renamed import former_settings, refuse_former
 from mmprune_train.config.schema import Config
 from mmprune_train.config.sweepers import register_sweepers
 from mmprune_train.config.typed import literal, readable
@@ -114,7 +115,7 @@ def config_from_file(path: Path) -> Config:
         raise UserError(f"{path} is missing: is {path.parent} a run directory of mmprune_train?")
     try:
         written = OmegaConf.to_container(OmegaConf.create(read_yaml(path)))
-        now = upgraded(written) if isinstance(written, Mapping) else written
+        now = as_now(written) if isinstance(written, Mapping) else written
         merged = OmegaConf.merge(OmegaConf.structured(Config), OmegaConf.create(literal(now)))
     except UserError:
         raise
@@ -134,6 +135,11 @@ def to_yaml(config: Config | PrunerConfig) -> str:
     return yaml.dump(tree, Dumper=get_omega_conf_dumper(), allow_unicode=True, sort_keys=False)  # `${` is no mistake
 
 
+def saved_pruner(saved: Mapping[str, Any]) -> PrunerConfig:
+    """The settings of the pruner that a model was saved with. Raises as `load_pruner`."""
+    return load_pruner(as_now({"pruner": saved})["pruner"])
+
+
 def load_pruner(spec: str | Mapping[str, Any] | None) -> PrunerConfig:
     """A pruner's settings without a whole run's config.
 
@@ -143,7 +149,7 @@ def load_pruner(spec: str | Mapping[str, Any] | None) -> PrunerConfig:
     """
     given: dict[str, Any] = {"name": "none" if spec is None else spec} if not isinstance(spec, Mapping) else dict(spec)
     name = given.get("name", PrunerConfig.name)
-    refuse_former(former_settings(given, "pruner."))
+    refuse_former(former_settings({"pruner": given}))
     known = options("pruner")
     if name not in known and not isinstance(spec, Mapping):
         raise UserError(unknown_name("pruner", name, known))
@@ -153,10 +159,20 @@ def load_pruner(spec: str | Mapping[str, Any] | None) -> PrunerConfig:
         )
         tree.knee = OmegaConf.merge(tree.knee, OmegaConf.load(conf_dir() / "knee/kneedle.yaml"))
         preset = OmegaConf.load(conf_dir() / f"pruner/{name}.yaml") if name in known else OmegaConf.create()
-        tree.pruner = OmegaConf.merge(tree.pruner, preset, literal(given))
+        tree.pruner = OmegaConf.merge(tree.pruner, _without_replaced(preset, given), literal(given))
         pruner = OmegaConf.to_object(tree.pruner)
     except (OmegaConfBaseException, OverflowError) as error:
         raise UserError(f"pruner: {explain(error)}") from error
     assert isinstance(pruner, PrunerConfig)
     check_pruner(pruner)
     return pruner
+
+
+def _without_replaced(preset: Mapping[Any, Any], given: Any) -> dict[Any, Any]:
+    """A preset without the arguments of the components that are given in place of its own."""
+    named = given if isinstance(given, Mapping) else {}
+    return {
+        key: _without_replaced(value, named.get(key)) if isinstance(value, Mapping) else value
+        for key, value in preset.items()
+        if not (key.endswith("args") and (key.removesuffix("_args") if key != "args" else "method") in named)
+    }

@@ -3,15 +3,21 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import hashlib
 import json
+import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from mmprune_train.config.in_effect import in_effect
+from mmprune_train.config.renamed import RENAMED, upgraded
 from mmprune_train.config.schema import STAGES, Config
 from mmprune_train.config.typed import command_line
+from mmprune_train.errors import UserError
 from mmprune_train.secrets import masked, masked_settings, note_arguments
+from mmprune_train.storage.files import read_yaml
 
 NOT_DECISIVE = frozenset(
     {
@@ -36,7 +42,7 @@ NOT_DECISIVE = frozenset(
 def decisive(config: Config | Mapping[str, Any]) -> dict[str, Any]:
     """Dotted key -> value of every setting that decides what is trained."""
     tree = dataclasses.asdict(config) if dataclasses.is_dataclass(config) and not isinstance(config, type) else config
-    return dict(_leaves(masked_settings(tree)))
+    return dict(_leaves(masked_settings(in_effect(tree))))
 
 
 def run_id(config: Config) -> str:
@@ -73,8 +79,40 @@ def same_command() -> str:
 
 
 def run_dir(config: Config) -> Path:
-    """`runs_dir/experiment_name/run_id`; not created here."""
-    return Path(config.runs_dir) / config.experiment_name / run_id(config)
+    """`runs_dir/experiment_name/run_id`; not created here. A run of these settings that was begun when their keys had
+    other names, and its hash was another, is gone on with."""
+    path = Path(config.runs_dir) / config.experiment_name / run_id(config)
+    if config.run_id is None and not config.restart and not path.exists():
+        return next((run for run in path.parent.glob("[0-9a-f]" * 8) if _begun_as(run, config)), path)
+    return path
+
+
+def _begun_as(run: Path, config: Config) -> bool:
+    """Whether a run was begun with these settings under former keys. One whose settings are damaged was not."""
+    from mmprune_train.config.compose import config_from_file
+
+    before = _former_decisive(run / "config.yaml")
+    asked = decisive(config)
+    if not before or any(asked.get(key, value) != value for key, value in before.items()):
+        return False
+    try:
+        return not differences(config_from_file(run / "config.yaml"), config)
+    except UserError:
+        return False
+
+
+@functools.cache
+def _former_decisive(file: Path) -> dict[str, Any]:
+    """What decides a run by its config.yaml of former keys; empty where that has none, or cannot be read."""
+    import yaml
+
+    try:
+        text = read_yaml(file)
+        if not re.search(rf"^ +({'|'.join(former.rpartition('.')[2] for former in RENAMED)}):", text, re.MULTILINE):
+            return {}
+        return decisive(upgraded(yaml.load(text, Loader=getattr(yaml, "CSafeLoader", yaml.SafeLoader))))
+    except (UserError, yaml.YAMLError, RecursionError, AttributeError):
+        return {}
 
 
 def run_of(ckpt: str | None) -> Path | None:

@@ -76,33 +76,24 @@ def refuse_former(overrides: Iterable[str]) -> None:
         raise UserError(told)
 
 
-def former_settings(settings: Mapping[Any, Any], prefix: str = "") -> list[str]:
-    """Settings of the user's that have other names now, as overrides.
-
-    Args:
-        prefix: dotted name of the section that they are of, with a dot behind it.
-    """
-    return [f"{key}={as_typed(value)}" for key, value in _former(settings, prefix)]
+def former_settings(settings: Mapping[Any, Any]) -> list[str]:
+    """Settings that have other names now, as overrides."""
+    return [f"{key}={as_typed(value)}" for key, value in _former(settings)]
 
 
-def upgraded(settings: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Settings that were saved, under the names of now, with what was done before a key existed where they lack it.
-
-    Args:
-        prefix: as of `former_settings`.
-    """
-    new = _without_former(settings, prefix)
-    for key, value in _former(settings, prefix):
+def upgraded(settings: Mapping[str, Any]) -> dict[str, Any]:
+    """Settings that were saved, under the names of now, with what was done before a key existed where they lack it."""
+    new = _without_former(settings)
+    for key, value in _former(settings):
         row = present(key)
         assert row is not None
-        _put(new, row.key.removeprefix(prefix), row.values.get(value, value) if isinstance(value, str) else value)
+        _put(new, row.key, row.values.get(value, value) if isinstance(value, str) else value)
     for key, value in ADDED.items():
-        if key.startswith(prefix):
-            _put(new, key.removeprefix(prefix), value)
+        _put(new, key, value)
     return new
 
 
-def _former(settings: Mapping[Any, Any], prefix: str) -> Iterator[tuple[str, Any]]:
+def _former(settings: Mapping[Any, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
     for key, value in settings.items():
         name = f"{prefix}{key}"
         if isinstance(value, Mapping) and value:
@@ -111,7 +102,7 @@ def _former(settings: Mapping[Any, Any], prefix: str) -> Iterator[tuple[str, Any
             yield name, value
 
 
-def _without_former(settings: Mapping[Any, Any], prefix: str) -> dict[Any, Any]:
+def _without_former(settings: Mapping[Any, Any], prefix: str = "") -> dict[Any, Any]:
     return {
         key: _without_former(value, f"{prefix}{key}.") if isinstance(value, Mapping) else value
         for key, value in settings.items()

@@ -21,10 +21,9 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
-from mmprune_train.config.compose import load_pruner
+from mmprune_train.config.compose import load_pruner, saved_pruner
 from mmprune_train.config.pruner import components, refuse_foreign
 from mmprune_train.config.pruner_schema import PrunerConfig
-from mmprune_train.config.renamed import upgraded
 from mmprune_train.config.schema import Config, EncoderConfig, LlmConfig, TextTowerConfig
 from mmprune_train.data.images import image_processor
 from mmprune_train.data.templates import template_name
@@ -288,7 +287,7 @@ def load_model(
     elif pruner is None and "pruner" in saved:
         if not trust_components:
             refuse_foreign(folder / "config.json", components(saved["pruner"]), named)
-        settings = load_pruner(upgraded(saved["pruner"], "pruner."))
+        settings = saved_pruner(saved["pruner"])
     else:
         settings = load_pruner(pruner)
     chosen, question = Pruner(settings), None

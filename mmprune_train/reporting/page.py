@@ -13,6 +13,7 @@ from typing import Any
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup
 
+from mmprune_train.config.renamed import present_name
 from mmprune_train.errors import UserError
 from mmprune_train.progress import progress
 from mmprune_train.reporting import charts
@@ -256,7 +257,8 @@ def _heat(runs: Sequence[Run], compared: Compared, shown: Shown) -> dict[str, An
     if shown.heat is not None:
         for key in shown.heat:
             if not any(key in run.settings for run in runs):
-                raise UserError(f"report.heat: no run has a setting {key}; they differ in {', '.join(compared.keys)}")
+                differ = f"no run has a setting {key}; they differ in {', '.join(compared.keys)}"
+                raise UserError(f"report.heat: {present_name(key) or differ}")
     if len(keys) < 2:
         return {"rows": [], "why": "fewer than two settings differ"}
     groups: dict[tuple[str, str], list[float]] = {}

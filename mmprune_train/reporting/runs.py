@@ -12,6 +12,7 @@ from typing import Any
 import yaml
 
 from mmprune_train.config.identity import NOT_DECISIVE
+from mmprune_train.config.in_effect import in_effect
 from mmprune_train.config.renamed import upgraded
 from mmprune_train.config.typed import as_typed
 from mmprune_train.errors import UserError
@@ -119,7 +120,7 @@ def read_sweep(path: Path, alone: bool = True) -> list[Run]:
 def read_run(path: Path) -> Run:
     """A run directory as far as it has come. What is damaged in it is among what is missing."""
     run = Run(name=path.name, path=path.resolve(), state="unfinished")
-    run.settings = _whole(run, lambda: _flat(upgraded(yaml.safe_load(read_yaml(path / "config.yaml")))), {})
+    run.settings = _whole(run, lambda: _flat(in_effect(upgraded(yaml.safe_load(read_yaml(path / "config.yaml"))))), {})
     run.manifest = _whole(run, lambda: read_manifest(path) or {}, {})
     run.result = _whole(run, lambda: read_result(path / "result.json", _usable) or {}, {})
     run.numbers = numbers(run.result)

@@ -11,8 +11,7 @@ from model.test_every_pruner import sample
 from tiny import packed, tiny_llava
 from torch import Tensor
 
-from mmprune_train.config.compose import load_pruner
-from mmprune_train.config.renamed import upgraded
+from mmprune_train.config.compose import load_pruner, saved_pruner
 from mmprune_train.data.batch import collate
 from mmprune_train.errors import UserError
 from mmprune_train.pruning import Kind
@@ -133,7 +132,7 @@ def test_presets_held_to_their_authors_have_no_floor_and_the_rest_do() -> None:
 
 def test_a_folder_saved_before_the_key_keeps_what_it_did() -> None:
     old = {"name": "twostage", "language": {"layer": 2}}
-    assert load_pruner(upgraded(old, "pruner.")).language.min_per_image == 0
-    assert load_pruner(upgraded({"name": "encoder_only"}, "pruner.")).language.min_per_image == 0
-    assert load_pruner(upgraded({**old, "language": {"min_per_image": 2}}, "pruner.")).language.min_per_image == 2
+    assert saved_pruner(old).language.min_per_image == 0
+    assert saved_pruner({"name": "encoder_only"}).language.min_per_image == 0
+    assert saved_pruner({**old, "language": {"min_per_image": 2}}).language.min_per_image == 2
     assert old["language"] == {"layer": 2}  # not written into

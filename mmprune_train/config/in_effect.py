@@ -1,0 +1,65 @@
+"""What the components of a pruner are given, defaults filled in: settings that mean the same are the same here.
+
+Plain mappings in and out, as `dataclasses.asdict` makes them and config.yaml holds them. Standard library only.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from copy import deepcopy
+from typing import Any
+
+from mmprune_train.components.declare import KEYS, REQUIRED, Component
+from mmprune_train.components.registry import UNREAD, find
+from mmprune_train.config.pruner_schema import SHORTS
+from mmprune_train.config.renamed import former_settings, upgraded
+from mmprune_train.errors import UserError
+
+KNEES = ("knee", "pruner.vision.knee", "pruner.vision.recover.knee", "pruner.language.knee")
+
+NONE = "none"
+"""A merge that there is not."""
+
+
+def as_now(saved: Mapping[str, Any]) -> dict[str, Any]:
+    """Settings that were saved, in the shape of now. Those of former keys held every parameter of every component, at
+    its default where it was not used."""
+    new = upgraded(saved)
+    return in_effect(new) if former_settings(saved) else new
+
+
+def in_effect(settings: Mapping[str, Any]) -> dict[str, Any]:
+    """Settings in which each component has the parameters that it takes, all of them and no others.
+
+    A function of the user's own that cannot be read has what it is given.
+
+    Args:
+        settings: of a run, or a mapping with its `pruner` alone.
+    """
+    new = deepcopy(dict(settings))
+    for section, args, short, component in _components(new):
+        given = {name: section[name] for name in short if section.get(name) is not None} | dict(section.get(args) or {})
+        if component.readable:
+            taken = {one.name: given.get(one.name, one.default) for one in component.parameters}
+            given = {name: value for name, value in taken.items() if value not in (REQUIRED, UNREAD)}
+        section |= {name: given.pop(name, None) for name in short}
+        section[args] = given
+    return new
+
+
+def _components(settings: Mapping[str, Any]) -> Iterator[tuple[dict[str, Any], str, tuple[str, ...], Component]]:
+    """The section of each component, the name of its arguments there, its parameters with keys of their own, itself."""
+    keys = {key: (kind, f"{key.rpartition('.')[2]}_args") for key, kind in KEYS.items() if not key.startswith("knee.")}
+    keys |= {f"{key}.method": (KEYS["knee.method"], "args") for key in KNEES}
+    for key, (kind, args) in keys.items():
+        *path, last = key.split(".")
+        section: Any = settings
+        for part in path:
+            section = section.get(part) if isinstance(section, dict) else None
+        name = section.get(last) if isinstance(section, dict) else None
+        if isinstance(name, str) and isinstance(section.get(args) or {}, dict):
+            try:
+                component = Component("", name=name) if name == NONE else find(kind, name, key)
+                yield section, args, SHORTS if args == "args" else (), component
+            except UserError:  # told when the settings are checked
+                continue
