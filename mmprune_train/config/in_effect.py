@@ -7,11 +7,12 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from copy import deepcopy
+from dataclasses import asdict
 from typing import Any
 
 from mmprune_train.components.declare import KEYS, REQUIRED, Component
 from mmprune_train.components.registry import UNREAD, find
-from mmprune_train.config.pruner_schema import SHORTS
+from mmprune_train.config.pruner_schema import SHORTS, PrunerConfig
 from mmprune_train.config.renamed import former_settings, upgraded
 from mmprune_train.errors import UserError
 
@@ -45,6 +46,11 @@ def in_effect(settings: Mapping[str, Any]) -> dict[str, Any]:
         section |= {name: given.pop(name, None) for name in short}
         section[args] = given
     return new
+
+
+def same_pruner(one: PrunerConfig, other: PrunerConfig) -> bool:
+    """Whether two pruners do the same under the same name."""
+    return in_effect({"pruner": asdict(one)}) == in_effect({"pruner": asdict(other)})
 
 
 def _components(settings: Mapping[str, Any]) -> Iterator[tuple[dict[str, Any], str, tuple[str, ...], Component]]:

@@ -15,6 +15,7 @@ from omegaconf import OmegaConf
 from mmprune_train.config.checks import check_pruner_fits
 from mmprune_train.config.compose import config_from_file
 from mmprune_train.config.identity import home_dir, run_dir, run_of
+from mmprune_train.config.in_effect import same_pruner
 from mmprune_train.config.pruner import components
 from mmprune_train.config.pruner_schema import PrunerConfig
 from mmprune_train.config.schema import Config
@@ -73,7 +74,7 @@ def find_checkpoint(config: Config) -> Checkpoint:
         if not (model / "config.json").is_file():
             raise UserError(f"stages={config.stages}: {run} has no finished stage {config.stages[-1]}; leave it out")
     stage = None if Path(model).resolve() == Path(model_folder(run)).resolve() else Path(model).parent.name
-    pruner = None if pruner == trained.pruner else pruner
+    pruner = None if pruner is None or same_pruner(pruner, trained.pruner) else pruner
     settled = _settled(trained, config, given)
     if pruner is not None:
         check_pruner_fits(settled)
