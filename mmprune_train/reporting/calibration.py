@@ -30,7 +30,7 @@ def outcome(solution: Solution | None) -> tuple[str, str]:
     if solution.value is None or solution.reached is None:
         return f"{solution.problem}: {low} to {high}", "-"
     jump = f" (jumps from {share(solution.jump[0])} to {share(solution.jump[1])})" if solution.jump else ""
-    return f"{solution.knob.name}={solution.value}", share(solution.reached) + jump
+    return f"{solution.parameter.name}={solution.value}", share(solution.reached) + jump
 
 
 def sentence(report: Report) -> str:
@@ -105,7 +105,7 @@ def _row(row: BudgetRow) -> dict[str, Any]:
     if row.solution is not None:
         solution = row.solution
         found["target"] = {
-            "parameter": solution.knob.name,
+            "parameter": solution.parameter.name,
             "value": solution.value,
             "reached": solution.reached,
             "reachable": list(solution.reachable),

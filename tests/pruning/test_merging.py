@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import pytest
 import torch
+from loaded import MERGES
 from torch import Tensor
 
-from mmprune_train.pruning.merging import MERGES, TEXT_WEIGHT, centres, contextual, mean_token, nearest, prumerge
+from mmprune_train.pruning.merging import TEXT_WEIGHT, centres, contextual, mean_token, nearest, prumerge
 
 Case = tuple[Tensor, Tensor, Tensor, Tensor]
 
