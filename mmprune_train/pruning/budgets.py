@@ -48,7 +48,7 @@ def _valid_features(features: Tensor | None, inside: Tensor, method: str) -> Flo
 @torch.no_grad()
 def find_knee(
     scores: Float[Tensor, "B ..."],
-    method: str = "kneedle",
+    method: str = default_of("knee.method"),
     lengths: Int64[Tensor, "L ..."] | None = None,
     *,
     features: Float[Tensor, "F ..."] | None = None,

@@ -6,6 +6,7 @@ from typing import Any
 
 from torch import Tensor
 
+from mmprune_train.config.knee import budget_of
 from mmprune_train.evaluation.budgets import BudgetRow, Report, distribution
 from mmprune_train.pruning.calibration import Solution
 from mmprune_train.reporting.tables import table
@@ -39,7 +40,7 @@ def sentence(report: Report) -> str:
     found, reached = outcome(row.solution)
     told = f"{row.name}, {found}: {reached} for a target of {asked.target} ({asked.measure}: {WHAT[asked.measure]})"
     whole = 0 if row.kept_at_target is None else int((row.kept_at_target == report.patches).sum())
-    if report.stage == "vision" and whole and row.name not in ("fixed_ratio", "fixed_count"):
+    if report.stage == "vision" and whole and not budget_of(row.knee).fixed:
         told += f"\n{whole} of {report.images} images are kept whole at that value"
     return told
 
