@@ -9,13 +9,13 @@ from __future__ import annotations
 
 import ast
 import functools
-import importlib
+import importlib.util
 import inspect
 import os
 import re
 import sys
 from collections.abc import Callable, Iterable, Iterator
-from importlib.machinery import PathFinder
+from importlib.machinery import ModuleSpec, PathFinder
 from importlib.metadata import entry_points
 from pathlib import Path
 from typing import Annotated, Any, Literal, Union, get_args, get_origin
@@ -258,11 +258,19 @@ def source_of(module: str) -> Path | None:
     importlib.invalidate_caches()
     parts = module.split(".")
     for count in range(1, len(parts) + 1):
-        spec = PathFinder.find_spec(".".join(parts[:count]), search)
+        spec = PathFinder.find_spec(".".join(parts[:count]), search) or (_elsewhere(module) if count == 1 else None)
         if spec is None:
             return None
         search = list(spec.submodule_search_locations or ())
     return Path(spec.origin) if spec and spec.origin and spec.origin.endswith(".py") else None
+
+
+def _elsewhere(module: str) -> ModuleSpec | None:
+    """A module alone, or a package, as other finders know it (of editable installations)."""
+    try:
+        return importlib.util.find_spec(module.partition(".")[0])
+    except (ImportError, ValueError):
+        return None
 
 
 def names(kind: str) -> list[str]:

@@ -158,6 +158,7 @@ def tokens_left(
     if stage.merge == "none":
         return counts
     merge = find("merge", stage.merge, "pruner.vision.merge")
-    made = merge.value(merge.makes, stage.merge_args) if isinstance(merge.makes, str) else merge.makes
+    given = merge.arguments("pruner.vision.merge_args", stage.merge_args)
+    made = merge.value(merge.makes, given) if isinstance(merge.makes, str) else merge.makes
     assert isinstance(made, int)
     return counts + (scores.shape[1] - counts).clamp(max=made)

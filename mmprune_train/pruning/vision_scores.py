@@ -56,6 +56,23 @@ def map_attention(view: VisionView) -> Float[Tensor, "I N"]:
     return _row_attention(query, keys, view.heads)
 
 
+@vision_score(signed=True)
+def pooled_cosine(view: VisionView) -> Float[Tensor, "I N"]:
+    """[I, N] cosine between the mean patch and each patch: for encoders without CLS."""
+    patches = view.patches.float()
+    return torch.cosine_similarity(patches.mean(1, keepdim=True), patches, dim=-1)
+
+
+@vision_score()
+def feature_norm(view: VisionView) -> Float[Tensor, "I N"]:
+    """[I, N] L2 norm of each patch at the feature layer.
+
+    Large norms mark patches in which an encoder stores something about the whole image (Darcet et al. 2023, arXiv
+    2309.16588); that such patches should stay is our choice.
+    """
+    return view.patches.float().norm(dim=-1)
+
+
 def _text_cosine(view: VisionView, normed: bool) -> Float[Tensor, "I N"]:
     patches, question = given(view.question)(normed)
     return torch.cosine_similarity(patches.float(), question.float()[:, None], dim=-1)
@@ -82,23 +99,6 @@ def text_similarity_bare(view: VisionView) -> Float[Tensor, "I N"]:
 def text_dissimilarity(view: VisionView) -> Float[Tensor, "I N"]:
     """[I, N] minus `text_similarity`: CDPruner's relevance (Zhang et al. 2025, arXiv 2506.10967)."""
     return -_text_cosine(view, normed=True)
-
-
-@vision_score(signed=True)
-def pooled_cosine(view: VisionView) -> Float[Tensor, "I N"]:
-    """[I, N] cosine between the mean patch and each patch: for encoders without CLS."""
-    patches = view.patches.float()
-    return torch.cosine_similarity(patches.mean(1, keepdim=True), patches, dim=-1)
-
-
-@vision_score()
-def feature_norm(view: VisionView) -> Float[Tensor, "I N"]:
-    """[I, N] L2 norm of each patch at the feature layer.
-
-    Large norms mark patches in which an encoder stores something about the whole image (Darcet et al. 2023, arXiv
-    2309.16588); that such patches should stay is our choice.
-    """
-    return view.patches.float().norm(dim=-1)
 
 
 @vision_score(reads=("grid",))

@@ -8,7 +8,7 @@ import torch
 from jaxtyping import Bool, Float, Int64
 from torch import Tensor
 
-from mmprune_train.config.pruner import projects, stage_one_scores
+from mmprune_train.config.pruner import projects
 from mmprune_train.config.pruner_schema import PrunerConfig
 from mmprune_train.errors import UserError
 from mmprune_train.packed.host import fetch
@@ -34,14 +34,20 @@ class VisionStage:
         """Find its components."""
         key, stage = "pruner.vision", self.settings.vision
         self._merge = None
+        self.vision_reads: set[str] = set()
+        """What its scores read."""
+        self.projects = projects(stage)
+        """Whether its selection looks at what the projector makes of all patches."""
         if not stage.enabled:
             return
         self._vision_score = load_part("vision_score", stage.score, f"{key}.score", stage.score_args)
+        self.vision_reads.update(self._vision_score.component.reads)
         self._vision_budget = Budget(stage.knee, f"{key}.knee")
         self._select = load_part("selection", stage.selection, f"{key}.selection", stage.selection_args)
         if stage.recover.enabled:
             recover = stage.recover
             self._recover_score = load_part("vision_score", recover.score, f"{key}.recover.score", recover.score_args)
+            self.vision_reads.update(self._recover_score.component.reads)
             self._recover_budget = Budget(recover.knee, f"{key}.recover.knee")
         if stage.merge != "none":
             self._merge = load_part("merge", stage.merge, f"{key}.merge", stage.merge_args)
@@ -52,19 +58,9 @@ class VisionStage:
         return self._merge is not None
 
     @property
-    def vision_reads(self) -> set[str]:
-        """What its scores read."""
-        return {name for _, score in stage_one_scores(self.settings.vision) for name in score.reads}
-
-    @property
     def reads_text(self) -> bool:
         """Whether stage 1 reads the question, so that an image is cut anew for each."""
         return "question" in self.vision_reads
-
-    @property
-    def projects(self) -> bool:
-        """Whether stage 1 looks at what the projector makes of all patches."""
-        return projects(self.settings.vision)
 
     @torch.no_grad()
     def score_patches(self, view: VisionView) -> Float[Tensor, "I N"]:
