@@ -1,7 +1,7 @@
 """Components by name: the library's, those of installed packages, and functions of the user's own.
 
-Nothing is imported to know them, only read (`source.py`): lists, `--help` and checks cost no import of torch, and a name in
-somebody else's settings runs nothing.
+Nothing is imported to know them, only read (`source.py`): lists, `--help` and checks need no torch, and a name in
+settings of somebody else runs nothing.
 """
 
 from __future__ import annotations
