@@ -10,6 +10,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, TypeVar
 
 from mmprune_train.errors import UserError, nearest
@@ -97,21 +98,37 @@ KEYS = {
 
 @dataclass(frozen=True)
 class Declaration:
-    """What stands in a decorator. Of each kind only some of it is said; see the decorators."""
+    """What a decorator says of a component."""
 
     kind: str
     name: str = ""
-    reads: tuple[str, ...] = ()
+    """By which the configuration knows it; empty: the function's."""
     default_for: str = ""
+    """Key that takes it unless told otherwise; of the library's own."""
+    reads: tuple[str, ...] = ()
+    """Of `READS`; what an encoder does not have is refused before anything is loaded. Of a budget, its arguments say
+    it."""
     signed: bool = False
+    """Of a score: may be negative."""
     draws: bool = False
+    """Of a score: is another one at each call, from torch's generator."""
     divides_sum: bool = False
+    """Of a budget: needs scores that are not negative."""
     fixed: str = ""
+    """Of a budget: the parameter that alone decides the counts, which are known before the scores: a share of the
+    tokens (a float) or a number of them (an int)."""
     whole: tuple[str, Callable[[Any, int], bool]] | None = None
+    """Of a budget: a parameter, and whether a value of it keeps every row of a length whole."""
     calibrated: tuple[str, Callable[[int], tuple[float, float]]] | None = None
+    """Of a budget: the parameter that `task=calibrate` solves for, and the range to search for rows of up to a
+    length."""
     exceeds: bool = False
+    """Of a selection: may keep more than it is told."""
     weighs: bool = False
+    """Of a merge: weighs by scores, which must not be negative."""
     makes: int | str | None = None
+    """Of a merge: tokens that it makes of an image's dropped patches, at most as many as these: a number, or the
+    parameter that says it; None: that depends on the image."""
 
     def __post_init__(self) -> None:
         for name in self.reads:
@@ -124,89 +141,12 @@ class Declaration:
         return function
 
 
-def vision_score(
-    *,
-    name: str = "",
-    reads: tuple[str, ...] = ("patches",),
-    signed: bool = False,
-    draws: bool = False,
-    default_for: str = "",
-) -> Declaration:
-    """A stage-1 score, called with a `VisionView`.
-
-    Args:
-        name: by which the configuration knows it; empty: the function's.
-        reads: of `READS`; what an encoder does not have is refused before anything is loaded.
-        signed: scores may be negative.
-        draws: other scores at each call, from torch's generator.
-        default_for: key that takes it unless told otherwise.
-    """
-    return Declaration("vision_score", name, reads, default_for, signed, draws)
-
-
-def language_score(
-    *,
-    name: str = "",
-    reads: tuple[str, ...] = (),
-    signed: bool = False,
-    draws: bool = False,
-    default_for: str = "",
-) -> Declaration:
-    """A stage-2 score, called with a `LanguageView`; arguments as in `vision_score`. among `reads`, `keys`
-    says that it computes the keys of all tokens, `query_tokens` that the question's text scores them, `closing_token`
-    that its last token does."""
-    return Declaration("language_score", name, reads, default_for, signed, draws)
-
-
-def budget(
-    *,
-    name: str = "",
-    divides_sum: bool = False,
-    fixed: str = "",
-    whole: tuple[str, Callable[[Any, int], bool]] | None = None,
-    calibrated: tuple[str, Callable[[int], tuple[float, float]]] | None = None,
-    default_for: str = "",
-) -> Declaration:
-    """How many of each row's sorted scores are kept.
-
-    Args:
-        divides_sum: needs scores that are not negative.
-        fixed: the parameter that alone decides the counts, which are known before the scores: a share of the tokens
-            (a float) or a number of tokens (an int).
-        whole: a parameter, and whether a value of it keeps every row of a length whole.
-        calibrated: the parameter that `task=calibrate` solves for, and the range to search for rows of up to a length.
-    """
-    return Declaration(
-        "budget", name, (), default_for, divides_sum=divides_sum, fixed=fixed, whole=whole, calibrated=calibrated
-    )
-
-
-def selection(
-    *, name: str = "", reads: tuple[str, ...] = (), exceeds: bool = False, default_for: str = ""
-) -> Declaration:
-    """Which tokens a count keeps.
-
-    Args:
-        reads: `("features",)` where it looks at them.
-        exceeds: it may keep more than it is told.
-    """
-    return Declaration("selection", name, reads, default_for, exceeds=exceeds)
-
-
-def merge(*, name: str = "", weighs: bool = False, makes: int | str | None = None) -> Declaration:
-    """What dropped patches leave behind.
-
-    Args:
-        weighs: by scores, which must not be negative.
-        makes: tokens that it makes of an image's dropped patches, at most as many as these: a number, or the parameter
-            that says it; None: that depends on the image.
-    """
-    return Declaration("merge", name, weighs=weighs, makes=makes)
-
-
-def language_merge(*, name: str = "") -> Declaration:
-    """What tokens dropped inside the LLM leave behind."""
-    return Declaration("language_merge", name)
+vision_score = partial(Declaration, "vision_score")
+language_score = partial(Declaration, "language_score")
+budget = partial(Declaration, "budget")
+selection = partial(Declaration, "selection")
+merge = partial(Declaration, "merge")
+language_merge = partial(Declaration, "language_merge")
 
 
 REQUIRED: Any = "(required)"

@@ -16,7 +16,6 @@ from mmprune_train.config.pruner_schema import (
     VisionStageConfig,
 )
 from mmprune_train.config.ranges import check_values
-from mmprune_train.config.schema import EncoderConfig
 from mmprune_train.config.values import one_of
 from mmprune_train.errors import UserError
 
@@ -285,20 +284,3 @@ def _check_schedule(schedule: ScheduleConfig, pruner: PrunerConfig) -> None:
             f"{key}.applies_to=[{','.join(schedule.applies_to)}] names; set "
             + (f"{key}.applies_to=[{','.join(on)}]" if on else f"{key}.name=constant, or choose another pruner")
         )
-
-
-def encoder_has(encoder: EncoderConfig) -> set[str]:
-    """What of that which components need an encoder has. The pooling head is SigLIP's, unless it is built without."""
-    pools = encoder.arch.get("model_type") == "siglip_vision_model" and encoder.arch.get("vision_use_head", True)
-    has = {
-        "a CLS token": encoder.has_cls,
-        "an attention pooling head": pools,
-        "a CLIP text tower": encoder.text is not None,
-    }
-    return {part for part, there in has.items() if there}
-
-
-def possible_scores(encoder: EncoderConfig) -> list[str]:
-    """Stage-1 scores that an encoder can give."""
-    has = encoder_has(encoder)
-    return [name for name, score in declared()["vision_score"].items() if has.issuperset(score.needs)]

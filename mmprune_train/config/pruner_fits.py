@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 from mmprune_train.components.declare import Component
+from mmprune_train.components.registry import declared
 from mmprune_train.config.pruner import (
-    encoder_has,
-    possible_scores,
     projects,
     pruned_layers,
     reads_text,
@@ -13,8 +12,25 @@ from mmprune_train.config.pruner import (
     stage_one_scores,
 )
 from mmprune_train.config.pruner_schema import PrunerConfig
-from mmprune_train.config.schema import Config
+from mmprune_train.config.schema import Config, EncoderConfig
 from mmprune_train.errors import UserError
+
+
+def encoder_has(encoder: EncoderConfig) -> set[str]:
+    """What of that which components need an encoder has. The pooling head is SigLIP's, unless it is built without."""
+    pools = encoder.arch.get("model_type") == "siglip_vision_model" and encoder.arch.get("vision_use_head", True)
+    has = {
+        "a CLS token": encoder.has_cls,
+        "an attention pooling head": pools,
+        "a CLIP text tower": encoder.text is not None,
+    }
+    return {part for part, there in has.items() if there}
+
+
+def possible_scores(encoder: EncoderConfig) -> list[str]:
+    """Stage-1 scores that an encoder can give."""
+    has = encoder_has(encoder)
+    return [name for name, score in declared()["vision_score"].items() if has.issuperset(score.needs)]
 
 
 def check_pruner_fits(config: Config) -> None:

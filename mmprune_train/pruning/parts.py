@@ -9,7 +9,8 @@ from functools import partial
 from typing import Any
 
 from mmprune_train.components.declare import READS, Component
-from mmprune_train.components.registry import declared, find, of_kind, read_imported
+from mmprune_train.components.registry import declared, find, of_kind
+from mmprune_train.components.source import read_imported
 from mmprune_train.config.knee import arguments_of
 from mmprune_train.config.pruner_schema import KneeConfig
 from mmprune_train.errors import UserError

@@ -21,7 +21,7 @@ from transformers import (
     SiglipVisionConfig,
 )
 
-from mmprune_train.config import pruner as parts
+from mmprune_train.config import pruner_fits as parts
 from mmprune_train.config.schema import EncoderConfig, StageConfig
 from mmprune_train.errors import UserError
 from mmprune_train.model.flops import StepFlops
