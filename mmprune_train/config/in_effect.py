@@ -11,7 +11,8 @@ from dataclasses import asdict
 from typing import Any
 
 from mmprune_train.components.declare import KEYS, REQUIRED, Component
-from mmprune_train.components.registry import UNREAD, find
+from mmprune_train.components.registry import find
+from mmprune_train.components.source import UNREAD
 from mmprune_train.config.pruner_schema import SHORTS, PrunerConfig
 from mmprune_train.config.renamed import former_settings, upgraded
 from mmprune_train.errors import UserError
