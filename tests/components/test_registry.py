@@ -15,8 +15,8 @@ from mmprune_train.components.declare import KEYS, KINDS, REQUIRED, Component
 from mmprune_train.components.registry import declared, default_of, find, library
 from mmprune_train.components.source import read_imported
 from mmprune_train.config.compose import compose_config
-from mmprune_train.config.paths import options
 from mmprune_train.errors import UserError
+from mmprune_train.storage.conf import options
 from mmprune_train.usage import usage
 
 ROOT = Path(__file__).parents[2]
