@@ -309,7 +309,8 @@ def test_made_tokens_are_counted_where_they_run() -> None:
     hf, inputs = tiny_llava(), tiny_inputs([1], [9])
     cost = {}
     for merge in ("recycle", "none"):
-        model = method(hf, "sparsevlm", merge=merge)
+        given = SMALL["sparsevlm"]["merge_args"] if merge != "none" else {}
+        model = method(hf, "sparsevlm", merge=merge, merge_args=given)
         with torch.no_grad():
             model(**inputs)
         cost[merge] = StepFlops(model)(model.last_pruning, 1, 1)

@@ -224,7 +224,7 @@ def recoverable(seen: Seen) -> Answer:
     kept = torch.zeros(1, PATCHES, dtype=torch.bool)
     kept[0, [*first, *back]] = True
     features, places = centres(  # held to its own re-derivation in tests/pruning/test_merging.py
-        seen.states[None], kept, seen.wide[None], seen.last_keys[None], 3, seen.bare[None]
+        seen.states[None], kept, seen.wide[None], seen.last_keys[None], seen.bare[None], count=3
     )
     order = places[0].nonzero().squeeze(1).tolist()
     return order, {i: features[0, i] for i in order}
