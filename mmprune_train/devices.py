@@ -6,8 +6,7 @@ import os
 import re
 from dataclasses import dataclass
 
-from mmprune_train.config.explain import unknown_name
-from mmprune_train.errors import UserError
+from mmprune_train.errors import UserError, unknown_name
 
 GIB = 2**30
 

@@ -5,6 +5,8 @@ from __future__ import annotations
 import textwrap
 from collections.abc import Sequence
 
+from mmprune_train.components.declare import KEYS, KINDS, Component
+from mmprune_train.components.registry import declared, find
 from mmprune_train.config.docs import Key, describe
 from mmprune_train.config.explain import all_keys
 from mmprune_train.config.paths import conf_dir, default_options, options
@@ -26,6 +28,7 @@ Examples:
   mmprune +experiment=llava7b_twostage --cfg job         print the whole config, run nothing
   mmprune -m +experiment=smoke knee=kneedle,max_chord    a sweep; +sweep=layer_x_knee is a ready one
                                                          (hydra/launcher=submitit_slurm: a Slurm array)
+  mmprune pruner.vision.merge=prumerge --help            what a component does, and its parameters
   mmprune task=report +experiment=smoke                  one page over all its runs
   eval "$(mmprune --shell-completion install=bash)"      completion of keys and options
 
@@ -35,12 +38,34 @@ asks a run to save (USR1, USR2, TERM; the same command continues), 1 anything el
 
 
 def usage(arguments: Sequence[str] = ()) -> str:
-    """Everything `--help` prints: of one task, where `task=` is among the arguments, else of all.
+    """Everything `--help` prints: of one task, where `task=` is among the arguments, of one component, where a key that
+    names one is, else of all.
 
-    Raises UserError for an unknown task.
+    Raises UserError for an unknown task or component.
     """
     named = [argument.partition("=")[2] for argument in arguments if argument.startswith("task=")]
-    return task_usage(named[-1]) if named else all_tasks()
+    if named:
+        return task_usage(named[-1])
+    for key, _, name in (argument.partition("=") for argument in arguments):
+        if kind := KEYS.get("knee.method" if key.endswith("knee.method") else key):
+            return component_usage(kind, key, name)
+    return all_tasks()
+
+
+def component_usage(kind: str, key: str, name: str) -> str:
+    """What a component is and which parameters it has. Raises UserError for an unknown one."""
+    one = find(kind, name, key)
+    args = f"{key.removesuffix('.method')}.args" if kind == "budget" else f"{key}_args"
+    lines = [f"{key}={name}: {KINDS[kind].told}{f' of package {one.package}' if one.package else ''}", ""]
+    for paragraph in one.doc.split("\n\n"):
+        lines += [*textwrap.wrap(paragraph, 112, break_on_hyphens=False), ""]
+    if one.needs:
+        lines += [f"Needs an encoder with {' and '.join(one.needs)}.", ""]
+    lines += [f"Parameters, each {args}.NAME=VALUE:" if one.parameters else "It has no parameters."]
+    for parameter in one.parameters:
+        lines.append(f"  {parameter}")
+        lines += textwrap.wrap(parameter.doc, 108, initial_indent=" " * 6, subsequent_indent=" " * 6)
+    return "\n".join(lines)
 
 
 def task_usage(name: str) -> str:
@@ -96,4 +121,14 @@ def all_tasks() -> str:
     for group in GROUPS:
         names = [name + "*" if name in chosen.get(group, []) else name for name in options(group)]
         lines += textwrap.wrap("  ".join(names), width=100, initial_indent=f"  {group:<12}", subsequent_indent=" " * 14)
+    lines += ["", "Components (* default) with their parameters, or a function of yours as module:function:"]
+    for key, kind in KEYS.items():
+        if ".recover." not in key:
+            told = [_told(one, one.default_for == key) for one in declared()[kind].values()]
+            lines += textwrap.wrap("  ".join(told), 100, initial_indent=f"  {key}  ", subsequent_indent=" " * 6)
     return "\n".join([*lines, "", _EXAMPLES])
+
+
+def _told(one: Component, chosen: bool) -> str:
+    names = ",".join(parameter.name for parameter in one.parameters)
+    return f"{one.name}{'*' if chosen else ''}{f'({names})' if names else ''}"

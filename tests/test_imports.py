@@ -12,6 +12,7 @@ import mmprune_train
 ROOT = Path(mmprune_train.__file__).parent
 LEVELS = (
     ("storage",),
+    ("components",),
     ("config",),
     ("packed",),
     ("pruning",),

@@ -16,17 +16,19 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf._utils import get_omega_conf_dumper
 from omegaconf.errors import OmegaConfBaseException
 
+from mmprune_train.components.registry import default_of
 from mmprune_train.config import checks
-from mmprune_train.config.explain import all_keys, explain, unknown_key, unknown_name, user_mistake
+from mmprune_train.config.explain import all_keys, explain, unknown_key, user_mistake
 from mmprune_train.config.identity import sweep_name
+from mmprune_train.config.knee import follow_group
 from mmprune_train.config.launchers import register_launchers
 from mmprune_train.config.paths import conf_dir, options
-from mmprune_train.config.pruner import check_pruner
+from mmprune_train.config.pruner import check_own_components, check_pruner
 from mmprune_train.config.pruner_schema import KneeConfig, PrunerConfig
 from mmprune_train.config.schema import Config
 from mmprune_train.config.sweepers import register_sweepers
 from mmprune_train.config.typed import literal, readable
-from mmprune_train.errors import UserError
+from mmprune_train.errors import UserError, unknown_name
 from mmprune_train.secrets import masked_settings, note_settings
 from mmprune_train.storage.files import PUT_BACK, damaged, read_yaml
 
@@ -39,11 +41,24 @@ def register_schema() -> None:
     """Put the typed tree, the name of a sweep and the defaults of launchers and sweepers where Hydra looks for them."""
     from hydra.core.config_store import ConfigStore
 
-    ConfigStore.instance().store(name=SCHEMA_NAME, node=Config, provider="mmprune_train")
+    ConfigStore.instance().store(name=SCHEMA_NAME, node=schema(), provider="mmprune_train")
     OmegaConf.register_new_resolver("sweep_name", sweep_name, use_cache=True, replace=True)  # cached: a job has its own
     OmegaConf.register_new_resolver("with_data", with_data, replace=True)
     register_launchers()
     register_sweepers()
+
+
+def schema() -> DictConfig:
+    """The typed tree, in which parameters of components may have any name."""
+    tree = OmegaConf.structured(Config)
+    pruner = tree.pruner
+    for stage in (pruner.vision, pruner.vision.recover, pruner.language):
+        for key in stage:
+            if key.endswith("_args"):
+                stage[key]._set_flag("struct", False)
+    for knee in (tree.knee, pruner.vision.knee, pruner.vision.recover.knee, pruner.language.knee):
+        knee.args._set_flag("struct", False)
+    return tree
 
 
 def with_data(name: str, value: Any, *, _root_: DictConfig) -> Any:
@@ -59,7 +74,9 @@ def config_from(cfg: DictConfig) -> Config:
     """
     written = OmegaConf.to_container(cfg, resolve=False)
     note_settings(cast("dict[str, Any]", written))
-    return _typed(cfg)
+    config = _typed(cfg)
+    check_own_components(config.pruner)
+    return config
 
 
 def _typed(cfg: DictConfig) -> Config:
@@ -69,6 +86,7 @@ def _typed(cfg: DictConfig) -> Config:
     except OmegaConfBaseException as error:
         raise UserError(explain(error)) from error
     assert isinstance(config, Config)
+    follow_group(config.pruner, config.knee)
     checks.check(config)
     return config
 
@@ -80,7 +98,7 @@ def _refuse_extra_keys(cfg: DictConfig, prefix: str = "") -> None:
         name = prefix + key
         if name not in known:
             raise UserError(unknown_key(name))
-        if not name.endswith(".arch") and not OmegaConf.is_missing(cfg, key) and OmegaConf.is_dict(cfg[key]):
+        if not name.endswith((".arch", "args")) and not OmegaConf.is_missing(cfg, key) and OmegaConf.is_dict(cfg[key]):
             _refuse_extra_keys(cfg[key], f"{name}.")
 
 
@@ -145,7 +163,7 @@ def load_pruner(spec: str | Mapping[str, Any] | None) -> PrunerConfig:
 
     spec: a name from `conf/pruner`; a mapping shaped like PrunerConfig, whose unset keys come from the preset of its
     `name` (or from the schema's defaults); or None for the dense model. Budgets that follow the `knee` group get
-    `conf/knee/kneedle.yaml`. Raises UserError for an unknown name, key or value.
+    the default budget. Raises UserError for an unknown name, key or value.
     """
     given: dict[str, Any] = {"name": "none" if spec is None else spec} if not isinstance(spec, Mapping) else dict(spec)
     name = given.get("name", PrunerConfig.name)
@@ -156,7 +174,7 @@ def load_pruner(spec: str | Mapping[str, Any] | None) -> PrunerConfig:
         tree = OmegaConf.create(
             {"knee": OmegaConf.structured(KneeConfig), "pruner": OmegaConf.structured(PrunerConfig)}
         )
-        tree.knee = OmegaConf.merge(tree.knee, OmegaConf.load(conf_dir() / "knee/kneedle.yaml"))
+        tree.knee = OmegaConf.merge(tree.knee, OmegaConf.load(conf_dir() / f"knee/{default_of('knee.method')}.yaml"))
         preset = OmegaConf.load(conf_dir() / f"pruner/{name}.yaml") if name in known else OmegaConf.create()
         tree.pruner = OmegaConf.merge(tree.pruner, preset, literal(given))
         pruner = OmegaConf.to_object(tree.pruner)
@@ -164,4 +182,5 @@ def load_pruner(spec: str | Mapping[str, Any] | None) -> PrunerConfig:
         raise UserError(f"pruner: {explain(error)}") from error
     assert isinstance(pruner, PrunerConfig)
     check_pruner(pruner)
+    check_own_components(pruner)
     return pruner

@@ -11,32 +11,19 @@ import re
 import shlex
 import traceback
 import types
-from collections.abc import Iterable
 from pathlib import Path
 from typing import Union, get_args, get_origin, get_type_hints
 
 from mmprune_train.config.paths import options
 from mmprune_train.config.schema import STAGES, Config
 from mmprune_train.config.typed import command_line, quoted
-from mmprune_train.errors import UserError
+from mmprune_train.errors import UserError, unknown_name
 from mmprune_train.storage.user_files import reason_of
 
 _PLUS_GROUPS = ("experiment", "sweep", "hydra/launcher", "hydra/sweeper")
 
 _PLUGINS = {"hydra/sweeper": ("optuna",), "hydra/launcher": ("joblib", "submitit_local", "submitit_slurm")}
 """What the extra `sweep` installs."""
-
-
-def nearest(word: str, known: Iterable[str]) -> str:
-    """`; did you mean X?` for the most similar known word, or an empty string."""
-    found = difflib.get_close_matches(str(word), list(known), n=1, cutoff=0.5)
-    return f"; did you mean {found[0]}?" if found else ""
-
-
-def unknown_name(what: str, word: str, known: Iterable[str]) -> str:
-    """`knee=kneedl: there is no such option; did you mean kneedle? (one of ...)`, for any closed list of names."""
-    names = list(known)
-    return f"{what}={word}: there is no such option{nearest(word, names)} (one of {', '.join(names)})"
 
 
 def unknown_key(key: str) -> str:

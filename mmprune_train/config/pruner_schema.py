@@ -5,41 +5,56 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any
 
-from mmprune_train.config.ranges import COUNT, number, positive, share
+from mmprune_train.components.declare import COUNT
+from mmprune_train.components.registry import default_of, library
+from mmprune_train.config.ranges import number, positive, share
+
+
+def _short(name: str) -> Any:
+    """A field that stands for `args.NAME` of the budgets that have this parameter, in the range that they declare."""
+    found = (one.parameter(name) for one in library()["budget"].values())
+    return field(default=None, metadata={"range": next(one.range for one in found if one)})
 
 
 @dataclass
 class KneeConfig:
     """How many of the sorted scores to keep: the budget method and its parameters."""
 
-    method: str = "kneedle"
-    """`kneedle`, `max_chord`, `l_method`, `menger`, `second_difference`, `otsu`, `iqr`, `lof`, `cumulative_mass`,
-    `attention_entropy`, `effective_rank`, `fixed_ratio` or `fixed_count`; see docs/budgets.md."""
-    sensitivity: float = number(1.0, 0, 1e6)
-    """kneedle: S of Satopaa et al. 2011; larger waits longer before it calls a bend a knee."""
-    no_knee: str = "keep_all"
-    """kneedle: what to do with a curve that has no knee: `keep_all` or `max_chord`."""
-    factor: float = number(1.5, 0, 1e6)
-    """iqr: interquartile ranges above the third quartile where an outlier begins; larger keeps fewer."""
-    neighbors: int = number(20, 1)
-    """lof: neighbours whose density an outlier falls short of; a shorter row uses all it has."""
-    mass: float = share(0.9, "the scores' sum")
-    """cumulative_mass: share of the scores' sum that is kept."""
-    scale: float = positive(1.0, 1e6)
-    """attention_entropy, effective_rank: tokens kept per token of spread or per dimension."""
-    ratio: float = share(0.25, "the tokens")
-    """fixed_ratio: share of the row to keep."""
-    count: int = number(64, 1)
-    """fixed_count: tokens to keep."""
+    method: str = default_of("knee.method")
+    """A budget of docs/budgets.md (`--help` lists them), or a function of yours as `module:function`."""
+    args: dict[str, Any] = field(default_factory=dict)
+    """The method's parameters, by name. Each key below is short for one of them; null: the method's default."""
+    sensitivity: float | None = _short("sensitivity")
+    """Short for args.sensitivity: S of Satopaa et al. 2011; larger waits longer before it calls a bend a knee."""
+    no_knee: str | None = _short("no_knee")
+    """Short for args.no_knee: what to do with a curve that has no knee."""
+    factor: float | None = _short("factor")
+    """Short for args.factor: interquartile ranges above the third quartile where an outlier begins."""
+    neighbors: int | None = _short("neighbors")
+    """Short for args.neighbors: neighbours whose density an outlier falls short of."""
+    mass: float | None = _short("mass")
+    """Short for args.mass: share of the scores' sum that is kept."""
+    scale: float | None = _short("scale")
+    """Short for args.scale: tokens kept per token of spread or per dimension."""
+    ratio: float | None = _short("ratio")
+    """Short for args.ratio: share of the row to keep."""
+    count: int | None = _short("count")
+    """Short for args.count: tokens to keep."""
     min_tokens: int = number(1, 0)
     """Never keep fewer than this (or than the row has)."""
     max_tokens: int | None = number(None, 1)
     """Never keep more than this; null: no limit."""
 
 
+SHORTS = ("sensitivity", "no_knee", "factor", "neighbors", "mass", "scale", "ratio", "count")
+"""Keys of a budget that are short for one of its parameters."""
+
+
 def _follow(group: str) -> Any:
-    """A KneeConfig whose every leaf follows the chosen `knee` group, so one leaf can be overridden alone."""
-    return lambda: KneeConfig(**{key: f"${{{group}.{key}}}" for key in KneeConfig.__dataclass_fields__})  # type: ignore[arg-type]
+    """A KneeConfig whose every leaf follows the chosen `knee` group, so one leaf can be overridden alone. Its `args`
+    are its own; those of the group come with its method (`config/knee.py`)."""
+    leaves = [key for key in KneeConfig.__dataclass_fields__ if key != "args"]
+    return lambda: KneeConfig(**{key: f"${{{group}.{key}}}" for key in leaves})  # type: ignore[arg-type]
 
 
 @dataclass
@@ -47,8 +62,10 @@ class RecoverConfig:
     """A second pass of stage 1 over what the first one dropped; what it keeps joins what the first one kept."""
 
     enabled: bool = False
-    score: str = "text_similarity"
+    score: str = default_of("pruner.vision.recover.score")
     """Any stage-1 score."""
+    score_args: dict[str, Any] = field(default_factory=dict)
+    """Its parameters."""
     knee: KneeConfig = field(default_factory=_follow("knee"))
     """How many of the dropped patches come back; here `min_tokens` may be 0."""
 
@@ -58,26 +75,26 @@ class VisionStageConfig:
     """Stage 1: drop patches after the vision encoder, per image."""
 
     enabled: bool = True
-    score: str = "cls_attention"
-    """`cls_attention`, `cls_attention_wide`, `cls_cosine` (encoders with CLS), `map_attention` (SigLIP),
-    `text_similarity`, `text_similarity_bare`, `text_dissimilarity` (CLIP with its text tower), `pooled_cosine`,
-    `feature_norm`, `uniform_grid` or `random`; `docs/scores.md` says what each is."""
+    score: str = default_of("pruner.vision.score")
+    """A stage-1 score of docs/scores.md (`--help` lists them), or a function of yours as `module:function`."""
+    score_args: dict[str, Any] = field(default_factory=dict)
+    """The score's parameters, by name."""
     layer: int | None = number(None, -10_000, 10_000)
-    """Encoder block, from 0 or negative from the end, whose queries and keys give the `cls_attention` scores and the
+    """Encoder block, from 0 or negative from the end, whose queries and keys give the CLS token's attention and the
     keys of merges, and whose output the text scores read; null: the block that made the feature layer."""
     knee: KneeConfig = field(default_factory=_follow("knee"))
-    selection: str = "top"
-    """Which patches the budget keeps: `top` (the best scores), `max_min`, `dpp`, `top_and_uniform` or
-    `top_and_distinct`; see `docs/methods.md`."""
-    share: float = number(0.5, 0, 1, says=": the share of the budget that goes by score")
-    """top_and_distinct: share of the budget that goes by score."""
+    selection: str = default_of("pruner.vision.selection")
+    """Which patches the budget keeps: a selection of docs/methods.md, or a function of yours as `module:function`."""
+    selection_args: dict[str, Any] = field(default_factory=dict)
+    """The selection's parameters, by name."""
     space: str = "features"
-    """What diverse selections measure distances on: the encoder's `features`, or `projected`: after the projector."""
+    """What selections see of the patches: the encoder's `features`, or `projected`: these after the projector."""
     recover: RecoverConfig = field(default_factory=RecoverConfig)
     merge: str = "none"
-    """What dropped patches leave behind: `none`, `nearest`, `mean_token`, `prumerge`, `contextual` or `centres`."""
-    merge_count: int = number(32, 1)
-    """prumerge, centres: neighbours a patch takes in; contextual: tokens made of dropped patches."""
+    """What dropped patches leave behind: `none`, a merge of docs/methods.md, or a function of yours as
+    `module:function`."""
+    merge_args: dict[str, Any] = field(default_factory=dict)
+    """The merge's parameters, by name."""
     order: str = "raster"
     """How kept patches enter the LLM: `raster`, or `rank`: best score first, tokens that a merge made last."""
     positions: str = "contiguous"
@@ -89,25 +106,27 @@ class LanguageStageConfig:
     """Stage 2: drop visual and prompt-text tokens inside the LLM, per turn of a sample."""
 
     enabled: bool = True
-    score: str = "text_attention"
-    """`text_attention`, `text_cosine`, `last_token_attention`, `key_norm` or `random`; see `docs/scores.md`."""
-    signal: str = "next"
-    """Whose queries and keys give the score: the `next` layer, the first that sees the short sequence, or the
+    score: str = default_of("pruner.language.score")
+    """A stage-2 score of docs/scores.md (`--help` lists them), or a function of yours as `module:function`."""
+    score_args: dict[str, Any] = field(default_factory=dict)
+    """The score's parameters, by name."""
+    score_layer: str = "current"
+    """Whose queries and keys give the score: the `current` layer, the first that sees the short sequence, or the
     `previous` one (FastV, SparseVLM)."""
     turns: str = "first"
-    """Which questions vote on a token of a sample with several turns: `first`: the one of its own turn alone; `mean` or
+    """Which questions score a token of a sample with several turns: `first`: the one of its own turn alone; `mean` or
     `max`: that one and all later ones, the score being their mean or maximum. With these two, what an earlier answer
     may attend to in training depends on questions asked after it, which chat cannot know: a leak, by name."""
-    raters: str = "all"
-    """Which question tokens vote: `all`, or `relevant`: those that the visual tokens attend to more than to the average
-    one where they enter the LLM (SparseVLM)."""
+    query_tokens: str = "all"
+    """Which question tokens score the others: `all`, or `relevant`: those that the visual tokens attend to more than to
+    the average one where they enter the LLM (SparseVLM)."""
     layer: Any = 2
     """First LLM layer that sees the short sequence: its index from 0, or a share of the LLM's depth (0.25), or a rising
     list of them (a pyramid)."""
     knee: KneeConfig = field(default_factory=_follow("knee"))
-    amounts: list[float] | None = positive(None, COUNT)
-    """One for each layer, in place of `knee.ratio` (fixed_ratio; a share of what that layer still has) or `knee.count`
-    (fixed_count); null: the same budget at every layer."""
+    per_layer_budgets: list[float] | None = positive(None, COUNT)
+    """One for each layer, in place of `knee.ratio` (a share of what that layer still has) or `knee.count`, where the
+    budget is one of the fixed ones; null: the same budget at every layer."""
     candidates: str = "visual_and_text"
     """What may be dropped: `visual_and_text` (visual and prompt-text tokens) or `visual`."""
     ranking: str = "per_kind"
@@ -120,11 +139,9 @@ class LanguageStageConfig:
     no_text: str = "keep_all"
     """A turn without question text (the plain template): `keep_all` or `last_token_attention`."""
     merge: str = "none"
-    """What dropped visual tokens leave behind: `none`, or `recycle`: the best of them, as means of clusters."""
-    merge_share: float = share(0.3, "the dropped tokens")
-    """recycle: share of a turn's dropped visual tokens, best score first, that are clustered; at least one."""
-    merge_size: int = number(10, 1)
-    """recycle: tokens a cluster has on average."""
+    """What dropped visual tokens leave behind: `none`, a stage-2 merge of docs/methods.md, or a function of yours."""
+    merge_args: dict[str, Any] = field(default_factory=dict)
+    """The merge's parameters, by name."""
     positions: str = "original"
     """Position ids after pruning: `original` or `contiguous`."""
 

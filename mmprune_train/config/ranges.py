@@ -11,35 +11,9 @@ import re
 from collections.abc import Iterator, Mapping
 from typing import Any
 
+from mmprune_train.components.declare import COUNT, LARGE, SMALL, Range
 from mmprune_train.config.typed import FILES, PATHS, WORDS
 from mmprune_train.errors import UserError
-
-COUNT = 10**9
-"""Most of what is counted: samples, steps, tokens."""
-LARGE = 1e30
-"""Most of what is measured: in fp32 its square is infinite."""
-SMALL = 1e-15
-"""Least of what must be more than 0."""
-
-
-@dataclasses.dataclass(frozen=True)
-class Range:
-    """From `least` to `most`, both among it unless `below` says that `most` is not."""
-
-    least: float
-    most: float
-    below: bool = False
-    says: str = ""
-    """What else helps, for the message."""
-
-    def fault(self, value: float) -> str | None:
-        """What the value must be; None: it is that."""
-        if value < self.least:
-            positive = self.least == SMALL and value <= 0
-            return f"{'more than 0' if positive else f'at least {_plain(self.least)}'}{self.says}"
-        if value > self.most or (self.below and value == self.most):
-            return f"{'less than' if self.below else 'at most'} {_plain(self.most)}{self.says}"
-        return None
 
 
 def number(default: Any, least: float, most: float = COUNT, below: bool = False, says: str = "") -> Any:
@@ -129,7 +103,3 @@ def check_folder_name(key: str, name: str | None) -> None:
         raise UserError(f"{key}={name[:40]}... names a folder: at most 160 bytes, this has {len(name.encode())}")
     if not name.isprintable() or name != name.strip():
         raise UserError(f"{key}={name!r} names a folder: no control characters, no spaces around it")
-
-
-def _plain(value: float) -> str:
-    return f"{value:,}" if isinstance(value, int) and value < COUNT else f"{value:g}"

@@ -9,8 +9,9 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any
 
+from mmprune_train.components.declare import COUNT
 from mmprune_train.config.pruner_schema import KneeConfig, PrunerConfig
-from mmprune_train.config.ranges import COUNT, number, positive
+from mmprune_train.config.ranges import number, positive
 from mmprune_train.config.task_schema import (
     BenchConfig,
     CalibrateConfig,

@@ -3,22 +3,24 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from mmprune_train.config.pruner import KNEE_METHODS, SHARE_METHODS, SIGNED_SCORES
+from mmprune_train.components.declare import KEYS, REQUIRED, Component
+from mmprune_train.components.registry import find, names
+from mmprune_train.config.knee import arguments_of, budget_of, with_method, with_value
 from mmprune_train.config.pruner_schema import KneeConfig, PrunerConfig
 from mmprune_train.config.task_schema import CalibrateConfig
 from mmprune_train.evaluation.calibration import SamplePasses, solve_keep_ratio, with_knee
 from mmprune_train.progress import progress
-from mmprune_train.pruning.calibration import ScoredImages, Solution, knob_of
+from mmprune_train.pruning.calibration import ScoredImages, Solution, searched
 
 
 def distribution(kept: Tensor) -> dict[str, float]:
-    """Mean, spread and percentiles of tokens kept [I]."""
+    """Mean, standard deviation and percentiles of tokens kept [I]."""
     percentiles = torch.quantile(kept.double(), torch.tensor([0.05, 0.5, 0.95], dtype=torch.float64)).tolist()
     return {
         "mean": float(kept.double().mean()),
@@ -53,13 +55,15 @@ class BudgetRow:
         """The budget with the parameter that meets the target; None where there is none."""
         if self.solution is None or self.solution.value is None:
             return None
-        return self.solution.knob.turned(self.knee, self.solution.value)
+        return with_value(self.knee, self.solution.parameter.name, self.solution.value)
 
     @property
     def setting(self) -> str:
         """`sensitivity=1.0`; empty for a budget without a parameter."""
-        knob = knob_of(self.name, 1)
-        return f"{knob.name}={getattr(self.knee, knob.name)}" if knob else ""
+        component, parameter = budget_of(self.knee), searched(self.knee, 1)
+        if parameter is None:
+            return ""
+        return f"{parameter.name}={component.value(parameter.name, arguments_of(self.knee, component))}"
 
 
 @dataclass
@@ -106,9 +110,10 @@ def report_budgets(
     """
     stage = "vision" if scored is not None else "language"
     knee: KneeConfig = getattr(pruner, stage).knee
-    names = [name for name in KNEE_METHODS if name in (*(asked.budgets or KNEE_METHODS), knee.method)]
+    methods = list(dict.fromkeys([*budgets_asked(asked), knee.method]))
     token = 1 / patches if passes is None else passes.token
-    rows = [BudgetRow(replace(knee, method=name), _problem(name, getattr(pruner, stage).score)) for name in names]
+    score = find(KEYS[f"pruner.{stage}.score"], getattr(pruner, stage).score, f"pruner.{stage}.score")
+    rows = [BudgetRow(with_method(knee, name), _problem(name, score, scored is not None)) for name in methods]
     report = Report(asked, pruner, stage, images, samples, patches, token, rows)
     usable = [row for row in rows if not row.problem]
     if scored is not None:
@@ -129,9 +134,20 @@ def report_budgets(
     return report
 
 
-def _problem(method: str, score: str) -> str:
-    negative = method in SHARE_METHODS and score in SIGNED_SCORES
-    return f"needs scores >= 0, and {score} can be negative" if negative else ""
+def budgets_asked(asked: CalibrateConfig) -> list[str]:
+    """Budgets to report beside the run's own, in the order of all."""
+    return [name for name in names("budget") if name in (asked.budgets or names("budget"))]
+
+
+def _problem(method: str, score: Component, of_images: bool) -> str:
+    budget = find("budget", method, "calibrate.budgets")
+    if budget.divides_sum and score.signed:
+        return f"needs scores >= 0, and {score.name} can be negative"
+    if of_images and "features" in budget.reads:
+        return "looks at features, which are not kept"
+    if any(one.default is REQUIRED for one in budget.parameters):
+        return "has parameters without a default"
+    return ""
 
 
 def _look(rows: Sequence[BudgetRow], scored: ScoredImages, target: float | None) -> None:

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from mmprune_train.config.knee import with_value
 from mmprune_train.config.pruner_schema import KneeConfig, PrunerConfig
 from mmprune_train.data.batch import Batch, Sample, collate
 from mmprune_train.data.encode import encode
@@ -22,9 +23,9 @@ from mmprune_train.model.llava import PackedLlava
 from mmprune_train.packed.patches import Patches
 from mmprune_train.progress import progress
 from mmprune_train.pruning import Pruner
-from mmprune_train.pruning.budgets import spread_of_features
-from mmprune_train.pruning.calibration import Knob, ScoredImages, Solution, Value, knob_of, solve
-from mmprune_train.pruning.scores import VisionView
+from mmprune_train.pruning.calibration import ScoredImages, Searched, Solution, Value, searched, solve
+from mmprune_train.pruning.distribution_budgets import effective_rank_of
+from mmprune_train.pruning.views import VisionView
 
 Encoder = Callable[[Tensor], tuple[Tensor, VisionView]]
 """Pixels [I, 3, H, W] -> features [I, N, D] and what stage 1 looks at."""
@@ -54,7 +55,7 @@ class EncodedImages:
     """N, of one image."""
     scores: Tensor | None
     """[I, N]; None where stage 1 is off."""
-    spread: Tensor | None
+    feature_rank: Tensor | None
     """[I] effective ranks, where they were asked for."""
     features: Tensor | None
     """[I, N, D] for the projector; this and what follows where passes through the LLM were asked for."""
@@ -85,7 +86,7 @@ def encode_images(
     chunk: int,
     device: torch.device,
     dtype: torch.dtype,
-    spread: bool,
+    ranks: bool,
     passes: bool,
 ) -> EncodedImages:
     """Read and encode each image once.
@@ -94,10 +95,10 @@ def encode_images(
         images: path -> who asks for it, for errors.
         chunk: images per forward pass.
         dtype: bfloat16 computes under autocast.
-        spread: also the effective ranks.
+        ranks: also the effective ranks.
         passes: also keep what passes through the LLM need.
     """
-    held: dict[str, list[Tensor]] = {"scores": [], "spread": [], "features": [], "looked_at": [], "keys": []}
+    held: dict[str, list[Tensor]] = {"scores": [], "feature_rank": [], "features": [], "looked_at": [], "keys": []}
     grid, size = (0, 0), 0
     for part in progress(list(batches(list(images.items()), chunk)), "encode"):
         pixels = torch.stack([reader(path, where) for path, where in part]).to(device)
@@ -108,8 +109,8 @@ def encode_images(
             if pruner.merges and passes:
                 held["keys"].append(view.patch_keys().cpu())
         grid, size = view.grid, states.shape[1]
-        if spread:
-            held["spread"].append(spread_of_features(view.patches.double()).cpu())
+        if ranks:
+            held["feature_rank"].append(effective_rank_of(view.patches.double()).cpu())
         if passes:
             same = states.shape == view.patches.shape and torch.equal(states, view.patches)
             held["features"].append(states.cpu())
@@ -208,9 +209,10 @@ class SamplePasses:
 def _in_numbers(settings: PrunerConfig, places: dict[int, int]) -> PrunerConfig:
     """The pruner with stage 2's layers as numbers, where they are shares of a depth that the model has no more."""
     stage = settings.language
-    amounts = None if stage.amounts is None else [stage.amounts[place] for place in places.values()]
-    layers = list(places) or stage.layer
-    return replace(settings, language=replace(stage, layer=layers, amounts=amounts if places else stage.amounts))
+    budgets = stage.per_layer_budgets
+    if budgets is not None and places:
+        budgets = [budgets[place] for place in places.values()]
+    return replace(settings, language=replace(stage, layer=list(places) or stage.layer, per_layer_budgets=budgets))
 
 
 def with_knee(settings: PrunerConfig, stage: str, knee: KneeConfig) -> PrunerConfig:
@@ -230,17 +232,17 @@ def solve_keep_ratio(
     """
     stage = "language" if scored is None else "vision"
     knee = getattr(settings, stage).knee
-    knob = knob_of(knee.method, passes.longest if scored is None else scored.scores.shape[1])
-    if knob is None:
+    parameter = searched(knee, passes.longest if scored is None else scored.scores.shape[1])
+    if parameter is None:
         return None
 
     def ratio(value: Value) -> float:
-        changed = with_knee(settings, stage, knob.turned(knee, value))
-        return passes.keep_ratio(changed, f"{knee.method} {knob.name}={value}")
+        changed = with_knee(settings, stage, with_value(knee, parameter.name, value))
+        return passes.keep_ratio(changed, f"{knee.method} {parameter.name}={value}")
 
     token = passes.token
     if scored is None:
-        return solve(ratio, knob, target, token, slack=token / 2, scan=5)
+        return solve(ratio, parameter, target, token, slack=token / 2, scan=5)
     # The keep ratio is nearly linear in the share that stage 1 keeps, which costs nothing to aim at.
     aimed = scored.solve(knee, target)
     assert aimed is not None
@@ -254,6 +256,6 @@ def solve_keep_ratio(
         value_at[share] = found.value
         return ratio(found.value)
 
-    found = solve(at, Knob("share", *aimed.reachable), target, token, slack=token / 2, scan=2)
+    found = solve(at, Searched("share", *aimed.reachable), target, token, slack=token / 2, scan=2)
     value = None if found.value is None else value_at[found.value]
-    return replace(found, knob=knob, value=value)
+    return replace(found, parameter=parameter, value=value)

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from mmprune_train.config.pruner import components, projects
+from mmprune_train.config.pruner import places, projects
 from mmprune_train.config.pruner_schema import VisionStageConfig
 from mmprune_train.errors import UserError
 from mmprune_train.model.images import ImageSide
@@ -27,15 +27,15 @@ NEVER_RUN = "pooler."
 """Weights of a tower that no feature depends on; random where a checkpoint has none."""
 
 LIBRARIES = ("pillow", "scikit-learn", "transformers")
-"""Who resizes images, has the budget `lof`, and holds the encoder's code."""
+"""Who resizes images, counts outliers, and holds the encoder's code."""
 CODE = tuple(
     f"mmprune_train.{name}"
     for name in (
-        "data.fitting", "data.images", "data.rgb", "model.images", "model.vision", "pruning.budgets", "pruning.knees",
-        "pruning.merging", "packed.patches", "pruning.pruner", "pruning.scores", "pruning.selection",
+        "data.fitting", "data.images", "data.rgb", "model.images", "model.vision", "packed.patches", "pruning.budgets",
+        "pruning.parts", "pruning.views", "pruning.vision_stage",
     )
 )  # fmt: skip
-"""Modules that make the features; a change in any of them may change those."""
+"""Modules that make the features, beside those of the chosen components; a change in any of them may change those."""
 
 
 def feature_settings(model: ImageSide, preparation: Mapping[str, Any], dtype: torch.dtype) -> dict[str, object]:
@@ -56,7 +56,7 @@ def feature_settings(model: ImageSide, preparation: Mapping[str, Any], dtype: to
         "patches_without_cls": model.config.vision_feature_select_strategy == "default",
         "image_preparation": _plain(preparation),
         "stage_1": stage_settings(stage),
-        "stage_1_code_sha256": {name: _source_hash(name) for name in components(stage).values()},
+        "stage_1_code_sha256": {place: _source_hash(place) for place in places(model.pruner.settings, "pruner.vision")},
         "projector_weights_sha256": weights_hash(model.hf.model.multi_modal_projector) if projects(stage) else None,
         "code_sha256": {name: _source_hash(name) for name in CODE},
         "dtype": str(dtype).removeprefix("torch."),

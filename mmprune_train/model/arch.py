@@ -10,8 +10,7 @@ from typing import Any
 from huggingface_hub.errors import StrictDataclassError
 from transformers import CONFIG_MAPPING, PreTrainedConfig
 
-from mmprune_train.config.explain import nearest
-from mmprune_train.errors import UserError
+from mmprune_train.errors import UserError, nearest
 from mmprune_train.storage.user_files import reason_of
 
 OLDER = ("rope_theta", "rope_scaling", "torch_dtype")

@@ -9,14 +9,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from mmprune_train.config.pruner import TEXT_SCORES, stage_one_scores
 from mmprune_train.model.language import computed_again
 from mmprune_train.model.llava import PackedLlava
 from mmprune_train.model.vision import deepest_feature, family_of, scored_block
 from mmprune_train.pruning import PruningTrace
-
-KEYED_SCORES = ("text_attention", "last_token_attention", "key_norm")
-"""Stage-2 scores that read a layer's keys."""
 
 
 @dataclass(frozen=True)
@@ -109,9 +105,8 @@ class StepFlops:
         """Of each layer, per token."""
         self.per_token_pair = per_pair
         """Of each layer, per pair of tokens of a sample."""
-        stage, back = model.pruner.settings.language, int(model.pruner.looks_back)
-        looks = stage.score in KEYED_SCORES or ":" in stage.score
-        keyed = model.pruner.layers(len(language.layers)) if looks else {}
+        back = int(model.pruner.scores_previous_layer)
+        keyed = model.pruner.layers(len(language.layers)) if model.pruner.reads_keys else {}
         self.per_scored_token = {index: 2 * _key_weights(language.layers[index - back].self_attn) for index in keyed}
         """Per token that reaches a pruning layer."""
         self.per_target = _linear(model.hf.lm_head, flows or any_trained(language.norm))
@@ -251,15 +246,13 @@ def _key_weights(attention: Any) -> int:
 
 def _blocks_run(model: PackedLlava, depth: int, blocks: int) -> int:
     """How many of the encoder's blocks run: the features' own `depth`, and those that stage 1's scores or merge ask."""
-    stage = model.pruner.settings.vision
-    scores = {score for _, score in stage_one_scores(stage)}
-    if "map_attention" in scores:
+    layer, reads = model.pruner.settings.vision.layer, model.pruner.vision_reads
+    if "probe_query_keys" in reads:
         return blocks
-    block = scored_block(stage.layer, depth, blocks)
+    block = scored_block(layer, depth, blocks)
     run = depth
-    own = any(":" in score for score in scores)  # a user's score may read it
-    if model.pruner.merges or own or scores & {"cls_attention", "cls_attention_wide"}:
+    if model.pruner.merges or reads & {"cls_query_keys", "patch_keys"}:
         run = max(run, block)  # what enters it
-    if stage.layer is not None and scores & set(TEXT_SCORES):
+    if layer is not None and reads & {"question", "block_output"}:
         run = max(run, block + 1)  # what leaves it
     return run

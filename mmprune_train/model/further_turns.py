@@ -7,17 +7,16 @@ from collections.abc import Iterable
 import torch
 from torch import Tensor
 
+from mmprune_train.components.registry import find
 from mmprune_train.config.pruner_schema import LanguageStageConfig
 from mmprune_train.errors import UserError
 from mmprune_train.model.cache import READ_ANEW, PrunedCache
 from mmprune_train.pruning import IGNORE, PackedSequence, Pruner, PruningTrace
-from mmprune_train.pruning.turns import candidates_and_voters, question_text
+from mmprune_train.pruning.turns import candidates_and_queries, question_text
 
 Parts = list[tuple[Tensor, Tensor, Tensor]]
 """Ids, kinds and turns of each sample's dense tokens."""
 
-_VOTELESS = ("key_norm", "random")
-"""Stage-2 scores that nobody votes in."""
 _FAR = 1 << 40
 
 
@@ -36,11 +35,11 @@ def _named(sequence: PackedSequence, tokens: Tensor) -> Tensor:
 
 
 def _choice(sequence: PackedSequence, stage: LanguageStageConfig) -> tuple[Tensor, Tensor]:
-    """What stage 2 may drop, and the votes; a vote that counts nowhere is none."""
-    lone = stage.no_text == "last_token_attention"
-    candidate, voters = candidates_and_voters(sequence, stage.candidates == "visual", lone, stage.turns)
-    votes = torch.cat([_named(sequence, voters.raters), _named(sequence, voters.closing)])
-    return _named(sequence, candidate.nonzero().squeeze(1)), votes
+    """What stage 2 may drop, and the query tokens; one that scores nothing is none."""
+    lone = stage.no_text != "keep_all"
+    candidate, groups = candidates_and_queries(sequence, stage.candidates == "visual", lone, stage.turns)
+    queries = torch.cat([_named(sequence, groups.tokens), _named(sequence, groups.closing)])
+    return _named(sequence, candidate.nonzero().squeeze(1)), queries
 
 
 def _asked(sequence: PackedSequence, of: PackedSequence) -> Tensor:
@@ -84,18 +83,21 @@ def check_turn(cache: PrunedCache, whole: Parts, pruner: Pruner) -> None:
     stage = settings.language
     if not stage.enabled:
         return
-    (could, voted), (can, votes) = _choice(before, stage), _choice(after, stage)
-    if len(could) and ":" in stage.score:
+    (could, queried), (can, queries) = _choice(before, stage), _choice(after, stage)
+    score = find("language_score", stage.score, "pruner.language.score")
+    if len(could) and (score.own or score.package):
         raise UserError(
             f"pruner.language.score={stage.score} may look at the new turn when it scores the earlier ones; {READ_ANEW}"
         )
-    if torch.equal(could, can) and (stage.score in _VOTELESS or torch.equal(voted, votes)):
+    if torch.equal(could, can) and (
+        not {"query_tokens", "closing_token"} & {*score.reads} or torch.equal(queried, queries)
+    ):
         return
     turns_of = after.turn[torch.isin(_named(after, after.slot), can)]
     if stage.turns != "first" and torch.equal(could, can):
         raise UserError(
-            f"pruner.language.turns={stage.turns}: the new question votes on what stays of earlier images, and the "
-            f"cache has dropped it; set pruner.language.turns=first, or {READ_ANEW}"
+            f"pruner.language.turns={stage.turns}: the new question scores tokens of earlier images, and "
+            f"the cache has dropped some; set pruner.language.turns=first, or {READ_ANEW}"
         )
     if len(can) > len(could) and len(turns_of) and int(turns_of.max()) > int(before.turn.max()):
         raise UserError(

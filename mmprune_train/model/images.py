@@ -19,7 +19,7 @@ from mmprune_train.packed.host import fetch, upload
 from mmprune_train.packed.patches import Patches
 from mmprune_train.pruning import Pruner
 from mmprune_train.pruning.budgets import poison
-from mmprune_train.pruning.scores import VisionView
+from mmprune_train.pruning.views import VisionView
 
 
 class ImageSide:

@@ -154,7 +154,8 @@ class PackedPass(ImageSide):
             if index in prune_before:
                 tokens = slice(len(sequence))
                 states = hidden[tokens]
-                scoring, seen = (language.layers[index - 1], entered) if self.pruner.looks_back else (layer, hidden)
+                before = self.pruner.scores_previous_layer
+                scoring, seen = (language.layers[index - 1], entered) if before else (layer, hidden)
                 keys = ScoringKeys(scoring, seen[tokens].detach(), rotation[0][0, tokens], rotation[1][0, tokens])
                 with timed(self.clock, "selection"), gathered(scoring):
                     pruned = self.pruner.prune_tokens(sequence, states, keys, prune_before[index], self.training)
@@ -194,13 +195,13 @@ class PackedPass(ImageSide):
         """
         counts = self._count(sequence)
         hidden = rounded_up(states)
-        cu_seqlens, lengths, spare = sequence.cu_seqlens, counts[0].tolist(), len(hidden) - len(states)
-        if spare:
-            cu_seqlens, lengths = pad(cu_seqlens, (0, 1), value=len(hidden)), [*lengths, spare]
+        cu_seqlens, lengths, more = sequence.cu_seqlens, counts[0].tolist(), len(hidden) - len(states)
+        if more:
+            cu_seqlens, lengths = pad(cu_seqlens, (0, 1), value=len(hidden)), [*lengths, more]
         if cache is not None:
             cache.start_layers(sequence, hidden.device)
         language = self.hf.model.language_model
-        position = upload(pad(sequence.position, (0, spare)), hidden.device)[None]
+        position = upload(pad(sequence.position, (0, more)), hidden.device)[None]
         rotation = rotary(language, hidden[None], position)
         backend, _ = backend_for(self.attention, language.config, hidden.device, hidden.dtype)
         borders = Borders(upload(cu_seqlens, hidden.device), lengths, backend)

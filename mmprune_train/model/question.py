@@ -25,8 +25,8 @@ from mmprune_train.model.weights.outline import load_whole
 from mmprune_train.model.weights.places import text_folder
 from mmprune_train.packed.host import take, upload
 from mmprune_train.pruning import PackedSequence
-from mmprune_train.pruning.scores import VisionView, full_precision
 from mmprune_train.pruning.turns import question_text
+from mmprune_train.pruning.views import VisionView, full_precision
 from mmprune_train.storage.user_files import reason_of
 
 FOLDER = "question"

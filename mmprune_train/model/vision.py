@@ -14,7 +14,7 @@ from transformers import LlavaConfig
 
 from mmprune_train.config.schema import EncoderConfig
 from mmprune_train.errors import UserError
-from mmprune_train.pruning.scores import VisionView
+from mmprune_train.pruning.views import VisionView
 
 
 @dataclass(frozen=True)

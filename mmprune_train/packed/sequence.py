@@ -18,13 +18,13 @@ IGNORE = -100
 
 
 class Kind(IntEnum):
-    """What a token is; decides whether it may be dropped and whether it may vote."""
+    """What a token is; decides whether it may be dropped and whether it may score others."""
 
     VISUAL = 0
     PROMPT = 1
     """System or question text."""
     ANSWER = 2
-    """Text the model writes: never dropped, never votes."""
+    """Text the model writes: never dropped, never a query token."""
     SPECIAL = 3
     """BOS and other special tokens, role markers: never dropped."""
 
@@ -62,8 +62,8 @@ class PackedSequence:
     """[T, D] hidden states, absent until embedded."""
     entry: Int64[Tensor, " T"] | None = None
     """[T] index inside the sample when it entered the LLM, absent before."""
-    rater: Bool[Tensor, " T"] | None = None
-    """[T] question tokens that may vote on what is dropped; absent: all."""
+    query: Bool[Tensor, " T"] | None = None
+    """[T] question tokens that may score the others; absent: all."""
     picture: Int64[Tensor, " T"] | None = None
     """[T] number of the image by where it stands in the batch, also of one that is shown twice. Counted where the
     sequence is made, with every image whole; means nothing at tokens that are not visual."""

@@ -10,14 +10,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from mmprune_train.model.flops import KEYED_SCORES, PassShape, any_trained
+from mmprune_train.model.flops import PassShape, any_trained
 from mmprune_train.model.kernels import BACKENDS, Borders
 from mmprune_train.model.language import computed_again
 from mmprune_train.model.llava import PackedLlava
 from mmprune_train.model.loss import cross_entropy_sum
 from mmprune_train.model.vision import deepest_feature, family_of, states_read
 from mmprune_train.planning.probe import Footprint, Numerics, Probe
-from mmprune_train.pruning.scores import CHUNK
+from mmprune_train.pruning.language_scores import CHUNK
 
 SDPA = BACKENDS[-1]
 """What attends in a probe: it runs on any device, and keeps for the backward pass what the other kernels keep."""
@@ -87,8 +87,7 @@ class Activations:
         size = model.config.vision_config.image_size
         self.pixels = 3 * size**2 * 4
         self.side = side
-        looks = model.pruner.settings.language.score in KEYED_SCORES
-        self.scored = set(model.pruner.layers(len(language.layers))) if looks else set()
+        self.scored = set(model.pruner.layers(len(language.layers))) if model.pruner.reads_keys else set()
         self.heads = language.config.num_attention_heads
 
     def phases(

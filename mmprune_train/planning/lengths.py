@@ -8,16 +8,18 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from torch import Tensor
 
+from mmprune_train.components.registry import library
+from mmprune_train.config.knee import budget_of, own_budgets, with_method, with_value
 from mmprune_train.config.pruner_schema import KneeConfig, PrunerConfig
 from mmprune_train.data.batch import Sample, collate
 from mmprune_train.model.flops import PassShape
 from mmprune_train.pruning import IGNORE, Kind, PackedSequence, Pruner
-from mmprune_train.pruning.budgets import FIXED
-from mmprune_train.pruning.scores import VisionView
+from mmprune_train.pruning.views import VisionView
 
 TOGETHER = 32
 """Samples that are cut at once."""
@@ -73,14 +75,7 @@ class Tokens:
 
 def data_dependent(pruner: PrunerConfig) -> list[str]:
     """Keys of the budgets whose counts depend on the images."""
-    found = []
-    if pruner.vision.enabled and pruner.vision.knee.method not in FIXED:
-        found.append("pruner.vision.knee")
-    if pruner.vision.enabled and pruner.vision.recover.enabled and pruner.vision.recover.knee.method not in FIXED:
-        found.append("pruner.vision.recover.knee")
-    if pruner.language.enabled and pruner.language.knee.method not in FIXED:
-        found.append("pruner.language.knee")
-    return found
+    return [key for key, knee in own_budgets(pruner) if not budget_of(knee, key).fixed]
 
 
 def count_tokens(pruner: PrunerConfig, samples: Sequence[Sample], patches: int, depth: int, share: float) -> Tokens:
@@ -113,17 +108,21 @@ def solve_share(pruner: PrunerConfig, samples: Sequence[Sample], patches: int, d
 
 
 def _blinded(pruner: PrunerConfig, share: float) -> PrunerConfig:
-    """The same pruner by random scores, every budget fixed."""
+    """The same pruner by scores that are drawn, every budget fixed."""
+    by_share = next(one for one in library()["budget"].values() if one.fixed and one.parameters[0].type == "float")
+
+    def drawing(kind: str) -> dict[str, Any]:
+        return {"score": next(one.name for one in library()[kind].values() if one.draws), "score_args": {}}
 
     def fixed(knee: KneeConfig) -> KneeConfig:
-        return knee if knee.method in FIXED else replace(knee, method="fixed_ratio", ratio=share)
+        return knee if budget_of(knee).fixed else with_value(with_method(knee, by_share.name), by_share.fixed, share)
 
     vision, language = pruner.vision, pruner.language
-    recover = replace(vision.recover, score="random", knee=fixed(vision.recover.knee))
+    recover = replace(vision.recover, knee=fixed(vision.recover.knee), **drawing("vision_score"))
     return replace(
         pruner,
-        vision=replace(vision, score="random", knee=fixed(vision.knee), recover=recover),
-        language=replace(language, score="random", raters="all", knee=fixed(language.knee)),
+        vision=replace(vision, knee=fixed(vision.knee), recover=recover, **drawing("vision_score")),
+        language=replace(language, query_tokens="all", knee=fixed(language.knee), **drawing("language_score")),
     )
 
 

@@ -1,7 +1,16 @@
-"""Pruning of visual and text tokens: scores, budgets, selection, packed sequence and pruner. Needs torch alone;
-the budget `lof` also scikit-learn, imported when it is used.
+"""Pruning of visual and text tokens: scores, budgets, selection, packed sequence and pruner. Needs torch alone; the
+budget `lof` also scikit-learn, imported when it is used. The decorators are for components of your own.
 """
 
+from mmprune_train.components.declare import (
+    Range,
+    budget,
+    language_merge,
+    language_score,
+    merge,
+    selection,
+    vision_score,
+)
 from mmprune_train.config.paths import options
 from mmprune_train.packed.sequence import IGNORE, Kind, PackedSequence
 from mmprune_train.packed.trace import PruningTrace
@@ -20,7 +29,14 @@ __all__ = [
     "PackedSequence",
     "Pruner",
     "PruningTrace",
+    "Range",
     "available_budgets",
     "available_pruners",
+    "budget",
     "find_knee",
+    "language_merge",
+    "language_score",
+    "merge",
+    "selection",
+    "vision_score",
 ]

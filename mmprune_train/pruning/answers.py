@@ -125,3 +125,13 @@ def merged(told: str, answer: object, features: Tensor, kept: Tensor, *_: Any) -
     bad = ~changed.detach().isfinite().all(2) & features.detach().isfinite().all(2) & mask
     if (image := _row(bad.any(1))) >= 0:
         raise UserError(f"{told} returned NaN or infinite features for image {image} of the batch")
+
+
+def merged_states(told: str, answer: object, hidden: Tensor, places: Tensor, *_: Any) -> None:
+    """States [T, D] of the same dtype, and a mask [M] of the dropped tokens that became a made one."""
+    if not isinstance(answer, tuple | list) or len(answer) != 2:
+        raise UserError(f"{told} returned {_described(answer)}; wanted are two: the states and the mask of made tokens")
+    alike = isinstance(answer[0], Tensor) and answer[0].dtype == hidden.dtype
+    wanted = f"{str(hidden.dtype).removeprefix('torch.')} states [tokens, width]"
+    _table(told, answer[0], wanted, hidden.shape, hidden.device, alike)
+    _table(told, answer[1], "a bool mask [places]", places.shape, hidden.device, _bool(answer[1]))

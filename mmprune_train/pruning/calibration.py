@@ -4,27 +4,26 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from itertools import pairwise
-from typing import Any
 
 import torch
 from jaxtyping import Float, Int64
 from torch import Tensor
 
+from mmprune_train.components.registry import find
+from mmprune_train.config.knee import budget_of, with_value
 from mmprune_train.config.pruner_schema import KneeConfig, VisionStageConfig
-from mmprune_train.pruning.budgets import bounded, refuse_unsound, scaled_rank
-from mmprune_train.pruning.pruner import counts_of
-from mmprune_train.pruning.schedule import OWN
-from mmprune_train.pruning.selection import top_and_uniform
+from mmprune_train.pruning.budgets import Budget, refuse_unsound
+from mmprune_train.pruning.parts import load_part
 
 Value = int | float
 """Of a parameter."""
 
 
 @dataclass(frozen=True)
-class Knob:
-    """The parameter that moves a budget's counts, and the range in which to look for it."""
+class Searched:
+    """A parameter to solve for, and the range in which to look for it."""
 
     name: str
     low: Value
@@ -40,32 +39,23 @@ class Knob:
         """An integer, or six digits: what is found is to be read and typed."""
         return round(value) if self.whole else float(f"{value:.6g}")
 
-    def turned(self, knee: KneeConfig, value: Value) -> KneeConfig:
-        """The budget with this value of its parameter."""
-        changed: dict[str, Any] = {self.name: value}
-        return replace(knee, **changed)
 
-
-def knob_of(method: str, longest: int) -> Knob | None:
+def searched(knee: KneeConfig, longest: int) -> Searched | None:
     """The parameter of a budget for rows of up to `longest` tokens; None: it has none that moves its counts."""
-    knobs = {
-        "kneedle": Knob("sensitivity", 0.0, 2.0 * longest),  # no fall of the difference curve is larger
-        "iqr": Knob("factor", 0.0, 1e6),
-        "lof": Knob("neighbors", 1, max(1, longest - 1), whole=True),
-        "cumulative_mass": Knob("mass", 1e-6, 1.0),
-        "attention_entropy": Knob("scale", 0.5 / longest, longest),
-        "effective_rank": Knob("scale", 0.5 / longest, longest),
-        "fixed_ratio": Knob("ratio", 0.5 / longest, 1.0),
-        "fixed_count": Knob("count", 1, longest, whole=True),
-    }
-    return knobs.get(method)
+    component = budget_of(knee)
+    if component.calibrated is None:
+        return None
+    name, ends = component.calibrated
+    parameter = component.parameter(name)
+    assert parameter is not None
+    return Searched(name, *ends(longest), whole=parameter.type == "int")
 
 
 @dataclass(frozen=True)
 class Solution:
-    """The value of a knob that comes nearest to a target, or why there is none."""
+    """The value of a parameter that comes nearest to a target, or why there is none."""
 
-    knob: Knob
+    parameter: Searched
     reachable: tuple[float, float]
     """Smallest and largest share that was seen."""
     value: Value | None = None
@@ -78,39 +68,39 @@ class Solution:
 
 def solve(
     share: Callable[[Value], float],
-    knob: Knob,
+    parameter: Searched,
     target: float,
     token: float,
     slack: float = 0.0,
     scan: int = 9,
 ) -> Solution:
-    """The value of a knob at which a share meets a target.
+    """The value of a parameter at which a share meets a target.
 
     The share may stand still and jump, but must go one way (to a token). The range is scanned first; where the target
     is crossed the interval is shrunk by false position and by halving in turn, until the share is within `slack` or no
     value lies between.
 
     Args:
-        share: the share kept at a value of the knob.
+        share: the share kept at a value of the parameter.
         token: share that one token makes: what counts as meeting the target, and as going one way.
         scan: points to begin with; 2 where a measurement is dear.
     """
-    seen = {value: share(value) for value in dict.fromkeys(knob.at(i / (scan - 1)) for i in range(scan))}
+    seen = {value: share(value) for value in dict.fromkeys(parameter.at(i / (scan - 1)) for i in range(scan))}
     shares = list(seen.values())
     reachable = (min(shares), max(shares))
     sign = 1 if shares[-1] >= shares[0] else -1
     if any(sign * (after - before) < -token for before, after in pairwise(shares)):
-        return Solution(knob, reachable, problem=f"{knob.name} does not move it one way")
+        return Solution(parameter, reachable, problem=f"{parameter.name} does not move it one way")
     if not reachable[0] - token <= target <= reachable[1] + token:
-        return Solution(knob, reachable, problem="out of reach")
+        return Solution(parameter, reachable, problem="out of reach")
     sides = [(a, b) for a, b in pairwise(seen) if (seen[a] - target) * (seen[b] - target) <= 0]
     a, b = sides[0] if sides else (min(seen, key=lambda value: abs(seen[value] - target)),) * 2
     halve = False
     while min(abs(seen[a] - target), abs(seen[b] - target)) > slack:
         part = 0.5 if halve or seen[a] == seen[b] else (target - seen[a]) / (seen[b] - seen[a])
-        middle = knob.rounded(a + (b - a) * part)
+        middle = parameter.rounded(a + (b - a) * part)
         if middle in (a, b):
-            middle = knob.rounded((a + b) / 2)
+            middle = parameter.rounded((a + b) / 2)
             if middle in (a, b):
                 break
         seen[middle] = share(middle)
@@ -122,7 +112,7 @@ def solve(
     best = min(seen, key=lambda value: abs(seen[value] - target))  # of equals the first: less often a step's very edge
     low, high = sorted((seen[a], seen[b]))
     jump = (low, high) if abs(seen[best] - target) > max(token, slack) else None
-    return Solution(knob, reachable, best, seen[best], jump)
+    return Solution(parameter, reachable, best, seen[best], jump)
 
 
 @dataclass
@@ -131,18 +121,14 @@ class ScoredImages:
 
     stage: VisionStageConfig
     scores: Float[Tensor, "I N"]
-    spread: Float[Tensor, " I"] | None = None
-    """[I] effective ranks of the images' features; needed for that budget alone."""
+    feature_rank: Float[Tensor, " I"] | None = None
+    """[I] effective ranks of the images' features; needed for budgets that read them alone."""
 
     def kept(self, knee: KneeConfig) -> Int64[Tensor, " I"]:
         """[I] tokens that enter the LLM of each image under a budget, with what selection and merging add."""
-        whole = torch.full((len(self.scores),), self.scores.shape[1])
-        if knee.method == "effective_rank":
-            assert self.spread is not None
-            counts = bounded(scaled_rank(self.spread, knee.scale), whole, knee.min_tokens, knee.max_tokens)
-        else:
-            refuse_unsound(self.scores, whole, knee.method)
-            counts = counts_of(self.scores, None, knee, OWN, self._no_features)
+        whole, budget = torch.full((len(self.scores),), self.scores.shape[1]), Budget(knee, "knee")
+        refuse_unsound(self.scores, whole, budget.rule())
+        counts = budget.counts(self.scores, whole, self._no_features, feature_rank=self.feature_rank)
         return tokens_left(self.stage, self.scores, counts)
 
     def share(self, knee: KneeConfig) -> float:
@@ -152,24 +138,27 @@ class ScoredImages:
     def solve(self, knee: KneeConfig, target: float) -> Solution | None:
         """The parameter with which the budget keeps the share `target`; None: it has no parameter."""
         size = self.scores.shape[1]
-        knob = knob_of(knee.method, size)
-        if knob is None:
+        parameter = searched(knee, size)
+        if parameter is None:
             return None
-        return solve(lambda value: self.share(knob.turned(knee, value)), knob, target, 1 / size)
+        return solve(lambda value: self.share(with_value(knee, parameter.name, value)), parameter, target, 1 / size)
 
     @staticmethod
     def _no_features() -> Tensor:
-        raise AssertionError("effective_rank alone looks at features, and its ranks are at hand")
+        raise AssertionError("budgets that look at features are not calibrated, and their ranks are at hand")
 
 
 def tokens_left(
     stage: VisionStageConfig, scores: Float[Tensor, "I N"], counts: Int64[Tensor, " I"]
 ) -> Int64[Tensor, " I"]:
     """[I] tokens of each image that enter the LLM when its budget says `counts`."""
-    size = scores.shape[1]
-    if stage.selection == "top_and_uniform":  # the only selection that keeps more than it is told
-        counts = top_and_uniform(scores, counts, scores[..., None]).sum(1)
-    dropped = size - counts
-    if stage.merge in ("mean_token", "prumerge"):
-        return counts + dropped.clamp(max=1)
-    return counts + dropped.clamp(max=stage.merge_count) if stage.merge == "contextual" else counts
+    select = load_part("selection", stage.selection, "pruner.vision.selection", stage.selection_args)
+    if select.component.exceeds:  # by how much does not depend on the features
+        counts = select(scores, counts, scores[..., None]).sum(1)
+    if stage.merge == "none":
+        return counts
+    merge = find("merge", stage.merge, "pruner.vision.merge")
+    given = merge.arguments("pruner.vision.merge_args", stage.merge_args)
+    made = merge.value(merge.makes, given) if isinstance(merge.makes, str) else merge.makes
+    assert isinstance(made, int)
+    return counts + (scores.shape[1] - counts).clamp(max=made)

@@ -6,11 +6,13 @@ The token at the bend is the last one kept, so a knee at rank k (0-based) keeps 
 
 from __future__ import annotations
 
+from typing import Annotated, Literal
+
 import torch
 from jaxtyping import Bool, Float, Int64
 from torch import Tensor
 
-from mmprune_train.errors import UserError
+from mmprune_train.components.declare import Range, budget
 
 Curve = Float[Tensor, "B N"]
 Lengths = Int64[Tensor, " B"]
@@ -42,6 +44,7 @@ def unit_curve(curve: Curve, lengths: Lengths) -> tuple[Curve, Curve, Bool[Tenso
     return x, y, constant
 
 
+@budget()
 def max_chord(curve: Curve, lengths: Lengths) -> Lengths:
     """Largest distance to the straight line through the curve's end points; a straight curve is kept whole.
 
@@ -58,7 +61,14 @@ def max_chord(curve: Curve, lengths: Lengths) -> Lengths:
     return torch.where(constant | (depth <= FLAT), lengths, rank + 1)
 
 
-def kneedle(curve: Curve, lengths: Lengths, sensitivity: float = 1.0, no_knee: str = "keep_all") -> Lengths:
+@budget(calibrated=("sensitivity", lambda longest: (0.0, 2.0 * longest)), default_for="knee.method")
+def kneedle(
+    curve: Curve,
+    lengths: Lengths,
+    *,
+    sensitivity: Annotated[float, Range(0, 1e6)] = 1.0,
+    no_knee: Literal["keep_all", "max_chord"] = "keep_all",
+) -> Lengths:
     """Kneedle (Satopaa et al. 2011) for convex decreasing curves, the first knee found from the left.
 
     The difference curve is the normalised, flipped curve minus the diagonal. A local maximum is a knee when the curve
@@ -69,15 +79,12 @@ def kneedle(curve: Curve, lengths: Lengths, sensitivity: float = 1.0, no_knee: s
     Args:
         curve: descending scores [B, N].
         lengths: [B] valid entries of each row.
-        sensitivity: S of the paper, >= 0.
+        sensitivity: S of the paper; larger waits longer before it calls a bend a knee. No fall of the difference curve
+            is larger than twice a row's length.
         no_knee: rows without a knee are kept whole (`keep_all`) or cut by `max_chord`. Our choice: the paper is silent.
     Returns:
         counts [B].
     """
-    if sensitivity < 0:
-        raise UserError(f"kneedle: sensitivity must be >= 0, got {sensitivity}")
-    if no_knee not in ("keep_all", "max_chord"):
-        raise UserError(f"kneedle: no_knee must be keep_all or max_chord, got {no_knee!r}")
     x, y, constant = unit_curve(curve, lengths)
     rank = torch.arange(curve.shape[1], device=curve.device)
     last = (lengths - 1)[:, None]
@@ -97,6 +104,7 @@ def kneedle(curve: Curve, lengths: Lengths, sensitivity: float = 1.0, no_knee: s
     return torch.where(missing, fallback, knee + 1)
 
 
+@budget()
 def l_method(curve: Curve, lengths: Lengths) -> Lengths:
     """L-method (Salvador and Chan 2004): the split whose two straight-line fits leave the least weighted RMSE.
 
@@ -133,6 +141,7 @@ def _second_difference(y: Curve, lengths: Lengths) -> Curve:
     return ((y.roll(1, 1) - y) - (y - y.roll(-1, 1))).masked_fill(~middle, 0)
 
 
+@budget()
 def menger(curve: Curve, lengths: Lengths) -> Lengths:
     """Largest Menger curvature (1 / radius of the circle through three points) over triples of neighbouring points.
 
@@ -155,6 +164,7 @@ def menger(curve: Curve, lengths: Lengths) -> Lengths:
     return torch.where(bend.amax(1) > FLAT, first_largest(curvature) + 1, lengths)
 
 
+@budget()
 def second_difference(curve: Curve, lengths: Lengths) -> Lengths:
     """The rank where the drop to the next score falls most below the drop before: largest second difference.
 

@@ -6,18 +6,15 @@ places of any token it made. A made token takes the place of a dropped patch and
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from functools import partial
-from inspect import signature
+from typing import Annotated
 
 import torch
 from jaxtyping import Bool, Float, Int64
 from torch import Tensor
 from torch.nn.functional import normalize
 
-from mmprune_train.pruning import answers
-from mmprune_train.pruning.budgets import lof
-from mmprune_train.pruning.components import find_component
+from mmprune_train.components.declare import Range, merge
+from mmprune_train.pruning.distribution_budgets import lof
 from mmprune_train.pruning.selection import top_mask
 
 Features = Float[Tensor, "I N D"]
@@ -44,6 +41,7 @@ def _sums(features: Features, home: Int64[Tensor, "I N"]) -> Float[Tensor, "I N 
     return total.scatter_add(1, home[..., None].expand_as(features), features.float()).to(features.dtype)
 
 
+@merge(makes=0)
 def nearest(features: Features, kept: Mask, scores: Scores, keys: Keys) -> tuple[Features, Mask]:
     """Every dropped patch joins the kept patch whose key is most similar; a kept patch becomes the mean of itself and
     those that joined it (our choice, the plainest member of PruMerge's and ToMe's family)."""
@@ -55,6 +53,7 @@ def nearest(features: Features, kept: Mask, scores: Scores, keys: Keys) -> tuple
     return total / count[..., None].to(features.dtype), kept
 
 
+@merge(makes=1)
 def mean_token(features: Features, kept: Mask, scores: Scores, keys: Keys) -> tuple[Features, Mask]:
     """The mean of the dropped patches rides along as one more token, in the place of the best-scored of them."""
     dropped = (~kept)[..., None].to(features.dtype)
@@ -71,16 +70,22 @@ def _with_extra(
 ) -> tuple[Features, Mask]:
     """Put one made token in the place of each image's best-scored dropped patch; images kept whole get none, nor do
     those not `wanted`."""
-    spare = ~kept.all(1) if wanted is None else ~kept.all(1) & wanted
+    gets = ~kept.all(1) if wanted is None else ~kept.all(1) & wanted
     place = scores.masked_fill(kept, -torch.inf).argmax(1)
-    here = torch.zeros_like(kept).scatter(1, place[:, None], spare[:, None])
+    here = torch.zeros_like(kept).scatter(1, place[:, None], gets[:, None])
     return torch.where(here[..., None], token[:, None].to(features.dtype), features), kept | here
 
 
-def prumerge(features: Features, kept: Mask, scores: Scores, keys: Keys, count: int = 32) -> tuple[Features, Mask]:
+@merge(weighs=True, makes=1)
+def prumerge(
+    features: Features, kept: Mask, scores: Scores, keys: Keys, *, count: Annotated[int, Range(1)] = 32
+) -> tuple[Features, Mask]:
     """LLaVA-PruMerge (Shang et al. 2024, arXiv 2403.15388): to every kept patch the score-weighted sum of the
     `count` patches with the most similar keys is added, kept ones among them; one more token is the
     score-weighted sum of all dropped patches. Weights are the scores as they are (CLS attention), not renormalised.
+
+    Args:
+        count: neighbours that a kept patch takes in.
     """
     weights = _neighbour_weights(_similarity(keys), scores, count).masked_fill(~kept[..., None], 0)
     rest = (features * (scores.to(features.dtype) * ~kept)[..., None]).sum(1)
@@ -96,13 +101,15 @@ def _neighbour_weights(affinity: Float[Tensor, "I N N"], scores: Scores, neighbo
     return torch.zeros_like(affinity, dtype=scores.dtype).scatter(2, near.indices, weighed)
 
 
+@merge(weighs=True)
 def centres(
     features: Features,
     kept: Mask,
     scores: Scores,
     keys: Keys,
-    count: int = 32,
     text: Scores | None = None,
+    *,
+    count: Annotated[int, Range(1)] = 32,
 ) -> tuple[Features, Mask]:
     """Recoverable Compression (Chen et al. 2024, arXiv 2409.01179): the best-scored dropped patches become
     centres, to each of which the score-weighted sum of its `count` nearest dropped patches is added; one more
@@ -114,12 +121,13 @@ def centres(
 
     Args:
         text: [I, N] similarity to the question; None: keys alone.
+        count: neighbours that a centre takes in.
     """
     dropped = ~kept
     left = dropped.sum(1).clamp(min=1)  # [I]
     among = scores.masked_fill(kept, -torch.inf)
     curve = among.sort(dim=1, descending=True).values.nan_to_num(neginf=0).double()
-    number = kept.sum(1) * lof(curve, left, CENTRE_NEIGHBORS) // left
+    number = kept.sum(1) * lof(curve, left, neighbors=CENTRE_NEIGHBORS) // left
     centre = top_mask(among, number) & dropped
     affinity = _similarity(keys)
     if text is not None:
@@ -130,7 +138,10 @@ def centres(
     return _with_extra(features + weights @ features, kept | centre, scores, rest, wanted=centre.any(1))
 
 
-def contextual(features: Features, kept: Mask, scores: Scores, keys: Keys, count: int = 10) -> tuple[Features, Mask]:
+@merge(makes="count")
+def contextual(
+    features: Features, kept: Mask, scores: Scores, keys: Keys, *, count: Annotated[int, Range(1)] = 10
+) -> tuple[Features, Mask]:
     """VisionZip (Yang et al. 2024, arXiv 2412.04467): of the dropped patches every s-th becomes a contextual token, to
     which the mean of the other dropped patches that are most similar to it (by key) is added.
 
@@ -153,19 +164,3 @@ def contextual(features: Features, kept: Mask, scores: Scores, keys: Keys, count
     members = torch.zeros_like(home).scatter_add(1, home, joins.long()).clamp(min=1)
     mean = total / members[..., None].to(features.dtype)
     return torch.where(target[..., None], features + mean, features), kept | target
-
-
-MERGES: dict[str, Callable[..., tuple[Tensor, Tensor]]] = {
-    "nearest": nearest,
-    "mean_token": mean_token,
-    "prumerge": prumerge,
-    "contextual": contextual,
-    "centres": centres,
-}
-
-
-def merge(name: str, count: int) -> Callable[..., tuple[Tensor, Tensor]]:
-    """The merge `name`, or yours as `module:function`; with `count`, of tokens to make or of neighbours, where it takes
-    one."""
-    function = find_component(MERGES, name, "pruner.vision.merge", answers.merged)
-    return partial(function, count=count) if "count" in signature(function).parameters else function

@@ -6,24 +6,29 @@ cluster's mean joins the sequence. It takes the place of the cluster's centre, a
 
 from __future__ import annotations
 
+from typing import Annotated
+
 import torch
 from jaxtyping import Bool, Float, Int64
 from torch import Tensor
 
+from mmprune_train.components.declare import SMALL, Range, language_merge
 from mmprune_train.packed.host import upload
 from mmprune_train.packed.padding import pad, unpad
-from mmprune_train.pruning.scores import full_precision
 from mmprune_train.pruning.selection import top_mask
+from mmprune_train.pruning.views import full_precision
 
 
+@language_merge()
 def recycle(
     hidden: Float[Tensor, "T D"],
     places: Int64[Tensor, " M"],
     row: Int64[Tensor, " M"],
     dropped: Bool[Tensor, " M"],
     scores: Float[Tensor, " M"],
-    share: float = 0.3,
-    size: int = 10,
+    *,
+    share: Annotated[float, Range(SMALL, 1, says=": a share of the dropped tokens")] = 0.3,
+    size: Annotated[int, Range(1)] = 10,
 ) -> tuple[Float[Tensor, "T D"], Bool[Tensor, " M"]]:
     """Cluster the best dropped tokens of each row and put the clusters' means in the places of their centres.
 
@@ -35,7 +40,8 @@ def recycle(
         places: [M] the tokens that could be dropped, on the host. row: [M] the row, from 0 and not falling, that each
             belongs to, on the host, none empty.
         dropped: [M] those that were. scores: [M]; the best are recycled.
-        share: part of a row's dropped tokens that is recycled. size: tokens a cluster has on average.
+        share: part of a row's dropped tokens that is recycled, best score first; at least one.
+        size: tokens a cluster has on average.
     Returns:
         hidden with the means in place, and [M] which tokens became one.
     """

@@ -19,21 +19,17 @@ Counts = Int64[Tensor, " B"]
 
 
 @dataclass(frozen=True)
-class Pace:
-    """What one optimizer step makes of a budget's counts; as it stands, nothing."""
+class BudgetOverride:
+    """What one optimizer step makes of a budget's counts."""
 
     ratio: float | None = None
     """Share of every row that is kept, whatever its budget says."""
-    spared: float = 0.0
+    undropped: float = 0.0
     """Share of what the budget would drop that is kept nevertheless, 0..1."""
 
 
-OWN = Pace()
-"""The budgets' own counts."""
-
-
-def pace(schedule: ScheduleConfig, step: int, steps: int, key: str) -> Pace:
-    """The pace of one optimizer step.
+def budget_override(schedule: ScheduleConfig, step: int, steps: int, key: str) -> BudgetOverride | None:
+    """The override of one optimizer step; None: the budgets' own counts.
 
     Args:
         step: optimizer steps of the training stage that are done, from 0.
@@ -41,10 +37,10 @@ def pace(schedule: ScheduleConfig, step: int, steps: int, key: str) -> Pace:
         key: seed and training stage; another key draws other shares.
     """
     if schedule.name == "anneal":
-        return Pace(spared=_falling(schedule, step / steps))
+        return BudgetOverride(undropped=_falling(schedule, step / steps))
     if schedule.name == "random":
-        return Pace(ratio=schedule.low + (schedule.high - schedule.low) * _uniform(f"{key}/{step}"))
-    return OWN
+        return BudgetOverride(ratio=schedule.low + (schedule.high - schedule.low) * _uniform(f"{key}/{step}"))
+    return None
 
 
 def _falling(schedule: ScheduleConfig, done: float) -> float:
@@ -58,7 +54,7 @@ def _uniform(text: str) -> float:
     return (int.from_bytes(hashlib.sha256(text.encode()).digest()[:8], "big") >> 11) * 2.0**-53
 
 
-def spare(counts: Counts, lengths: Counts, share: float, max_tokens: int | None) -> Counts:
+def keep_of_dropped(counts: Counts, lengths: Counts, share: float, max_tokens: int | None) -> Counts:
     """Counts [B] on their way from the rows' lengths [B] (share 1) to the budget's counts (share 0), to the nearest
     token, within the budget's `max_tokens`."""
     counts = counts + ((lengths - counts) * share + 0.5).floor().long()

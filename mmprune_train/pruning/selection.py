@@ -8,18 +8,15 @@ first pick row by row, to hold one N x N matrix of distances at a time.
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from functools import partial
-from inspect import signature
+from typing import Annotated
 
 import torch
 from jaxtyping import Bool, Float, Int64
 from torch import Tensor
 from torch.nn.functional import normalize
 
+from mmprune_train.components.declare import Range, selection
 from mmprune_train.packed.host import fetch
-from mmprune_train.pruning import answers
-from mmprune_train.pruning.components import find_component
 
 Scores = Float[Tensor, "B N"]
 Counts = Int64[Tensor, " B"]
@@ -48,11 +45,13 @@ def top_mask(scores: Scores, counts: Counts, lengths: Int64[Tensor, " B"] | None
     return torch.zeros_like(scores, dtype=torch.bool).scatter(1, order, rank < counts[:, None])
 
 
+@selection(default_for="pruner.vision.selection")
 def top(scores: Scores, counts: Counts, features: Features) -> Mask:
     """The highest scores; features are not looked at."""
     return top_mask(scores, counts)
 
 
+@selection(reads=("features",))
 def max_min(scores: Scores, counts: Counts, features: Features, known: Counts | None = None) -> Mask:
     """DivPrune (Alvar et al. 2025, arXiv 2503.02175): greedy max-min cosine distance; scores are not looked at.
 
@@ -87,6 +86,7 @@ def _greedy(first: Scores, counts: Counts, unit: Features, most: int) -> Mask:
     return chosen
 
 
+@selection(reads=("features",))
 def dpp(scores: Scores, counts: Counts, features: Features, known: Counts | None = None) -> Mask:
     """CDPruner (Zhang et al. 2025, arXiv 2506.10967): greedy MAP of a determinantal point process whose kernel is the
     features' cosine similarity weighted by both tokens' relevance, in Chen et al. 2018's incremental form.
@@ -115,6 +115,7 @@ def dpp(scores: Scores, counts: Counts, features: Features, known: Counts | None
     return chosen
 
 
+@selection(exceeds=True)
 def top_and_uniform(scores: Scores, counts: Counts, features: Features) -> Mask:
     """LLaVA-PruMerge+ (Shang et al. 2024, arXiv 2403.15388): the top tokens, and besides them every s-th patch of the
     raster, s a third of the spacing that `counts` evenly spread tokens would have. Keeps more than `counts`."""
@@ -124,8 +125,15 @@ def top_and_uniform(scores: Scores, counts: Counts, features: Features) -> Mask:
     return top_mask(scores, counts) | ((raster % spacing == 0) & (raster < size - 1))
 
 
+@selection(reads=("features",))
 def top_and_distinct(
-    scores: Scores, counts: Counts, features: Features, share: float = 0.5, drop: int = 8, known: Counts | None = None
+    scores: Scores,
+    counts: Counts,
+    features: Features,
+    known: Counts | None = None,
+    *,
+    share: Annotated[float, Range(0, 1)] = 0.5,
+    drop: Annotated[int, Range(1)] = 8,
 ) -> Mask:
     """VisPruner (Zhang et al. 2024, arXiv 2412.01818): a share of the budget by score; of the rest, in score order,
     the tokens most similar to another go out round by round until the budget is met.
@@ -161,8 +169,8 @@ def top_and_distinct(
         compact = valid.sort(dim=1, descending=True, stable=True).indices
         rest = torch.where(active[:, None], merged.gather(1, compact), rest)
         left = left - gone
-    votes = torch.zeros_like(by_score).scatter_add(1, by_score, (place < important[:, None]).long())
-    return votes.scatter_add(1, rest, (place < left[:, None]).long()) > 0
+    marked = torch.zeros_like(by_score).scatter_add(1, by_score, (place < important[:, None]).long())
+    return marked.scatter_add(1, rest, (place < left[:, None]).long()) > 0
 
 
 def _shared_out(counts: Counts, share: float, size: int) -> tuple[Counts, Counts, Counts]:
@@ -184,18 +192,3 @@ def _rounds(counts: Counts, share: float, drop: int, size: int) -> int:
         left = left - _gone(left, wanted, drop)
         rounds += 1
     return rounds
-
-
-SELECTIONS: dict[str, Callable[..., Tensor]] = {
-    "top": top,
-    "max_min": max_min,
-    "dpp": dpp,
-    "top_and_uniform": top_and_uniform,
-    "top_and_distinct": top_and_distinct,
-}
-
-
-def selection(name: str, share: float) -> Callable[..., Tensor]:
-    """The selection `name`, or yours as `module:function`; with `share` where it divides the budget."""
-    function = find_component(SELECTIONS, name, "pruner.vision.selection", answers.selected)
-    return partial(function, share=share) if "share" in signature(function).parameters else function

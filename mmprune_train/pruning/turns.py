@@ -1,4 +1,4 @@
-"""Turns: what stage 2 may drop, who votes on it, and how the votes of several turns become one score."""
+"""Turns: what stage 2 may drop, which query tokens score it, and how several turns' scores become one."""
 
 from __future__ import annotations
 
@@ -14,42 +14,42 @@ from mmprune_train.packed.sequence import IGNORE, Kind, PackedSequence
 
 
 @dataclass
-class Voters:
-    """The ballots of a batch: one for each (sample, turn) that votes, sorted by both. On the host.
+class QueryGroups:
+    """The query tokens of a batch, in groups: one for each (sample, turn) that scores, sorted by both. On the host.
 
-    With `turns=first` a token is voted on by its own turn alone, so no turn sees a later one's vote. With `mean` and
-    `max` all turns from its own on vote. Answers never do.
+    With `turns=first` a token is scored by its own turn alone, so no turn depends on a later one. With `mean` and `max`
+    all turns from its own on score it. Answers never do.
     """
 
     turns: str
     """`first`, `mean` or `max`."""
     segment: Int64[Tensor, " G"]
-    """[G] sample of each ballot."""
+    """[G] sample of each group."""
     turn: Int64[Tensor, " G"]
-    """[G] turn of each ballot, from 1."""
-    raters: Int64[Tensor, " R"]
-    """[R] tokens that vote, in ascending order, so sorted by ballot."""
-    ballot: Int64[Tensor, " R"]
-    """[R] ballot of each rater."""
+    """[G] turn of each group, from 1."""
+    tokens: Int64[Tensor, " R"]
+    """[R] the query tokens, in ascending order, so sorted by group."""
+    group: Int64[Tensor, " R"]
+    """[R] group of each query token."""
     closing: Int64[Tensor, " G"]
-    """[G] the last prompt token of each ballot's turn."""
+    """[G] the last prompt token of each group's turn."""
 
-    def count(self, sequence: PackedSequence, ballots: Float[Tensor, "G L"]) -> Float[Tensor, " T"]:
-        """[T] the score of each token, 0 where no ballot counts.
+    def combine(self, sequence: PackedSequence, scores: Float[Tensor, "G L"]) -> Float[Tensor, " T"]:
+        """[T] the score of each token, 0 where no group scores it.
 
         Args:
-            ballots: [G, L] what each turn says of the tokens of its sample, padded.
+            scores: [G, L] of the tokens of each group's sample by that group, padded.
         """
         turn, _ = pad(sequence.turn.clamp(min=1), sequence.segment, sequence.samples)  # [B, L]
-        own, voting = turn[self.segment], self.turn[:, None]
-        heard = upload(own == voting if self.turns == "first" else own <= voting, ballots.device)  # [G, L]
-        said, _ = pad(ballots.masked_fill(~heard, 0), self.segment, sequence.samples)  # [B, ballots of a sample, L]
-        known, _ = pad(heard, self.segment, sequence.samples)
+        own, scoring = turn[self.segment], self.turn[:, None]
+        mask = upload(own == scoring if self.turns == "first" else own <= scoring, scores.device)  # [G, L]
+        given, _ = pad(scores.masked_fill(~mask, 0), self.segment, sequence.samples)  # [B, groups of a sample, L]
+        known, _ = pad(mask, self.segment, sequence.samples)
         if self.turns == "max":
-            table = said.masked_fill(~known, -torch.inf).amax(1)
+            table = given.masked_fill(~known, -torch.inf).amax(1)
             table = table.masked_fill(~known.any(1), 0)
         else:
-            table = said.sum(1) / known.sum(1).clamp(min=1)
+            table = given.sum(1) / known.sum(1).clamp(min=1)
         return unpad(table, sequence.segment)
 
 
@@ -58,21 +58,21 @@ def question_text(sequence: PackedSequence) -> Bool[Tensor, " T"]:
     return (sequence.kind == Kind.PROMPT) & (sequence.turn >= 1)
 
 
-def candidates_and_voters(
+def candidates_and_queries(
     sequence: PackedSequence, visual_only: bool, lone_images: bool, turns: str = "first"
-) -> tuple[Bool[Tensor, " T"], Voters]:
-    """Who may be dropped and who votes.
+) -> tuple[Bool[Tensor, " T"], QueryGroups]:
+    """What may be dropped, and what scores it.
 
     Candidates are the visual and prompt tokens (system text counts to the first turn) of turns that have a visual token
-    and somebody to vote on it. Never a candidate: special tokens and role markers, answers, tokens with a target, the
+    and a query token to score it. Never a candidate: special tokens, role markers, answers, tokens with a target, the
     last token before each answer, and the last token of a sample.
 
     Args:
         visual_only: text tokens are not candidates.
-        lone_images: a turn without question text votes, too, through its closing token.
+        lone_images: a turn without question text scores, too, by its closing token.
         turns: `first`, `mean` or `max`.
     Returns:
-        candidate [T], and the voters; no candidate where there is no voter.
+        candidate [T], and the query groups; no candidate where there is no group.
     """
     count = len(sequence)
     turn = sequence.turn.clamp(min=1)
@@ -85,9 +85,9 @@ def candidates_and_voters(
     before_answer[:-1] = answer[1:] & ~answer[:-1] & ~last[:-1]
     protected = last | before_answer | (sequence.target != IGNORE)
     visual, prompt = sequence.visual, sequence.kind == Kind.PROMPT
-    rater = question_text(sequence)
-    if sequence.rater is not None:
-        rater = rater & sequence.rater
+    query = question_text(sequence)
+    if sequence.query is not None:
+        query = query & sequence.query
     candidate = (visual | (prompt & (not visual_only))) & ~protected
 
     size = sequence.samples * most
@@ -102,18 +102,18 @@ def candidates_and_voters(
     asking = ~answer & (order < reply[key])
     closing = torch.full((size,), -1, dtype=torch.long)
     closing = closing.scatter_reduce(0, key[asking], order[asking], "amax")
-    asked = some(rater)
-    voice = (asked | lone_images) & (closing >= 0).view(-1, most)
+    asked = some(query)
+    able = (asked | lone_images) & (closing >= 0).view(-1, most)
     shown = some(visual & ~protected)
     if turns == "first":
-        active = voting = shown & voice
+        active = scoring = shown & able
     else:
-        active = shown & voice.flip(1).int().cummax(1).values.flip(1).bool()
-        voting = voice & active.int().cummax(1).values.bool()
-    rows = voting.flatten().nonzero().squeeze(1)
-    ballot = torch.where(voting, voting.flatten().cumsum(0).view_as(voting) - 1, -1).flatten()
-    silent = rows[~asked.flatten()[rows]]  # turns that vote through their closing token alone
-    rater = rater.index_fill(0, closing[silent], True) & (ballot[key] >= 0)
-    raters = rater.nonzero().squeeze(1)
-    voters = Voters(turns, rows // most, rows % most, raters, ballot[key[raters]], closing[rows])
-    return candidate & active.flatten()[key], voters
+        active = shown & able.flip(1).int().cummax(1).values.flip(1).bool()
+        scoring = able & active.int().cummax(1).values.bool()
+    rows = scoring.flatten().nonzero().squeeze(1)
+    group = torch.where(scoring, scoring.flatten().cumsum(0).view_as(scoring) - 1, -1).flatten()
+    silent = rows[~asked.flatten()[rows]]  # turns that score by their closing token alone
+    query = query.index_fill(0, closing[silent], True) & (group[key] >= 0)
+    tokens = query.nonzero().squeeze(1)
+    groups = QueryGroups(turns, rows // most, rows % most, tokens, group[key[tokens]], closing[rows])
+    return candidate & active.flatten()[key], groups

@@ -6,6 +6,7 @@ from typing import Any
 
 from torch import Tensor
 
+from mmprune_train.config.knee import budget_of
 from mmprune_train.evaluation.budgets import BudgetRow, Report, distribution
 from mmprune_train.pruning.calibration import Solution
 from mmprune_train.reporting.tables import table
@@ -30,7 +31,7 @@ def outcome(solution: Solution | None) -> tuple[str, str]:
     if solution.value is None or solution.reached is None:
         return f"{solution.problem}: {low} to {high}", "-"
     jump = f" (jumps from {share(solution.jump[0])} to {share(solution.jump[1])})" if solution.jump else ""
-    return f"{solution.knob.name}={solution.value}", share(solution.reached) + jump
+    return f"{solution.parameter.name}={solution.value}", share(solution.reached) + jump
 
 
 def sentence(report: Report) -> str:
@@ -39,7 +40,7 @@ def sentence(report: Report) -> str:
     found, reached = outcome(row.solution)
     told = f"{row.name}, {found}: {reached} for a target of {asked.target} ({asked.measure}: {WHAT[asked.measure]})"
     whole = 0 if row.kept_at_target is None else int((row.kept_at_target == report.patches).sum())
-    if report.stage == "vision" and whole and row.name not in ("fixed_ratio", "fixed_count"):
+    if report.stage == "vision" and whole and not budget_of(row.knee).fixed:
         told += f"\n{whole} of {report.images} images are kept whole at that value"
     return told
 
@@ -105,7 +106,7 @@ def _row(row: BudgetRow) -> dict[str, Any]:
     if row.solution is not None:
         solution = row.solution
         found["target"] = {
-            "parameter": solution.knob.name,
+            "parameter": solution.parameter.name,
             "value": solution.value,
             "reached": solution.reached,
             "reachable": list(solution.reachable),

@@ -7,8 +7,7 @@ from collections.abc import Mapping, Sequence
 from statistics import fmean
 from typing import Any
 
-from mmprune_train.config.explain import nearest
-from mmprune_train.errors import UserError
+from mmprune_train.errors import UserError, nearest
 
 ASKED = ("evaluated_with", "asked", "data")
 """Parts of a result, wherever they stand, that say what was asked, not what was found."""

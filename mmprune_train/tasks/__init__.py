@@ -6,9 +6,8 @@ import importlib
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from mmprune_train.config.explain import unknown_name
 from mmprune_train.config.typed import key_of
-from mmprune_train.errors import UserError
+from mmprune_train.errors import UserError, unknown_name
 
 if TYPE_CHECKING:
     from mmprune_train.config.schema import Config

@@ -16,10 +16,10 @@ from mmprune_train.benchmark.generation import GenerationCost, generation_costs
 from mmprune_train.benchmark.lengths import LengthsCost, lengths_cost
 from mmprune_train.benchmark.selection import SelectionCost, selection_costs
 from mmprune_train.benchmark.steps import BASELINE, PARTS, StepCost, Way, padded, pruned, step_costs
-from mmprune_train.config.checks import check_feature_cache, check_pruner_fits
 from mmprune_train.config.compose import load_pruner
 from mmprune_train.config.identity import run_dir
 from mmprune_train.config.pruner import reads_text
+from mmprune_train.config.pruner_fits import check_feature_cache, check_pruner_fits
 from mmprune_train.config.pruner_schema import PrunerConfig
 from mmprune_train.config.schema import Config
 from mmprune_train.data.batch import Batch

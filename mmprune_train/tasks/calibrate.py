@@ -10,9 +10,9 @@ from typing import Any
 
 import torch
 
+from mmprune_train.components.registry import declared, find
 from mmprune_train.config.compose import to_yaml
 from mmprune_train.config.identity import run_dir
-from mmprune_train.config.pruner import KNEE_METHODS
 from mmprune_train.config.pruner_schema import PrunerConfig
 from mmprune_train.config.schema import Config
 from mmprune_train.config.task_schema import CalibrateConfig
@@ -22,7 +22,7 @@ from mmprune_train.data.records import Record, read_records
 from mmprune_train.data.sources import split_files
 from mmprune_train.data.templates import get_template
 from mmprune_train.errors import UserError
-from mmprune_train.evaluation.budgets import BudgetRow, Report, report_budgets
+from mmprune_train.evaluation.budgets import BudgetRow, Report, budgets_asked, report_budgets
 from mmprune_train.evaluation.calibration import (
     EncodedImages,
     Encoder,
@@ -37,7 +37,7 @@ from mmprune_train.model.llava import PackedLlava
 from mmprune_train.model.vision import encode
 from mmprune_train.model.weights.start import first_start
 from mmprune_train.pruning import Pruner
-from mmprune_train.pruning.calibration import ScoredImages, knob_of
+from mmprune_train.pruning.calibration import ScoredImages, searched
 from mmprune_train.quiet import quiet
 from mmprune_train.reporting.budget_figure import KeptTokens, draw_budgets
 from mmprune_train.reporting.calibration import WHAT, outcome, sentence, share, summary, text
@@ -88,7 +88,7 @@ def run(config: Config) -> dict[str, Any]:
         low, high = own.solution.reachable
         raise UserError(
             f"calibrate.target={asked.target}: {own.name} keeps {share(low)} to {share(high)} of this sample, whatever "
-            f"its {own.solution.knob.name} ({own.solution.problem}); choose another target, or another knee="
+            f"its {own.solution.parameter.name} ({own.solution.problem}); choose another target, or another knee="
         )
     if PRESET in written:
         print(f"\n{sentence(report)}\nNext: {result['next']}", flush=True)
@@ -107,11 +107,11 @@ def check_subject(pruner: PrunerConfig, asked: CalibrateConfig) -> None:
             f"calibrate.measure=vision: pruner={pruner.name} has no stage 1; set calibrate.measure=layer_mean, or "
             "pruner=twostage"
         )
-    method = (vision if vision.enabled else language).knee.method
-    if asked.measure == "layer_mean" and asked.target is not None and knob_of(method, 1) is None:
-        able = [name for name in KNEE_METHODS if knob_of(name, 1)]
+    knee = (vision if vision.enabled else language).knee
+    if asked.measure == "layer_mean" and asked.target is not None and searched(knee, 1) is None:
+        able = [one.name for one in declared()["budget"].values() if one.calibrated]
         raise UserError(
-            f"calibrate.measure=layer_mean: {method} has no parameter to solve for; choose knee={able[0]} (or "
+            f"calibrate.measure=layer_mean: {knee.method} has no parameter to solve for; choose knee={able[0]} (or "
             f"{', '.join(able[1:])}), or set calibrate.target=null"
         )
 
@@ -175,7 +175,8 @@ def measure(config: Config, subject: Subject) -> tuple[Report, EncodedImages]:
         raise UserError(f"data.{asked.split}.annotations: no sample has an image; choose another calibrate.split")
     dtype = choose_precision(config.trainer.precision, subject.device.type).dtype
     passing = asked.measure == "layer_mean"
-    ranks = pruner.vision.enabled and "effective_rank" in (*(asked.budgets or KNEE_METHODS), pruner.vision.knee.method)
+    budgets = [find("budget", name, "knee.method") for name in [*budgets_asked(asked), pruner.vision.knee.method]]
+    ranks = pruner.vision.enabled and any("feature_rank" in one.reads for one in budgets)
     images = encode_images(
         subject.encoder,
         Pruner(pruner),
@@ -187,7 +188,7 @@ def measure(config: Config, subject: Subject) -> tuple[Report, EncodedImages]:
         ranks,
         passing,
     )
-    scored = None if images.scores is None else ScoredImages(pruner.vision, images.scores, images.spread)
+    scored = None if images.scores is None else ScoredImages(pruner.vision, images.scores, images.feature_rank)
     passes = sample_passes(config, subject, drawn, images, dtype) if passing else None
     return report_budgets(asked, pruner, scored, passes, len(paths), len(drawn), images.patches), images
 

@@ -12,10 +12,10 @@ from typing import Any
 
 from omegaconf import OmegaConf
 
-from mmprune_train.config.checks import check_pruner_fits
 from mmprune_train.config.compose import config_from_file
 from mmprune_train.config.identity import home_dir, run_dir, run_of
 from mmprune_train.config.pruner import components
+from mmprune_train.config.pruner_fits import check_pruner_fits
 from mmprune_train.config.pruner_schema import PrunerConfig
 from mmprune_train.config.schema import Config
 from mmprune_train.config.typed import command_line, key_of

@@ -18,7 +18,7 @@ from mmprune_train.data.batch import Batch, Place
 from mmprune_train.model.flops import StepFlops
 from mmprune_train.model.llava import PackedLlava
 from mmprune_train.pruning import PruningTrace
-from mmprune_train.pruning.schedule import pace
+from mmprune_train.pruning.schedule import budget_override
 from mmprune_train.training.freezing import Part
 from mmprune_train.training.optim import NO_DECAY, adamw, parameter_groups, schedule
 from mmprune_train.training.spread import Spreading
@@ -147,8 +147,8 @@ class MultimodalModule(pl.LightningModule):
 
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
         pruner = self.model.pruner
-        now = pace(pruner.settings.schedule, batch.place.step, self.total_steps, f"{self.seed}/{self.stage_name}")
-        with pruner.paced(now):
+        key = f"{self.seed}/{self.stage_name}"
+        with pruner.overriding(budget_override(pruner.settings.schedule, batch.place.step, self.total_steps, key)):
             output = self.model.forward_packed(batch.sequence, batch.pixel_values, patches=batch.patches)
         counts = output.trace.counts()
         for name in TOTALS:

@@ -3,9 +3,10 @@
 import pytest
 
 from mmprune_train.config.compose import compose_config, config_from_file, to_yaml
-from mmprune_train.config.notes import notes
-from mmprune_train.config.pruner import idle_budgets, idle_knee
+from mmprune_train.config.notes import idle_budgets, idle_knee, notes
 from mmprune_train.errors import UserError
+
+RECYCLE = "pruner.language.merge=recycle"
 
 
 @pytest.mark.parametrize(
@@ -94,17 +95,32 @@ def test_typos_are_answered_with_the_nearest_valid_word(override, words):
         (["pruner.language.layer=two"], "layer index"),
         (["pruner.language.layer=1.5"], "a share of the depth"),
         (["pruner.language.layer=[0.5,0.25]"], "must rise"),
-        (["pruner.language.layer=0", "pruner.language.signal=previous"], "signal=previous: no layer comes before"),
+        (
+            ["pruner.language.layer=0", "pruner.language.score_layer=previous"],
+            "previous: no layer comes before",
+        ),
         (["pruner.language.turns=last"], "pruner.language.turns"),
-        (["pruner.language.signal=prev"], "did you mean previous"),
+        (["pruner.language.score_layer=prev"], "did you mean previous"),
         (["pruner.language.merge=recicle"], "did you mean recycle"),
-        (["pruner.language.merge_share=0"], "merge_share=0.0 must be more than 0: a share"),
-        (["pruner.language.merge_size=0"], "merge_size=0 must be at least 1"),
-        (["pruner.language.raters=relevant", "pruner.language.score=key_norm"], "set pruner.language.raters=all"),
-        (["pruner.language.amounts=[0.5]"], "knee.method=fixed_ratio or fixed_count"),
-        (["knee=fixed_ratio", "pruner.language.amounts=[0.5,0.2]"], "one entry for each of pruner.language.layer=2"),
-        (["knee=fixed_ratio", "pruner.language.amounts=[2]"], "shares of the tokens"),
-        (["knee=fixed_count", "pruner.language.amounts=[2.5]"], "whole numbers"),
+        (
+            ["pruner.language.merge=recycle", "pruner.language.merge_args.share=0"],
+            "share=0.0 must be more than 0: a share",
+        ),
+        (
+            ["pruner.language.merge=recycle", "pruner.language.merge_args.size=0"],
+            "merge_args.size=0 must be at least 1",
+        ),
+        (
+            ["pruner.language.query_tokens=relevant", "pruner.language.score=key_norm"],
+            "set pruner.language.query_tokens=all",
+        ),
+        (["pruner.language.per_layer_budgets=[0.5]"], "knee.method=fixed_ratio or fixed_count"),
+        (
+            ["knee=fixed_ratio", "pruner.language.per_layer_budgets=[0.5,0.2]"],
+            "each of pruner.language.layer=2",
+        ),
+        (["knee=fixed_ratio", "pruner.language.per_layer_budgets=[2]"], "at most 1: a share of the tokens"),
+        (["knee=fixed_count", "pruner.language.per_layer_budgets=[2.5]"], "must be a whole number"),
         (["encoder.has_cls=false"], "needs a CLS token.*add pruner.vision.score=pooled_cosine"),
         (["pruner.vision.score=map_attention"], "attention pooling head.*add pruner.vision.score=cls_attention"),
         (["encoder.image_size=64"], "encoder.image_size=48"),
@@ -124,11 +140,11 @@ def test_typos_are_answered_with_the_nearest_valid_word(override, words):
         (["pruner.vision.merge=prumrge"], "did you mean prumerge"),
         (["pruner.vision.space=projector"], "did you mean projected"),
         (["pruner.vision.order=rnk"], "did you mean rank"),
-        (["pruner.vision.share=1.5"], "share of the budget that goes by score"),
-        (["pruner.vision.merge_count=0"], "pruner.vision.merge_count=0 must be at least 1"),
+        (["pruner.vision.selection=top_and_distinct", "pruner.vision.selection_args.share=1.5"], "at most 1"),
+        (["pruner.vision.merge=nearest", "pruner.vision.merge_args.count=1"], "nearest has no parameter count"),
         (["pruner.vision.layer=99"], "pruner.vision.layer=99: encoder tiny_clip has .* blocks"),
         (["pruner.vision.order=rank", "pruner.vision.positions=original"], "set pruner.vision.positions=contiguous"),
-        (["pruner.vision.merge=prumerge", "pruner.vision.score=cls_cosine"], "score=cls_attention_wide"),
+        (["pruner.vision.merge=prumerge", "pruner.vision.score=cls_cosine"], "set pruner.vision.score=cls_attention,"),
         (["optim.betas=[0.9]"], "two numbers"),
         (["peft.dropout=1"], "probability"),
         (["trainer.save_every_minutes=0"], "more than 0; null saves by trainer.checkpoint_every_steps"),
@@ -172,7 +188,7 @@ def test_a_knee_that_moves_nothing_is_told(smoke, overrides, words):
         (["pruner=encoder_only", "knee.min_tokens=16"], "pruner.vision.knee.min_tokens=16"),
         (["pruner=encoder_only", "knee=cumulative_mass", "knee.mass=1"], "pruner.vision.knee.mass=1.0"),
         (["pruner=language_only", "pruner.language.min_per_image=16"], "pruner.language.min_per_image=16"),
-        (["pruner=sparsevlm"], "pruner.language.amounts=[303.0, 110.0, 36.0]"),
+        (["pruner=sparsevlm"], "pruner.language.per_layer_budgets=[303.0, 110.0, 36.0]"),
         (
             ["pruner=recoverable", "encoder=tiny_clip", "pruner.vision.recover.knee.min_tokens=99"],
             "recover.knee.min_tok",
@@ -180,7 +196,7 @@ def test_a_knee_that_moves_nothing_is_told(smoke, overrides, words):
         (["pruner=fastervlm", "pruner.vision.knee.max_tokens=5"], None),
         (["pruner=fastervlm", "pruner.vision.knee.count=15"], None),
         (["pruner=encoder_only", "knee=fixed_ratio", "knee.ratio=1", "pruner.schedule.name=random"], None),
-        (["pruner=sparsevlm", "pruner.language.amounts=[300,100,5]"], None),
+        (["pruner=sparsevlm", "pruner.language.per_layer_budgets=[300,100,5]"], None),
         (["pruner=none", "knee=fixed_ratio", "knee.ratio=1"], None),
         ([], None),
     ],

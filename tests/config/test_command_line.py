@@ -61,15 +61,18 @@ def test_help_names_every_task_and_every_group_option(tmp_path):
         (["pruner=twostge"], "did you mean twostage?"),
         (["task=trian"], "did you mean train?"),
         (["seed=x"], "seed=x"),
+        (["+experiment=smoke", "pruner.vision.score=mine:edges", "pruner.vision.score_args.radus=1"], "mean radius?"),
         (["encoder=siglip_so400m_384"], "add pruner.vision.score=map_attention (or pooled_cosine, "),
     ],
 )
 def test_wrong_input_exits_with_2_and_one_line(arguments, words, tmp_path):
+    mine = tmp_path / "mine.py"
+    mine.write_text("import torch\ndef edges(view, *, radius=1): ...\n")
     answer = mmprune(*arguments, cwd=tmp_path, before=NO_TORCH)
     assert answer.returncode == 2
     assert words in answer.stderr
     assert len(answer.stderr.strip().splitlines()) == 1
-    assert list(tmp_path.iterdir()) == []
+    assert list(tmp_path.iterdir()) == [mine]
 
 
 def test_presets_of_a_config_dir_are_options_like_the_others(tmp_path):

@@ -16,7 +16,7 @@ from mmprune_train.model.cache import PrunedCache
 from mmprune_train.model.llava import PackedLlava
 
 HALF = {"method": "fixed_ratio", "ratio": 0.5}
-TWICE = {"layer": [1, 3], "knee": HALF, "amounts": None}
+TWICE = {"layer": [1, 3], "knee": HALF, "per_layer_budgets": None}
 PRUNERS: dict[str, Any] = {
     "none": "none",
     "encoder_only": {"name": "encoder_only", "vision": {"knee": HALF}},
@@ -31,7 +31,10 @@ PRUNERS: dict[str, Any] = {
     },
     "fastv": {"name": "fastv", "language": {"knee": HALF}},
     "pyramid_of_the_first": {"name": "pyramiddrop", "language": {"turns": "first", "layer": [1, 2]}},
-    "sparsevlm": {"name": "sparsevlm", "language": {"layer": [1, 3], "amounts": [5, 3], "merge_size": 3}},
+    "sparsevlm": {
+        "name": "sparsevlm",
+        "language": {"layer": [1, 3], "per_layer_budgets": [5, 3], "merge_args": {"size": 3}},
+    },
     "key_norm": {"name": "language_only", "language": {**TWICE, "score": "key_norm", "turns": "mean"}},
     "cdpruner": {"name": "cdpruner", "vision": {"knee": HALF}},
 }

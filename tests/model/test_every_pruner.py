@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 from tiny import IMAGE_TOKEN, PATCHES, SIDE, packed, tiny_llava
 from torch import Tensor
 
+from mmprune_train.config.compose import load_pruner
 from mmprune_train.config.paths import options
 from mmprune_train.config.schema import PeftConfig, StageConfig
 from mmprune_train.data.batch import Sample, collate
@@ -30,7 +31,12 @@ DRAWN = ("random",)
 def settings_of(name: str) -> dict:
     """The preset with budgets that bite on nine patches; PruMerge+ adds every third patch to one, all to more."""
     budget = {"method": "fixed_ratio", "ratio": 0.15 if name == "prumerge_plus" else 0.4}
-    return {"name": name, "vision": {"knee": budget, "merge_count": 2}, "language": {"knee": budget, "amounts": None}}
+    merging = {"merge_args": {"count": 2}} if load_pruner(name).vision.merge != "none" else {}
+    return {
+        "name": name,
+        "vision": {"knee": budget, **merging},
+        "language": {"knee": budget, "per_layer_budgets": None},
+    }
 
 
 Turn = tuple[int, int, int]

@@ -25,7 +25,7 @@ COUNTS = [7, 4, 2]
 SMALL: dict[str, dict] = {
     "fastv": {},
     "pyramiddrop": {},
-    "sparsevlm": {"layer": [1, 2, 3], "amounts": COUNTS, "merge_share": 0.6, "merge_size": 3},
+    "sparsevlm": {"layer": [1, 2, 3], "per_layer_budgets": COUNTS, "merge_args": {"share": 0.6, "size": 3}},
 }
 """The presets with budgets that bite on a few patches and four layers."""
 BATCHES = [([2], [9]), ([1, 0, 2, 3, 1], [8, 7, 6, 11, 5])]
@@ -230,7 +230,7 @@ def test_training_reaches_projector_and_adapters(name: str, half: bool) -> None:
 
 def test_gradients_flow_through_every_member_of_a_cluster() -> None:
     """With one token kept and one cluster of all others, every patch still reaches the loss behind the drop."""
-    model = method(tiny_llava(), "sparsevlm", layer=[3], amounts=[1], merge_share=1.0, merge_size=100)
+    model = method(tiny_llava(), "sparsevlm", layer=[3], per_layer_budgets=[1], merge_args={"share": 1.0, "size": 100})
     states: list[Tensor] = []
     layers = model.hf.model.language_model.layers
     layers[2].register_forward_hook(lambda _, __, out: states.append(out) or out.retain_grad())
@@ -253,7 +253,9 @@ def entering(model: PackedLlava, layer: int, inputs: dict[str, Tensor], labels: 
 def test_supervised_and_protected_tokens_are_never_touched() -> None:
     """Neither dropped nor changed by a merge, however greedy the budget."""
     for name in SLOW:
-        greedy = {"sparsevlm": {"amounts": [1, 1, 1], "merge_share": 1.0}}.get(name, {"knee": {"ratio": 0.01}})
+        greedy = {"sparsevlm": {"per_layer_budgets": [1, 1, 1], "merge_args": {"share": 1.0}}}.get(
+            name, {"knee": {"ratio": 0.01}}
+        )
         model = method(tiny_llava(), name, **greedy)
         inputs = tiny_inputs([2, 1], [9, 7])
         labels = inputs["input_ids"].masked_fill(inputs["attention_mask"] == 0, -100)  # patches supervised, too
@@ -287,15 +289,15 @@ def test_layers_that_an_llm_has_not_are_refused() -> None:
         packed(hf, {"name": "fastv", "language": {"layer": 16}})
     with pytest.raises(UserError, match="must rise, and in 4 layers they are"):
         packed(hf, {"name": "pyramiddrop", "language": {"layer": [3, 0.25]}})
-    with pytest.raises(UserError, match="signal=previous: no layer comes before"):
+    with pytest.raises(UserError, match="score_layer=previous: no layer comes before"):
         packed(hf, {"name": "fastv", "language": {"layer": 0}})
 
 
 @pytest.mark.parametrize(
-    ("knee", "amounts", "left"), [("fixed_ratio", [0.7, 0.5], [6, 3]), ("fixed_count", [8, 5], [8, 5])]
+    ("knee", "budgets", "left"), [("fixed_ratio", [0.7, 0.5], [6, 3]), ("fixed_count", [8, 5], [8, 5])]
 )
-def test_each_layer_has_its_own_amount(knee: str, amounts: list[float], left: list[int]) -> None:
-    language = {"layer": [1, 0.75], "knee": {"method": knee}, "amounts": amounts, "candidates": "visual"}
+def test_each_layer_has_its_own_amount(knee: str, budgets: list[float], left: list[int]) -> None:
+    language = {"layer": [1, 0.75], "knee": {"method": knee}, "per_layer_budgets": budgets, "candidates": "visual"}
     model = packed(tiny_llava(), {"name": "language_only", "language": language})
     with torch.no_grad():
         model(**tiny_inputs([1, 1], [7, 9]))
@@ -307,7 +309,8 @@ def test_made_tokens_are_counted_where_they_run() -> None:
     hf, inputs = tiny_llava(), tiny_inputs([1], [9])
     cost = {}
     for merge in ("recycle", "none"):
-        model = method(hf, "sparsevlm", merge=merge)
+        given = SMALL["sparsevlm"]["merge_args"] if merge != "none" else {}
+        model = method(hf, "sparsevlm", merge=merge, merge_args=given)
         with torch.no_grad():
             model(**inputs)
         cost[merge] = StepFlops(model)(model.last_pruning, 1, 1)

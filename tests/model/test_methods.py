@@ -10,6 +10,7 @@ from dataclasses import dataclass
 import numpy as np
 import pytest
 import torch
+from loaded import VISION_SCORES
 from sklearn.neighbors import LocalOutlierFactor
 from tiny import IMAGE_TOKEN, PATCHES, labels_of, packed, rows_of, tiny_clip, tiny_inputs, tiny_llava, words
 from torch import Tensor
@@ -23,21 +24,21 @@ from mmprune_train.model.llava import PackedLlava
 from mmprune_train.model.question import tiny_question_tokenizer
 from mmprune_train.model.vision import encode
 from mmprune_train.pruning.merging import centres
-from mmprune_train.pruning.scores import VISION_SCORES, even_order
+from mmprune_train.pruning.vision_scores import even_order
 from mmprune_train.training.freezing import freeze, store_frozen
 
 FACTOR = 0.2  # nine patches have no outliers at 1.5
 SMALL: dict[str, dict] = {
     "uniform": {"knee": {"ratio": 0.5}},
-    "prumerge": {"knee": {"factor": FACTOR}, "merge_count": 3},
-    "prumerge_plus": {"knee": {"factor": FACTOR}, "merge_count": 3},
-    "visionzip": {"knee": {"count": 4}, "merge_count": 2},
+    "prumerge": {"knee": {"factor": FACTOR}, "merge_args": {"count": 3}},
+    "prumerge_plus": {"knee": {"factor": FACTOR}, "merge_args": {"count": 3}},
+    "visionzip": {"knee": {"count": 4}, "merge_args": {"count": 2}},
     "fastervlm": {"knee": {"count": 4}},
     "vispruner": {"knee": {"count": 5}},
     "divprune": {"knee": {"ratio": 0.5}},
     "dpp": {"knee": {"count": 4}},
     "cdpruner": {"knee": {"count": 4}},
-    "recoverable": {"knee": {"neighbors": 2}, "recover": {"knee": {"neighbors": 2}}, "merge_count": 3},
+    "recoverable": {"knee": {"neighbors": 2}, "recover": {"knee": {"neighbors": 2}}, "merge_args": {"count": 3}},
 }
 """The presets with budgets that bite on nine patches."""
 
@@ -222,7 +223,7 @@ def recoverable(seen: Seen) -> Answer:
     kept = torch.zeros(1, PATCHES, dtype=torch.bool)
     kept[0, [*first, *back]] = True
     features, places = centres(  # held to its own re-derivation in tests/pruning/test_merging.py
-        seen.states[None], kept, seen.wide[None], seen.last_keys[None], 3, seen.bare[None]
+        seen.states[None], kept, seen.wide[None], seen.last_keys[None], seen.bare[None], count=3
     )
     order = places[0].nonzero().squeeze(1).tolist()
     return order, {i: features[0, i] for i in order}

@@ -14,8 +14,7 @@ from torch import Tensor
 from mmprune_train.config.compose import as_saved, load_pruner
 from mmprune_train.data.batch import collate
 from mmprune_train.errors import UserError
-from mmprune_train.pruning import Kind
-from mmprune_train.pruning.scores import LANGUAGE_SCORES
+from mmprune_train.pruning import Kind, language_scores
 
 CHATS = [[(2, 4, 2)], [(1, 3, 2), (3, 2, 1)], [(1, 5, 1)], [(0, 3, 2)]]
 
@@ -27,7 +26,7 @@ def by_place(view: Any) -> Tensor:
 
 @pytest.fixture
 def first_wins(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(LANGUAGE_SCORES, "random", by_place)
+    monkeypatch.setattr(language_scores, "random_language", by_place)
 
 
 def left(language: dict[str, Any], chats: list = CHATS, vision: Any = None) -> tuple[list[list[int]], Any]:

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from loaded import VISION_SCORES
 from PIL import Image
 from tiny import PATCHES, SIDE, annotate, labels_of, packed, tiny_clip, tiny_inputs, tiny_llava, words
 from torch import Tensor
@@ -35,9 +36,9 @@ from mmprune_train.model.question import (
     looks_of,
     tiny_question_tokenizer,
 )
-from mmprune_train.pruning import IGNORE, Kind, Pruner
+from mmprune_train.pruning import IGNORE, Kind, Pruner, vision_scores
 from mmprune_train.pruning.merging import centres
-from mmprune_train.pruning.scores import VISION_SCORES, VisionView
+from mmprune_train.pruning.views import VisionView
 from mmprune_train.training.freezing import freeze, freezing_table, store_frozen
 from mmprune_train.training.module import InstructModule
 from mmprune_train.training.optim import parameter_groups
@@ -164,16 +165,12 @@ def test_beams_of_one_prompt_ask_once() -> None:
 # ---------------------------------------------------------------------- no question
 
 
-def test_without_a_question_diversity_alone_decides_and_nothing_comes_back() -> None:
+def test_without_a_question_diversity_alone_decides_and_nothing_comes_back(monkeypatch: pytest.MonkeyPatch) -> None:
     hf = tiny_llava()
     silent = collate([sample("a", [5], [10, 11], Kind.SPECIAL), sample("b", [6], [], Kind.SPECIAL)])
     kept, _ = run(packed(hf, CDPRUNER), silent)
-    flat = VISION_SCORES["uniform_grid"]
-    try:
-        VISION_SCORES["uniform_grid"] = lambda view: torch.zeros(view.patches.shape[:2])
-        diverse, _ = run(packed(hf, {"name": "dpp", "vision": {**CDPRUNER["vision"], "score": "uniform_grid"}}), silent)
-    finally:
-        VISION_SCORES["uniform_grid"] = flat
+    monkeypatch.setattr(vision_scores, "uniform_grid", lambda view: torch.zeros(view.patches.shape[:2]))
+    diverse, _ = run(packed(hf, {"name": "dpp", "vision": {**CDPRUNER["vision"], "score": "uniform_grid"}}), silent)
     assert kept == diverse
     first, _ = run(packed(hf, RECOVERABLE), silent)
     off = {**RECOVERABLE["vision"], "recover": {"enabled": False}}
@@ -220,12 +217,12 @@ def test_centres_listen_to_the_question_of_the_recovering_pass() -> None:
         question=lambda normed: sides,
         asked=torch.tensor([True, True]),
     )
-    pruner = Pruner(load_pruner({"name": "recoverable", "vision": {"merge_count": 3}}))
+    pruner = Pruner(load_pruner({"name": "recoverable", "vision": {"merge_args": {"count": 3}}}))
     kept, scores = pruner.keep_patches(view)
     found, places = pruner.merge_patches(patches, kept, scores, view)
     text = VISION_SCORES["text_similarity_bare"](view)
-    expected = centres(patches, kept, scores, keys[:, 1:], 3, text)
-    deaf = centres(patches, kept, scores, keys[:, 1:], 3)
+    expected = centres(patches, kept, scores, keys[:, 1:], text, count=3)
+    deaf = centres(patches, kept, scores, keys[:, 1:], count=3)
     assert bool((places != kept).any()) and torch.equal(places, expected[1])
     torch.testing.assert_close(found, expected[0])
     assert not torch.allclose(found, deaf[0])

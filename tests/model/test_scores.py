@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+from loaded import LANGUAGE_SCORES, VISION_SCORES
 from tiny import IMAGE_TOKEN, PATCHES, TEXT, VISION, annotate, packed, tiny_inputs, tiny_llava
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -20,7 +21,7 @@ from transformers import (
     SiglipVisionConfig,
 )
 
-from mmprune_train.config import pruner as parts
+from mmprune_train.config import pruner_fits as parts
 from mmprune_train.config.schema import EncoderConfig, StageConfig
 from mmprune_train.errors import UserError
 from mmprune_train.model.flops import StepFlops
@@ -28,18 +29,10 @@ from mmprune_train.model.inputs import pack
 from mmprune_train.model.language import ScoringKeys, check_language_model, rotary
 from mmprune_train.model.vision import encode, family_of
 from mmprune_train.pruning import Kind, PackedSequence, find_knee
-from mmprune_train.pruning.merging import MERGES
-from mmprune_train.pruning.scores import (
-    LANGUAGE_SCORES,
-    NEEDS,
-    VISION_SCORES,
-    LanguageView,
-    VisionView,
-    even_order,
-    possible_scores,
-)
-from mmprune_train.pruning.selection import SELECTIONS
-from mmprune_train.pruning.turns import Voters
+from mmprune_train.pruning.parts import possible_scores
+from mmprune_train.pruning.turns import QueryGroups
+from mmprune_train.pruning.views import LanguageView, VisionView
+from mmprune_train.pruning.vision_scores import even_order
 from mmprune_train.training.freezing import freeze, store_frozen
 
 
@@ -137,7 +130,7 @@ def test_every_encoder_gives_its_scores_or_says_which_it_can_give(vision: str, s
         scores = VISION_SCORES[score](view)
         assert scores.shape == (2, PATCHES) and scores.dtype == torch.float32 and scores.isfinite().all()
     else:
-        words = f"score={score} needs .* which {view.encoder} has not; .*: {', '.join(possible)}$"
+        words = f"score={score} needs .* which {view.encoder} does not have; .*: {', '.join(possible)}$"
         with pytest.raises(UserError, match=words):
             VISION_SCORES[score](view)
 
@@ -210,15 +203,6 @@ def test_an_encoder_that_llava_cannot_feed_is_refused_with_the_one_to_take() -> 
 # ---------------------------------------------------------------------- both stages
 
 
-def test_the_config_knows_the_same_scores_selections_and_merges() -> None:
-    assert tuple(VISION_SCORES) == parts.VISION_SCORES
-    assert tuple(LANGUAGE_SCORES) == parts.LANGUAGE_SCORES
-    assert {name: part for name, (_, part) in NEEDS.items()} == parts.SCORE_NEEDS
-    assert tuple(SELECTIONS) == parts.SELECTIONS
-    assert ("none", *MERGES) == parts.MERGES
-    assert set(parts.RATED_SCORES) < set(LANGUAGE_SCORES)
-
-
 @pytest.mark.parametrize("vision", VISION)
 def test_the_config_knows_which_scores_an_encoder_can_give(vision: str) -> None:
     arch = VISION[vision]().to_dict()
@@ -263,8 +247,8 @@ def test_no_stage_two_score_holds_tokens_times_tokens(score: str, text: str) -> 
     with torch.no_grad():
         cos, sin = rotary(language, hidden[None], place[None])
         keys = ScoringKeys(language.layers[2], hidden, cos[0], sin[0])
-        voters = Voters("first", zeros[:1], zeros[:1] + 1, place[-9:-1], zeros[:8], place[-1:])
-        view = LanguageView(sequence, hidden, keys, voters)
+        groups = QueryGroups("first", zeros[:1], zeros[:1] + 1, place[-9:-1], zeros[:8], place[-1:])
+        view = LanguageView(sequence, hidden, keys, groups)
         with Largest() as largest:
             LANGUAGE_SCORES[score](view)
     assert 0 < largest.entries < length**2 / 4

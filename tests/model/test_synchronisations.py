@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from types import SimpleNamespace
+from types import ModuleType, SimpleNamespace
 
 import pytest
 import torch
+from loaded import LANGUAGE_SCORES, SELECTIONS, VISION_SCORES
 from model.test_every_pruner import sample
 from pretend import PretendedDevice, move, on_device
 from tiny import packed, tiny_llava
@@ -17,9 +18,7 @@ from mmprune_train.data.batch import Batch, Place, collate
 from mmprune_train.errors import UserError
 from mmprune_train.model.llava import PackedLlava
 from mmprune_train.packed.host import fetch, take, upload
-from mmprune_train.pruning import available_budgets
-from mmprune_train.pruning.scores import LANGUAGE_SCORES, VISION_SCORES
-from mmprune_train.pruning.selection import SELECTIONS
+from mmprune_train.pruning import available_budgets, language_scores, vision_scores
 from mmprune_train.training.freezing import freeze
 from mmprune_train.training.module import InstructModule
 
@@ -150,12 +149,18 @@ def test_the_loss_is_read_once_an_optimizer_step() -> None:
 
 
 @pytest.mark.parametrize(
-    ("table", "preset", "told"),
+    ("module", "function", "preset", "told"),
     [
-        (VISION_SCORES, {"name": "random", "language": {"enabled": False}}, "scores row 0 holds NaN"),
-        (LANGUAGE_SCORES, {"name": "random", "vision": {"enabled": False}}, "scores row 0 holds NaN"),
+        (vision_scores, "random_vision", {"name": "random", "language": {"enabled": False}}, "scores row 0 holds NaN"),
         (
-            VISION_SCORES,
+            language_scores,
+            "random_language",
+            {"name": "random", "vision": {"enabled": False}},
+            "scores row 0 holds NaN",
+        ),
+        (
+            vision_scores,
+            "random_vision",
             {
                 "name": "encoder_only",
                 "vision": {"merge": "contextual", "recover": {"enabled": True, "score": "random"}},
@@ -165,17 +170,17 @@ def test_the_loss_is_read_once_an_optimizer_step() -> None:
     ],
 )
 def test_scores_that_cannot_be_ranked_are_found_with_what_stays(
-    table: dict, preset: dict, told: str, monkeypatch: pytest.MonkeyPatch
+    module: ModuleType, function: str, preset: dict, told: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    good = table["random"]
-    monkeypatch.setitem(table, "random", lambda view: good(view).index_fill(-1, torch.tensor([3, 4, 5]), torch.nan))
+    good, bad = getattr(module, function), torch.tensor([3, 4, 5])
+    monkeypatch.setattr(module, function, lambda view: good(view).index_fill(-1, bad, torch.nan))
     model = packed(tiny_llava(), preset).eval()  # in training the loss tells
     with pytest.raises(UserError, match=told):
         model.forward_packed(batch().sequence, batch().pixel_values)
 
 
 def test_negative_scores_that_a_budget_shares_out_are_found_with_what_stays(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(VISION_SCORES, "random", lambda view: -torch.rand(view.patches.shape[:2]))
+    monkeypatch.setattr(vision_scores, "random_vision", lambda view: -torch.rand(view.patches.shape[:2]))
     preset = {"name": "random", "vision": {"knee": {"method": "attention_entropy"}}}
     with pytest.raises(UserError, match="attention_entropy: scores row 0 is negative"):
         packed(tiny_llava(), preset).forward_packed(batch().sequence, batch().pixel_values)

@@ -180,7 +180,7 @@ def test_no_answer_ever_votes(score: str, turns: str) -> None:
     assert kept[0] == kept[1]
 
 
-def test_scores_without_voters_are_the_same_whatever_the_policy() -> None:
+def test_scores_without_query_tokens_are_the_same_whatever_the_policy() -> None:
     hf = tiny_llava()
     _, inputs = batch(CHAT)
     found = []
@@ -198,7 +198,7 @@ def test_scores_without_voters_are_the_same_whatever_the_policy() -> None:
 def test_the_rest_of_the_batch_never_changes_a_chat(name: str, turns: str) -> None:
     settings = {"turns": turns, "layer": [1, 2, 3]}
     if name == "sparsevlm":
-        settings |= {"amounts": [6, 4, 2], "merge_share": 0.6, "merge_size": 3}
+        settings |= {"per_layer_budgets": [6, 4, 2], "merge_args": {"share": 0.6, "size": 3}}
     model = packed(tiny_llava(), {"name": name, "language": settings})
     model.annotate = read
     rows, inputs = batch(CHAT)
@@ -213,14 +213,14 @@ def test_the_rest_of_the_batch_never_changes_a_chat(name: str, turns: str) -> No
                 assert torch.equal(kept[0], entered[index][row])
 
 
-def test_relevant_raters_of_each_turn_look_at_the_images_so_far() -> None:
+def test_relevant_query_tokens_of_each_turn_look_at_the_images_so_far() -> None:
     hf = tiny_llava()
-    model = packed(hf, {"name": "sparsevlm", "language": {"layer": 3, "amounts": None}})
+    model = packed(hf, {"name": "sparsevlm", "language": {"layer": 3, "per_layer_budgets": None}})
     model.annotate = read
     rows, inputs = batch(CHAT)
     chosen: list[Tensor] = []
     enter = model.pruner.enter_language
-    model.pruner.enter_language = lambda *args: chosen.append((out := enter(*args)).rater) or out
+    model.pruner.enter_language = lambda *args: chosen.append((out := enter(*args)).query) or out
     with torch.no_grad():
         model(**inputs)
     pixels = inputs["pixel_values"].split([sum(turn[0] for turn in turns) for turns in CHAT])

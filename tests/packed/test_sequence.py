@@ -10,7 +10,7 @@ import torch
 from mmprune_train.packed.padding import pad
 from mmprune_train.pruning import IGNORE, Kind, PackedSequence
 from mmprune_train.pruning.selection import top_mask
-from mmprune_train.pruning.turns import candidates_and_voters
+from mmprune_train.pruning.turns import candidates_and_queries
 
 V, P, A, S = Kind.VISUAL, Kind.PROMPT, Kind.ANSWER, Kind.SPECIAL
 
@@ -56,29 +56,29 @@ TWO_TURNS = [(S, 0), (P, 0), (V, 1), (V, 1), (P, 1), (S, 1), (A, 1), (S, 2), (V,
 
 def test_a_turn_is_voted_on_by_its_own_question_alone() -> None:
     text_only = [(S, 0), (P, 1), (S, 1)]
-    candidate, voters = candidates_and_voters(packed([TWO_TURNS, text_only]), visual_only=False, lone_images=False)
-    assert voters.segment.tolist() == [0, 0] and voters.turn.tolist() == [1, 2]
+    candidate, groups = candidates_and_queries(packed([TWO_TURNS, text_only]), visual_only=False, lone_images=False)
+    assert groups.segment.tolist() == [0, 0] and groups.turn.tolist() == [1, 2]
     assert places(candidate) == [1, 2, 3, 4, 8, 9]
-    assert voters.raters.tolist() == [4, 9]  # system text does not vote
-    assert voters.ballot.tolist() == [0, 1]
-    assert voters.closing.tolist() == [5, 10]
-    candidate, _ = candidates_and_voters(packed([TWO_TURNS, text_only]), visual_only=True, lone_images=False)
+    assert groups.tokens.tolist() == [4, 9]  # system text does not vote
+    assert groups.group.tolist() == [0, 1]
+    assert groups.closing.tolist() == [5, 10]
+    candidate, _ = candidates_and_queries(packed([TWO_TURNS, text_only]), visual_only=True, lone_images=False)
     assert places(candidate) == [2, 3, 8]
 
 
 def test_supervised_answer_neighbours_and_last_tokens_are_never_candidates() -> None:
     sample = [(S, 0), (V, 1), (V, 1), (P, 1), (P, 1), (A, 1), (P, 2), (V, 2), (P, 2)]
     for turns in ("first", "mean", "max"):
-        candidate, _ = candidates_and_voters(packed([sample], targets={4: 105, 1: 7}), False, False, turns)
+        candidate, _ = candidates_and_queries(packed([sample], targets={4: 105, 1: 7}), False, False, turns)
         assert places(candidate) == [2, 3, 6, 7]
 
 
 def test_an_image_without_question_text_waits_for_leave() -> None:
     caption = [(S, 0), (V, 1), (V, 1), (V, 1), (A, 1)]
-    candidate, voters = candidates_and_voters(packed([caption]), False, lone_images=False)
-    assert len(voters.segment) == 0 and not candidate.any()
-    candidate, voters = candidates_and_voters(packed([caption]), False, lone_images=True)
-    assert places(candidate) == [1, 2] and voters.closing.tolist() == voters.raters.tolist() == [3]
+    candidate, groups = candidates_and_queries(packed([caption]), False, lone_images=False)
+    assert len(groups.segment) == 0 and not candidate.any()
+    candidate, groups = candidates_and_queries(packed([caption]), False, lone_images=True)
+    assert places(candidate) == [1, 2] and groups.closing.tolist() == groups.tokens.tolist() == [3]
 
 
 def test_top_mask_breaks_ties_by_place_and_ignores_padding() -> None:
@@ -105,5 +105,5 @@ def test_the_pruning_package_imports_nothing_heavier_than_torch() -> None:
 def test_the_closing_token_is_the_last_before_the_answer() -> None:
     """A chat template's newline after an answer belongs to the turn, but has seen the answer."""
     sample = [(V, 1), (V, 1), (P, 1), (S, 1), (A, 1), (S, 1), (V, 2), (V, 2), (P, 2), (S, 2), (A, 2), (S, 2)]
-    _, voters = candidates_and_voters(packed([sample], targets={3: 104, 9: 110}), visual_only=False, lone_images=False)
-    assert voters.closing.tolist() == [3, 9]
+    _, groups = candidates_and_queries(packed([sample], targets={3: 104, 9: 110}), visual_only=False, lone_images=False)
+    assert groups.closing.tolist() == [3, 9]

@@ -33,9 +33,9 @@ FIXED = {"method": "fixed_ratio", "ratio": 0.5}
         "none",
         "fastv",
         "pyramiddrop",
-        {"name": "visionzip", "vision": {"knee": {"count": 3}, "merge_count": 2}},
+        {"name": "visionzip", "vision": {"knee": {"count": 3}, "merge_args": {"count": 2}}},
         {"name": "twostage", "vision": {"knee": FIXED}, "language": {"knee": FIXED}},
-        {"name": "sparsevlm", "language": {"amounts": [6, 3, 2]}},
+        {"name": "sparsevlm", "language": {"per_layer_budgets": [6, 3, 2]}},
     ],
     ids=str,
 )

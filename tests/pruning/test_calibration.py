@@ -9,10 +9,11 @@ import pytest
 import torch
 from tiny import packed, tiny_inputs, tiny_llava
 
+from mmprune_train.config.knee import with_value
 from mmprune_train.config.pruner_schema import KneeConfig, VisionStageConfig
 from mmprune_train.pruning import available_budgets, find_knee
-from mmprune_train.pruning.budgets import spread_of_features
-from mmprune_train.pruning.calibration import Knob, ScoredImages, knob_of, solve, tokens_left
+from mmprune_train.pruning.calibration import ScoredImages, Searched, searched, solve, tokens_left
+from mmprune_train.pruning.distribution_budgets import effective_rank_of
 
 IMAGES, SIZE = 60, 80
 STAGE = VisionStageConfig(knee=KneeConfig())
@@ -31,7 +32,7 @@ def features() -> torch.Tensor:
     return torch.randn((IMAGES, SIZE, 48), generator=generator, dtype=torch.float64) * weight
 
 
-SCORED = ScoredImages(STAGE, long_tails(), spread_of_features(features()))
+SCORED = ScoredImages(STAGE, long_tails(), effective_rank_of(features()))
 
 
 def recount(method: str, parameter: str, value: float) -> float:
@@ -69,7 +70,7 @@ def recount(method: str, parameter: str, value: float) -> float:
 def test_a_solved_parameter_meets_the_target_to_the_token(method: str, target: float) -> None:
     found = SCORED.solve(KneeConfig(method=method), target)
     assert found is not None and found.value is not None and found.jump is None and not found.problem
-    again = recount(method, found.knob.name, found.value)
+    again = recount(method, found.parameter.name, found.value)
     assert again == pytest.approx(found.reached, abs=1e-9)
     assert abs(again - target) <= 1 / SIZE
 
@@ -80,7 +81,7 @@ def test_a_target_out_of_reach_is_said_to_be_so_with_the_range(method: str, targ
     assert found is not None and found.value is None and found.problem == "out of reach"
     low, high = found.reachable
     assert not low <= target <= high
-    ends = [recount(method, found.knob.name, value) for value in (found.knob.low, found.knob.high)]
+    ends = [recount(method, found.parameter.name, value) for value in (found.parameter.low, found.parameter.high)]
     assert (low, high) == pytest.approx((min(ends), max(ends)), abs=1e-9)
 
 
@@ -91,33 +92,33 @@ def test_bounds_of_the_budget_bound_what_is_reachable() -> None:
 
 def test_budgets_without_a_parameter_have_none() -> None:
     without = {"max_chord", "l_method", "menger", "second_difference", "otsu"}
-    assert {name for name in available_budgets() if knob_of(name, SIZE) is None} == without
+    assert {name for name in available_budgets() if searched(KneeConfig(method=name), SIZE) is None} == without
     assert SCORED.solve(KneeConfig(method="otsu"), 0.22) is None
 
 
-def test_every_knob_is_a_parameter_of_its_budget() -> None:
+def test_every_searched_parameter_is_one_of_its_budget() -> None:
     scores = long_tails()[:2]
     for name in available_budgets():
-        if knob := knob_of(name, SIZE):
-            for value in (knob.at(0), knob.at(1)):
-                counts = find_knee(scores, name, features=features()[:2], **{knob.name: value})
+        if parameter := searched(KneeConfig(method=name), SIZE):
+            for value in (parameter.at(0), parameter.at(1)):
+                counts = find_knee(scores, name, features=features()[:2], **{parameter.name: value})
                 assert ((counts >= 1) & (counts <= SIZE)).all()
 
 
 def test_steps_and_jumps_are_reported_with_what_was_reached() -> None:
-    knob = Knob("x", 0.0, 10.0)
-    step = solve(lambda x: 0.1 if x < 3.3 else 0.9, knob, 0.22, token=0.01)
+    x = Searched("x", 0.0, 10.0)
+    step = solve(lambda x: 0.1 if x < 3.3 else 0.9, x, 0.22, token=0.01)
     assert step.reached == 0.1 and step.value is not None and step.value < 3.3 and step.jump == (0.1, 0.9)
-    stairs = solve(lambda x: np.floor(x) / 10, knob, 0.5, token=0.01)
+    stairs = solve(lambda x: np.floor(x) / 10, x, 0.5, token=0.01)
     assert stairs.reached == 0.5 and stairs.value is not None and 5 <= stairs.value < 6 and stairs.jump is None
-    falling = solve(lambda x: 1 / (1 + x), knob, 0.3, token=0.001)
+    falling = solve(lambda x: 1 / (1 + x), x, 0.3, token=0.001)
     assert falling.value == pytest.approx(1 / 0.3 - 1, rel=1e-4)
-    whole = solve(lambda x: x / 10, Knob("n", 1, 10, whole=True), 0.42, token=0.05)
+    whole = solve(lambda x: x / 10, Searched("n", 1, 10, whole=True), 0.42, token=0.05)
     assert whole.value == 4 and isinstance(whole.value, int)
 
 
 def test_a_share_that_turns_back_is_only_reported() -> None:
-    found = solve(lambda x: abs(x - 5) / 5, Knob("x", 0.0, 10.0), 0.5, token=0.01)
+    found = solve(lambda x: abs(x - 5) / 5, Searched("x", 0.0, 10.0), 0.5, token=0.01)
     assert found.value is None and "one way" in found.problem
 
 
@@ -128,7 +129,7 @@ def test_few_measurements_suffice_where_they_are_dear() -> None:
         asked.append(x)
         return 0.2 + 0.6 * x + 0.1 * x * x
 
-    found = solve(dear, Knob("share", 0.0, 1.0), 0.5, token=0.004, slack=0.002, scan=2)
+    found = solve(dear, Searched("share", 0.0, 1.0), 0.5, token=0.004, slack=0.002, scan=2)
     assert abs(found.reached - 0.5) <= 0.002 and len(asked) <= 6 and len(asked) == len(set(asked))
 
 
@@ -139,7 +140,12 @@ def test_tokens_are_counted_as_the_model_leaves_them(selection: str, merge: str)
     model, inputs = tiny_llava(), tiny_inputs([1, 2, 1], [6, 4, 5])
     for count in (2, 4, 9):
         knee = {"method": "fixed_count", "count": count}
-        stage = {"knee": knee, "selection": selection, "merge": merge, "merge_count": 3}
+        stage = {
+            "knee": knee,
+            "selection": selection,
+            "merge": merge,
+            "merge_args": {"count": 3} if merge in ("prumerge", "contextual") else {},
+        }
         pruned = packed(model, {"name": "encoder_only", "vision": stage})
         with torch.no_grad():
             pruned(**inputs)
@@ -153,6 +159,6 @@ def test_only_the_budget_is_replaced() -> None:
     knee = KneeConfig(method="kneedle", mass=0.5, min_tokens=3)
     found = SCORED.solve(knee, 0.3)
     assert found is not None and found.value is not None
-    turned = found.knob.turned(knee, found.value)
-    assert turned == dataclasses.replace(knee, sensitivity=found.value)
-    assert SCORED.share(turned) == found.reached
+    changed = with_value(knee, found.parameter.name, found.value)
+    assert changed == dataclasses.replace(knee, sensitivity=found.value)
+    assert SCORED.share(changed) == found.reached

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import pytest
 import torch
+from loaded import MERGES
 from torch import Tensor
 
-from mmprune_train.pruning.merging import MERGES, TEXT_WEIGHT, centres, contextual, mean_token, nearest, prumerge
+from mmprune_train.pruning.merging import TEXT_WEIGHT, centres, contextual, mean_token, nearest, prumerge
 
 Case = tuple[Tensor, Tensor, Tensor, Tensor]
 
@@ -109,7 +110,7 @@ def test_centres(images: int, neighbours: int, with_text: bool) -> None:
     features, _kept, scores, keys = case(images, size=40)
     kept = scores.argsort(1, descending=True).argsort(1) < torch.tensor([12, 4, 30, 40, 1])[:images, None]
     text = torch.randn(scores.shape) if with_text else None
-    found, mask = centres(features, kept, scores, keys, neighbours, text)
+    found, mask = centres(features, kept, scores, keys, text, count=neighbours)
     made = []
     for image in range(images):
         stay, gone = split(kept[image])

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+import json
 import os
 import re
 import shlex
@@ -53,7 +55,7 @@ def test_the_guide_has_what_this_test_runs() -> None:
         "my_parts.py",
         "my_methods/pruner/edges.yaml",
     ]
-    assert len(COMMANDS) == 4 and len(SNIPPETS) == 1
+    assert len(COMMANDS) == 5 and len(SNIPPETS) == 1
 
 
 @pytest.mark.slow
@@ -66,8 +68,12 @@ def test_its_commands_run_in_order(folder: Path) -> None:
             here = [word for word in data if word.split("=")[0] not in {w.split("=")[0] for w in words}]
             words += [*here, *SHORT]
             words = [word for word in words if word != "run_id=t"]
+        sweep = "-m" in words[2:]
         out = run(folder, *words)
         assert ("accuracy" in out) == ("+experiment=smoke" in words)
+        if sweep:
+            records = [json.loads(file.read_text()) for file in folder.glob("runs/sweeps/*/jobs/*.json")]
+            assert len(records) == 2, "one for each power"
     assert (folder / "runs/smoke/edges/instruct/model/config.json").is_file()
     assert '"my_parts:edges"' in (folder / "runs/smoke/edges/instruct/model/config.json").read_text()
     assert (folder / "runs/smoke/edges/inspect/pruning.png").is_file()
@@ -108,17 +114,18 @@ def test_its_score_and_budget_are_what_it_says(folder: Path, monkeypatch: pytest
     class View:
         patches, grid = torch.randn(2, 6, 5, generator=torch.Generator().manual_seed(0)), (2, 3)
 
-    found = edges(View)
-    for image in range(2):
-        for row in range(2):
-            for column in range(3):
-                gaps = [
-                    1
-                    - torch.cosine_similarity(View.patches[image, 3 * row + column], View.patches[image, 3 * r + c], 0)
-                    for r, c in ((row - 1, column), (row + 1, column), (row, column - 1), (row, column + 1))
-                    if 0 <= r < 2 and 0 <= c < 3
-                ]
-                torch.testing.assert_close(found[image, 3 * row + column], torch.stack(gaps).mean())
+    for radius, power in ((1, 1.0), (2, 1.0), (1, 2.0), (4, 1.5)):
+        found = edges(View, radius=radius, power=power)
+        for image, row, column in itertools.product(range(2), range(2), range(3)):
+            steps = [step for step in range(-radius, radius + 1) if step]
+            near = [(row + step, column) for step in steps] + [(row, column + step) for step in steps]
+            here, states = View.patches[image, 3 * row + column], View.patches[image]
+            gaps = [
+                (1 - torch.cosine_similarity(here, states[3 * r + c], 0)) ** power
+                for r, c in near
+                if 0 <= r < 2 and 0 <= c < 3
+            ]
+            torch.testing.assert_close(found[image, 3 * row + column], torch.stack(gaps).mean())
     scores = torch.rand(5, 12, generator=torch.Generator().manual_seed(1))
     lengths = torch.tensor([12, 1, 5, 7, 3])
     counts = find_knee(scores, "my_parts:above_mean", lengths, factor=1.2)

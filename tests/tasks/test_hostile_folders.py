@@ -129,9 +129,9 @@ def test_the_command_line_trusts_what_it_names(folder: Path, ran: Path, mmprune:
 
 
 def test_no_place_looks_up_code_by_itself() -> None:
-    """Names of code are imported by `find_component` and the tables of this project alone."""
+    """Names of code are imported by `load_part` and the tables of this project alone."""
     callers = {file.name for file in PACKAGE.rglob("*.py") if "import_module(" in file.read_text()}
-    assert callers == {"components.py", "kernels.py", "language.py", "__init__.py"}
+    assert callers == {"parts.py", "kernels.py", "language.py", "__init__.py"}
 
 
 # ---------------------------------------------------------------------- code beside the weights

@@ -24,8 +24,8 @@ SINGLE = sorted({f"{group}={name}" for group in FREE for name in options(group)}
 KEYS = [
     "pruner.language.layer=1", "pruner.language.layer=[1,3]", "pruner.language.score=text_cosine",
     "pruner.language.score=last_token_attention", "pruner.language.candidates=visual",
-    "pruner.language.turns=mean", "pruner.language.turns=max", "pruner.language.raters=relevant",
-    "pruner.language.signal=previous", "pruner.language.merge=recycle", "pruner.language.layer=[0.25,0.5]",
+    "pruner.language.turns=mean", "pruner.language.turns=max", "pruner.language.query_tokens=relevant",
+    "pruner.language.score_layer=previous", "pruner.language.merge=recycle", "pruner.language.layer=[0.25,0.5]",
     "pruner.language.no_text=last_token_attention", "pruner.language.ranking=joint",
     "pruner.language.positions=contiguous", "pruner.vision.positions=original", "projector.init=matched",
     "pruner.vision.score=cls_cosine", "pruner.vision.score=pooled_cosine",

@@ -1,4 +1,4 @@
-"""Raters: which question tokens have something to say about the images."""
+"""Query tokens: which of a question's have something to say about the images."""
 
 from __future__ import annotations
 
@@ -9,15 +9,15 @@ from torch import Tensor
 from mmprune_train.packed.host import fetch, take, upload
 from mmprune_train.packed.padding import pad, unpad
 from mmprune_train.packed.sequence import PackedSequence
-from mmprune_train.pruning.scores import full_precision
 from mmprune_train.pruning.turns import question_text
+from mmprune_train.pruning.views import full_precision
 
 MARGIN = 1e-6
 """How much more than the average, relatively, is more: tokens that are all alike differ by rounding."""
 
 
-def relevant_raters(sequence: PackedSequence, hidden: Float[Tensor, "T D"]) -> Bool[Tensor, " T"]:
-    """SparseVLM's choice of text raters (Zhang et al. 2024, arXiv 2410.04417), from the states that enter the LLM.
+def relevant_query_tokens(sequence: PackedSequence, hidden: Float[Tensor, "T D"]) -> Bool[Tensor, " T"]:
+    """SparseVLM's choice of query tokens (Zhang et al. 2024, arXiv 2410.04417), from the states that enter the LLM.
 
     Each visual token spreads a softmax of plain dot products over a turn's question tokens; those that get more than
     the average one, in the mean over visual tokens, are relevant. The visual tokens are those of the sample up to that

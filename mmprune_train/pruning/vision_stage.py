@@ -1,0 +1,173 @@
+"""Stage 1: which patches of an image stay, after the vision encoder."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from jaxtyping import Bool, Float, Int64
+from torch import Tensor
+
+from mmprune_train.config.pruner import projects
+from mmprune_train.config.pruner_schema import PrunerConfig
+from mmprune_train.errors import UserError
+from mmprune_train.packed.host import fetch
+from mmprune_train.pruning.budgets import Budget, refuse_unsound, sound_rows
+from mmprune_train.pruning.parts import load_part
+from mmprune_train.pruning.schedule import BudgetOverride
+from mmprune_train.pruning.selection import top_mask
+from mmprune_train.pruning.views import VisionView, full_precision
+
+
+def _whole(scores: Float[Tensor, "I N"]) -> Int64[Tensor, " I"]:
+    """[I] lengths of rows that have no padding."""
+    return torch.full(scores.shape[:1], scores.shape[1], dtype=torch.int64, device=scores.device)
+
+
+class VisionStage:
+    """Stage 1 of a `Pruner`."""
+
+    settings: PrunerConfig
+    override_of: Callable[[str], BudgetOverride | None]
+
+    def load_vision_stage(self) -> None:
+        """Find its components."""
+        key, stage = "pruner.vision", self.settings.vision
+        self._merge = None
+        self.vision_reads: set[str] = set()
+        """What its scores read."""
+        self.projects = projects(stage)
+        """Whether its selection looks at what the projector makes of all patches."""
+        if not stage.enabled:
+            return
+        self._vision_score = load_part("vision_score", stage.score, f"{key}.score", stage.score_args)
+        self.vision_reads.update(self._vision_score.component.reads)
+        self._vision_budget = Budget(stage.knee, f"{key}.knee")
+        self._select = load_part("selection", stage.selection, f"{key}.selection", stage.selection_args)
+        if stage.recover.enabled:
+            recover = stage.recover
+            self._recover_score = load_part("vision_score", recover.score, f"{key}.recover.score", recover.score_args)
+            self.vision_reads.update(self._recover_score.component.reads)
+            self._recover_budget = Budget(recover.knee, f"{key}.recover.knee")
+        if stage.merge != "none":
+            self._merge = load_part("merge", stage.merge, f"{key}.merge", stage.merge_args)
+
+    @property
+    def merges(self) -> bool:
+        """Whether stage 1 merges dropped patches."""
+        return self._merge is not None
+
+    @property
+    def reads_text(self) -> bool:
+        """Whether stage 1 reads the question, so that an image is cut anew for each."""
+        return "question" in self.vision_reads
+
+    @torch.no_grad()
+    def score_patches(self, view: VisionView) -> Float[Tensor, "I N"]:
+        """[I, N] stage-1 scores."""
+        return self._vision_score(view)
+
+    @torch.no_grad()
+    def keep_patches(
+        self,
+        view: VisionView,
+        projected: Callable[[], Tensor] | None = None,
+        scores: Float[Tensor, "I N"] | None = None,
+    ) -> tuple[Bool[Tensor, "I N"], Float[Tensor, "I N"] | None]:
+        """Stage 1, score -> budget -> selection, and perhaps a second pass: bool [I, N] of kept patches, and the first
+        pass's scores [I, N] (None where stage 1 is off).
+
+        Args:
+            projected: what the projector makes of the patches [I, N, D], for `space=projected`.
+            scores: those of an earlier call, which need not be computed again.
+        """
+        images, patches = view.patches.shape[:2]
+        if not self.settings.vision.enabled:
+            return torch.ones((images, patches), dtype=torch.bool, device=view.patches.device), None
+        scores = self.score_patches(view) if scores is None else scores
+        budget, override = self._vision_budget, self.override_of("vision")
+        whole = _whole(scores)
+        counts = budget.counts(scores, whole, lambda: view.patches, override)
+        seen = projected() if self.projects and projected is not None else view.patches
+        more = {}
+        if "known" in self._select.component.takes and budget.known(override):
+            on_host = torch.zeros(images, patches)
+            more["known"] = budget.counts(on_host, _whole(on_host), lambda: view.patches, override)
+        with full_precision(scores):
+            kept = self._select(scores, counts, seen, **more)
+        kept = kept & sound_rows(scores, whole, budget.rule(override))[:, None]
+        drawn = override is not None and override.ratio is not None  # that ratio is the whole stage's
+        recovers = self.settings.vision.recover.enabled and not drawn
+        return (self._recover(view, kept) if recovers else kept), scores
+
+    def refuse_patches(self, scores: Float[Tensor, "I N"], lost: Bool[Tensor, " I"], training: bool) -> None:
+        """Raise UserError: of some images nothing was kept.
+
+        Args:
+            scores: of the first pass. lost: those images, on the host.
+            training: let scores pass of which no row is finite: what diverges while it trains is not the user's input.
+                The caller keeps all of such an image, as NaN (`poison`).
+        """
+        whole = _whole(scores)
+        if training and not bool(fetch(sound_rows(scores, whole))[lost].any()):
+            return
+        rule = self._vision_budget.rule(self.override_of("vision"))
+        refuse_unsound(scores, whole, rule, f"pruner.vision.score={self.settings.vision.score}: ")
+        raise UserError(
+            f"pruner.vision.recover.score={self.settings.vision.recover.score} gave NaN, infinite, or negative values "
+            "that its budget cannot share out; check the model's precision or the score"
+        )
+
+    def _recover(self, view: VisionView, kept: Bool[Tensor, "I N"]) -> Bool[Tensor, "I N"]:
+        """The second pass: dropped patches come back by its own score and budget, none for want of a question."""
+        budget = self._recover_budget
+        scores = self._recover_score(view)
+        left = (~kept).sum(1)
+        order = kept.int().sort(dim=1, stable=True).indices  # dropped patches first
+        dropped = scores.gather(1, order)
+        counts = budget.counts(
+            dropped,
+            left.clamp(min=1),
+            lambda: view.patches.gather(1, order[..., None].expand_as(view.patches)),
+        ).minimum(left)
+        if "question" in self._recover_score.component.reads and view.asked is not None:
+            counts = torch.where(view.asked, counts, 0)
+        sound = sound_rows(scores, _whole(scores), budget.rule())[:, None] & kept.any(1, keepdim=True)
+        return (kept | top_mask(scores.masked_fill(kept, -torch.inf), counts)) & sound
+
+    def merge_patches(
+        self,
+        features: Float[Tensor, "I N D"],
+        kept: Bool[Tensor, "I N"],
+        scores: Float[Tensor, "I N"] | None,
+        view: VisionView,
+    ) -> tuple[Float[Tensor, "I N D"], Bool[Tensor, "I N"]]:
+        """The last part of stage 1: features with what dropped patches leave in them, and the mask with the places of
+        made tokens. Gradients flow through the features."""
+        if self._merge is None or scores is None:
+            return features, kept
+        more = {}
+        textual = self.settings.vision.recover.enabled and "question" in self._recover_score.component.reads
+        if textual and "text" in self._merge.component.takes:
+            more["text"] = self._recover_score(view)
+        with full_precision(features):
+            return self._merge(features, kept, scores, view.patch_keys(), **more)
+
+    @torch.no_grad()
+    def entry_order(
+        self, kept: Bool[Tensor, "I N"], merged: Bool[Tensor, "I N"], scores: Float[Tensor, "I N"] | None
+    ) -> Int64[Tensor, "I N"]:
+        """[I, N] an image's patches in the order in which they enter the LLM, and -1 behind the last. Nothing but -1:
+        its scores cannot be ranked.
+
+        Args:
+            kept: before merging. merged: with the made tokens, which come behind all kept patches in `order=rank`.
+        """
+        order = torch.arange(kept.shape[1], device=kept.device).expand(kept.shape)
+        if scores is not None and self.settings.vision.order == "rank":
+            order = scores.masked_fill(merged & ~kept, -torch.inf).sort(dim=1, descending=True, stable=True).indices
+        merged = merged & kept.any(1, keepdim=True)
+        outside = (~merged).gather(1, order).int()
+        order = order.gather(1, outside.sort(dim=1, stable=True).indices)
+        place = torch.arange(kept.shape[1], device=kept.device)
+        return order.masked_fill(place >= merged.sum(1, keepdim=True), -1)
