@@ -35,6 +35,7 @@ SMALL: dict[str, dict] = {
     "visionzip": {"knee": {"count": 4}, "merge_args": {"count": 2}},
     "fastervlm": {"knee": {"count": 4}},
     "vispruner": {"knee": {"count": 5}},
+    "windowed": {"knee": {"count": 6}, "score_args": {"window": 2}},
     "divprune": {"knee": {"ratio": 0.5}},
     "dpp": {"knee": {"count": 4}},
     "cdpruner": {"knee": {"count": 4}},
@@ -229,6 +230,16 @@ def recoverable(seen: Seen) -> Answer:
     return order, {i: features[0, i] for i in order}
 
 
+def windowed(seen: Seen) -> Answer:
+    """Six of nine patches, of windows 2 x 2, 2 x 1, 1 x 2 and 1 x 1: the best of each, then the best of the seconds."""
+    attention = seen.attention.tolist()
+    windows = [[0, 1, 3, 4], [2, 5], [6, 7], [8]]
+    ranked = [sorted(window, key=lambda i: -attention[i]) for window in windows]
+    seconds = sorted((window[1] for window in ranked if len(window) > 1), key=lambda i: -attention[i])
+    order = sorted([window[0] for window in ranked] + seconds[:2])
+    return order, {i: seen.states[i] for i in order}
+
+
 SLOW: dict[str, Callable[[Seen], Answer]] = {
     "uniform": uniform,
     "prumerge": prumerge,
@@ -236,6 +247,7 @@ SLOW: dict[str, Callable[[Seen], Answer]] = {
     "visionzip": visionzip,
     "fastervlm": fastervlm,
     "vispruner": vispruner,
+    "windowed": windowed,
     "divprune": divprune,
     "dpp": dpp,
     "cdpruner": cdpruner,
