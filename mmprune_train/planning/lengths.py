@@ -73,21 +73,21 @@ class Tokens:
 
 def data_dependent(pruner: PrunerConfig) -> list[str]:
     """Keys of the budgets whose counts depend on the images."""
-    found = []
-    if pruner.vision.enabled and pruner.vision.knee.method not in FIXED:
-        found.append("pruner.vision.knee")
-    if pruner.vision.enabled and pruner.vision.recover.enabled and pruner.vision.recover.knee.method not in FIXED:
-        found.append("pruner.vision.recover.knee")
-    if pruner.language.enabled and pruner.language.knee.method not in FIXED:
-        found.append("pruner.language.knee")
-    return found
+    vision, language = pruner.vision, pruner.language
+    budgets = {
+        "pruner.vision.knee": (vision.enabled, vision.knee),
+        "pruner.vision.recover.knee": (vision.enabled and vision.recover.enabled, vision.recover.knee),
+        "pruner.language.knee": (language.enabled, language.knee),
+    }
+    return [key for key, (used, knee) in budgets.items() if used and knee.method not in FIXED]
 
 
 def count_tokens(pruner: PrunerConfig, samples: Sequence[Sample], patches: int, depth: int, share: float) -> Tokens:
     """Tokens of each sample.
 
     Args:
-        patches: of one image. depth: layers of the LLM.
+        patches: of one image.
+        depth: layers of the LLM.
         share: of its row, what a budget keeps that depends on the images.
     """
     blind = Pruner(_blinded(pruner, share))

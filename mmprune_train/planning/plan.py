@@ -119,41 +119,130 @@ def plan_stage(
     if adapters:
         add_adapters(model, config.peft)
     parts = freeze(model, stage, adapters)
-    world = config.trainer.devices * config.trainer.num_nodes
-    strategy = stage.strategy or config.strategy.name
+    planned = PlannedStage(config, stage, model, device, compute)
     patches, depth = model.config.image_seq_length, len(model.hf.model.language_model.layers)
     none = load_pruner("none")
     with model.pruned_by(none):
-        whole = count_tokens(none, data.samples, patches, depth, 1.0)
-        without = _cost(config, stage, model, whole, strategy, device, compute)
+        without = planned.cost(count_tokens(none, data.samples, patches, depth, 1.0))
     pruned = None
     if config.pruner.vision.enabled or config.pruner.language.enabled:
-        kept = count_tokens(config.pruner, data.samples, patches, depth, share)
-        pruned = _cost(config, stage, model, kept, strategy, device, compute)
+        pruned = planned.cost(count_tokens(config.pruner, data.samples, patches, depth, share))
     own = pruned or without
     steps = stage.max_steps
     if steps is None and data.total is not None:
         steps = steps_of(data.total, stage.epochs, stage.global_batch_size, None)
-    disk = _disk(config, stage, model, own.tokens, data, strategy, compute)
-    passes = micro_batches(own.tokens, stage, world)
-    return StagePlan(name, parts, strategy, world, passes, steps, without, pruned, disk)
+    disk, passes = planned.disk(own.tokens, data.images), planned.micro_batches(own.tokens)
+    return StagePlan(name, parts, planned.strategy, planned.world, passes, steps, without, pruned, disk)
 
 
-def micro_batches(tokens: Tokens, stage: StageConfig, world: int) -> int:
-    """Forward passes of a step on each device; with a token budget about so many."""
-    if stage.token_budget is None:
-        return stage.global_batch_size // (stage.batch_size * world)
-    return math.ceil(stage.global_batch_size * float(tokens.stage1.mean()) / (stage.token_budget * world))
+@dataclass(frozen=True)
+class PlannedStage:
+    """A stage with its network, and where it is to run."""
+
+    config: Config
+    stage: StageConfig
+    model: PackedLlava
+    """On the meta device, frozen as it will be trained."""
+    device: Device
+    compute: torch.dtype
+    """Of matrix products."""
+
+    @property
+    def strategy(self) -> str:
+        return self.stage.strategy or self.config.strategy.name
+
+    @property
+    def world(self) -> int:
+        return self.config.trainer.devices * self.config.trainer.num_nodes
+
+    @property
+    def checkpointed(self) -> str | None:
+        """Which layers the backward pass runs again; None: none."""
+        return self.stage.checkpointed_layers if self.stage.gradient_checkpointing else None
+
+    def micro_batches(self, tokens: Tokens) -> int:
+        """Forward passes of a step on each device; with a token budget about so many."""
+        size, budget = self.stage.global_batch_size, self.stage.token_budget
+        if budget is None:
+            return size // (self.stage.batch_size * self.world)
+        return math.ceil(size * float(tokens.stage1.mean()) / (budget * self.world))
+
+    def cost(self, tokens: Tokens) -> Cost:
+        """Of the stage with the model's present pruner."""
+        batch = longest_batch(tokens, self.stage)
+        flops = StepFlops(self.model).count(self._encoded(tokens.shape()), self.checkpointed)
+        memory = self.memory(self._encoded(tokens.shape(batch)))
+        longest, images = float(tokens.layer_mean[batch].sum()), int(tokens.images[batch].sum())
+        return Cost(tokens, flops * (self.stage.global_batch_size / len(tokens.dense)), memory, longest, images)
+
+    def memory(self, shape: PassShape) -> Memory:
+        """Of one device for a micro-batch of this shape."""
+        layout, cuda, trainer = LAYOUTS[self.strategy], self.device.name != CPU, self.config.trainer
+        how = numerics(layout, self.compute)
+        kept = states(layout, self._on_device(), how, self.world, cuda, self._gathered(), self._in_four_bits())
+        phases = Activations(self.model, how).phases(
+            shape, self.checkpointed, trainer.logits_chunk, trainer.vision_chunk, growing=False
+        )
+        activations = max(phases.peak, kept.stepping)
+        overhead = CUDA_OVERHEAD + FRAGMENTED * activations if cuda else 0.0
+        held = kept.weights, kept.gradients, kept.optimizer
+        return Memory(*held, activations, phases.logits, kept.working, overhead, kept.host)
+
+    def disk(self, tokens: Tokens, images: int | None) -> Disk:
+        """Of checkpoints, model and cached features.
+
+        Args:
+            images: different ones of the whole stage; None: not known.
+        """
+        layout = replace(LAYOUTS[self.strategy], host_optimizer=False, host_weights=False)
+        how = numerics(layout, self.compute)
+        whole = states(layout, self.model.parameters(), how, 1, False)
+        trained = sum(p.numel() for p in self.model.parameters() if p.requires_grad)
+        checkpoint = whole.optimizer + trained * (MASTER if layout.layered else how.trained.itemsize)
+        cache = None
+        if images is not None and not self.stage.train_vision:
+            per_image = float(tokens.kept_patches.sum() / tokens.images.sum().clamp(min=1))
+            width = self.model.hf.model.multi_modal_projector.linear_1.in_features
+            cache = images * per_image * width * self.compute.itemsize
+        trainer = self.config.trainer
+        return Disk(checkpoint * (trainer.keep_checkpoints + trainer.keep_best + 1), whole.weights, cache)
+
+    def _encoded(self, shape: PassShape) -> PassShape:
+        """Samples of one image that a batch holds together need it encoded once; with the feature cache none is."""
+        images = math.ceil(shape.images / self.stage.samples_per_image)
+        kept = shape.kept_patches / max(shape.images, 1) * images
+        return replace(shape, images=0 if self.config.trainer.feature_cache else images, kept_patches=kept)
+
+    def _on_device(self) -> Iterator[nn.Parameter]:
+        """With the feature cache the vision tower stays on the host."""
+        tower = self.model.hf.model.vision_tower if self.config.trainer.feature_cache else nn.Module()
+        left = {id(parameter) for parameter in tower.parameters()}
+        return (parameter for parameter in self.model.parameters() if id(parameter) not in left)
+
+    def _in_four_bits(self) -> int:
+        """Weights that QLoRA quantises: of the decoder layers, all but the adapters."""
+        if self.config.peft.name != "qlora" or not (self.stage.use_peft and self.stage.train_llm):
+            return 0
+        modules = self.model.hf.model.language_model.layers.modules()
+        weights = (part.weight for part in modules if isinstance(part, nn.Linear))
+        return sum(weight.numel() for weight in weights if not weight.requires_grad)
+
+    def _gathered(self) -> list[nn.Parameter]:
+        """What FSDP2 holds whole at once: two of the LLM's layers, and all that is in none."""
+        layers: Any = self.model.hf.model.language_model.layers
+        inside = {id(parameter) for parameter in layers.parameters()}
+        outside = [parameter for parameter in self._on_device() if id(parameter) not in inside]
+        return [*outside, *layers[:2].parameters()]
 
 
 def longest_batch(tokens: Tokens, stage: StageConfig) -> list[int]:
     """Rows of the samples of the longest of some micro-batches drawn by chance, of one modality where the stage groups
     by it."""
-    rows = range(len(tokens.dense))
-    groups = [list(rows)]
+    everything = list(range(len(tokens.dense)))
+    groups = [everything]
     if stage.group_by_modality:
-        groups = [[row for row in rows if bool(tokens.images[row]) == wanted] for wanted in (True, False)]
-        groups = [group for group in groups if len(group) >= stage.batch_size] or [list(rows)]
+        groups = [[row for row in everything if bool(tokens.images[row]) == wanted] for wanted in (True, False)]
+        groups = [group for group in groups if len(group) >= stage.batch_size] or [everything]
     chance = random.Random(0)
     size = stage.batch_size if stage.token_budget is None else stage.global_batch_size
     drawn = [chance.choices(group, k=size) for group in groups for _ in range(DRAWN_BATCHES)]
@@ -166,102 +255,3 @@ def _within(batch: list[int], tokens: Tokens, budget: int) -> list[int]:
     """The first samples of a batch that enter the LLM together, at least one."""
     fitting = tokens.stage1[batch].cumsum(0) <= budget
     return batch[: max(1, int(fitting.sum()))]
-
-
-def _cost(
-    config: Config,
-    stage: StageConfig,
-    model: PackedLlava,
-    tokens: Tokens,
-    strategy: str,
-    device: Device,
-    compute: torch.dtype,
-) -> Cost:
-    samples, batch = len(tokens.dense), longest_batch(tokens, stage)
-    flops = StepFlops(model).count(_run(tokens.shape(), config, stage), checkpointed(stage))
-    shape = _run(tokens.shape(batch), config, stage)
-    memory = memory_of(config, stage, model, shape, strategy, device, compute)
-    longest, images = float(tokens.layer_mean[batch].sum()), int(tokens.images[batch].sum())
-    return Cost(tokens, flops * (stage.global_batch_size / samples), memory, longest, images)
-
-
-def _run(shape: PassShape, config: Config, stage: StageConfig) -> PassShape:
-    """Samples of one image that a batch holds together need it encoded once; with the feature cache none is encoded."""
-    images = math.ceil(shape.images / stage.samples_per_image)
-    kept = shape.kept_patches / max(shape.images, 1) * images
-    encoded = 0 if config.trainer.feature_cache else images
-    return PassShape(shape.lengths, shape.stage1, encoded, kept, shape.supervised)
-
-
-def checkpointed(stage: StageConfig) -> str | None:
-    """Which layers the backward pass runs again; None: none."""
-    return stage.checkpointed_layers if stage.gradient_checkpointing else None
-
-
-def memory_of(
-    config: Config,
-    stage: StageConfig,
-    model: PackedLlava,
-    shape: PassShape,
-    strategy: str,
-    device: Device,
-    compute: torch.dtype,
-) -> Memory:
-    """Memory of one device for a micro-batch of this shape."""
-    layout = LAYOUTS[strategy]
-    how = numerics(layout, compute)
-    world, cuda = config.trainer.devices * config.trainer.num_nodes, device.name != CPU
-    gathered, quantized = _gathered(model, config), _in_four_bits(model, config, stage)
-    kept = states(layout, _on_device(model, config), how, world, cuda, gathered, quantized)
-    phases = Activations(model, how).phases(
-        shape, checkpointed(stage), config.trainer.logits_chunk, config.trainer.vision_chunk, growing=False
-    )
-    activations = max(phases.peak, kept.stepping)
-    overhead = CUDA_OVERHEAD + FRAGMENTED * activations if cuda else 0.0
-    held = kept.weights, kept.gradients, kept.optimizer
-    return Memory(*held, activations, phases.logits, kept.working, overhead, kept.host)
-
-
-def _on_device(model: PackedLlava, config: Config) -> Iterator[nn.Parameter]:
-    """With the feature cache the vision tower stays on the host."""
-    tower = model.hf.model.vision_tower if config.trainer.feature_cache else nn.Module()
-    left = {id(parameter) for parameter in tower.parameters()}
-    return (parameter for parameter in model.parameters() if id(parameter) not in left)
-
-
-def _in_four_bits(model: PackedLlava, config: Config, stage: StageConfig) -> int:
-    """Weights that QLoRA quantises: of the decoder layers, all but the adapters."""
-    if config.peft.name != "qlora" or not (stage.use_peft and stage.train_llm):
-        return 0
-    linears = (part for part in model.hf.model.language_model.layers.modules() if isinstance(part, nn.Linear))
-    return sum(part.weight.numel() for part in linears if not part.weight.requires_grad)
-
-
-def _gathered(model: PackedLlava, config: Config) -> list[nn.Parameter]:
-    """What FSDP2 holds whole at once: two of the LLM's layers, and all that is in none."""
-    layers: Any = model.hf.model.language_model.layers
-    inside = {id(parameter) for parameter in layers.parameters()}
-    outside = [parameter for parameter in _on_device(model, config) if id(parameter) not in inside]
-    return [*outside, *layers[:2].parameters()]
-
-
-def _disk(
-    config: Config,
-    stage: StageConfig,
-    model: PackedLlava,
-    tokens: Tokens,
-    data: StageSamples,
-    strategy: str,
-    compute: torch.dtype,
-) -> Disk:
-    layout = replace(LAYOUTS[strategy], host_optimizer=False, host_weights=False)
-    how = numerics(layout, compute)
-    whole = states(layout, model.parameters(), how, 1, False)
-    trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
-    stored = MASTER if layout.layered else how.trained.itemsize
-    checkpoint = whole.optimizer + trained * stored
-    cache = None
-    if data.images is not None and not stage.train_vision:
-        per_image = float(tokens.kept_patches.sum() / tokens.images.sum().clamp(min=1))
-        cache = data.images * per_image * model.hf.model.multi_modal_projector.linear_1.in_features * compute.itemsize
-    return Disk(checkpoint * (config.trainer.keep_checkpoints + config.trainer.keep_best + 1), whole.weights, cache)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -13,7 +13,7 @@ import torch
 from mmprune_train.config.schema import Config
 from mmprune_train.data.batch import Sample
 from mmprune_train.data.encode import Example, encode
-from mmprune_train.data.records import IMAGE_PLACEHOLDER, Record, read_records
+from mmprune_train.data.records import IMAGE_PLACEHOLDER, Turn, read_records
 from mmprune_train.data.sources import data_root, image_folder
 from mmprune_train.data.templates import get_template
 from mmprune_train.errors import NotHere
@@ -76,6 +76,10 @@ LLAVA_INSTRUCT = (
 UNKNOWN = (Sketch(1, 1, 1, 20, 40),)
 
 
+Shape = tuple[str, list[tuple[int, int, int]], Sequence[Path]]
+"""A sample's name, the (images, question's tokens, answer's tokens) of its turns, and its images."""
+
+
 def stage_samples(config: Config, name: str, image_tokens: int, count: int) -> StageSamples:
     """Up to `count` samples of stage `name`, drawn by `config.seed`.
 
@@ -88,34 +92,31 @@ def stage_samples(config: Config, name: str, image_tokens: int, count: int) -> S
     file = data_root(config.data) / Path(split.annotations or "").expanduser()
     if split.annotations and file.is_file():
         return _from_file(config, name, image_tokens, count, file)
-    known = config.data.name == "llava_v1_5"
-    kinds = (LLAVA_PRETRAIN if name == "pretrain" else LLAVA_INSTRUCT) if known else UNKNOWN
-    total = sum(kind.size for kind in kinds) if known else None
-    what = "LLaVA-1.5's published mix with guessed text lengths" if known else "one image, 20 + 40 tokens of text"
-    total = split.limit if total is None else min(total, split.limit or total)
-    source = f"ASSUMED, the data are not here: {what}"
-    template = template_of(config, name)
-    made = _made_up(kinds, min(count, ASSUMED), config.seed, template, image_tokens, config.stage[name].max_length)
-    return StageSamples(made, total, total, source)
+    kinds, total, what = UNKNOWN, split.limit, "one image, 20 + 40 tokens of text"
+    if config.data.name == "llava_v1_5":
+        kinds = LLAVA_PRETRAIN if name == "pretrain" else LLAVA_INSTRUCT
+        published = sum(kind.size for kind in kinds)
+        total, what = min(published, split.limit or published), "LLaVA-1.5's published mix with guessed text lengths"
+    made = _without_texts(config, name, image_tokens, _made_up(kinds, min(count, ASSUMED), config.seed))
+    return StageSamples(made, total, total, f"ASSUMED, the data are not here: {what}")
 
 
 def _from_file(config: Config, name: str, image_tokens: int, count: int, file: Path) -> StageSamples:
-    split, stage = getattr(config.data, name), config.stage[name]
+    split, max_length = getattr(config.data, name), config.stage[name].max_length
     records = read_records(file, image_folder(config.data, name), split.limit)
     drawn = random.Random(config.seed).sample(records, min(count, len(records)))
     images = len({path for record in records for path in record.images})
-    template, tokenizer = template_of(config, name), _tokenizer(config, name)
-    many = f"{len(drawn)} of {len(records)} samples"
+    source, tokenizer = f"{len(drawn)} of {len(records)} samples", _tokenizer(config, name)
     if tokenizer is None:
-        source = f"{many}; text ESTIMATED at {CHARACTERS_PER_TOKEN:g} characters a token: the tokenizer is not here"
-        made = [_sketched(record, template, image_tokens, stage.max_length) for record in drawn]
-        return StageSamples(made, len(records), images, source)
-    rendering = get_template(template, tokenizer)
-    examples = [encode(record, rendering, tokenizer, image_tokens, stage.max_length) for record in drawn]
+        source += f"; text ESTIMATED at {CHARACTERS_PER_TOKEN:g} characters a token: the tokenizer is not here"
+        shapes = ((record.id, [_estimated(turn) for turn in record.turns], record.images) for record in drawn)
+        return StageSamples(_without_texts(config, name, image_tokens, shapes), len(records), images, source)
+    template = get_template(template_of(config, name), tokenizer)
+    examples = [encode(record, template, tokenizer, image_tokens, max_length) for record in drawn]
     samples = [_without_pixels(example, record.images) for example, record in zip(examples, drawn, strict=True)]
     cut = sum(example.truncated > 0 for example in examples)
-    told = f"; max_length={stage.max_length} cuts {cut} of them" if cut else ""
-    return StageSamples(samples, len(records), images, f"{many}, tokenised{told}")
+    source += ", tokenised" + (f"; max_length={max_length} cuts {cut} of them" if cut else "")
+    return StageSamples(samples, len(records), images, source)
 
 
 def _tokenizer(config: Config, name: str) -> Any:
@@ -133,63 +134,42 @@ def _without_pixels(example: Example, images: Sequence[Path]) -> Sample:
     return Sample(example, paths, [torch.empty(0)] * len(paths))
 
 
-def _sketched(record: Record, template: str, image_tokens: int, max_length: int) -> Sample:
-    turns = []
-    for turn in record.turns:
-        text = turn.question.replace(IMAGE_PLACEHOLDER, "")
-        images = turn.question.count(IMAGE_PLACEHOLDER)
-        turns.append((images, _tokens(text), _tokens(turn.answer)))
-    return _without_pixels(_example(record.id, turns, template, image_tokens, max_length), record.images)
+def _estimated(turn: Turn) -> tuple[int, int, int]:
+    text = turn.question.replace(IMAGE_PLACEHOLDER, "")
+    images = turn.question.count(IMAGE_PLACEHOLDER)
+    return images, round(len(text) / CHARACTERS_PER_TOKEN), round(len(turn.answer) / CHARACTERS_PER_TOKEN)
 
 
-def _tokens(text: str) -> int:
-    return round(len(text) / CHARACTERS_PER_TOKEN)
-
-
-def _made_up(
-    kinds: Sequence[Sketch], count: int, seed: int, template: str, image_tokens: int, max_length: int
-) -> list[Sample]:
-    """Samples of each kind in its share, their texts' lengths spread by a factor of e^0.5 either way."""
+def _made_up(kinds: Sequence[Sketch], count: int, seed: int) -> Iterator[Shape]:
+    """Samples of each kind in its proportion, their texts' lengths varied by a factor of e^0.5 either way."""
     chance = random.Random(seed)
-    samples = []
+
+    def varied(mean: int) -> int:
+        return round(mean * chance.lognormvariate(-0.125, 0.5))
+
     for number in range(count):
         kind = chance.choices(kinds, [kind.size for kind in kinds])[0]
+        turns = [(kind.images * (k == 0), varied(kind.question), varied(kind.answer)) for k in range(kind.turns)]
+        yield str(number), turns, [Path(f"{number}-{image}") for image in range(kind.images)]
 
-        def spread(mean: int) -> int:
-            return round(mean * chance.lognormvariate(-0.125, 0.5))
 
-        turns = [(kind.images * (k == 0), spread(kind.question), spread(kind.answer)) for k in range(kind.turns)]
-        paths = [Path(f"{number}-{image}") for image in range(kind.images)]
-        samples.append(_without_pixels(_example(str(number), turns, template, image_tokens, max_length), paths))
+def _without_texts(config: Config, name: str, image_tokens: int, shapes: Iterable[Shape]) -> list[Sample]:
+    """Samples of stage `name` whose tokens have kinds and no meaning."""
+    plain, max_length = template_of(config, name) == "plain", config.stage[name].max_length
+    samples = []
+    for told, turns, paths in shapes:
+        tokens = [(Kind.SPECIAL, 0)] + [(Kind.PROMPT, 0)] * (0 if plain else SYSTEM)
+        for k, (images, question, answer) in enumerate(turns, 1):
+            if plain:
+                tokens += [(Kind.VISUAL, k)] * images * image_tokens
+            else:
+                role = [(Kind.SPECIAL, k)] * ROLE
+                seen = ([(Kind.VISUAL, k)] * image_tokens + [(Kind.SPECIAL, k)]) * images
+                tokens += [*role, *seen, *[(Kind.PROMPT, k)] * question, *role]
+            tokens += [(Kind.ANSWER, k)] * (answer + 1)
+        kind, turn = torch.tensor(tokens[:max_length]).unbind(1)
+        ids = torch.zeros_like(kind)
+        labels = torch.where(kind == Kind.ANSWER, ids, IGNORE)
+        n_images = int((kind == Kind.VISUAL).sum()) // image_tokens
+        samples.append(_without_pixels(Example(told, ids, kind, turn, labels, n_images), paths))
     return samples
-
-
-def _example(
-    name: str, turns: Sequence[tuple[int, int, int]], template: str, image_tokens: int, max_length: int
-) -> Example:
-    """A sample whose tokens have kinds and no meaning; turns of (images, question's, answer's tokens)."""
-    kinds, numbers = [Kind.SPECIAL], [0]
-
-    def add(kind: Kind, count: int, turn: int) -> None:
-        kinds.extend([kind] * count)
-        numbers.extend([turn] * count)
-
-    plain = template == "plain"
-    if not plain:
-        add(Kind.PROMPT, SYSTEM, 0)
-    for k, (images, question, answer) in enumerate(turns, 1):
-        if plain:
-            add(Kind.VISUAL, images * image_tokens, k)
-        else:
-            add(Kind.SPECIAL, ROLE, k)
-            for _ in range(images):
-                add(Kind.VISUAL, image_tokens, k)
-                add(Kind.SPECIAL, 1, k)
-            add(Kind.PROMPT, question, k)
-            add(Kind.SPECIAL, ROLE, k)
-        add(Kind.ANSWER, answer + 1, k)
-    kind = torch.tensor([int(k) for k in kinds[:max_length]])
-    ids = torch.zeros_like(kind)
-    labels = torch.where(kind == Kind.ANSWER, ids, IGNORE)
-    n_images = int((kind == Kind.VISUAL).sum()) // image_tokens
-    return Example(name, ids, kind, torch.tensor(numbers[:max_length]), labels, n_images)
