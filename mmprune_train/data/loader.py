@@ -7,6 +7,7 @@ import signal
 import threading
 from collections import deque
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from itertools import islice
 from typing import Any
 
@@ -14,7 +15,7 @@ import torch
 from torch.utils.data import DataLoader, Dataset
 from transformers import PreTrainedTokenizerBase
 
-from mmprune_train.data.batch import Batch, Sample, collate
+from mmprune_train.data.batch import Batch, collate
 from mmprune_train.data.dataset import ConversationDataset, Features
 from mmprune_train.data.images import ImageReader
 from mmprune_train.data.lengths import KeptTokens, SampleLengths, VisualTokens
@@ -25,34 +26,23 @@ from mmprune_train.data.templates import Template
 from mmprune_train.errors import UserError
 
 
+@dataclass
 class TrainLoader:
     """Micro-batches of one rank. Holds no position: a resumed run asks for the step where it was."""
 
-    def __init__(
-        self,
-        dataset: ConversationDataset,
-        batches: GlobalBatches,
-        split: Split,
-        rank: int = 0,
-        world: int = 1,
-        num_workers: int = 0,
-        pin: bool = False,
-        kept: KeptTokens | None = None,
-    ) -> None:
-        """Args:
-        split: of a step's samples into micro-batches.
-        kept: the estimate that `split` plans with, to be told what training sees; None: it needs none.
-        """
-        self.dataset = dataset
-        self.batches = batches
-        self.split = split
-        self.rank = rank
-        self.world = world
-        self.num_workers = num_workers
-        self.pin = pin
-        self.kept = kept
-        self.most = batches.size // world
-        if num_workers:  # set before the fork, or the tokenizers library warns in every worker
+    dataset: ConversationDataset
+    batches: GlobalBatches
+    split: Split
+    """Of a step's samples into micro-batches."""
+    rank: int = 0
+    world: int = 1
+    num_workers: int = 0
+    kept: KeptTokens | None = None
+    """The estimate that `split` plans with, to be told what training sees; None: it needs none."""
+
+    def __post_init__(self) -> None:
+        self.most = self.batches.size // self.world
+        if self.num_workers:  # set before the fork, or the tokenizers library warns in every worker
             os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
     def epochs(self, steps: int) -> float:
@@ -74,15 +64,15 @@ class TrainLoader:
 
         workers, ahead = self._workers()
         loader = DataLoader(
-            _Reporting(self.dataset),
+            _Batches(self.dataset),
             batch_sampler=planned(),
-            collate_fn=_collate,
+            collate_fn=_as_it_is,
             num_workers=workers,
             worker_init_fn=_outlive_signals,
             prefetch_factor=ahead if workers else None,
-            pin_memory=self.pin,
+            pin_memory=torch.cuda.is_available(),
         )
-        micro_batches = _checked(loader)
+        micro_batches = map(_checked, loader)
         for first in micro_batches:
             yield [first, *islice(micro_batches, counts.popleft() - 1)]
 
@@ -133,42 +123,38 @@ def train_loader(
         images=[tuple(record.images) or None for record in records],
         samples_per_image=samples_per_image,
     )
-    pin = torch.cuda.is_available()
     if token_budget is None:
-        return TrainLoader(dataset, batches, EvenSplit(batches, batch_size), rank, world, num_workers, pin)
+        return TrainLoader(dataset, batches, EvenSplit(batches, batch_size), rank, world, num_workers)
     kept = KeptTokens(image_tokens) if visual_tokens is None else None
     split = TokenSplit(batches, SampleLengths(dataset, visual_tokens), token_budget, world, kept)
     if token_budget < max_length:  # else every sample fits
         if rank == 0:
             print(f"token_budget={token_budget} < max_length={max_length}: reading {len(records)} lengths", flush=True)
         split.check()
-    return TrainLoader(dataset, batches, split, rank, world, num_workers, pin, kept)
+    return TrainLoader(dataset, batches, split, rank, world, num_workers, kept)
 
 
-def _checked(loader: DataLoader[Any]) -> Iterator[Batch]:
-    for batch in loader:
-        if isinstance(batch, UserError):
-            raise batch
-        yield batch
-
-
-class _Reporting(Dataset[Sample]):
+@dataclass(eq=False)
+class _Batches(Dataset[Any]):
     """Hands a UserError on as a value: raised in a worker it would arrive wrapped in a traceback."""
 
-    def __init__(self, dataset: ConversationDataset) -> None:
-        self.dataset = dataset
+    samples: ConversationDataset
 
-    def __len__(self) -> int:
-        return len(self.dataset)
-
-    def __getitem__(self, index: int) -> Sample:
-        return self.dataset[index]
-
-    def __getitems__(self, indices: Sequence[int]) -> list[Sample] | UserError:
+    def __getitems__(self, indices: Sequence[int]) -> Batch | UserError:
         try:
-            return self.dataset.__getitems__(indices)
+            return collate(self.samples.__getitems__(indices))
         except UserError as error:
             return error
+
+
+def _as_it_is(batch: Batch | UserError) -> Batch | UserError:
+    return batch
+
+
+def _checked(batch: Batch | UserError) -> Batch:
+    if isinstance(batch, UserError):
+        raise batch
+    return batch
 
 
 def _outlive_signals(worker: int) -> None:
@@ -187,7 +173,3 @@ def _outlive_signals(worker: int) -> None:
         os._exit(0)
 
     threading.Thread(target=end_with_parent, daemon=True).start()
-
-
-def _collate(samples: Sequence[Sample] | UserError) -> Batch | UserError:
-    return samples if isinstance(samples, UserError) else collate(samples)

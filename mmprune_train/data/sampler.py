@@ -61,10 +61,9 @@ class GlobalBatches:
         images = self._images
         if images is None:
             return [[place] for place in range(len(samples))]
-        keys = [("alone", place) if images[i] is None else ("image", images[i]) for place, i in enumerate(samples)]
-        return _chunks(
-            [list(group) for _, group in groupby(range(len(samples)), keys.__getitem__)], self.samples_per_image
-        )
+        keys = [(images[index], place if images[index] is None else None) for place, index in enumerate(samples)]
+        neighbours = [list(group) for _, group in groupby(range(len(samples)), keys.__getitem__)]
+        return _chunks(neighbours, self.samples_per_image)
 
     def _shuffled(self, epoch: int) -> list[int]:
         """An epoch as [end of a global batch that the epoch before began] + whole ones + [beginning of another]."""
@@ -90,7 +89,7 @@ class GlobalBatches:
         groups: dict[Hashable, list[int]] = {}
         for index in order:
             image = self._images[index]
-            groups.setdefault(("alone", index) if image is None else ("image", image), []).append(index)
+            groups.setdefault((image, index if image is None else None), []).append(index)
         chunks = _chunks(list(groups.values()), self.samples_per_image)
         return [index for chunk in random.permutation(len(chunks)).tolist() for index in chunks[chunk]]
 

@@ -30,7 +30,8 @@ def evaluate(
     """Ask the questions and score what is answered.
 
     Args:
-        model, processor: as `load_model` returns them.
+        model: as `load_model` returns it.
+        processor: as `load_model` returns it.
         template: conversation format of the prompts.
         questions: what is asked.
         training: (question, answer) of the training split, for the blind majority; may be empty.
@@ -38,11 +39,7 @@ def evaluate(
     Returns:
         Numbers for result.json, by kind where they are accuracies; None for a kind of which no answer is known.
     """
-    generate: dict[str, Any] = {
-        "batch_size": settings.batch_size,
-        "max_new_tokens": settings.max_new_tokens,
-        "dtype": dtype,
-    }
+    generate = {"batch_size": settings.batch_size, "max_new_tokens": settings.max_new_tokens, "dtype": dtype}
     seen = answer(model, processor, template, questions, **generate)
     save(seen)
     result: dict[str, Any] = {"questions": len(questions), **token_counts(seen)}
@@ -79,17 +76,9 @@ def _wording(question: Question) -> tuple[Any, ...]:
 
 def token_counts(predictions: Sequence[Prediction]) -> dict[str, float]:
     """Means over the questions of prompt tokens; `keep_ratio` is the mean of the questions' own ratios."""
-
-    def mean(name: str) -> float:
-        return fmean(p.counts[name] for p in predictions)
-
-    return {
-        "tokens_dense": mean("dense"),
-        "tokens_stage1": mean("stage1"),
-        "tokens_stage2": mean("stage2"),
-        "tokens_layer_mean": mean("layer_mean"),
-        "keep_ratio": fmean(p.counts["layer_mean"] / p.counts["dense"] for p in predictions),
-    }
+    names = ("dense", "stage1", "stage2", "layer_mean")
+    means = {f"tokens_{name}": fmean(p.counts[name] for p in predictions) for name in names}
+    return {**means, "keep_ratio": fmean(p.counts["layer_mean"] / p.counts["dense"] for p in predictions)}
 
 
 def write_predictions(path: Path, predictions: Sequence[Prediction]) -> None:
