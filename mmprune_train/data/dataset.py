@@ -24,11 +24,9 @@ class Features(Protocol):
 
     def read(self, images: Sequence[Path]) -> Patches:
         """A row for each image; of no image where there is none."""
-        ...
 
     def kept(self, image: Path) -> int:
         """Tokens that stage 1 leaves of an image."""
-        ...
 
 
 TEMPLATE_TOKENS = 256
