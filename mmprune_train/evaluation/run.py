@@ -39,7 +39,11 @@ def evaluate(
     Returns:
         Numbers for result.json, by kind where they are accuracies; None for a kind of which no answer is known.
     """
-    generate = {"batch_size": settings.batch_size, "max_new_tokens": settings.max_new_tokens, "dtype": dtype}
+    generate: dict[str, Any] = {
+        "batch_size": settings.batch_size,
+        "max_new_tokens": settings.max_new_tokens,
+        "dtype": dtype,
+    }
     seen = answer(model, processor, template, questions, **generate)
     save(seen)
     result: dict[str, Any] = {"questions": len(questions), **token_counts(seen)}

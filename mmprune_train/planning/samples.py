@@ -92,7 +92,8 @@ def stage_samples(config: Config, name: str, image_tokens: int, count: int) -> S
     file = data_root(config.data) / Path(split.annotations or "").expanduser()
     if split.annotations and file.is_file():
         return _from_file(config, name, image_tokens, count, file)
-    kinds, total, what = UNKNOWN, split.limit, "one image, 20 + 40 tokens of text"
+    kinds: Sequence[Sketch] = UNKNOWN
+    total, what = split.limit, "one image, 20 + 40 tokens of text"
     if config.data.name == "llava_v1_5":
         kinds = LLAVA_PRETRAIN if name == "pretrain" else LLAVA_INSTRUCT
         published = sum(kind.size for kind in kinds)
