@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
 
 from mmprune_train.data.encode import Example
 from mmprune_train.packed.patches import Patches
@@ -75,13 +76,14 @@ class Batch:
 
     def to(self, device: torch.device | str) -> Batch:
         """The pixels on another device; the sequence stays on the host."""
-        pixels = None if self.pixel_values is None else self.pixel_values.to(device, non_blocking=True)
-        patches = self.patches and replace(self.patches, chosen=self.patches.chosen.to(device, non_blocking=True))
-        return replace(self, pixel_values=pixels, patches=patches)
+        return self._moved(lambda pixels: pixels.to(device, non_blocking=True))
 
     def pin_memory(self) -> Batch:
-        pixels = None if self.pixel_values is None else self.pixel_values.pin_memory()
-        patches = self.patches and replace(self.patches, chosen=self.patches.chosen.pin_memory())
+        return self._moved(Tensor.pin_memory)
+
+    def _moved(self, move: Callable[[Tensor], Tensor]) -> Batch:
+        pixels = None if self.pixel_values is None else move(self.pixel_values)
+        patches = self.patches and replace(self.patches, chosen=move(self.patches.chosen))
         return replace(self, pixel_values=pixels, patches=patches)
 
 
@@ -104,7 +106,7 @@ def collate(samples: Sequence[Sample]) -> Batch:
             patches.append(sample.patches.take(new))
         else:
             pixels += [sample.pixels[number] for number in new]
-    target = torch.cat([_shifted(example.labels) for example in examples])
+    target = torch.cat([pad(example.labels[1:], (0, 1), value=IGNORE) for example in examples])
     places = [_image_and_patch(sample, rows) for sample in samples]
     kind = torch.cat([example.kind for example in examples])
     sequence = PackedSequence(
@@ -128,10 +130,6 @@ def collate(samples: Sequence[Sample]) -> Batch:
         patches=Patches.cat(patches) if patches else None,
         truncated=(sum(example.truncated > 0 for example in examples), sum(example.truncated for example in examples)),
     )
-
-
-def _shifted(labels: Tensor) -> Tensor:
-    return torch.nn.functional.pad(labels[1:], (0, 1), value=IGNORE)
 
 
 def _image_and_patch(sample: Sample, rows: dict[Path, int]) -> tuple[Tensor, Tensor]:

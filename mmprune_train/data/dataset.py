@@ -11,7 +11,7 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from mmprune_train.data.batch import Sample
-from mmprune_train.data.encode import encode
+from mmprune_train.data.encode import Example, encode
 from mmprune_train.data.images import ImageReader
 from mmprune_train.data.records import IMAGE_PLACEHOLDER, Record
 from mmprune_train.data.templates import Template
@@ -45,10 +45,7 @@ def _at_most(record: Record, image_tokens: int) -> int:
 
 @dataclass(eq=False)
 class ConversationDataset:
-    """Tokenises and reads images on demand; a bad sample raises UserError with its id and is never replaced.
-
-    With `features` no image is read: samples carry what those hold.
-    """
+    """Tokenises and reads images on demand; a bad sample raises UserError with its id and is never replaced."""
 
     records: Sequence[Record]
     template: Template
@@ -57,15 +54,20 @@ class ConversationDataset:
     image_tokens: int
     max_length: int
     features: Features | None = None
+    """Carried by the samples instead of pixels; no image is read then."""
+
+    def encode(self, index: int) -> Example:
+        """A sample as token ids."""
+        return encode(self.records[index], self.template, self.tokenizer, self.image_tokens, self.max_length)
 
     def check_cuts(self) -> None:
         """Raise UserError at the first sample that the template does not take, of which `max_length` leaves nothing to
         train on, or whose image it cuts in two: told before training, not in the middle of an epoch. Samples that are
         surely short enough up to their first answer and last image are not tokenised."""
-        for record in self.records:
+        for index, record in enumerate(self.records):
             several = self.template.marks is None and len(record.turns) > 1  # which `plain` refuses
             if several or _at_most(record, self.image_tokens) > self.max_length:
-                encode(record, self.template, self.tokenizer, self.image_tokens, self.max_length)
+                self.encode(index)
 
     def __len__(self) -> int:
         return len(self.records)
@@ -75,8 +77,7 @@ class ConversationDataset:
         read: dict[Path, Tensor] = {}
         samples = []
         for index in indices:
-            record = self.records[index]
-            example = encode(record, self.template, self.tokenizer, self.image_tokens, self.max_length)
+            record, example = self.records[index], self.encode(index)
             paths = record.images[: example.n_images]
             if self.features is not None:
                 samples.append(Sample(example, paths, [], self.features.read(paths)))

@@ -132,14 +132,15 @@ def _write(archive: zipfile.ZipFile, part: Path) -> None:
         for split in ("train", "test")
     }
     captions = sorted(captions_of(questions["train"]).items())
+    instruct = _questions("train", questions["train"])
     files = {
         "pretrain.json": [
             _sample(f"train-image-{image}", f"train/{image}.png", CAPTION_REQUEST, caption)
             for image, caption in captions
         ],
-        "instruct.json": _questions("train", questions["train"]),
-        "instruct_open.json": [s for s in _questions("train", questions["train"]) if s["kind"] == "open"],
-        "instruct_balanced.json": balanced(_questions("train", questions["train"])),
+        "instruct.json": instruct,
+        "instruct_open.json": [sample for sample in instruct if sample["kind"] == "open"],
+        "instruct_balanced.json": balanced(instruct),
         "instruct_conversations.json": conversations("train", questions["train"]),
         "evaluate.json": _questions("test", questions["test"]),
     }
@@ -164,8 +165,8 @@ def balanced(samples: list[dict[str, Any]]) -> list[dict[str, Any]]:
     """Every open question and, evenly spread over the file, as many yes/no ones: 74 % of the data set are yes/no."""
     closed = [index for index, sample in enumerate(samples) if sample["kind"] == "yes_no"]
     open_count = len(samples) - len(closed)
-    spread = {closed[number * len(closed) // open_count] for number in range(min(open_count, len(closed)))}
-    return [sample for index, sample in enumerate(samples) if sample["kind"] == "open" or index in spread]
+    chosen = {closed[number * len(closed) // open_count] for number in range(min(open_count, len(closed)))}
+    return [sample for index, sample in enumerate(samples) if sample["kind"] == "open" or index in chosen]
 
 
 def conversations(split: str, questions: list[Question]) -> list[dict[str, Any]]:

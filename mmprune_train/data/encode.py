@@ -87,10 +87,8 @@ def tokenise(spans: Sequence[Span], template: Template) -> tuple[np.ndarray, np.
     ids = np.array(encoding["input_ids"], dtype=np.int64)
     starts, stops = np.array(encoding["offset_mapping"], dtype=np.int64).reshape(-1, 2).T
     last = np.clip(stops - 1, 0, None)
-    greedy = template.rules.greedy
-    for place in (
-        np.flatnonzero(np.isin(ids, list(greedy))) if greedy else ()
-    ):  # takes spaces of the span behind it, or before it
+    greedy = template.rules.greedy  # take spaces of the span behind them, or before them
+    for place in np.flatnonzero(np.isin(ids, list(greedy))):
         content = greedy[int(ids[place])]
         found = text.find(content, starts[place], stops[place])
         last[place] = found + len(content) - 1 if found >= 0 else last[place]

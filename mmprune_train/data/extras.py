@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from functools import lru_cache
@@ -121,7 +122,4 @@ def _same(value: str, image: str) -> bool:
 
 @lru_cache(maxsize=4096)  # metadata repeat themselves, and the folder may be far away
 def _is_file(root: Path, name: str) -> bool:
-    try:
-        return (root / name).is_file()
-    except (OSError, ValueError):
-        return False
+    return os.path.isfile(root / name)  # noqa: PTH113 False, too, of what is no path at all

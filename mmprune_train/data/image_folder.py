@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
 
+from mmprune_train.errors import UserError
 from mmprune_train.storage.user_files import short
 
 OUTSIDE_REMEDY = "correct it, or if it is meant set data.outside_images=true (docs/data.md)"
@@ -22,13 +23,14 @@ class ImageFolder:
 
     def place(self, name: str) -> tuple[Path, str]:
         """Where an image lies, and what is wrong with that: empty where nothing is. Links of folders are followed, and
-        remembered; whether the file is itself a link, `refuses` tells when it is read, for that asks the disk."""
+        remembered; whether the file is itself a link, `check` asks the disk when it is read."""
         place = self.path / name
         return place, self._outside(_real(str(place.parent)))
 
-    def refuses(self, path: Path) -> str:
-        """What is wrong with where a file lies, all links followed; empty where nothing is."""
-        return self._outside(os.path.realpath(path))
+    def check(self, path: Path, asked_by: str) -> None:
+        """Raise UserError for a file that does not lie in it, all links followed; `asked_by` is named, if not empty."""
+        if fault := self._outside(os.path.realpath(path)):
+            raise UserError(f"{asked_by and f'{asked_by}: '}image {short(str(path), 500)} {fault}; {OUTSIDE_REMEDY}")
 
     def _outside(self, real: str) -> str:
         root = _real(str(self.path))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import warnings
 from collections.abc import Callable
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
@@ -15,7 +16,7 @@ from transformers.models.llava.image_processing_pil_llava import LlavaImageProce
 
 from mmprune_train.config.schema import EncoderConfig
 from mmprune_train.data.fitting import check_size, fit
-from mmprune_train.data.image_folder import OUTSIDE_REMEDY, ImageFolder
+from mmprune_train.data.image_folder import ImageFolder
 from mmprune_train.data.rgb import to_rgb
 from mmprune_train.errors import UserError
 from mmprune_train.storage.user_files import file_status, reason_of, short
@@ -150,23 +151,19 @@ def _orientation(file: Image.Image) -> int:
         return 1
 
 
+@dataclass
 class ImageReader:
     """Reads images for an image processor, or raises a UserError that names who asks: never another image instead."""
 
-    def __init__(self, processor: Callable[..., dict[str, Tensor]], folder: ImageFolder | None = None) -> None:
-        """Args:
-        folder: that images must lie in, links followed; None: anywhere.
-        """
-        self.processor = processor
-        self.folder = folder
+    processor: Callable[..., dict[str, Tensor]]
+    folder: ImageFolder | None = None
+    """That images must lie in, links followed; None: anywhere."""
 
     def open(self, path: Path, asked_by: str = "") -> Image.Image:
         """The picture, RGB, as the processor is to get it: upright where its own `exif_orientation` says so, and at the
         size that it would be given."""
-        if self.folder is not None and (reason := self.folder.refuses(Path(path))):
-            raise UserError(
-                f"{asked_by}{': ' if asked_by else ''}image {short(str(path), 500)} {reason}; {OUTSIDE_REMEDY}"
-            )
+        if self.folder is not None:
+            self.folder.check(path, asked_by)
         upright = getattr(self.processor, "exif_orientation", True)
         return fit(self.processor, read_image(path, asked_by, upright, partial(check_size, self.processor)))
 

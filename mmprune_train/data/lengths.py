@@ -12,7 +12,6 @@ from typing import Any
 import numpy as np
 
 from mmprune_train.data.dataset import ConversationDataset
-from mmprune_train.data.encode import encode
 from mmprune_train.packed.sequence import Kind
 
 VisualTokens = Callable[[Path], int]
@@ -37,11 +36,11 @@ class Length:
     known: int
     images: int = 0
     """Images whose tokens are not among the known ones."""
-    spread: int = 0
-    """Their variance, in variances of one image: as many where they are different ones."""
+    variance: int = 0
+    """Of their tokens, in variances of one image: as many where they are different ones."""
 
     def __add__(self, other: Length) -> Length:
-        return Length(self.known + other.known, self.images + other.images, self.spread + other.spread)
+        return Length(self.known + other.known, self.images + other.images, self.variance + other.variance)
 
 
 @dataclass(eq=False)
@@ -60,8 +59,7 @@ class SampleLengths:
 
     def __getitem__(self, index: int) -> Length:
         if self._seen[index, 0] < 0:
-            data = self.dataset
-            example = encode(data.records[index], data.template, data.tokenizer, data.image_tokens, data.max_length)
+            example = self.dataset.encode(index)
             self._seen[index] = int((example.kind != Kind.VISUAL).sum()), example.n_images
         text, images = self._seen[index].tolist()
         if self.visual_tokens is None:
@@ -82,7 +80,7 @@ class Estimate:
 
     def safe(self, length: Length) -> float:
         """Tokens that samples will hardly exceed: the expected number and MARGIN standard deviations of their sum."""
-        visual = length.images * self.mean + MARGIN * self.deviation * math.sqrt(length.spread)
+        visual = length.images * self.mean + MARGIN * self.deviation * math.sqrt(length.variance)
         return length.known + min(visual, length.images * self.most)
 
 
@@ -98,11 +96,9 @@ class KeptTokens:
     """Of an image, the most that can be left."""
     lag: int = LAG
     enough: int = ENOUGH
-    """Images."""
 
     def __post_init__(self) -> None:
-        self.steps = 0
-        self._history: deque[list[float]] = deque(maxlen=self.lag + 1)  # totals after step `steps` last
+        self.skip(0)
 
     def observe(self, seen: Sequence[float]) -> None:
         """What an optimizer step saw over all ranks.
@@ -111,8 +107,7 @@ class KeptTokens:
             seen: samples with images; their images M, over all samples; tokens x left of them; sum over samples of
                 x^2 / M.
         """
-        before = self._history[-1] if self._history else [0.0] * 4
-        self._history.append([MEMORY * old + new for old, new in zip(before, seen, strict=True)])
+        self._history.append([MEMORY * old + new for old, new in zip(self._history[-1], seen, strict=True)])
         self.steps += 1
 
     def at(self, step: int) -> Estimate:
@@ -129,11 +124,12 @@ class KeptTokens:
     def skip(self, steps: int) -> None:
         """So many optimizer steps were planned without an estimate: it begins behind them."""
         self.steps = steps
-        self._history = deque([[0.0] * 4] * (self.lag + 1), maxlen=self.lag + 1)
+        # totals after step `steps`, last, and after those before it
+        self._history: deque[list[float]] = deque([[0.0] * 4] * (self.lag + 1), maxlen=self.lag + 1)
 
     def state_dict(self) -> dict[str, Any]:
         return {"steps": self.steps, "history": [list(totals) for totals in self._history]}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        self.steps = state["steps"]
-        self._history = deque(state["history"], maxlen=self.lag + 1)
+        self.skip(state["steps"])
+        self._history.extend(state["history"])

@@ -3,53 +3,45 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
-from dataclasses import replace
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 from heapq import heapify, heapreplace
-from typing import Protocol
 
 from mmprune_train.data.lengths import Estimate, KeptTokens, Length, SampleLengths
 from mmprune_train.data.sampler import GlobalBatches
 from mmprune_train.errors import UserError
 
-
-class Split(Protocol):
-    def __call__(self, step: int) -> list[list[int]]:
-        """Samples of every micro-batch of an optimizer step: those of all ranks at once, then the next ones."""
-        ...
+Split = Callable[[int], list[list[int]]]
+"""Optimizer step -> samples of each of its micro-batches: those of all ranks at once, then the next ones."""
 
 
+@dataclass
 class EvenSplit:
     """`batch_size` samples for every rank and micro-batch."""
 
-    def __init__(self, batches: GlobalBatches, batch_size: int) -> None:
-        self.batches = batches
-        self.batch_size = batch_size
+    batches: GlobalBatches
+    batch_size: int
 
     def __call__(self, step: int) -> list[list[int]]:
         samples = self.batches[step]
         return [samples[at : at + self.batch_size] for at in range(0, len(samples), self.batch_size)]
 
 
+@dataclass
 class TokenSplit:
-    """As few micro-batches as hold the step's samples within a budget of tokens, equally many on every rank.
+    """As few micro-batches as hold the step's samples within a budget of tokens, equally many on every rank."""
 
-    Args:
-        batches: their size is a multiple of `world`.
-        lengths: of the samples that `batches` names.
-        budget: tokens that enter the LLM, a rank and micro-batch.
-        kept: estimates what `lengths` does not know; None: it knows all.
-    """
+    batches: GlobalBatches
+    """Their size is a multiple of `world`."""
+    lengths: SampleLengths
+    budget: int
+    """Tokens that enter the LLM, a rank and micro-batch."""
+    world: int
+    kept: KeptTokens | None = None
+    """Estimates what `lengths` does not know; None: it knows all."""
 
-    def __init__(
-        self, batches: GlobalBatches, lengths: SampleLengths, budget: int, world: int, kept: KeptTokens | None = None
-    ) -> None:
-        assert batches.size % world == 0, "else one sample for each rank may be too much and one rank have none"
-        self.batches = batches
-        self.lengths = lengths
-        self.budget = budget
-        self.world = world
-        self.kept = kept
+    def __post_init__(self) -> None:
+        assert self.batches.size % self.world == 0, "else a sample a rank may be too much and one rank have none"
 
     def __call__(self, step: int) -> list[list[int]]:
         samples = self.batches[step]
@@ -129,4 +121,4 @@ def _least_loaded(
 def _sum(lengths: Sequence[Length], group: Sequence[int]) -> Length:
     """Of samples that look at the same: what is uncertain of one is so of all."""
     whole = sum((lengths[place] for place in group), Length(0))
-    return replace(whole, spread=whole.spread * len(group))
+    return replace(whole, variance=whole.variance * len(group))

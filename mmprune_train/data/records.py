@@ -63,21 +63,14 @@ class Annotations:
     """Samples in the file, of which `records` are the first."""
 
 
-def read_records(
+def read_annotations(
     annotations: Path, images: ImageFolder | Path, limit: int | None = None, require_answers: bool = True
-) -> list[Record]:
+) -> Annotations:
     """The first `limit` records of a LLaVA JSON or JSONL file; image paths start from `images`, and stay in it.
 
     A first turn that is not human is dropped, as in LLaVA. Images are not opened here. `require_answers=False` lets the
     last question stand without an answer. Raises UserError at the first malformed sample.
     """
-    return read_annotations(annotations, images, limit, require_answers).records
-
-
-def read_annotations(
-    annotations: Path, images: ImageFolder | Path, limit: int | None = None, require_answers: bool = True
-) -> Annotations:
-    """As `read_records`, with the number of samples that the file has."""
     folder = images if isinstance(images, ImageFolder) else ImageFolder(images)
     records: list[Record] = []
     available = 0
@@ -87,6 +80,13 @@ def read_annotations(
     if not records:
         raise UserError(f"{annotations} holds no samples; check the file or the split's `limit`")
     return Annotations(records, available)
+
+
+def read_records(
+    annotations: Path, images: ImageFolder | Path, limit: int | None = None, require_answers: bool = True
+) -> list[Record]:
+    """The records alone of `read_annotations`."""
+    return read_annotations(annotations, images, limit, require_answers).records
 
 
 def count_samples(annotations: Path) -> int:

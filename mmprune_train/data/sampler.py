@@ -3,42 +3,38 @@
 from __future__ import annotations
 
 from collections.abc import Hashable, Sequence
+from dataclasses import dataclass
 from itertools import groupby
 
 import numpy as np
 
 
+@dataclass(eq=False)
 class GlobalBatches:
     """The samples of every optimizer step: `size` of an endless row of epochs, each shuffled anew.
 
     Every epoch holds each sample once. A global batch that begins near the end of an epoch goes on into the next.
-
-    Args:
-        n: samples.
-        size: samples of a step, over all ranks.
-        modality: a class for every sample; global batches hold one class, and what is left over of the classes is
-            mixed, as is the batch in which an epoch ends. None: no grouping.
-        images: what every sample looks at; with `samples_per_image` > 1, up to that many samples of one image follow
-            each other, so that one pass of the vision tower may serve them all. None entries stay alone.
     """
 
-    def __init__(
-        self,
-        n: int,
-        size: int,
-        seed: int,
-        modality: Sequence[Hashable] | None = None,
-        images: Sequence[Hashable] | None = None,
-        samples_per_image: int = 1,
-    ) -> None:
-        self.n = n
-        self.size = size
-        self.seed = seed
-        self.samples_per_image = samples_per_image
-        self._images = images if samples_per_image > 1 else None
+    n: int
+    """Samples."""
+    size: int
+    """Samples of a step, over all ranks."""
+    seed: int
+    modality: Sequence[Hashable] | None = None
+    """A class for every sample; global batches hold one class, and what is left over of the classes is mixed, as is the
+    batch in which an epoch ends. None: no grouping."""
+    images: Sequence[Hashable] | None = None
+    """What every sample looks at; with `samples_per_image` > 1, up to that many samples of one image follow each other,
+    so that one pass of the vision tower may serve them all. None entries stay alone."""
+    samples_per_image: int = 1
+
+    def __post_init__(self) -> None:
+        if self.samples_per_image == 1:
+            self.images = None
         classes: dict[Hashable, list[int]] = {}
-        for index in range(n):
-            classes.setdefault(modality[index] if modality is not None else None, []).append(index)
+        for index in range(self.n):
+            classes.setdefault(None if self.modality is None else self.modality[index], []).append(index)
         self._classes = [np.array(members) for members in classes.values()]
         self._latest: tuple[int, list[int]] = (-1, [])
 
@@ -58,13 +54,12 @@ class GlobalBatches:
 
     def groups(self, samples: Sequence[int]) -> list[list[int]]:
         """Places in `samples` that had better stay together: neighbours of one image."""
-        images = self._images
+        images = self.images
         if images is None:
             return [[place] for place in range(len(samples))]
-        keys = [("alone", place) if images[i] is None else ("image", images[i]) for place, i in enumerate(samples)]
-        return _chunks(
-            [list(group) for _, group in groupby(range(len(samples)), keys.__getitem__)], self.samples_per_image
-        )
+        keys = [(images[index], place if images[index] is None else None) for place, index in enumerate(samples)]
+        neighbours = [list(group) for _, group in groupby(range(len(samples)), keys.__getitem__)]
+        return _chunks(neighbours, self.samples_per_image)
 
     def _shuffled(self, epoch: int) -> list[int]:
         """An epoch as [end of a global batch that the epoch before began] + whole ones + [beginning of another]."""
@@ -85,12 +80,12 @@ class GlobalBatches:
         return left[:head] + middle + left[len(left) - tail :]
 
     def _together(self, order: list[int], random: np.random.Generator) -> list[int]:
-        if self._images is None:
+        if self.images is None:
             return order
         groups: dict[Hashable, list[int]] = {}
         for index in order:
-            image = self._images[index]
-            groups.setdefault(("alone", index) if image is None else ("image", image), []).append(index)
+            image = self.images[index]
+            groups.setdefault((image, index if image is None else None), []).append(index)
         chunks = _chunks(list(groups.values()), self.samples_per_image)
         return [index for chunk in random.permutation(len(chunks)).tolist() for index in chunks[chunk]]
 

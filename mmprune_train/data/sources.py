@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
+import os
 from pathlib import Path
 from typing import Any
 
@@ -14,19 +13,9 @@ from mmprune_train.errors import UserError
 from mmprune_train.storage.assets import cache_dir
 from mmprune_train.storage.user_files import file_status, reason_of
 
-
-@dataclass(frozen=True)
-class Source:
-    """A data set that this project can fetch."""
-
-    prepare: Callable[[Path], dict[str, Any]]
-    """Writes it in LLaVA's format and returns its manifest."""
-    format: int
-    """Of what is written; each has a folder of its own in the cache."""
-
-
-SOURCES = {"easy_vqa": Source(easy_vqa.prepare, easy_vqa.FORMAT)}
-"""By the name in `data.source`."""
+SOURCES = {"easy_vqa": easy_vqa}
+"""By the name in `data.source`, the module that fetches the data set: `prepare(root)` writes it in LLaVA's format and
+returns its manifest; each `FORMAT` of what is written has a folder of its own in the cache."""
 
 
 def data_root(data: DataConfig) -> Path:
@@ -34,7 +23,7 @@ def data_root(data: DataConfig) -> Path:
     if data.root:
         return Path(data.root).expanduser()
     source = SOURCES.get(data.source or "")
-    return cache_dir() / "data" / (data.name if source is None else f"{data.name}-v{source.format}")
+    return cache_dir() / "data" / (data.name if source is None else f"{data.name}-v{source.FORMAT}")
 
 
 def prepare_data(data: DataConfig) -> dict[str, Any] | None:
@@ -67,15 +56,8 @@ def split_files(data: DataConfig, part: str) -> tuple[Path, ImageFolder]:
     except OSError as error:
         why = "missing" if isinstance(error, FileNotFoundError) else f"not read ({reason_of(error)})"
         missing.append(f"data.{part}.annotations: {annotations} is {why}")
-    if not _is_folder(images.path):
+    if not os.path.isdir(images.path):  # noqa: PTH112 False, too, of what is no path at all
         missing.append(f"data.{part}.images: {images.path} is missing")
     if missing:
         raise UserError(f"{'; '.join(missing)}; {remedy}")
     return annotations, images
-
-
-def _is_folder(path: Path) -> bool:
-    try:
-        return path.is_dir()
-    except (OSError, ValueError):  # too long, or no path at all
-        return False

@@ -5,12 +5,15 @@ from __future__ import annotations
 import json
 import re
 from dataclasses import dataclass
-from functools import lru_cache
 from typing import Any
 
 import numpy as np
 from tokenizers import Tokenizer
 from transformers import PreTrainedTokenizerBase
+from transformers.convert_slow_tokenizer import bytes_to_unicode
+
+BYTES = {character: byte for byte, character in bytes_to_unicode().items()}
+"""GPT-2's printable stand-in -> the byte that it stands for."""
 
 
 @dataclass(frozen=True)
@@ -101,8 +104,7 @@ class Pieces:
         if token is None:
             return b""
         if self._byte_level:
-            table = _byte_of_character()
-            return bytes(table[character] for character in token)
+            return bytes(BYTES[character] for character in token)
         if match := re.fullmatch(r"<0x([0-9A-Fa-f]{2})>", token):
             return bytes([int(match[1], 16)])
         return str(token).replace("\u2581", " ").encode()
@@ -114,11 +116,3 @@ def _each(part: Any, kind: str, inside: str) -> list[dict[str, Any]]:
         return []
     inner = [found for one in part.get(inside, []) for found in _each(one, kind, inside)]
     return [part, *inner] if part["type"] == kind else inner
-
-
-@lru_cache(maxsize=1)
-def _byte_of_character() -> dict[str, int]:
-    """GPT-2's printable stand-ins for the 256 bytes, read backwards."""
-    printable = [*range(33, 127), *range(161, 173), *range(174, 256)]
-    others = [byte for byte in range(256) if byte not in printable]
-    return {chr(b): b for b in printable} | {chr(256 + n): b for n, b in enumerate(others)}

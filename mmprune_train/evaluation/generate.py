@@ -53,11 +53,7 @@ def load_images(question: Question, read: Callable[[Path, str], Image.Image] = r
 def blank_images(mean: Sequence[float], side: int) -> Callable[[Question], list[Image.Image]]:
     """Instead of a question's images, as many of the image mean's colour: nothing to see."""
     colour = tuple(int(255 * channel) for channel in mean)
-
-    def blank(question: Question) -> list[Image.Image]:
-        return [Image.new("RGB", (side, side), colour) for _ in question.images]
-
-    return blank
+    return lambda question: [Image.new("RGB", (side, side), colour) for _ in question.images]
 
 
 def check_room(key: str, new_tokens: int, model: Any) -> None:
@@ -82,7 +78,8 @@ def answer(
     """Greedy answers, in the order of the questions.
 
     Args:
-        model, processor: as `load_model` returns them.
+        model: as `load_model` returns it.
+        processor: as `load_model` returns it.
         template: puts a question into the conversation format.
         images_of: a question's images; None: those in its files, read as the processor asks for.
         dtype: bfloat16 computes under autocast.

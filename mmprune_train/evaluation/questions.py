@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from mmprune_train.data.image_folder import OUTSIDE_REMEDY, ImageFolder
+from mmprune_train.data.image_folder import ImageFolder
 from mmprune_train.data.images import unreadable
 from mmprune_train.data.records import IMAGE_PLACEHOLDER, Record, Turn, read_records
 from mmprune_train.data.templates import Template
@@ -111,8 +111,7 @@ def check_images(questions: Sequence[Question], folder: ImageFolder) -> None:
             if path in seen:
                 continue
             who = f"question {short(question.id, 80)}"
-            if reason := folder.refuses(path):
-                raise UserError(f"{who}: image {short(str(path), 500)} {reason}; {OUTSIDE_REMEDY}")
+            folder.check(path, who)
             try:
                 file_status(path)
             except FileNotFoundError:

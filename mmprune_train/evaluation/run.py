@@ -31,7 +31,8 @@ def evaluate(
     """Ask the questions and score what is answered.
 
     Args:
-        model, processor: as `load_model` returns them.
+        model: as `load_model` returns it.
+        processor: as `load_model` returns it.
         template: conversation format of the prompts.
         questions: what is asked.
         training: (question, answer) of the training split, for the blind majority; may be empty.
@@ -80,17 +81,9 @@ def _wording(question: Question) -> tuple[Any, ...]:
 
 def token_counts(predictions: Sequence[Prediction]) -> dict[str, float]:
     """Means over the questions of prompt tokens; `keep_ratio` is the mean of the questions' own ratios."""
-
-    def mean(name: str) -> float:
-        return fmean(p.counts[name] for p in predictions)
-
-    return {
-        "tokens_dense": mean("dense"),
-        "tokens_stage1": mean("stage1"),
-        "tokens_stage2": mean("stage2"),
-        "tokens_layer_mean": mean("layer_mean"),
-        "keep_ratio": fmean(p.counts["layer_mean"] / p.counts["dense"] for p in predictions),
-    }
+    names = ("dense", "stage1", "stage2", "layer_mean")
+    means = {f"tokens_{name}": fmean(p.counts[name] for p in predictions) for name in names}
+    return {**means, "keep_ratio": fmean(p.counts["layer_mean"] / p.counts["dense"] for p in predictions)}
 
 
 def write_predictions(path: Path, predictions: Sequence[Prediction]) -> None:

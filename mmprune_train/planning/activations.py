@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
+from operator import call
 from typing import Any
 
 import torch
@@ -53,6 +54,7 @@ class Activations:
     def __init__(self, model: PackedLlava, how: Numerics) -> None:
         self.model, self.how = model, how
         language: Any = model.hf.model.language_model
+        self.language, self.lm_head = language, model.hf.lm_head
         tower, projector = model.hf.model.vision_tower, model.hf.model.multi_modal_projector
         self.family = family_of(tower.config.model_type)
         self.blocks = self.family.layers(tower)
@@ -72,10 +74,10 @@ class Activations:
         first = language.layers[0]
         self.first = Probe(first, layer, self.width, embeds, enters, how)
         self.layer = self.first if enters == leaves else Probe(first, layer, self.width, embeds, leaves, how)
-        self.norm = Probe(language.norm, _call, self.width, embeds, leaves, how)
+        self.norm = Probe(language.norm, call, self.width, embeds, leaves, how)
         self.head = Probe(model.hf.lm_head, _loss, self.width, embeds, leaves, how)
         features = projector.linear_1.in_features
-        self.projector = Probe(projector, _call, features, how.compute, self.tower_trained, how)
+        self.projector = Probe(projector, call, features, how.compute, self.tower_trained, how)
         side = int(model.config.image_seq_length) + self.family.has_cls
         block: Any = self.blocks[0]
         towers = tower.config.hidden_size
@@ -117,8 +119,8 @@ class Activations:
         parts = [(self.layer if index else self.first)(count) for index, count in enumerate(rows)]
         states = [count * self.width * self.stream for count in rows]
         kept = [states[i] if again[i] else part.saved for i, part in enumerate(parts)]
-        rotary = sum(2 * count * self._rotary_width() * self.stream for count in sorted(set(rows)))
-        held += rotary
+        turned = self.language.layers[0].self_attn.head_dim
+        held += sum(2 * count * turned * self.stream for count in sorted(set(rows)))
         copies = self._cast_weights() if any(again) else 0.0
         highest = held + 3 * states[0]  # embeddings, and the same with patches in their places
         live = held + copies
@@ -137,16 +139,16 @@ class Activations:
         live += states[-1] + norm.backward  # the gradient of what enters the norm
         backward = max(backward, live)
         live -= norm.saved + states[-1] + norm.backward
-        tied = self.model.hf.lm_head.weight is self.model.hf.model.language_model.embed_tokens.weight
+        tied = self.lm_head.weight is self.language.embed_tokens.weight
         # a gradient that has two sources waits for the second, and is summed into a third tensor
-        gradients = self._weight_gradients(self.model.hf.lm_head) if growing or tied else 0.0
+        gradients = self._weight_gradients(self.lm_head) if growing or tied else 0.0
         for index in reversed(range(len(parts))):
             part = parts[index]
             worst = max(part.forward, part.saved + part.backward) - part.saved * (not again[index])
             backward = max(backward, live + gradients + states[index] + worst)
             live -= kept[index]
-            gradients += self._layer_gradients() if growing else 0.0
-        embedding = self._weight_gradients(self.model.hf.model.language_model.embed_tokens)  # dense, whatever was read
+            gradients += self._weight_gradients(self.language.layers[0]) if growing else 0.0
+        embedding = self._weight_gradients(self.language.embed_tokens)  # dense, whatever was read
         last = max(embedding * (1 + tied), projector.backward + tower.backward)
         backward = max(backward, live + gradients + states[0] + last)
         return Phases(inputs + tower.forward, forward, backward, max(head.forward, head.saved + head.backward))
@@ -174,28 +176,15 @@ class Activations:
         """Attention weights that stage 2's score holds at once, and a copy, as if every token asked."""
         return 2 * 4 * min(CHUNK, self.heads * float(lengths.square().sum()))
 
-    def _rotary_width(self) -> int:
-        language: Any = self.model.hf.model.language_model
-        return int(language.layers[0].self_attn.head_dim)
-
     def _cast_weights(self) -> float:
         """Copies of trained matrices in the dtype of autocast, which live as long as it."""
         if not self.how.autocast:
             return 0.0
-        language: Any = self.model.hf.model.language_model
-        trained = (p for p in language.layers.parameters() if p.requires_grad and p.dim() > 1)
+        trained = (p for p in self.language.layers.parameters() if p.requires_grad and p.dim() > 1)
         return sum(p.numel() for p in trained) * self.bytes
-
-    def _layer_gradients(self) -> float:
-        language: Any = self.model.hf.model.language_model
-        return self._weight_gradients(language.layers[0])
 
     def _weight_gradients(self, module: nn.Module) -> float:
         return sum(p.numel() for p in module.parameters() if p.requires_grad) * self.how.trained.itemsize
-
-
-def _call(part: Any, states: Tensor) -> Tensor:
-    return part(states)
 
 
 def _loss(head: Any, states: Tensor) -> Tensor:

@@ -28,7 +28,7 @@ FRAGMENTED = 0.05
 
 @dataclass(frozen=True)
 class Layout:
-    """How a strategy spreads a model."""
+    """What a strategy shards, copies and offloads."""
 
     engine: bool = False
     """DeepSpeed's: weights in the compute dtype, a master copy in the optimizer."""
@@ -62,7 +62,7 @@ LAYOUTS = {
 
 @dataclass(frozen=True)
 class States:
-    """Bytes on one device, whatever the batch."""
+    """Bytes on one device, whatever the batch is."""
 
     weights: float
     gradients: float
@@ -73,10 +73,6 @@ class States:
     """What the optimizer's step needs besides, when no activations are there."""
     host: float = 0.0
     """In the host's memory, for this device."""
-
-    @property
-    def total(self) -> float:
-        return self.weights + self.gradients + self.optimizer + self.working
 
 
 def numerics(layout: Layout, compute: torch.dtype) -> Numerics:
@@ -111,14 +107,14 @@ def states(
         else:
             frozen += parameter.numel()
 
-    def share(spread: bool) -> float:
-        return 1 / world if spread else 1.0
+    def of_each(sharded: bool) -> float:
+        return 1 / world if sharded else 1.0
 
-    part = trained * share(layout.optimizer)
+    part = trained * of_each(layout.optimizer)
     stored = MASTER if layout.layered else how.trained.itemsize
     frozen_bytes = (frozen - quantized) * how.compute.itemsize + quantized * FOUR_BITS
-    weights = (frozen_bytes + trained * stored) * share(layout.weights)
-    gradients = trained * stored * share(layout.gradients)
+    weights = (frozen_bytes + trained * stored) * of_each(layout.weights)
+    gradients = trained * stored * of_each(layout.gradients)
     working = 0.0
     if layout.buckets:
         working += trained * how.trained.itemsize

@@ -82,7 +82,8 @@ def count_tokens(pruner: PrunerConfig, samples: Sequence[Sample], patches: int, 
     """Tokens of each sample.
 
     Args:
-        patches: of one image. depth: layers of the LLM.
+        patches: of one image.
+        depth: layers of the LLM.
         share: of its row, what a budget keeps that depends on the images.
     """
     blind = Pruner(_blinded(pruner, share))

@@ -46,33 +46,27 @@ class Footprint:
     """Highest rise in the backward pass above `saved` and the output's gradient, gradients of weights included."""
 
 
+@dataclass
 class Probe:
-    """One part, run at any number of rows.
+    """One part, run at any number of rows."""
 
-    Args:
-        module: the part, on the meta device, frozen as it will be trained; a copy is run.
-        call: (module, states [rows, width]) -> states, or a loss.
-        width: of the states.
-        dtype: of the states.
-        flows: whether the states have a gradient.
-        how: the dtypes of the part.
-    """
+    module: nn.Module
+    """On the meta device, frozen as it will be trained; a copy is run."""
+    call: Callable[[Any, Tensor], Tensor]
+    """(module, states [rows, width]) -> states, or a loss."""
+    width: int
+    dtype: torch.dtype
+    """Of the states."""
+    flows: bool
+    """Whether the states have a gradient."""
+    how: Numerics
 
-    def __init__(
-        self,
-        module: nn.Module,
-        call: Callable[[Any, Tensor], Tensor],
-        width: int,
-        dtype: torch.dtype,
-        flows: bool,
-        how: Numerics,
-    ) -> None:
-        self.call, self.width, self.dtype, self.flows, self.how = call, width, dtype, flows, how
-        self._part = copy.deepcopy(module)
+    def __post_init__(self) -> None:
+        self._part = copy.deepcopy(self.module)
         self._mode = FakeTensorMode()
         self._seen: dict[int, Footprint] = {}
         with self._mode:
-            _fill(self._part, how)
+            _fill(self._part, self.how)
 
     def __call__(self, rows: float) -> Footprint:
         """The footprint at that many rows, rounded up."""

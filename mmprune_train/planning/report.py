@@ -14,6 +14,17 @@ from mmprune_train.reporting.tables import table
 from mmprune_train.training.freezing import freezing_table
 
 QUANTILES = {"p5": 0.05, "p50": 0.5, "p95": 0.95, "max": 1.0}
+MEMORY = {
+    "weights": "memory: weights",
+    "gradients": "  gradients",
+    "optimizer": "  optimizer",
+    "activations": "  activations",
+    "logits": "    logits in it",
+    "strategy": "  of the strategy",
+    "overhead": "  overhead, assumed",
+    "total": "  total a device",
+}
+"""Rows of the table: what `Memory` calls them, and how they are told."""
 
 
 def gib(value: float | None) -> str:
@@ -21,12 +32,9 @@ def gib(value: float | None) -> str:
 
 
 def flops(value: float) -> str:
-    if not value:
-        return "-"
-    for unit, size in (("PFLOP", 1e15), ("TFLOP", 1e12), ("GFLOP", 1e9)):
-        if value >= size:
-            return f"{value / size:,.2f} {unit}"
-    return f"{value / 1e6:,.2f} MFLOP"
+    sizes = {"PFLOP": 1e15, "TFLOP": 1e12, "GFLOP": 1e9, "MFLOP": 1e6}
+    unit = next((unit for unit, size in sizes.items() if value >= size), "MFLOP")
+    return f"{value / sizes[unit]:,.2f} {unit}" if value else "-"
 
 
 def duration(seconds: float | None) -> str:
@@ -69,18 +77,10 @@ def of_stage(plan: StagePlan, device: Device, mfu: float) -> dict[str, Any]:
     def of(cost: Cost) -> dict[str, Any]:
         seconds = cost.seconds(device, mfu, plan.world)
         return {
-            "tokens": {
-                "dense": distribution(cost.tokens.dense),
-                "stage1": distribution(cost.tokens.stage1),
-                "layer_mean": distribution(cost.tokens.layer_mean),
-            },
+            "tokens": {name: distribution(getattr(cost.tokens, name)) for name in ("dense", "stage1", "layer_mean")},
             "keep_ratio": cost.tokens.keep_ratio,
             "visual_keep_ratio": cost.tokens.visual_keep_ratio,
-            "flops_per_step": {
-                "forward": cost.flops.forward,
-                "backward": cost.flops.backward,
-                "recomputed": cost.flops.recomputed,
-            },
+            "flops_per_step": cost.flops.__dict__,
             "memory_per_device": {**cost.memory.__dict__, "total": cost.memory.total},
             "longest_batch": {"tokens": cost.longest, "images": cost.longest_images},
             "fits": fits(cost, device),
@@ -104,11 +104,12 @@ def stage_text(plan: StagePlan, device: Device, mfu: float, source: str, kept: s
     """The tables of a stage. `source`: where lengths come from; `kept`: where pruned counts come from."""
     steps = "steps unknown" if plan.steps is None else f"{plan.steps:,} steps"
     lines = [freezing_table(plan.parts, f"Stage {plan.name}: {steps}, {plan.strategy} on {plan.world} device(s)")]
-    names = ["p5", "p50", "p95", "max", "mean"]
-    spread: list[tuple[str, Tensor]] = [("dense", plan.dense.tokens.dense)]
+    counts = {"dense": plan.dense.tokens.dense}
     if plan.pruned is not None:
-        spread += [("after stage 1", plan.pruned.tokens.stage1), ("mean over layers", plan.pruned.tokens.layer_mean)]
-    rows = [[name, *(round(distribution(values)[q]) for q in names)] for name, values in spread]
+        counts |= {"after stage 1": plan.pruned.tokens.stage1, "mean over layers": plan.pruned.tokens.layer_mean}
+    found = {name: distribution(values) for name, values in counts.items()}
+    names = list(found["dense"])
+    rows = [[name, *map(round, values.values())] for name, values in found.items()]
     lines.append(table(rows, ["tokens a sample", *names], f"Tokens: {source}"))
     if plan.pruned is not None:
         lines[-1] += f"\nkept: {kept}; keep_ratio {plan.pruned.tokens.keep_ratio:.3f}"
@@ -135,13 +136,6 @@ def _rows(plan: StagePlan, costs: list[Cost], device: Device, mfu: float) -> lis
         row("  and recomputed", [cost.flops.recomputed for cost in costs], flops),
         row("a step", seconds, duration),
         row("the stage", hours, duration),
-        row("memory: weights", [cost.memory.weights for cost in costs], gib),
-        row("  gradients", [cost.memory.gradients for cost in costs], gib),
-        row("  optimizer", [cost.memory.optimizer for cost in costs], gib),
-        row("  activations", [cost.memory.activations for cost in costs], gib),
-        row("    logits in it", [cost.memory.logits for cost in costs], gib),
-        row("  of the strategy", [cost.memory.strategy for cost in costs], gib),
-        row("  overhead, assumed", [cost.memory.overhead for cost in costs], gib),
-        row("  total a device", [cost.memory.total for cost in costs], gib),
+        *(row(told, [getattr(cost.memory, name) for cost in costs], gib) for name, told in MEMORY.items()),
         *([row("on the host, a device", [c.memory.host for c in costs], gib)] if costs[0].memory.host else []),
     ]
