@@ -199,9 +199,7 @@ def packed(
     return model, processor
 
 
-def load_llava(
-    folder: Path | str, dtype: torch.dtype = torch.float32, empty: bool = False
-) -> LlavaForConditionalGeneration:
+def load_llava(folder: Path | str, dtype: torch.dtype, empty: bool = False) -> LlavaForConditionalGeneration:
     """A llava-hf folder's network; `empty`: on the meta device. Raises UserError unless weights and config agree."""
     if empty:
         with torch.device("meta"):
