@@ -53,32 +53,25 @@ def text(report: Report) -> str:
         title = f"Tokens of {report.patches} that a budget keeps by {stage.score}: {images}"
     else:
         title = f"Tokens that leave stage 2 by {stage.score}: {report.samples} samples with {images}"
-    spread = ["mean", "std", "min", "p5", "p50", "p95", "max"]
-    lines = [[_marked(row, report), row.setting, *_cells(row.kept), row.share] for row in _usable(report)]
-    told = [table(lines, ["budget", "as set", *spread, "share"], title)]
+    columns = ["mean", "std", "min", "p5", "p50", "p95", "max"]
+    rows = {f"{row.name}{'*' if row is report.own else ''}": row for row in report.rows if not row.problem}
+    lines = [[name, row.setting, *_cells(row.kept), row.share] for name, row in rows.items()]
+    told = [table(lines, ["budget", "as set", *columns, "share"], title)]
     if report.keep_ratio is not None:
         names = {"dense": "dense", "stage1": "after stage 1", "stage2": "after stage 2", "layer_mean": "layer mean"}
         values = [*(report.tokens[name] for name in names), share(report.keep_ratio)]
         at = "at the target" if report.own.solved else "as set"
         told.append(table([values], [*names.values(), "keep ratio"], f"Tokens a sample, {report.own.name} {at} (mean)"))
     if asked.target is not None:
-        solved = [row for row in _usable(report) if row is report.own or asked.measure == "vision"]
-        outcomes = [[_marked(row, report), *outcome(row.solution), *_cells(row.kept_at_target)] for row in solved]
-        told.append(table(outcomes, ["budget", "parameter", "reached", *spread], f"For a target of {asked.target}"))
+        solved = {name: row for name, row in rows.items() if row is report.own or asked.measure == "vision"}
+        outcomes = [[name, *outcome(row.solution), *_cells(row.kept_at_target)] for name, row in solved.items()]
+        told.append(table(outcomes, ["budget", "parameter", "reached", *columns], f"For a target of {asked.target}"))
     told += [f"{row.name} {row.problem}" for row in report.rows if row.problem]
     return "\n\n".join(told) + "\n* the run's own budget"
 
 
 def _cells(kept: Tensor | None) -> list[float | None]:
     return [None] * 7 if kept is None else list(distribution(kept).values())
-
-
-def _marked(row: BudgetRow, report: Report) -> str:
-    return row.name + ("*" if row is report.own else "")
-
-
-def _usable(report: Report) -> list[BudgetRow]:
-    return [row for row in report.rows if not row.problem]
 
 
 def summary(report: Report) -> dict[str, Any]:

@@ -208,9 +208,7 @@ def packed(
     return PackedLlava(hf, pruner, annotate, template, question, annotate.words, execution), processor
 
 
-def load_llava(
-    folder: Path | str, dtype: torch.dtype = torch.float32, empty: bool = False
-) -> LlavaForConditionalGeneration:
+def load_llava(folder: Path | str, dtype: torch.dtype, empty: bool = False) -> LlavaForConditionalGeneration:
     """A llava-hf folder's network; `empty`: on the meta device. Raises UserError unless weights and config agree."""
     if empty:
         with torch.device("meta"):

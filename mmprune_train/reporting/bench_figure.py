@@ -41,12 +41,9 @@ def draw_steps(
     left.bar_label(bars, [f"{seconds[name]['step']:.2f} s" for name in names], padding=4, fontsize=9)
     left.set_yticks(rows, names)
     left.invert_yaxis()
-    left.set_xlim(0, 1.14 * max(start))
-    left.set_xlabel("seconds a step, median")
+    left.set(xlim=(0, 1.14 * max(start)), xlabel="seconds a step, median")
     _shares(right, names, shares)
-    for axis in (left, right):
-        axis.spines[["top", "right"]].set_visible(False)
-    left.legend(ncols=len(parts), fontsize=8, frameon=False, loc="lower left", bbox_to_anchor=(0, 1.0))
+    left.legend(ncols=len(parts), loc="lower left", bbox_to_anchor=(0, 1.0))
     save(figure, title, path)
 
 
@@ -63,4 +60,4 @@ def _shares(
     axis.set_xlim(left=0)
     axis.set_xlabel("share of the dense packed model")
     axis.tick_params(axis="y", length=0)
-    axis.legend(fontsize=8, frameon=False, loc="lower left", bbox_to_anchor=(0, 1.0), ncols=3, columnspacing=1.0)
+    axis.legend(loc="lower left", bbox_to_anchor=(0, 1.0), ncols=3, columnspacing=1.0)

@@ -73,10 +73,9 @@ def _histograms(axis: Any, budgets: Sequence[KeptTokens], target: float | None, 
         label.set_fontweight("bold" if budget.chosen else "normal")
     axis.tick_params(axis="y", length=0)
     axis.set(xlim=(0, most + 1), ylim=(0, len(budgets)), xlabel=what)
-    axis.spines[["top", "right", "left"]].set_visible(False)
+    axis.spines["left"].set_visible(False)
     handles = [axis.fill_between([], [], color=colour, alpha=0.45) for colour in (CURVE, KEPT)]
-    axis.legend(handles, ["as set", "at the target"], fontsize=8, loc="upper right", bbox_to_anchor=(1, 1.09), ncols=2,
-                frameon=False)  # fmt: skip
+    axis.legend(handles, ["as set", "at the target"], loc="upper right", bbox_to_anchor=(1, 1.09), ncols=2)
 
 
 def _curves(axis: Any, scores: NDArray[np.float64], target: float | None) -> None:
@@ -91,5 +90,4 @@ def _curves(axis: Any, scores: NDArray[np.float64], target: float | None) -> Non
         axis.set_yscale("log")
         axis.yaxis.set_major_formatter("{x:g}")  # the usual one writes powers as formulas
     axis.set(xlabel="patches, by score", ylabel="stage-1 score")
-    axis.legend(fontsize=8, frameon=False)
-    axis.spines[["top", "right"]].set_visible(False)
+    axis.legend()

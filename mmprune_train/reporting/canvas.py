@@ -7,7 +7,10 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-PLAIN: Any = {"text.parse_math": False, "text.usetex": False}
+PLAIN: Any = {
+    **{"text.parse_math": False, "text.usetex": False, "axes.spines.top": False, "axes.spines.right": False},
+    **{"legend.frameon": False, "legend.fontsize": 8},
+}
 """Questions, settings and names may hold `$`: matplotlib would read a formula, and fail where it is none."""
 
 

@@ -70,7 +70,7 @@ def draw(images: Sequence[PrunedImage], text: PrunedText, title: str, path: Path
         for axis, (pixels, caption) in zip(row[:3], panels, strict=True):
             axis.imshow(pixels)
             axis.set_title(caption, fontsize=10)
-            axis.set(xticks=[], yticks=[])
+            axis.set_axis_off()
         _curve(row[3], image)
     _words(figure, text)
     save(figure, title, path, bottom=1.0 / (3.3 * len(images) + 1.3))
@@ -91,7 +91,6 @@ def _curve(axis: Any, image: PrunedImage) -> None:
     axis.annotate(f"cut after {knee}", point, (14, 14), textcoords="offset points", color=KEPT, fontsize=10)
     axis.set(xlabel="patches, by score", ylabel="stage-1 score")
     axis.set_ylim(bottom=min(0.0, float(curve[-1])))
-    axis.spines[["top", "right"]].set_visible(False)
 
 
 def _words(figure: Any, text: PrunedText) -> None:

@@ -321,39 +321,29 @@ def run_charts(run: Run) -> list[str]:
     """Small figures of a run's metrics, a line a stage; tokens a figure a stage."""
     stages = [name for name, rows in run.metrics.items() if rows]
     panels = (
-        ("loss", "loss"),
-        ("grad_norm", "gradient norm"),
-        ("keep_ratio", "keep ratio"),
-        ("step_seconds", "seconds a step"),
-        ("mfu", "MFU"),
+        ("loss", "loss", None),
+        ("grad_norm", "gradient norm", None),
+        ("keep_ratio", "keep ratio", None),
+        ("step_seconds", "seconds a step", None),
+        ("mfu", "MFU", None),
+        ("data_seconds", "share waiting for data", "step_seconds"),
     )
     drawn = []
-    for key, label in panels:
-        series = {name: _steps(run, name, key) for name in stages if key in run.metrics[name][0]}
+    for key, label, per in panels:
+        series = {name: _steps(run, name, key, per) for name in stages if key in run.metrics[name][0]}
         if series:
             drawn.append(charts.lines(series, "step", label))
-    waits = {
-        name: (_steps(run, name, "step")[0], [row["data_seconds"] / row["step_seconds"] for row in run.metrics[name]])
-        for name in stages
-        if "data_seconds" in run.metrics[name][0]
-    }
-    if waits:
-        drawn.append(charts.lines(waits, "step", "share waiting for data"))
     for name in stages:
-        rows = run.metrics[name]
-        series = {
-            label: ([r["step"] for r in rows], [r[key] / r["samples"] for r in rows])
-            for key, label in TOKENS.items()
-            if key in rows[0]
-        }
-        if series:
+        keys = [key for key in TOKENS if key in run.metrics[name][0]]
+        if series := {TOKENS[key]: _steps(run, name, key, "samples") for key in keys}:
             drawn.append(charts.lines(series, f"step of {name}", "tokens a sample"))
     return drawn
 
 
-def _steps(run: Run, stage: str, key: str) -> charts.Line:
+def _steps(run: Run, stage: str, key: str, per: str | None = None) -> charts.Line:
+    """A metric by step; with `per` divided by another."""
     rows = [row for row in run.metrics[stage] if row[key] is not None]  # the loss of a step that was not applied
-    return [row["step"] for row in rows], [row[key] for row in rows]
+    return [row["step"] for row in rows], [row[key] / row[per] if per else row[key] for row in rows]
 
 
 def _evaluation(result: Mapping[str, Any]) -> dict[str, Any]:

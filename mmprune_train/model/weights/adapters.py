@@ -57,7 +57,7 @@ def check_adapters(key: str, folder: Path) -> None:
     """Raise UserError for adapters of a kind that cannot be taken up, or that are not as their stage left them."""
     check_saved(key, folder)
     config = read_config(key, folder / ADAPTER_CONFIG)
-    usual: dict[str, Any] = {"peft_type": ("LORA",), "bias": ("none",), "modules_to_save": (None, [])}
+    usual: dict[str, tuple[Any, ...]] = {"peft_type": ("LORA",), "bias": ("none",), "modules_to_save": (None, [])}
     if wrong := [
         f"{name}={config[name]}" for name, values in usual.items() if config.get(name, values[0]) not in values
     ]:

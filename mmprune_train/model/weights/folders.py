@@ -155,11 +155,12 @@ def unfit(found: Folder) -> str:
     if found.kind != OTHER:
         return NOUNS[found.kind]
     words = f"a model of type {found.config.get('model_type', '(not given)')!r}"
-    if _known(found.config) or not {"auto_map", "model_type"} & found.config.keys():
-        return words
-    if "auto_map" in found.config:
+    known = str(found.config.get("model_type")) in CONFIG_MAPPING_NAMES
+    if "auto_map" in found.config and not known:
         return f"{words}, which needs code of its own (auto_map) that is never run here"
-    return f"{words}, which transformers {version('transformers')} does not know"
+    if "model_type" in found.config and not known:
+        return f"{words}, which transformers {version('transformers')} does not know"
+    return words
 
 
 def _instead(found: Folder, wanted: str) -> str:
@@ -178,14 +179,8 @@ def _instead(found: Folder, wanted: str) -> str:
     return "; correct the path"
 
 
-def _known(config: dict[str, Any]) -> bool:
-    return str(config.get("model_type")) in CONFIG_MAPPING_NAMES
-
-
 def _check_code(key: str, found: Folder) -> None:
     """Weights come without code: what needs its own is refused before transformers would ask whether to run it."""
-    if found.kind != ORIGINAL and "auto_map" in found.config and not _known(found.config):
-        raise UserError(f"{key}: {found.path} holds {unfit(found)}; give a checkpoint of an architecture it has")
     for part in (found.config, *(value for value in found.config.values() if isinstance(value, dict))):
         kernels = [str(part[name]) for name in KERNELS if "/" in str(part.get(name))]
         if kernels:
