@@ -100,7 +100,7 @@ def pruned(
     """The packed model with one pruner.
 
     Args:
-        read_cache: gives what stage 1 leaves of the batch's images; None: the tower runs.
+        read_cache: gives the visual tokens that stage 1 keeps of the batch's images; None: the tower runs.
     """
 
     def loss(clock: Clock) -> Tensor:

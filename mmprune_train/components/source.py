@@ -111,8 +111,9 @@ def _component(
     docstring: str | None,
     package: str = "",
 ) -> Component:
-    """Args:
-    arguments: name, annotation and default of each, in order.
+    """
+    Args:
+        arguments: name, annotation and default of each, in order.
     """
     known = KINDS[kind]
     rest = list(arguments)[len(known.inputs) :]
@@ -143,8 +144,10 @@ def _argument_doc(doc: str, name: str) -> str:
 
 
 def read_function(node: ast.FunctionDef, module: str, kind: str = "", name: str = "", package: str = "") -> Component:
-    """Args:
-    kind, name: where the caller knows them; a declaration says the kind, and the library's also the name.
+    """
+    Args:
+        kind: where the caller knows it; a declaration says it.
+        name: where the caller knows it; the library's declarations say it.
     """
     declaration = declaration_of(node)
     spec = node.args

@@ -27,7 +27,7 @@ STRATEGIES = (
     "deepspeed_zero3_offload",
 )  # fmt: skip
 UNQUANTIZED = ("deepspeed_zero3", "deepspeed_zero3_offload", "fsdp2")
-"""Strategies that spread the frozen weights, which they cannot do with 4-bit ones."""
+"""Strategies that shard the frozen weights, which they cannot do with 4-bit ones."""
 BENCHED = ("train", "generate", "selection", "lengths")
 ATTENTION = ("auto", "flash_4", "flash_3", "flash_2", "torch_varlen", "flex", "cpu_flash", "sdpa_per_sample")
 CACHING_TASKS = ("train", "prepare", "plan")
@@ -155,7 +155,7 @@ def _check_peft(config: Config) -> None:
         strategy = stages[name].strategy or config.strategy.name
         if peft.name == "qlora" and strategy in UNQUANTIZED:
             raise UserError(
-                f"peft=qlora: strategy={strategy} of stage.{name} spreads the frozen weights over the devices, which "
+                f"peft=qlora: strategy={strategy} of stage.{name} shards the frozen weights over the devices, which "
                 "4-bit weights do not survive; use strategy=deepspeed_zero2 (or ddp, single), or peft=lora"
             )
 

@@ -57,7 +57,7 @@ def check_pruner_fits(config: Config) -> None:
 
 
 def check_feature_cache(config: Config, name: str) -> None:
-    """Raise UserError where what stage 1 leaves of an image changes while stage `name` trains."""
+    """Raise UserError where the visual tokens that stage 1 keeps change while stage `name` trains."""
     stage, vision = config.stage[name], config.pruner.vision
     key, off = "trainer.feature_cache=true", "set trainer.feature_cache=false"
     if stage.train_vision:
@@ -70,8 +70,8 @@ def check_feature_cache(config: Config, name: str) -> None:
     schedule = config.pruner.schedule
     if vision.enabled and schedule.name != "constant" and "vision" in schedule.applies_to:
         raise UserError(
-            f"{key}: pruner.schedule.name={schedule.name} moves what stage 1 leaves of an image from step to step; "
-            f"{off}, or pruner.schedule.applies_to=[language]"
+            f"{key}: pruner.schedule.name={schedule.name} changes from step to step which visual tokens "
+            f"stage 1 keeps; {off}, or pruner.schedule.applies_to=[language]"
         )
     if projects(vision) and stage.train_projector:
         raise UserError(

@@ -35,7 +35,7 @@ class KneeConfig:
     mass: float | None = _short("mass")
     """Short for args.mass: share of the scores' sum that is kept."""
     scale: float | None = _short("scale")
-    """Short for args.scale: tokens kept per token of spread or per dimension."""
+    """Short for args.scale: tokens kept for each token that the entropy counts, or for each dimension."""
     ratio: float | None = _short("ratio")
     """Short for args.ratio: share of the row to keep."""
     count: int | None = _short("count")

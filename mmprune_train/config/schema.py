@@ -288,8 +288,9 @@ class TrainerConfig:
     max_nonfinite_steps: int = number(10, 1)
     """on_nonfinite=skip: such steps in a row; one more stops the run. Our choice."""
     feature_cache: bool = False
-    """Keep on disk what stage 1 leaves of each image, so that a frozen encoder reads it once for all epochs, stages and
-    runs with the same encoder and stage 1. Filled before a stage trains; see docs/feature_cache.md."""
+    """Keep on disk the visual tokens of each image that stage 1 keeps, so that a frozen encoder reads it once for all
+    epochs, stages and runs with the same encoder and stage 1. Filled before a stage trains; see
+    docs/feature_cache.md."""
     feature_cache_dir: str | None = None
     """Where, a folder that all nodes share; null: `features` in this project's cache."""
     vision_chunk: int = number(64, 1, 10**6)

@@ -71,7 +71,7 @@ class CalibrateConfig:
     split: str = "instruct"
     """Training stage whose samples, template and image preparation are taken; never the questions of evaluation."""
     measure: str = "vision"
-    """`vision`: visual tokens that stage 1 leaves / dense ones; `layer_mean`: the keep ratio, tokens entering an LLM
+    """`vision`: visual tokens that stage 1 keeps / dense ones; `layer_mean`: the keep ratio, tokens entering an LLM
     layer averaged over layers / dense tokens, with stage 2 in the loop."""
     target: float | None = share(0.22, "the tokens; null reports only")
     """Share to meet, the method's headline unless given; null: report only."""

@@ -26,7 +26,7 @@ class Features(Protocol):
         ...
 
     def kept(self, image: Path) -> int:
-        """Tokens that stage 1 leaves of an image."""
+        """Visual tokens of an image that stage 1 keeps."""
         ...
 
 

@@ -15,7 +15,7 @@ from mmprune_train.data.dataset import ConversationDataset
 from mmprune_train.packed.sequence import Kind
 
 VisualTokens = Callable[[Path], int]
-"""Tokens that stage 1 leaves of an image."""
+"""Visual tokens of an image that stage 1 keeps."""
 
 LAG = 16
 """Optimizer steps between what an estimate knows and the step it plans. Workers are given batches that far ahead, so
@@ -86,7 +86,7 @@ class Estimate:
 
 @dataclass(eq=False)
 class KeptTokens:
-    """Running estimate of what stage 1 leaves of an image: as many as there are patches until enough have been seen.
+    """Running estimate of the visual tokens that stage 1 keeps of an image: all patches until enough have been seen.
 
     Different images are taken as independent of each other. The plan of a step uses what was known `lag` steps before
     it, which `state_dict` holds, so a resumed run plans the same batches.

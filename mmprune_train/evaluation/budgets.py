@@ -106,7 +106,9 @@ def report_budgets(
     Args:
         scored: stage 1's scores; None: stage 1 is off.
         passes: for `measure=layer_mean`.
-        images, samples, patches: how many, and of how many patches an image has.
+        images: how many.
+        samples: how many.
+        patches: of an image.
     """
     stage = "vision" if scored is not None else "language"
     knee: KneeConfig = getattr(pruner, stage).knee

@@ -140,12 +140,13 @@ class SamplePasses:
     def __init__(
         self, model: PackedLlava, packed: list[Batch], images: EncodedImages, dtype: torch.dtype, seed: int
     ) -> None:
-        """Args:
-        model: taken over, in eval mode.
-        packed: from `pack`.
-        images: theirs.
-        dtype: bfloat16 computes under autocast.
-        seed: for scores that draw.
+        """
+        Args:
+            model: taken over, in eval mode.
+            packed: from `pack`.
+            images: theirs.
+            dtype: bfloat16 computes under autocast.
+            seed: for scores that draw.
         """
         self.model = model.eval()
         self.packed = packed
@@ -195,7 +196,7 @@ class SamplePasses:
 
     @torch.inference_mode()
     def kept_features(self, images: int) -> Tensor:
-        """[K, Dv] what stage 1 leaves of the first images, before the projector."""
+        """[K, Dv] visual tokens of the first images kept by vision-side pruning, before the projector."""
         return torch.cat([self._cut(row).chosen for row in range(min(images, len(self.images.names)))])
 
     def _cut(self, row: int) -> Patches:

@@ -1,1 +1,1 @@
-"""The feature cache: what stage 1 leaves of images, kept on disk, so that a frozen encoder reads each image once."""
+"""The feature cache: kept visual tokens of images, on disk, so that a frozen encoder reads each image once."""

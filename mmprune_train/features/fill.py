@@ -96,7 +96,8 @@ def fill(
 
     Args:
         model: its frozen encoder makes the features; `execution.vision_chunk` images at a time.
-        settings: of these features, from `feature_settings`. name: of the encoder, for people.
+        settings: of these features, from `feature_settings`.
+        name: of the encoder, for people.
         root: the cache's folder, shared by all ranks.
         images: path -> who asks for it, for errors.
         reader: path -> pixels.
@@ -201,7 +202,7 @@ def whole_shards(folder: Path, ranks: Ranks) -> list[Shard]:
 
 @contextmanager
 def encoder_of(model: ImageSide, dtype: torch.dtype, device: torch.device) -> Iterator[Callable[[Tensor], Patches]]:
-    """Pixels [I, 3, H, W] -> what stage 1 leaves of them in `dtype`; what runs for it is on `device` meanwhile."""
+    """Pixels [I, 3, H, W] -> what stage 1 keeps of them in `dtype`; what runs for it is on `device` meanwhile."""
     inner = model.hf.model
     parts = [inner.vision_tower, *([inner.multi_modal_projector] if model.pruner.projects else [])]
     places = [next(part.parameters()).device for part in parts]

@@ -28,9 +28,13 @@ class ImageFeatures:
         width: int,
         dtype: torch.dtype,
     ) -> None:
-        """Args:
-        folder: of the shards. images: path -> SHA-256 of the file, all of which are in the shards.
-        patches: N, of an image. width: D, of a feature. dtype: theirs.
+        """
+        Args:
+            folder: of the shards.
+            images: path -> SHA-256 of the file, all of which are in the shards.
+            patches: N, of an image.
+            width: D, of a feature.
+            dtype: theirs.
         """
         self.folder = folder
         self.names = [shard.name for shard in shards]
@@ -51,7 +55,7 @@ class ImageFeatures:
         self._open: dict[int, Any] = {}
 
     def kept(self, image: Path) -> int:
-        """Tokens that stage 1 leaves of an image; reads no features."""
+        """Visual tokens of an image that stage 1 keeps; reads no features."""
         return self._places[image][2]
 
     def read(self, images: Sequence[Path]) -> Patches:

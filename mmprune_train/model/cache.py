@@ -252,7 +252,8 @@ class PrunedCache(DynamicCache):
         """What of a whole conversation is not held yet; what is held and not part of it is forgotten.
 
         Args:
-            input_ids: [B, L], padded anywhere. valid: [B, L] bool, False at padding. Both on the host.
+            input_ids: [B, L], padded anywhere.
+            valid: [B, L] bool, False at padding. Both on the host.
         Returns:
             [B, W] ids that come next, at least one a sample, padded on the left; and [B, W] which are real.
         Raises:

@@ -115,7 +115,9 @@ class StepFlops:
         """FLOPs of the pass that left this trace, without recomputation.
 
         Args:
-            trace: what the pass kept. images: images encoded. supervised: positions with logits.
+            trace: what the pass kept.
+            images: images encoded.
+            supervised: positions with logits.
         """
         return self.count(PassShape.of(trace, images, supervised)).total
 
@@ -203,7 +205,7 @@ def _recomputed(cost: Flops, last: int) -> Flops:
 
 
 def size_of(parameter: Any) -> int:
-    """Elements of a weight, also of one that is in 4 bits or spread over devices."""
+    """Elements of a weight, also of one that is in 4 bits or sharded over devices."""
     if (packed := getattr(parameter, "quant_state", None)) is not None:
         return int(packed.shape.numel())
     return int(getattr(parameter, "ds_numel", parameter.numel()))  # ZeRO-3 leaves an empty tensor behind

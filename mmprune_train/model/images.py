@@ -15,7 +15,7 @@ from transformers import LlavaConfig, LlavaForConditionalGeneration
 from mmprune_train.errors import UserError
 from mmprune_train.model.execution import Execution
 from mmprune_train.model.language import looking
-from mmprune_train.model.question import Asked, Looks, QuestionEncoder
+from mmprune_train.model.question import ImageQuestions, QuestionEncoder, TextFeatures
 from mmprune_train.model.vision import encode, features_of
 from mmprune_train.packed.host import fetch, upload
 from mmprune_train.packed.patches import Patches
@@ -53,7 +53,7 @@ class ImageSide:
         the rest goes to a device, and nothing can run it."""
         return swapped(self.hf.model, vision_tower=nn.Module())
 
-    def select_patches(self, pixel_values: Tensor, asked: Asked | None = None, least_passes: int = 0) -> Patches:
+    def select_patches(self, pixel_values: Tensor, asked: TextFeatures | None = None, least_passes: int = 0) -> Patches:
         """Stage 1 of images [I, 3, H, W]: a row for each image, or for each that `asked` has.
 
         Args:
@@ -99,7 +99,12 @@ class ImageSide:
         )
 
     def cut_images(
-        self, states: Tensor, view: VisionView, asked: Asked | None = None, first: int = 0, scores: Tensor | None = None
+        self,
+        states: Tensor,
+        view: VisionView,
+        asked: TextFeatures | None = None,
+        first: int = 0,
+        scores: Tensor | None = None,
     ) -> Patches:
         """Stage 1 of encoded images: a row for each image, or for each that `asked` has. Here the host waits for it.
 
@@ -122,7 +127,7 @@ class ImageSide:
         projected = partial(self._project_to_look, states)
         if self.question is not None:
             if asked is None:
-                asked, first = self.question.ask(Looks.unasked(len(states))), 0
+                asked, first = self.question.ask(ImageQuestions.unasked(len(states))), 0
             view, rows = self.question.show(view, asked, first)
             projected = partial(self._project_to_look, states, rows)
             states = states[rows]
@@ -156,5 +161,5 @@ class ImageSide:
         if not (self.training and torch.is_grad_enabled()):
             return None
         blank = self._blank()  # ZeRO-3 gathers a weight that is named
-        asked = None if self.question is None else self.question.ask(Looks.unasked(1))  # first, as with images
+        asked = None if self.question is None else self.question.ask(ImageQuestions.unasked(1))  # first, as with images
         return self.hf.model.multi_modal_projector(self.select_patches(blank, asked, least_passes).chosen)

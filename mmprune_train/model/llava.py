@@ -83,7 +83,7 @@ class PackedLlava(Generating, PackedPass, PreTrainedModel, GenerationMixin):
         language = hf.model.language_model
         check_language_model(language.config)
         family_of(hf.model.vision_tower.config.model_type)
-        pruner.layers(len(language.layers))  # refuses those that this LLM has not
+        pruner.layers(len(language.layers))  # refuses those that this LLM does not have
         if pruner.settings.vision.enabled:
             blocks = len(family_of(hf.model.vision_tower.config.model_type).layers(hf.model.vision_tower))
             scored_block(pruner.settings.vision.layer, deepest_feature(hf.config.vision_feature_layer, blocks), blocks)
@@ -144,8 +144,8 @@ class PackedLlava(Generating, PackedPass, PreTrainedModel, GenerationMixin):
             pixel_values: [I, 3, H, W], images in the order of their tokens.
             labels: [B, L] ids to predict, -100 elsewhere (not shifted).
             cache: filled by the prompt, then read and grown: by a further turn, or by tokens of the answer.
-            logits_to_keep: 0: logits [B, L, V]; those of dropped tokens are NaN, of padding 0. 1: of each sample's
-                last token, [B, 1, V]. Another number: of the last columns; a tensor: of these columns.
+            logits_to_keep: 0: logits [B, L, V]; those of dropped tokens are NaN, of padding 0. With 1 those of each
+                sample's last token, [B, 1, V]. Another number: of the last columns; a tensor: of these columns.
             answering: with a filled cache, whether the tokens are of the answer, without padding or images; None: they
                 are where there is one of each sample.
         Raises:
@@ -261,7 +261,8 @@ class PackedLlava(Generating, PackedPass, PreTrainedModel, GenerationMixin):
         """Logits [B, columns, V] of some columns of the inputs.
 
         Args:
-            entered_at: [T] flat place of each dense token. valid: [B, L] bool. All on the host.
+            entered_at: [T] flat place of each dense token.
+            valid: [B, L] bool. All on the host.
         """
         size = valid.shape[1]
         columns = torch.arange(size)

@@ -15,7 +15,7 @@ from mmprune_train.model.cache import PrunedCache
 from mmprune_train.model.images import ImageSide
 from mmprune_train.model.language import ScoringKeys, gathered, rotary
 from mmprune_train.model.loss import cross_entropy_sum
-from mmprune_train.model.question import Words, looks_of
+from mmprune_train.model.question import Words, image_questions
 from mmprune_train.model.rows import by_rows, rounded_up
 from mmprune_train.packed.host import take, upload
 from mmprune_train.packed.patches import Patches
@@ -85,9 +85,9 @@ class PackedPass(ImageSide):
         if patches is None and pixel_values is not None and len(pixel_values):
             if self.question is not None:
                 assert self.words is not None, "question without words"
-                looks = looks_of(sequence, self.words)
-                sequence = replace(sequence, image=looks.row)
-                asked = self.question.ask(looks)
+                pairs = image_questions(sequence, self.words)
+                sequence = replace(sequence, image=pairs.row)
+                asked = self.question.ask(pairs)
             patches, encoded = self.select_patches(pixel_values, asked, least_passes), len(pixel_values)
         row = sequence.image
         if patches is not None:

@@ -37,8 +37,8 @@ Words = Callable[[Tensor], str]
 
 
 @dataclass(frozen=True)
-class Looks:
-    """The rows of a stage 1 that reads text: one for every image and question that meet in a batch."""
+class ImageQuestions:
+    """Image-question pairs: the rows of a stage 1 that reads text, one for every two that meet in a batch."""
 
     image: list[int]
     """[P] row of `pixel_values`, ascending."""
@@ -48,14 +48,14 @@ class Looks:
     """[T] row of each visual token, -1 elsewhere."""
 
     @classmethod
-    def unasked(cls, images: int) -> Looks:
+    def unasked(cls, images: int) -> ImageQuestions:
         """Every image once, without a question; no sequence around them."""
         return cls(list(range(images)), [""] * images, torch.empty(0, dtype=torch.long))
 
 
 @dataclass(frozen=True)
-class Asked:
-    """What the text tower makes of `Looks`."""
+class TextFeatures:
+    """Text features of `ImageQuestions`."""
 
     image: list[int]
     """[P] as there."""
@@ -66,12 +66,12 @@ class Asked:
     shape: tuple[int, int]
     """Of the ids that the text tower read: different questions, and the tokens of the longest."""
 
-    def nothing(self) -> Asked:
+    def nothing(self) -> TextFeatures:
         """Of one image that nothing is asked of; the text tower does not run."""
-        return Asked([0], torch.zeros_like(self.text[:1]), torch.zeros_like(self.known[:1]), (0, 0))
+        return TextFeatures([0], torch.zeros_like(self.text[:1]), torch.zeros_like(self.known[:1]), (0, 0))
 
 
-def looks_of(sequence: PackedSequence, words: Words) -> Looks:
+def image_questions(sequence: PackedSequence, words: Words) -> ImageQuestions:
     """Which images of a batch are looked at with which questions.
 
     An image's question is the PROMPT text of its own turn, in any tokenizer's words; system text, answers and other
@@ -87,7 +87,7 @@ def looks_of(sequence: PackedSequence, words: Words) -> Looks:
         row_of.append(rows.setdefault((one, asked), len(rows)))
     row = torch.full_like(ids, -1)
     row[visual] = torch.tensor(row_of, dtype=torch.long)[torch.from_numpy(which.reshape(-1))]
-    return Looks([one for one, _ in rows], [asked for _, asked in rows], row)
+    return ImageQuestions([one for one, _ in rows], [asked for _, asked in rows], row)
 
 
 class QuestionEncoder(nn.Module):
@@ -112,10 +112,10 @@ class QuestionEncoder(nn.Module):
         return int(self.clip.visual_projection.in_features)
 
     @torch.no_grad()
-    def ask(self, looks: Looks) -> Asked:
+    def ask(self, pairs: ImageQuestions) -> TextFeatures:
         """The text tower, run once over the different questions, whatever they are: under ZeRO-3 every rank must run
         it. What exceeds CLIP's context is cut."""
-        different = {text: number for number, text in enumerate(dict.fromkeys(looks.question))}
+        different = {text: number for number, text in enumerate(dict.fromkeys(pairs.question))}
         context = self.clip.config.text_config.max_position_embeddings
         read = self.tokenizer(
             list(different),
@@ -129,11 +129,11 @@ class QuestionEncoder(nn.Module):
         ids = upload(read["input_ids"], device)
         with full_precision(ids):
             out = self.clip.get_text_features(ids)
-        embedded = take(out.pooler_output.float(), torch.tensor([different[text] for text in looks.question]))
-        known = upload(torch.tensor([bool(text) for text in looks.question]), device)
-        return Asked(looks.image, embedded * known[:, None], known, (ids.shape[0], ids.shape[1]))
+        embedded = take(out.pooler_output.float(), torch.tensor([different[text] for text in pairs.question]))
+        known = upload(torch.tensor([bool(text) for text in pairs.question]), device)
+        return TextFeatures(pairs.image, embedded * known[:, None], known, (ids.shape[0], ids.shape[1]))
 
-    def show(self, view: VisionView, asked: Asked, start: int) -> tuple[VisionView, Tensor]:
+    def show(self, view: VisionView, asked: TextFeatures, start: int) -> tuple[VisionView, Tensor]:
         """What stage 1 may look at, per image and question.
 
         Args:

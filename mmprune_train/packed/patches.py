@@ -1,4 +1,4 @@
-"""What stage 1 leaves of images."""
+"""Visual tokens kept by vision-side pruning."""
 
 from __future__ import annotations
 

@@ -119,8 +119,8 @@ class Activations:
         parts = [(self.layer if index else self.first)(count) for index, count in enumerate(rows)]
         states = [count * self.width * self.stream for count in rows]
         kept = [states[i] if again[i] else part.saved for i, part in enumerate(parts)]
-        turned = self.language.layers[0].self_attn.head_dim
-        held += sum(2 * count * turned * self.stream for count in sorted(set(rows)))
+        rotary = self.language.layers[0].self_attn.head_dim
+        held += sum(2 * count * rotary * self.stream for count in sorted(set(rows)))
         copies = self._cast_weights() if any(again) else 0.0
         highest = held + 3 * states[0]  # embeddings, and the same with patches in their places
         live = held + copies
@@ -195,8 +195,8 @@ def _loss(head: Any, states: Tensor) -> Tensor:
 
 def _rotary(config: Any, states: Tensor) -> tuple[Tensor, Tensor]:
     width = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-    turned = int(width * ((config.rope_parameters or {}).get("partial_rotary_factor") or 1))
-    table = torch.empty((1, len(states), turned), dtype=states.dtype)
+    rotary = int(width * ((config.rope_parameters or {}).get("partial_rotary_factor") or 1))
+    table = torch.empty((1, len(states), rotary), dtype=states.dtype)
     return table, table
 
 

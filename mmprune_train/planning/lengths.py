@@ -128,7 +128,7 @@ def _blinded(pruner: PrunerConfig, share: float) -> PrunerConfig:
 
 
 def _patches_kept(pruner: Pruner, patches: int) -> int:
-    """Tokens that stage 1 leaves of an image, made ones among them."""
+    """Visual tokens of an image kept by vision-side pruning, made ones among them."""
     features = torch.randn((1, patches, WIDTH), generator=torch.Generator().manual_seed(0))
     view = VisionView(features, (1, patches), patch_keys=lambda: features)
     kept, scores = pruner.keep_patches(view)

@@ -158,10 +158,10 @@ def _made_up(
     for number in range(count):
         kind = chance.choices(kinds, [kind.size for kind in kinds])[0]
 
-        def spread(mean: int) -> int:
+        def around(mean: int) -> int:
             return round(mean * chance.lognormvariate(-0.125, 0.5))
 
-        turns = [(kind.images * (k == 0), spread(kind.question), spread(kind.answer)) for k in range(kind.turns)]
+        turns = [(kind.images * (k == 0), around(kind.question), around(kind.answer)) for k in range(kind.turns)]
         paths = [Path(f"{number}-{image}") for image in range(kind.images)]
         samples.append(_without_pixels(_example(str(number), turns, template, image_tokens, max_length), paths))
     return samples

@@ -64,7 +64,8 @@ def find_knee(
         lengths: [B] valid leading entries of each row, 1..N; None: all N.
         features: [B, N, D] the tokens in the order of their scores, for methods that look at them; passing it to others
             is no mistake.
-        min_tokens, max_tokens: bounds on the count, within 1..length; min_tokens=0 lets a count be 0, too.
+        min_tokens: least count, within 1..length; 0 lets a count be 0, too.
+        max_tokens: largest count.
         params: the method's own parameters (see its function).
     Returns:
         counts [B], int64, each in 1..length (0..length with min_tokens=0).

@@ -147,7 +147,7 @@ def attention_entropy(curve: Curve, lengths: Lengths, *, scale: Annotated[float,
     Args:
         curve: descending scores [B, N], >= 0.
         lengths: [B] valid entries of each row.
-        scale: tokens kept per token of spread.
+        scale: tokens kept for each token that the entropy counts.
     Returns:
         counts [B].
     """

@@ -155,8 +155,8 @@ class LanguageStage:
         index = sequence.visual[places].nonzero().squeeze(1)  # of the visual tokens among the candidates
         row, order = _turn_rows(sequence)[places[index]].unique(return_inverse=True)[1].sort(stable=True)
         index = index[order]
-        sights, among = places[index], take(kept, index)
-        hidden, made = self._language_merge(hidden, sights, row, ~among, take(scores, sights))
+        visual_places, among = places[index], take(kept, index)
+        hidden, made = self._language_merge(hidden, visual_places, row, ~among, take(scores, visual_places))
         return hidden, kept.index_copy(0, upload(index, kept.device), among | made)
 
 

@@ -30,13 +30,13 @@ def relevant_query_tokens(sequence: PackedSequence, hidden: Float[Tensor, "T D"]
         [T] bool, a part of the question text; on the host, which waits for it.
     """
     relevant = question_text(sequence)
-    texts, sights = relevant.nonzero().squeeze(1), sequence.visual.nonzero().squeeze(1)
-    if not len(texts) or not len(sights):
+    texts, visual_places = relevant.nonzero().squeeze(1), sequence.visual.nonzero().squeeze(1)
+    if not len(texts) or not len(visual_places):
         return relevant
-    owner, viewer, samples = sequence.segment[texts], sequence.segment[sights], sequence.samples
+    owner, viewer, samples = sequence.segment[texts], sequence.segment[visual_places], sequence.samples
     words, _ = pad(take(hidden, texts).float(), owner, samples)  # [B, R, D]
-    images, _ = pad(take(hidden, sights).float(), viewer, samples)  # [B, V, D]
-    turns, _ = pad(sequence.turn[sights].clamp(min=1), viewer, samples)
+    images, _ = pad(take(hidden, visual_places).float(), viewer, samples)  # [B, V, D]
+    turns, _ = pad(sequence.turn[visual_places].clamp(min=1), viewer, samples)
     with full_precision(hidden):
         logits = words @ images.transpose(1, 2)  # [B, R, V]
     logits = unpad(logits, owner)  # [texts, V]

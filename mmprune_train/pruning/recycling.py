@@ -37,9 +37,11 @@ def recycle(
 
     Args:
         hidden: [T, D] states of all tokens.
-        places: [M] the tokens that could be dropped, on the host. row: [M] the row, from 0 and not falling, that each
+        places: [M] the tokens that could be dropped, on the host.
+        row: [M] the row, from 0 and not falling, that each
             belongs to, on the host, none empty.
-        dropped: [M] those that were. scores: [M]; the best are recycled.
+        dropped: [M] those that were.
+        scores: [M]; the best are recycled.
         share: part of a row's dropped tokens that is recycled, best score first; at least one.
         size: tokens a cluster has on average.
     Returns:
@@ -79,7 +81,9 @@ def density_peaks(
     point joins the nearest centre. Of equally dense points the earlier counts as denser (theirs: noise decides).
 
     Args:
-        points: [G, M, D]. lengths: [G] valid leading points of each row. counts: [G] clusters, 1..length.
+        points: [G, M, D].
+        lengths: [G] valid leading points of each row.
+        counts: [G] clusters, 1..length.
     Returns:
         [G, M] the centre of each point, as its index in the row; meaningless beyond a row's length.
     """

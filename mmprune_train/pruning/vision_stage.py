@@ -104,7 +104,8 @@ class VisionStage:
         """Raise UserError: of some images nothing was kept.
 
         Args:
-            scores: of the first pass. lost: those images, on the host.
+            scores: of the first pass.
+            lost: those images, on the host.
             training: let scores pass of which no row is finite: what diverges while it trains is not the user's input.
                 The caller keeps all of such an image, as NaN (`poison`).
         """
@@ -161,7 +162,8 @@ class VisionStage:
         its scores cannot be ranked.
 
         Args:
-            kept: before merging. merged: with the made tokens, which come behind all kept patches in `order=rank`.
+            kept: before merging.
+            merged: with the made tokens, which come behind all kept patches in `order=rank`.
         """
         order = torch.arange(kept.shape[1], device=kept.device).expand(kept.shape)
         if scores is not None and self.settings.vision.order == "rank":

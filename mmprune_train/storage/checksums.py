@@ -29,8 +29,9 @@ class Checksum:
 
 
 def checksum_of(path: Path, size: int | None = None) -> Checksum:
-    """Args:
-    size: how many bytes, from the first; None: all.
+    """
+    Args:
+        size: how many bytes, from the first; None: all.
     """
     left, crc = path.stat().st_size if size is None else size, 0
     size = 0

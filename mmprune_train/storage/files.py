@@ -51,9 +51,10 @@ def _without_nan(value: Any) -> Any:
 
 
 def write_json(path: Path, value: Any, checked: bool = False, shared: bool = False) -> None:
-    """Args:
-    checked: with a checksum, of an object that `read_json` reads back.
-    shared: as in `write_atomically`.
+    """
+    Args:
+        checked: with a checksum, of an object that `read_json` reads back.
+        shared: as in `write_atomically`.
     """
     text = json_text(masked_texts({**value, CHECKSUM: BLANK} if checked else value), indent=2) + "\n"
     if checked:

@@ -43,7 +43,7 @@ from mmprune_train.storage.files import write_json
 from mmprune_train.tasks.checkpoint import Results, find_checkpoint, load
 from mmprune_train.tasks.prepare import prepare_data
 from mmprune_train.training.features import fill_for
-from mmprune_train.training.inputs import spread_images, stage_image_processor, stage_loader
+from mmprune_train.training.inputs import evenly_chosen_images, stage_image_processor, stage_loader
 from mmprune_train.training.network import kernel_lines, load_stage, make_trainable
 from mmprune_train.training.precision import Precision, choose_accelerator, choose_precision
 from mmprune_train.training.rundir import git_commit, versions
@@ -203,7 +203,7 @@ class Bench:
     def selection(self) -> dict[str, Any]:
         """Stage 1 alone, on images spread over the stage's samples."""
         model, dtype, repeats = self.model, self.precision.dtype, self.config.bench.repeats
-        images = list(spread_images(self.loader, self.config.bench.images))
+        images = list(evenly_chosen_images(self.loader, self.config.bench.images))
         if not images:
             raise UserError(
                 "bench.measure=selection: this stage has no sample with an image; choose other data= or bench.stage="

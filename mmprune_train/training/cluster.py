@@ -83,7 +83,9 @@ def has_part(task: str, devices: int, nodes: int, sweeping: bool) -> bool:
     """Whether this process has something to do: in training every one, in all other tasks the first.
 
     Args:
-        task: name of the task. devices: processes a node. nodes: how many nodes.
+        task: name of the task.
+        devices: processes a node.
+        nodes: how many nodes.
         sweeping: one command runs several configs.
     Raises:
         UserError: as many processes as training asks for were not started, or cannot be.

@@ -13,7 +13,7 @@ from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard, register_f
 from torch.distributed.tensor import DTensor
 
 from mmprune_train.model.llava import PackedLlava
-from mmprune_train.training.spread import share
+from mmprune_train.training.sharding import broadcast
 
 
 class Fsdp2Strategy(ModelParallelStrategy):
@@ -32,8 +32,8 @@ class Fsdp2Strategy(ModelParallelStrategy):
     def setup_environment(self) -> None:
         self._setup_distributed()  # Lightning's own also wants the module, which `start_processes` does not have yet
 
-    def spread(self, model: PackedLlava) -> None:
-        """See `Spreading`. Called once, before the optimizer is made."""
+    def shard(self, model: PackedLlava) -> None:
+        """See `Sharding`. Called once, before the optimizer is made."""
         mesh = init_device_mesh(self.root_device.type, (self.world_size,))
         half = self.precision_plugin.precision == "bf16-mixed"
         policy = MixedPrecisionPolicy(
@@ -42,9 +42,9 @@ class Fsdp2Strategy(ModelParallelStrategy):
             cast_forward_inputs=False,  # the modules run under autocast
         )
         for layer in model.hf.model.language_model.layers:
-            share(layer, self.root_device)
+            broadcast(layer, self.root_device)
             fully_shard(layer, mesh=mesh, mp_policy=policy)
-        share(model, self.root_device)
+        broadcast(model, self.root_device)
         fully_shard(model, mesh=mesh, mp_policy=policy)
         register_fsdp_forward_method(model, "forward_packed")
 

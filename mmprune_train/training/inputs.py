@@ -106,7 +106,7 @@ def stage_loader(
         tokenizer: with the image token in its vocabulary.
         image_tokens: visual tokens of one image.
         records: of the stage, where they have been read.
-        features: of all its images, where the feature cache is on; then it is known what stage 1 leaves of them.
+        features: of all its images, where the feature cache is on; then it is known what stage 1 keeps of them.
     """
     return train_loader(
         stage_records(config, name) if records is None else records,
@@ -130,13 +130,13 @@ def whole_images(pruner: PrunerConfig, image_tokens: int) -> VisualTokens | None
     return None if pruner.vision.enabled and not moves else lambda image: image_tokens
 
 
-def spread_paths(records: Sequence[Record], count: int) -> list[tuple[Path, str]]:
+def evenly_chosen_paths(records: Sequence[Record], count: int) -> list[tuple[Path, str]]:
     """Up to `count` images spread evenly over a stage's samples, each with the sample; the same on every rank."""
     seen = [(path, record.told) for record in records for path in record.images[:1]]
     return seen[:: max(1, len(seen) // count)][:count]
 
 
-def spread_images(loader: TrainLoader, count: int) -> Iterator[Tensor]:
+def evenly_chosen_images(loader: TrainLoader, count: int) -> Iterator[Tensor]:
     """Those images [3, H, W]."""
-    for path, where in spread_paths(loader.dataset.records, count):
+    for path, where in evenly_chosen_paths(loader.dataset.records, count):
         yield loader.dataset.reader(path, where)

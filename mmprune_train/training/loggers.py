@@ -38,8 +38,9 @@ class CsvLogger(Logger):
     """metrics.csv with one row a step; that of a resumed run begins with the rows of metrics.jsonl."""
 
     def __init__(self, path: Path, flush_every: int, earlier: Sequence[dict[str, Any]] = ()) -> None:
-        """Args:
-        earlier: rows of metrics.jsonl up to the step that is continued, with which the file begins.
+        """
+        Args:
+            earlier: rows of metrics.jsonl up to the step that is continued, with which the file begins.
         """
         super().__init__()
         self.path = path
@@ -87,9 +88,10 @@ class WandbRun(WandbLogger):
     and training still has a step to end and a checkpoint to save."""
 
     def __init__(self, rows: list[dict[str, Any]], **settings: Any) -> None:
-        """Args:
-        rows: of metrics.jsonl, up to the step that is continued; what wandb lacks of them is logged again.
-        settings: WandbLogger's.
+        """
+        Args:
+            rows: of metrics.jsonl, up to the step that is continued; what wandb lacks of them is logged again.
+            settings: WandbLogger's.
         """
         super().__init__(**settings)
         self._wandb_init.pop("anonymous", None)  # Lightning gives it unasked, and wandb warns that it does nothing
@@ -135,11 +137,12 @@ class WandbRun(WandbLogger):
 
 
 def build_loggers(config: LoggerConfig, stage_dir: Path, run_name: str, resumed_step: int) -> list[Logger]:
-    """Args:
-    config: which loggers, and their settings.
-    stage_dir: folder of the stage; every logger writes below it.
-    run_name: the run's and the stage's name, stable over restarts.
-    resumed_step: optimizer step that the run continues after; 0 for a new one.
+    """
+    Args:
+        config: which loggers, and their settings.
+        stage_dir: folder of the stage; every logger writes below it.
+        run_name: the run's and the stage's name, stable over restarts.
+        resumed_step: optimizer step that the run continues after; 0 for a new one.
     """
     loggers: list[Logger] = []
     earlier = rows_to(stage_dir / "metrics.jsonl", resumed_step)

@@ -22,7 +22,7 @@ from mmprune_train.pruning import PruningTrace
 from mmprune_train.pruning.schedule import budget_override
 from mmprune_train.training.freezing import Part
 from mmprune_train.training.optim import NO_DECAY, adamw, parameter_groups, schedule
-from mmprune_train.training.spread import Spreading
+from mmprune_train.training.sharding import Sharding
 
 TOTALS = (
     "loss_sum", "supervised", "samples", "dense", "stage1", "stage2", "layer_mean", "visual_dense", "visual_stage1",
@@ -61,14 +61,15 @@ class MultimodalModule(pl.LightningModule):
         seed: int,
         token_budget: int | None = None,
     ) -> None:
-        """Args:
-        stage_name: of the training stage.
-        model: frozen as `freezing.freeze` left it.
-        parts: that function's report; gives each part's peak learning rate.
-        optim: optimizer and schedule.
-        total_steps: optimizer steps of the stage, on which the schedule depends.
-        seed: the run's seed.
-        token_budget: tokens that may enter the LLM, a rank and micro-batch; its use is measured.
+        """
+        Args:
+            stage_name: of the training stage.
+            model: frozen as `freezing.freeze` left it.
+            parts: that function's report; gives each part's peak learning rate.
+            optim: optimizer and schedule.
+            total_steps: optimizer steps of the stage, on which the schedule depends.
+            seed: the run's seed.
+            token_budget: tokens that may enter the LLM, a rank and micro-batch; its use is measured.
         """
         super().__init__()
         self.stage_name = stage_name
@@ -82,7 +83,7 @@ class MultimodalModule(pl.LightningModule):
         self.supervised: Tensor | int = 0
         """Of the step, over its micro-batches and all ranks; on the device where there are several."""
         self.totals = dict.fromkeys(TOTALS, 0.0)
-        self.spread = torch.zeros(2, dtype=torch.float64)  # samples with images; sum of their tokens^2 / images
+        self.visual_squares = torch.zeros(2, dtype=torch.float64)  # samples with images; sum of their tokens^2 / images
         self.loss_sum: Tensor | float = 0.0
         """Of the step, float64 on the device: read once, at its end, so that no micro-batch waits for its loss."""
         self.norm: float | None = None
@@ -118,7 +119,7 @@ class MultimodalModule(pl.LightningModule):
                 passes = torch.tensor(math.ceil(place.images / self.model.execution.vision_chunk), device=self.device)
                 self.least_passes = int(self.trainer.strategy.reduce(passes, reduce_op="max"))
             self.totals = dict.fromkeys(TOTALS, 0.0)
-            self.spread = torch.zeros(2, dtype=torch.float64)
+            self.visual_squares = torch.zeros(2, dtype=torch.float64)
             self.loss_sum, self.norm, self.broken_gradients = 0.0, None, []
             self.rate = float(self.trainer.optimizers[0].param_groups[-1]["lr"])
 
@@ -159,7 +160,7 @@ class MultimodalModule(pl.LightningModule):
             self.totals["micro_batches"] += 1
             self.totals["overruns"] += counts["stage1"] > self.token_budget
             self.totals["held"] += batch.sequence.ids.numel()
-            self.spread += _spread(output.trace, self._patches)
+            self.visual_squares += _visual_squares(output.trace, self._patches)
         poison = output.loss_sum.detach() * 0 + 1  # 1, or NaN
         return output.loss_sum * (self._split() / self.supervised) * poison
 
@@ -199,7 +200,7 @@ class MultimodalModule(pl.LightningModule):
         `flops` and `images` (as `KeptTokens.observe` takes it) are for the caller's own use.
         """
         self.totals["loss_sum"] = float(self.loss_sum)
-        row = torch.tensor([*self.totals.values(), *self.spread.tolist()], dtype=torch.float64)
+        row = torch.tensor([*self.totals.values(), *self.visual_squares.tolist()], dtype=torch.float64)
         if self.trainer.world_size > 1:
             row = self.trainer.strategy.reduce(row.to(self.device), reduce_op="sum").cpu()
         *totals, samples, squares = row.tolist()
@@ -236,8 +237,8 @@ class MultimodalModule(pl.LightningModule):
 
     def configure_model(self) -> None:
         """Where a strategy splits the weights, before the optimizer is made."""
-        if isinstance(self.trainer.strategy, Spreading):
-            self.trainer.strategy.spread(self.model)
+        if isinstance(self.trainer.strategy, Sharding):
+            self.trainer.strategy.shard(self.model)
 
     def configure_optimizers(self) -> dict[str, Any]:
         groups = parameter_groups(self.model, self.parts, self.optim.weight_decay)
@@ -267,7 +268,7 @@ class MultimodalModule(pl.LightningModule):
 
 
 def _norm(groups: Iterable[dict[str, Any]]) -> Tensor:
-    """2-norm of the gradients of an optimizer's groups, float64, whatever they are spread over."""
+    """2-norm of the gradients of an optimizer's groups, float64, however they are sharded."""
     gradients = [p.grad for group in groups for p in group["params"] if p.grad is not None]
     norm = get_total_norm(gradients)
     return (norm.full_tensor() if isinstance(norm, DTensor) else norm).double()
@@ -277,7 +278,7 @@ def _finite(value: float) -> float | None:
     return value if math.isfinite(value) else None
 
 
-def _spread(trace: PruningTrace, patches: int) -> Tensor:
+def _visual_squares(trace: PruningTrace, patches: int) -> Tensor:
     """[2] samples that have images, and the sum of (tokens left of a sample's images)^2 / images; on the device."""
     images = trace.dense_visual.double() / patches  # [B]
     squares = trace.stage1_visual.double() ** 2 / images.clamp(min=1)

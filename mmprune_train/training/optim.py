@@ -35,7 +35,7 @@ def parameter_groups(model: PackedLlava, parts: list[Part], weight_decay: float)
 
 
 def _dims(parameter: nn.Parameter) -> int:
-    return len(getattr(parameter, "ds_shape", parameter.shape))  # ZeRO-3 flattens what it spreads
+    return len(getattr(parameter, "ds_shape", parameter.shape))  # ZeRO-3 flattens what it shards
 
 
 def adamw(

@@ -34,8 +34,9 @@ class Preempted(SystemExit):
     job when one fails, and the first may still be about to put the job back in the queue."""
 
     def __init__(self, signum: int, step: int | None = None) -> None:
-        """Args:
-        step: the optimizer step after which the stage was saved; None: nothing was being trained.
+        """
+        Args:
+            step: the optimizer step after which the stage was saved; None: nothing was being trained.
         """
         super().__init__(EXIT_CODE if rank_zero_only.rank == 0 else 0)
         self.signal = signal.Signals(signum)
@@ -50,8 +51,9 @@ class Preemption:
     """
 
     def __init__(self, again: str = SAME) -> None:
-        """Args:
-        again: what continues the run, in words.
+        """
+        Args:
+            again: what continues the run, in words.
         """
         self.again = again
         self.training = False

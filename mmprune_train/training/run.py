@@ -33,8 +33,8 @@ from mmprune_train.training.divergence import Divergence, broken_tensors
 from mmprune_train.training.features import stage_features
 from mmprune_train.training.freezing import freezing_table, image_side
 from mmprune_train.training.inputs import (
-    spread_images,
-    spread_paths,
+    evenly_chosen_images,
+    evenly_chosen_paths,
     stage_annotations,
     stage_extent,
     stage_image_processor,
@@ -55,8 +55,8 @@ from mmprune_train.training.precision import Precision, choose_accelerator, choo
 from mmprune_train.training.preemption import EndWhenAsked, Preemption
 from mmprune_train.training.processes import ranks_of
 from mmprune_train.training.rundir import RunDirectory
+from mmprune_train.training.sharding import broadcast, shards_weights, whole_weights
 from mmprune_train.training.sources import component_hashes, file_entry, with_advice
-from mmprune_train.training.spread import share, spreads, whole_weights
 from mmprune_train.training.strategies import build_strategy, start_processes
 from mmprune_train.training.stream import BatchStream
 from mmprune_train.training.throughput import STARVED, peak
@@ -100,7 +100,7 @@ def run_stage(
         config.logger, folder, f"{config.experiment_name}-{run.path.name}-{name}-{stamp(run)}", resumed_step
     )
     trainer.loggers = loggers
-    empty = spreads(trainer.strategy) and not trainer.is_global_zero  # gets its part when the weights are spread
+    empty = shards_weights(trainer.strategy) and not trainer.is_global_zero  # filled by `shard`
     components = component_hashes(config.pruner)  # as they are imported
     model, processor, parts = load_stage(config, name, start_from, precision, empty)
     kernels = kernel_lines(model, torch.device(accelerator), precision.dtype)
@@ -111,18 +111,20 @@ def run_stage(
     records, extent = data.records, stage_extent(config, name, data)
     steps = extent.steps
     if config.trainer.feature_cache:
-        if spreads(trainer.strategy):
+        if shards_weights(trainer.strategy):
             for side in image_side(model):
-                share(side, trainer.strategy.root_device, stay=True)
+                broadcast(side, trainer.strategy.root_device, stay=True)
         features = stage_features(config, name, model, records, precision.dtype, trainer)
     tokenizer, image_tokens = processor.tokenizer, model.config.image_seq_length
     loader = stage_loader(config, name, tokenizer, image_tokens, trainer.global_rank, world, records, features)
     loader.dataset.check_cuts()
     if (start_from is None or start_from.new_projector) and config.projector.init == "matched" and not empty:
         if features is None:
-            match_projector(model, list(spread_images(loader, MATCHED_IMAGES)))
+            match_projector(model, list(evenly_chosen_images(loader, MATCHED_IMAGES)))
         else:
-            fit_projector(model, features.read([path for path, _ in spread_paths(records, MATCHED_IMAGES)]).chosen)
+            fit_projector(
+                model, features.read([path for path, _ in evenly_chosen_paths(records, MATCHED_IMAGES)]).chosen
+            )
     stream = BatchStream(loader, steps)
     module = MultimodalModule(name, model, parts, config.optim, steps, config.seed, stage.token_budget)
     limit = peak(trainer.strategy.root_device, precision.dtype)

@@ -17,7 +17,7 @@ from torch.optim import Optimizer
 
 from mmprune_train.model.llava import PackedLlava
 from mmprune_train.storage.user_files import reason_of
-from mmprune_train.training.spread import from_first, replace_tensors
+from mmprune_train.training.sharding import from_first, replace_tensors
 
 
 class ZeroStrategy(DeepSpeedStrategy):
@@ -30,11 +30,12 @@ class ZeroStrategy(DeepSpeedStrategy):
     def __init__(
         self, stage: int, offload: bool, batch_size: int, on_cpu: bool, process_group_backend: str | None
     ) -> None:
-        """Args:
-        stage: 1, 2 or 3.
-        offload: optimizer state in the host's memory, under ZeRO-3 also the parameters.
-        batch_size: samples per device and forward pass, which DeepSpeed only reports.
-        on_cpu: compute on CPUs.
+        """
+        Args:
+            stage: 1, 2 or 3.
+            offload: optimizer state in the host's memory, under ZeRO-3 also the parameters.
+            batch_size: samples per device and forward pass, which DeepSpeed only reports.
+            on_cpu: compute on CPUs.
         """
         if on_cpu:
             os.environ.setdefault("DS_ACCELERATOR", "cpu")  # read when deepspeed is first imported
@@ -104,11 +105,11 @@ class ZeroStrategy(DeepSpeedStrategy):
 
     @contextmanager
     def model_sharded_context(self) -> Iterator[None]:
-        """Nothing is built in it: `spread` splits the network that is there."""
+        """Nothing is built in it: `shard` splits the network that is there."""
         yield
 
-    def spread(self, model: PackedLlava) -> None:
-        """See `Spreading`; only ZeRO-3 splits weights. DeepSpeed sends the first process's values itself, one parameter
+    def shard(self, model: PackedLlava) -> None:
+        """See `Sharding`; only ZeRO-3 splits weights. DeepSpeed sends the first process's values itself, one parameter
         after the other, before it splits each."""
         if not self.zero_stage_3:
             return

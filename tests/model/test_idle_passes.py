@@ -6,14 +6,14 @@ import pytest
 import torch
 from tiny import SIDE, packed, tiny_llava
 
-from mmprune_train.model.question import Looks
+from mmprune_train.model.question import ImageQuestions
 
 
 @pytest.mark.parametrize("pruner", ["none", "twostage", "cdpruner"])
 def test_a_training_batch_makes_as_many_passes_as_it_is_told_and_its_features_stay(pruner: str) -> None:
     model = packed(tiny_llava(), pruner, vision_chunk=2).train()
     pixels = torch.randn((3, 3, SIDE, SIDE))
-    asked = None if model.question is None else model.question.ask(Looks.unasked(3))
+    asked = None if model.question is None else model.question.ask(ImageQuestions.unasked(3))
     tower = model.hf.model.vision_tower
     calls: list[int] = []
     tower.embeddings.register_forward_hook(lambda *_: calls.append(1))

@@ -30,10 +30,10 @@ from mmprune_train.model.inputs import pack
 from mmprune_train.model.llava import PackedLlava
 from mmprune_train.model.peft import add_adapters
 from mmprune_train.model.question import (
-    Looks,
+    ImageQuestions,
     QuestionEncoder,
+    image_questions,
     load_question_encoder,
-    looks_of,
     tiny_question_tokenizer,
 )
 from mmprune_train.pruning import IGNORE, Kind, Pruner, vision_scores
@@ -82,9 +82,9 @@ def test_an_image_has_the_question_of_its_own_turn_in_training_and_in_a_prompt()
         example = encode(replace(record, turns=told), get_template(template, tokenizer), tokenizer, 4, 500)
         files = record.images[: example.n_images]
         batch = collate([Sample(example, files, [torch.zeros(3, 2, 2)] * len(files))])
-        looks = looks_of(batch.sequence, model.words)
+        pairs = image_questions(batch.sequence, model.words)
         expected = ["What color is it?", "Is it round?"] if template == "v1" else [""]
-        assert (looks.image, looks.question) == (list(range(len(expected))), expected)
+        assert (pairs.image, pairs.question) == (list(range(len(expected))), expected)
     prompt = "USER: <image>\nWhat color is the shape? ASSISTANT:"
     inputs = processor(images=[Image.new("RGB", (60, 40), "red")], text=[prompt], return_tensors="pt")
     packed_prompt = pack(
@@ -95,19 +95,19 @@ def test_an_image_has_the_question_of_its_own_turn_in_training_and_in_a_prompt()
         annotate=model.annotate,
         features=model.config.image_seq_length,
     )
-    assert looks_of(packed_prompt, model.words).question == ["What color is the shape?"]
+    assert image_questions(packed_prompt, model.words).question == ["What color is the shape?"]
 
 
 def test_samples_that_share_image_and_question_share_a_row() -> None:
     batch = collate(
         [sample("a", [5], [10, 11]), sample("b", [5, 6], [10, 11]), sample("c", [5], [12]), sample("d", [6], [])]
     )
-    looks = looks_of(batch.sequence, words)
+    pairs = image_questions(batch.sequence, words)
     one, other = words(torch.tensor([10, 11])), words(torch.tensor([12]))
-    assert (looks.image, looks.question) == ([0, 0, 1, 1], [one, other, one, ""])
-    rows = [looks.row[(batch.sequence.segment == s) & batch.sequence.visual].unique_consecutive() for s in range(4)]
+    assert (pairs.image, pairs.question) == ([0, 0, 1, 1], [one, other, one, ""])
+    rows = [pairs.row[(batch.sequence.segment == s) & batch.sequence.visual].unique_consecutive() for s in range(4)]
     assert [row.tolist() for row in rows] == [[0], [0, 2], [1], [3]]
-    assert bool((looks.row[~batch.sequence.visual] == -1).all())
+    assert bool((pairs.row[~batch.sequence.visual] == -1).all())
 
 
 # ---------------------------------------------------------------------- one image, several questions
@@ -318,9 +318,9 @@ def test_a_whole_clip_checkpoint_is_read_without_its_vision_layers(tmp_path: Pat
     hf = tiny_llava()
     loaded = load_question_encoder(clip_folder(hf, tmp_path), torch.float32, "encoder.text.path")
     assert not len(loaded.clip.vision_model.encoder.layers)
-    looks = Looks([0, 1, 2], ["what is it", "", "word " * 200], torch.empty(0, dtype=torch.long))
-    expected = QuestionEncoder(tiny_clip(hf), tiny_question_tokenizer()).ask(looks)
-    asked = loaded.ask(looks)
+    pairs = ImageQuestions([0, 1, 2], ["what is it", "", "word " * 200], torch.empty(0, dtype=torch.long))
+    expected = QuestionEncoder(tiny_clip(hf), tiny_question_tokenizer()).ask(pairs)
+    asked = loaded.ask(pairs)
     torch.testing.assert_close(asked.text, expected.text)
     assert asked.shape == (3, 77) and not asked.text[1].any() and asked.known.tolist() == [True, False, True]
 

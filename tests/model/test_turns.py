@@ -232,9 +232,9 @@ def test_relevant_query_tokens_of_each_turn_look_at_the_images_so_far() -> None:
         expected = []
         for u in range(1, max(turn) + 1):
             asked = [t for t in range(len(ids)) if turn[t] == u and kind[t] == Kind.PROMPT]
-            sights = [t for t in range(len(ids)) if turn[t] <= u and kind[t] == Kind.VISUAL]
-            if asked and sights:
-                share = (states[0][sights] @ states[0][asked].T).softmax(1).mean(0)
+            visual_places = [t for t in range(len(ids)) if turn[t] <= u and kind[t] == Kind.VISUAL]
+            if asked and visual_places:
+                share = (states[0][visual_places] @ states[0][asked].T).softmax(1).mean(0)
                 expected += [t for t, s in zip(asked, share.tolist(), strict=True) if s > 1 / len(asked)]
                 expected += asked if len(asked) == 1 else []
             else:

@@ -1,5 +1,5 @@
 """`mmprune_train`, each process of which notes what loading takes: in the folder PEAK_MEMORY, the bytes by which its
-resident memory rose, at most, from before the network is built until its weights are spread."""
+resident memory rose, at most, from before the network is built until its weights are sharded."""
 
 from __future__ import annotations
 
@@ -20,16 +20,16 @@ def peak() -> int:
 
 if __name__ == "__main__":
     before: list[int] = []
-    begin, spread = network.begin, MultimodalModule.configure_model
+    begin, configure = network.begin, MultimodalModule.configure_model
 
     def watched_begin(*args: Any, **kwargs: Any) -> Any:
         before.append(peak())
         return begin(*args, **kwargs)
 
-    def watched_spread(self: MultimodalModule) -> None:
-        spread(self)
+    def watched_sharding(self: MultimodalModule) -> None:
+        configure(self)
         note = Path(os.environ["PEAK_MEMORY"]) / f"rank-{self.global_rank}"
         note.write_text(str(peak() - before[0]))
 
-    network.begin, MultimodalModule.configure_model = watched_begin, watched_spread
+    network.begin, MultimodalModule.configure_model = watched_begin, watched_sharding
     main()

@@ -19,7 +19,7 @@ from mmprune_train.model.build import load_model
 from mmprune_train.model.llava import PackedLlava
 from mmprune_train.training.network import make_trainable
 from mmprune_train.training.precision import Precision
-from mmprune_train.training.spread import replace_tensors, spreads, undo
+from mmprune_train.training.sharding import replace_tensors, shards_weights, undo
 from mmprune_train.training.strategies import build_strategy
 from mmprune_train.training.zero import ZeroStrategy
 
@@ -27,7 +27,7 @@ from mmprune_train.training.zero import ZeroStrategy
 @pytest.mark.parametrize("name", STRATEGIES)
 def test_every_name_is_a_strategy_and_those_that_split_weights_say_so(name: str) -> None:
     strategy = build_strategy(name, "cpu", batch_size=3)
-    assert spreads(strategy) == (name == "fsdp2" or "zero3" in name)
+    assert shards_weights(strategy) == (name == "fsdp2" or "zero3" in name)
     if name.startswith("deepspeed"):
         zero = strategy.config["zero_optimization"]
         assert zero["stage"] == int(name.split("_")[1][-1])

@@ -14,23 +14,23 @@ from mmprune_train.model.llava import PackedLlava
 
 
 @runtime_checkable
-class Spreading(Protocol):
+class Sharding(Protocol):
     """A strategy that splits the weights themselves. Every process must make each call."""
 
     is_global_zero: bool
 
-    def spread(self, model: PackedLlava) -> None:
+    def shard(self, model: PackedLlava) -> None:
         """Leave each process its part of the first one's weights; the others' `model` may be on the meta device."""
         ...
 
     def whole(self, parameter: nn.Parameter) -> Tensor:
-        """A spread parameter with all its values, on its device."""
+        """A sharded parameter with all its values, on its device."""
         ...
 
 
-def spreads(strategy: Any) -> bool:
+def shards_weights(strategy: Any) -> bool:
     """Whether a strategy splits the weights (FSDP2, ZeRO-3): then only the first process needs to load them."""
-    return isinstance(strategy, Spreading) and getattr(strategy, "zero_stage_3", True)
+    return isinstance(strategy, Sharding) and getattr(strategy, "zero_stage_3", True)
 
 
 def replace_tensors(module: nn.Module, change: Callable[[Tensor], Tensor]) -> list[tuple[dict[str, Any], str, Any]]:
@@ -72,29 +72,29 @@ def from_first(tensor: Tensor, device: torch.device) -> Tensor:
     return there
 
 
-def share(module: nn.Module, device: torch.device, stay: bool = False) -> None:
+def broadcast(module: nn.Module, device: torch.device, stay: bool = False) -> None:
     """Give every process the first one's values of a module's parameters and buffers, one after the other. What is
-    spread already is left alone.
+    sharded already is left alone.
 
     Args:
         device: where they are sent, and where they are then.
         stay: they are on the CPU then.
     """
 
-    def shared(tensor: Tensor) -> Tensor:
+    def from_rank_0(tensor: Tensor) -> Tensor:
         if isinstance(tensor, DTensor):
             return tensor
         values = from_first(tensor, device)
         return values.cpu() if stay else values
 
-    replace_tensors(module, shared)
+    replace_tensors(module, from_rank_0)
 
 
 @contextmanager
 def whole_weights(strategy: Any, model: nn.Module) -> Iterator[None]:
-    """Context in which the first process's `model` holds every parameter whole, on the CPU where the strategy spreads
+    """Context in which the first process's `model` holds every parameter whole, on the CPU where the strategy shards
     them. Every process must enter it; the others keep their parts and never hold more than one parameter besides."""
-    if not spreads(strategy):
+    if not shards_weights(strategy):
         yield
         return
     first = strategy.is_global_zero
