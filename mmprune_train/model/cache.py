@@ -75,8 +75,6 @@ class PrunedCache(DynamicCache):
         self._order: Tensor | None = None  # rows of the device's tables, as rows of the host's
         self._columns = 0
 
-    # ------------------------------------------------------------------ the prompt
-
     def begin(self, sequence: PackedSequence, columns: int, settings: PrunerConfig) -> None:
         """The dense prompt, on the host; `columns`: the width of its `input_ids`; the pruner's settings."""
         lengths = sequence.lengths.tolist()
@@ -132,8 +130,6 @@ class PrunedCache(DynamicCache):
     def prompt_is_in(self) -> bool:
         """Whether a prompt has been filed, so that further tokens go on from it."""
         return self._decoded is not None
-
-    # ------------------------------------------------------------------ further tokens
 
     def enter_turn(self, sequence: PackedSequence, rows: list[Tensor]) -> Tensor:
         """Tokens of a further turn come next, not all samples having as many.
@@ -233,8 +229,6 @@ class PrunedCache(DynamicCache):
             self._hold_more(list(ids), token)
             self._decoded = self._decoded[:, :0]
 
-    # ------------------------------------------------------------------ going back
-
     def resume(self, input_ids: Tensor, valid: Tensor) -> tuple[Tensor, Tensor]:
         """What of a whole conversation is not held yet; what is held and not part of it is forgotten.
 
@@ -313,8 +307,6 @@ class PrunedCache(DynamicCache):
                 layer = self.layers[index]
                 layer.keys, layer.values = layer.keys[..., :width, :], layer.values[..., :width, :]
 
-    # ------------------------------------------------------------------ transformers' interface
-
     def update(self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args, **kwargs):  # type: ignore[no-untyped-def]
         if self._filing is None:
             return super().update(key_states, value_states, layer_idx, *args, **kwargs)
@@ -359,8 +351,6 @@ class PrunedCache(DynamicCache):
             held.real, held.ahead = held.real[rows], held.ahead[rows]
         self._decoded = self._decoded[rows]
         self._order = rows if self._order is None else self._order[rows]
-
-    # ------------------------------------------------------------------ what is held
 
     def entered(self, layer_idx: int | None) -> list[Tensor]:
         """Per sample, which of its dense tokens a layer holds; None: which entered the LLM. `settle` first."""

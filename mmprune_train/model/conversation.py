@@ -31,7 +31,10 @@ def converse(hf: LlavaForConditionalGeneration, processor: Any, template: str, b
     assert isinstance(spoken, ChatTemplate)
     processor.chat_template = spoken.chat_template
     _tidy(hf.generation_config)
-    _stop_at(hf.generation_config, int(tokenizer.convert_tokens_to_ids(spoken.end)))
+    end, known = int(tokenizer.convert_tokens_to_ids(spoken.end)), hf.generation_config.eos_token_id
+    stops = known if isinstance(known, list) else [known]
+    if end not in stops:
+        hf.generation_config.eos_token_id = end if known is None else [*stops, end]
     return Annotator(spoken, tokenizer, hf.config.image_token_id)
 
 
@@ -48,10 +51,3 @@ def _tidy(config: GenerationConfig) -> None:
             raise UserError(f"generation_config.json of the model: {error}; correct it") from None
         for name in idle:
             setattr(config, name, None)
-
-
-def _stop_at(config: GenerationConfig, token: int) -> None:
-    known = config.eos_token_id
-    stops = [] if known is None else [known] if isinstance(known, int) else list(known)
-    if token not in stops:
-        config.eos_token_id = [*stops, token] if stops else token

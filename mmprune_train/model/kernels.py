@@ -117,9 +117,6 @@ def choose_backend(
     raise AssertionError("sdpa_per_sample runs anywhere")
 
 
-# ---------------------------------------------------------------------- FlashAttention's own packages
-
-
 @cache
 def installed(module: str, name: str) -> tuple[Any, str | None]:
     """A function of a package that may not be there, or why it is not. Imported for real: the package of FlashAttention
@@ -157,9 +154,6 @@ def _packed(*tensors: Tensor) -> list[Tensor]:
     return [tensor[0].transpose(0, 1) for tensor in tensors]
 
 
-# ---------------------------------------------------------------------- torch's varlen attention
-
-
 def _varlen_missing(needs: Needs) -> str | None:
     if reason := _half_on_gpu(needs, range(8, 99), 256) or _without_dropout(needs):
         return reason
@@ -178,9 +172,6 @@ def _varlen(query: Tensor, key: Tensor, value: Tensor, borders: Borders, scale: 
     grouped = query.shape[1] != key.shape[1]
     q, k, v = _packed(query, key, value)
     return attend(q, k, v, cu, cu, longest, longest, scale=scale, window_size=(-1, 0), enable_gqa=grouped)[None]
-
-
-# ---------------------------------------------------------------------- FlexAttention
 
 
 @cache
@@ -203,9 +194,6 @@ def _flex(query: Tensor, key: Tensor, value: Tensor, borders: Borders, scale: fl
     grouped = query.shape[1] != key.shape[1]
     out = attend(query, key, value, block_mask=borders.block_mask, scale=scale, enable_gqa=grouped)
     return out.transpose(1, 2)
-
-
-# ---------------------------------------------------------------------- torch's kernel for CPUs, backward in fp32
 
 
 def _cpu_flash_missing(needs: Needs) -> str | None:
@@ -249,9 +237,6 @@ class _CpuFlash(torch.autograd.Function):
         return *gradients, None, None
 
 
-# ---------------------------------------------------------------------- SDPA
-
-
 def _sdpa(query: Tensor, key: Tensor, value: Tensor, borders: Borders, scale: float, dropout: float) -> Tensor:
     parts = zip(*(x.split(borders.lengths, dim=2) for x in (query, key, value)), strict=True)
     grouped = query.shape[1] != key.shape[1]
@@ -260,9 +245,6 @@ def _sdpa(query: Tensor, key: Tensor, value: Tensor, borders: Borders, scale: fl
         for q, k, v in parts
     ]
     return torch.cat([out.transpose(1, 2) for out in outs], dim=1)  # as the CPU's kernel lays them out: one copy less
-
-
-# ---------------------------------------------------------------------- what kernels ask for
 
 
 def _half_on_gpu(needs: Needs, majors: range, widest: int) -> str | None:

@@ -82,13 +82,19 @@ class PackedLlava(Generating, PackedPass, PreTrainedModel, GenerationMixin):
         self.generation_config = hf.generation_config
         language = hf.model.language_model
         check_language_model(language.config)
-        family_of(hf.model.vision_tower.config.model_type)
+        tower: Any = hf.model.vision_tower
+        blocks = len(family_of(tower.config.model_type).layers(tower))
         pruner.layers(len(language.layers))  # refuses those that this LLM does not have
         if pruner.settings.vision.enabled:
-            blocks = len(family_of(hf.model.vision_tower.config.model_type).layers(hf.model.vision_tower))
             scored_block(pruner.settings.vision.layer, deepest_feature(hf.config.vision_feature_layer, blocks), blocks)
         if pruner.reads_text:
-            self._check_question()
+            if question is None:
+                raise UserError("stage 1 reads the question: pass `question` and `words` (load_model does)")
+            if question.width != (width := tower.config.hidden_size):
+                raise UserError(
+                    f"encoder.text: its CLIP has patches of width {question.width}, the encoder of width {width}; "
+                    "give the CLIP checkpoint that the encoder comes from"
+                )
         own = copy.deepcopy(language.config)
         shared = language.config
         for module in language.modules():
@@ -109,18 +115,6 @@ class PackedLlava(Generating, PackedPass, PreTrainedModel, GenerationMixin):
         """The same network with its first decoder layers alone, as long as the context lasts."""
         language = self.hf.model.language_model
         return swapped(language, layers=language.layers[:layers])
-
-    def _check_question(self) -> None:
-        if self.question is None:
-            raise UserError("stage 1 reads the question: pass `question` and `words` (load_model does)")
-        width = self.hf.model.vision_tower.config.hidden_size
-        if self.question.width != width:
-            raise UserError(
-                f"encoder.text: its CLIP has patches of width {self.question.width}, the encoder of width {width}; "
-                "give the CLIP checkpoint that the encoder comes from"
-            )
-
-    # ------------------------------------------------------------------ transformers' interface
 
     @deprecate_kwarg("past_key_values", "5.40.0", new_name="cache")  # transformers' own decorator, as on its models
     def forward(
@@ -274,8 +268,6 @@ class PackedLlava(Generating, PackedPass, PreTrainedModel, GenerationMixin):
         logits = logits.masked_fill(upload(~valid.flatten(), some.device)[:, None], 0)
         logits = logits.index_copy(0, upload(place[wanted], some.device), some).view(*valid.shape, -1)
         return logits if len(columns) == size else logits[:, upload(columns, some.device)]
-
-    # ------------------------------------------------------------------ saving
 
     def save(self, folder: str | Path, processor: ProcessorMixin) -> None:
         """Write a Hugging Face folder that plain transformers loads, the pruner's settings in its config."""

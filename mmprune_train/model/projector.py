@@ -23,12 +23,10 @@ def new_projector(config: LlavaConfig, init: str = "torch") -> LlavaMultiModalPr
     if init in ("unit_variance", "matched"):
         for linear in (projector.linear_1, projector.linear_2):
             nn.init.normal_(linear.weight, std=linear.in_features**-0.5)
-            if linear.bias is not None:
-                nn.init.zeros_(linear.bias)
+            nn.init.zeros_(linear.bias)
     if config.projector_hidden_act == "linear":  # with the same keys: the second layer is the identity, never trained
         nn.init.eye_(projector.linear_2.weight)
-        if projector.linear_2.bias is not None:
-            nn.init.zeros_(projector.linear_2.bias)
+        nn.init.zeros_(projector.linear_2.bias)
         projector.linear_2.requires_grad_(False)
     return projector
 

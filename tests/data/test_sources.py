@@ -13,7 +13,7 @@ from mmprune_train.config.schema import DataConfig, SplitConfig
 from mmprune_train.data import easy_vqa
 from mmprune_train.data.easy_vqa import captions_of, prepare
 from mmprune_train.data.image_folder import ImageFolder
-from mmprune_train.data.records import read_records
+from mmprune_train.data.records import read_annotations
 from mmprune_train.data.sources import data_root, prepare_data, split_files
 from mmprune_train.errors import UserError
 from mmprune_train.storage.assets import sha256_of
@@ -128,11 +128,11 @@ def test_easy_vqa_is_written_once_with_the_official_splits(tmp_path: Path) -> No
     counts = {"pretrain": 3961, "instruct": 38575, "instruct_balanced": 20336, "instruct_open": 10168}
     counts |= {"instruct_conversations": 4000, "evaluate": 9673, "train_images": 4000, "test_images": 1000}
     assert manifest["counts"] == counts
-    merged = read_records(root / "instruct_conversations.json", root / "images")
+    merged = read_annotations(root / "instruct_conversations.json", root / "images").records
     assert sum(len(record.turns) for record in merged) == 38575
     assert {record.turns[0].question.count("<image>") for record in merged} == {1}
     assert not any("<image>" in turn.question for record in merged for turn in record.turns[1:])
-    test = read_records(root / "evaluate.json", root / "images")
+    test = read_annotations(root / "evaluate.json", root / "images").records
     assert test[0].turns[0].question == "<image>\nwhat is the red shape?" and test[0].turns[0].answer == "triangle"
     assert sum(record.kind == "yes_no" for record in test) == 7136
     assert all(path.is_file() for record in test for path in record.images)
