@@ -69,9 +69,9 @@ def _question(config: Config, start: Start | None, dtype: torch.dtype) -> Questi
     """The text tower, where stage 1 reads the question: that saved with a whole model, else the encoder's."""
     if not reads_text(config.pruner.vision):
         return None
-    if whole := start and start.whole:
-        return find_question_encoder(whole.path, config.encoder.text, dtype)
     text = config.encoder.text
+    if whole := start and start.whole:
+        return find_question_encoder(whole.path, text, dtype)
     return None if text is None else new_question_encoder(config.encoder, base_folder(text), dtype)
 
 

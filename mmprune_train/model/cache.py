@@ -197,10 +197,9 @@ class PrunedCache(DynamicCache):
         """bool [B, 1, new, S + new] of the columns that `new` further tokens of each sample may see in a layer."""
         assert self._decoded is not None, "decode before the prompt"
         real = self._held[self._of[layer_idx]].real
-        seen = torch.nn.functional.pad(real, (0, self._decoded.shape[1]), value=True)
-        if self._turn is None:
-            seen = torch.nn.functional.pad(seen, (0, new), value=True)
-        else:
+        columns = self._decoded.shape[1] + (new if self._turn is None else 0)
+        seen = torch.nn.functional.pad(real, (0, columns), value=True)
+        if self._turn is not None:
             seen = torch.cat([seen, upload(self._turn.token >= 0, real.device)], 1)
         causal = torch.ones((new, seen.shape[1]), dtype=torch.bool, device=real.device)
         causal = causal.tril(seen.shape[1] - new)
@@ -249,7 +248,8 @@ class PrunedCache(DynamicCache):
         whole = [ids[real] for ids, real in zip(input_ids, valid, strict=True)]
         keep = []
         for number, (ids, row, settled) in enumerate(zip(whole, self.rows, self.settled, strict=True)):
-            common = _in_common(ids, row)
+            both = min(len(ids), len(row))
+            common = int((ids[:both] == row[:both]).cumprod(0).sum())
             if common < max(1, min(settled, len(row))):
                 raise UserError(
                     f"input_ids must be the whole conversation: sample {number} differs from what the cache holds at "
@@ -356,10 +356,3 @@ class PrunedCache(DynamicCache):
         """Per sample, which of its dense tokens a layer holds; None: which entered the LLM. `settle` first."""
         held = self._held[0 if layer_idx is None else self._of[layer_idx]]
         return [row[row >= 0] for row in held.token]
-
-
-def _in_common(first: Tensor, second: Tensor) -> int:
-    """How many leading tokens two rows of ids share."""
-    length = min(len(first), len(second))
-    different = (first[:length] != second[:length]).nonzero()
-    return int(different[0]) if len(different) else length

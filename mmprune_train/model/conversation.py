@@ -16,13 +16,12 @@ from mmprune_train.errors import UserError
 def converse(hf: LlavaForConditionalGeneration, processor: Any, template: str, before: str = "plain") -> Annotator:
     """Let a model and its processor (in place) hold conversations in the format that `template` names.
 
-    The processor gets the chat template that writes this format, the generation config the token that ends an answer.
+    The processor gets the chat template that writes this format, the generation config the token that ends an answer;
+    what reads such conversations is returned, for the model.
 
     Args:
         before: how they conversed so far, and go on to where `template` is `plain`, which asks nothing; where that is
             `plain`, too, the processor's chat template says it.
-    Returns:
-        What reads such conversations, for the model.
     """
     tokenizer = processor.tokenizer
     add_no_eos(tokenizer)

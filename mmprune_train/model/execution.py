@@ -17,10 +17,8 @@ from mmprune_train.model.loss import CHUNK
 class Clock:
     """Seconds that each named part took since the last `lap`; a part inside another counts for itself alone.
 
-    On CUDA it waits for the device at every border, so a pass under a clock is slower than one without.
-
-    Args:
-        reading: what is counted instead of seconds: anything that only grows.
+    On CUDA it waits for the device at every border, so a pass under a clock is slower than one without. A `reading` is
+    counted instead of seconds: anything that only grows.
     """
 
     def __init__(self, reading: Callable[[], float] | None = None) -> None:

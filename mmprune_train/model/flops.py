@@ -169,8 +169,7 @@ class StepFlops:
         inner, mlp = layer.self_attn, layer.mlp
         first = [inner.qkv_proj] if hasattr(inner, "qkv_proj") else [inner.q_proj, inner.k_proj, inner.v_proj]
         wide = [mlp.gate_up_proj] if hasattr(mlp, "gate_up_proj") else [mlp.gate_proj, mlp.up_proj]
-        cost = Flops()
-        attention = Flops()
+        cost = attention = Flops()
         for stage in (first, [inner.o_proj], wide, [mlp.down_proj]):  # each reads what the one before put out
             for part in stage:
                 cost += _linear(part, flows)

@@ -34,10 +34,6 @@ class Borders:
     lengths: list[int]
     backend: Backend
 
-    @property
-    def longest(self) -> int:
-        return max(self.lengths)
-
     @cached_property
     def block_mask(self) -> BlockMask:
         """FlexAttention's mask, made once for all layers that share these borders.
@@ -98,11 +94,8 @@ class Backend:
 def choose_backend(
     setting: str, device: torch.device, dtype: torch.dtype, head_dim: int, dropout: float = 0.0
 ) -> tuple[Backend, str]:
-    """The kernel that `trainer.attention` asks for, or the fastest that can run, and why it is this one.
-
-    Raises:
-        UserError: the one that is asked for cannot run here.
-    """
+    """The kernel that `trainer.attention` asks for (UserError where it cannot run here), or the fastest that can, and
+    why it is this one."""
     needs = Needs(device, dtype, head_dim, dropout)
     if setting != "auto":
         chosen = next(backend for backend in BACKENDS if backend.name == setting)
@@ -139,7 +132,7 @@ def _flash(name: str, module: str, majors: range, widest: int, drops: bool) -> B
         out = attend(  # by name: the order differs between the versions, and between the releases of version 4
             *_packed(query, key, value),
             **dict.fromkeys(("cu_seqlens_q", "cu_seqlens_k"), borders.cu_seqlens),
-            **dict.fromkeys(("max_seqlen_q", "max_seqlen_k"), borders.longest),
+            **dict.fromkeys(("max_seqlen_q", "max_seqlen_k"), max(borders.lengths)),
             softmax_scale=scale,
             causal=True,
             **({"dropout_p": dropout} if drops else {}),
@@ -168,7 +161,7 @@ def _varlen_missing(needs: Needs) -> str | None:
 def _varlen(query: Tensor, key: Tensor, value: Tensor, borders: Borders, scale: float, dropout: float) -> Tensor:
     attend, reason = installed("torch.nn.attention.varlen", "varlen_attn")
     assert reason is None, reason
-    cu, longest = borders.cu_seqlens, borders.longest
+    cu, longest = borders.cu_seqlens, max(borders.lengths)
     grouped = query.shape[1] != key.shape[1]
     q, k, v = _packed(query, key, value)
     return attend(q, k, v, cu, cu, longest, longest, scale=scale, window_size=(-1, 0), enable_gqa=grouped)[None]

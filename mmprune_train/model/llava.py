@@ -151,17 +151,17 @@ class PackedLlava(Generating, PackedPass, PreTrainedModel, GenerationMixin):
         refuse_foreign(cache)
         if input_ids is None:
             raise UserError("input_ids are missing; the processor makes them from text and images")
-        goes_on = cache is not None and cache.prompt_is_in
-        if cache is not None and goes_on and cache.settings != self.pruner.settings:
+        held = cache if cache is not None and cache.prompt_is_in else None
+        if held is not None and held.settings != self.pruner.settings:
             raise UserError(
-                f"the cache was filled under other pruner settings (pruner={cache.settings and cache.settings.name}) "
+                f"the cache was filled under other pruner settings (pruner={held.settings and held.settings.name}) "
                 f"than pruner={self.pruner.settings.name} now; {READ_ANEW}"
             )
-        if goes_on and labels is not None:
+        if held is not None and labels is not None:
             raise UserError(f"labels go with a whole conversation; {READ_ANEW}")
-        if goes_on and pixel_values is None and (input_ids.shape[1] == 1 if answering is None else answering):
-            assert cache is not None
-            output = self._decode(input_ids, cache, logits_to_keep)
+        answering = input_ids.shape[1] == 1 if answering is None else answering
+        if held is not None and pixel_values is None and answering:
+            output = self._decode(input_ids, held, logits_to_keep)
         else:
             output = self._read(input_ids, attention_mask, pixel_values, labels, cache, use_cache, logits_to_keep)
         return output.to_tuple() if return_dict is False else output

@@ -12,13 +12,8 @@ from mmprune_train.errors import UserError
 
 
 def new_projector(config: LlavaConfig, init: str = "torch") -> LlavaMultiModalProjector:
-    """LLaVA's projector with new weights.
-
-    Args:
-        config: `projector_hidden_act="linear"` makes it LLaVA's single Linear.
-        init: `torch`, or normal weights of variance 1 / inputs without bias for `unit_variance` and `matched` (which
-            `match_features` completes once features are known).
-    """
+    """LLaVA's projector with new weights, for `projector_hidden_act="linear"` its single Linear: torch's own, or normal
+    ones of variance 1 / inputs without bias for `unit_variance` and `matched` (which `match_features` completes)."""
     projector = LlavaMultiModalProjector(config)
     if init in ("unit_variance", "matched"):
         for linear in (projector.linear_1, projector.linear_2):

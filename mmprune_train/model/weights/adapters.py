@@ -82,17 +82,14 @@ def differs(key: str, folder: Path, peft: PeftConfig, llm: PreTrainedConfig) -> 
     with torch.device("meta"):
         layers: nn.Module = AutoModelForCausalLM.from_config(llm).model.layers
     targets = set(peft.target_modules or linear_names(layers))
-    wanted = {name for name, part in layers.named_modules() if isinstance(part, nn.Linear) and _last(name) in targets}
+    linears = [name for name, part in layers.named_modules() if isinstance(part, nn.Linear)]
+    wanted = {name for name in linears if name.rpartition(".")[2] in targets}
     adapted = {name.split(".", 1)[1].rsplit(".", 1)[0] for name in adapter_tensors(key, folder)}
-    if targets != (modules := {_last(name) for name in adapted}):
+    if targets != (modules := {name.rpartition(".")[2] for name in adapted}):
         found.append(f"peft.target_modules={sorted(targets)} (the folder: {sorted(modules)})")
     elif other := sorted(wanted ^ adapted):
         found.append(f"the folder's adapters on a part of the layers alone (not on {other[0]})")
     return found
-
-
-def _last(name: str) -> str:
-    return name.rsplit(".", 1)[-1]
 
 
 def load_adapters(hf: LlavaForConditionalGeneration, key: str, folder: Path) -> None:

@@ -49,16 +49,16 @@ def check_fit(config: Config, key: str, found: Folder, tensors: Tensors) -> None
 def _llava(config: Config, key: str, found: Folder, tensors: Tensors) -> Iterator[Difference]:
     there: Any = config_of(found.path)
     encoder, vision = config.encoder, there.vision_config
-    yield from _language(config.llm, there.text_config)
-    yield from _differences("encoder", chosen_config(encoder), vision, VISION)
     trained: Any = chosen_config(encoder)
+    yield from _language(config.llm, there.text_config)
+    yield from _differences("encoder", trained, vision, VISION)
     if vision.image_size != trained.image_size:  # of DINOv2 that of its position embeddings, which are interpolated
         yield "encoder.arch.image_size", trained.image_size, vision.image_size
     elif there.image_seq_length != encoder.patches:
         yield "visual tokens of an image (encoder.image_size)", encoder.patches, there.image_seq_length
     yield from _features(encoder, there.vision_feature_layer, there.vision_feature_select_strategy == "default", vision)
     act = there.projector_hidden_act
-    kind = "linear" if act == "linear" else "mlp2x_gelu" if act == "gelu" else act
+    kind = "mlp2x_gelu" if act == "gelu" else act
     if kind != config.projector.name:
         yield "projector.name", config.projector.name, kind
     image = load_tokenizer(found.path, key).convert_tokens_to_ids(IMAGE_TOKEN)

@@ -208,16 +208,13 @@ def _check_generation(key: str, found: Folder) -> None:
     with retold(lambda error: f"{key}: {file} is no config that transformers takes ({_said(error)}); correct it"):
         GenerationConfig.from_dict(settings)
     for name, value in settings.items():
-        if name.endswith("_token_id") and not all(type(one) is int for one in _listed(value) if one is not None):
+        ids = value if isinstance(value, list) else [value]
+        if name.endswith("_token_id") and not all(type(one) is int for one in ids if one is not None):
             raise UserError(f"{key}: {file} has {name}={value!r}, which is no token's number; correct it")
     if (several := settings.get("num_return_sequences") or 1) != 1:
         raise UserError(f"{key}: {file} asks for several answers (num_return_sequences={several}); take it out")
     if type(beams := settings.get("num_beams") or 1) is not int or not 1 <= beams <= MOST_BEAMS:
         raise UserError(f"{key}: {file} has num_beams={beams}; give 1 to {MOST_BEAMS}, or take it out")
-
-
-def _listed(value: Any) -> list[Any]:
-    return value if isinstance(value, list) else [value]
 
 
 def _said(error: Exception) -> str:
