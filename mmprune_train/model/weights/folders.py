@@ -14,6 +14,7 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_N
 from transformers.quantizers import AutoHfQuantizer
 
 from mmprune_train.errors import UserError
+from mmprune_train.model.vision import FAMILIES
 from mmprune_train.model.weights.auto import config_of, retold
 from mmprune_train.model.weights.files import (
     Tensors,
@@ -22,6 +23,8 @@ from mmprune_train.model.weights.files import (
     refuse_broken_links,
     weights_of,
 )
+from mmprune_train.model.weights.original import BESIDE_LLM, text_config
+from mmprune_train.model.weights.outline import check_outline
 from mmprune_train.storage.run_files import check_saved, read_manifest
 
 ADAPTER_CONFIG = "adapter_config.json"
@@ -30,7 +33,6 @@ PROJECTOR_BIN = "mm_projector.bin"
 LLAVA, ORIGINAL, LANGUAGE, ENCODER, CLIP = "llava", "original", "language", "encoder", "clip"
 ADAPTERS, PROJECTOR, RUN, GGUF, OTHER, NOTHING = "adapters", "projector", "run", "gguf", "other", "nothing"
 
-ENCODERS = ("clip_vision_model", "siglip_vision_model", "dinov2", "vit")
 BOTH_TOWERS = ("clip", "siglip")
 """Checkpoints of an encoder with its text tower; `encoder.path` takes them, too."""
 
@@ -99,7 +101,7 @@ def _kind(config: dict[str, Any]) -> str:
         return ORIGINAL
     if model_type == "llava":
         return LLAVA
-    if model_type in ENCODERS:
+    if model_type in FAMILIES:
         return ENCODER
     if model_type in BOTH_TOWERS:
         return CLIP
@@ -222,9 +224,6 @@ def _said(error: Exception) -> str:
 
 
 def _check_outline(key: str, found: Folder, tensors: Tensors) -> None:
-    from mmprune_train.model.weights.original import BESIDE_LLM, text_config
-    from mmprune_train.model.weights.outline import check_outline
-
     source = f"{key}: {found.path}"
     told = f"{source}/config.json describes no model that transformers can make"
     with retold(lambda error: f"{told} ({_said(error)}); correct it"):
