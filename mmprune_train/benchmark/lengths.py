@@ -10,7 +10,7 @@ from statistics import fmean
 import torch
 
 from mmprune_train.benchmark.steps import Way, one_step
-from mmprune_train.model.clock import Clock
+from mmprune_train.model.execution import Clock
 from mmprune_train.model.llava import PackedLlava
 
 

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from mmprune_train.config.pruner_schema import PrunerConfig
-from mmprune_train.model.clock import Clock
+from mmprune_train.model.execution import Clock
 from mmprune_train.model.llava import PackedLlava
 
 

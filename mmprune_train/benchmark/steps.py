@@ -17,7 +17,7 @@ from mmprune_train.benchmark.flops import flop_counter
 from mmprune_train.benchmark.memory import PeakMemory
 from mmprune_train.config.pruner_schema import PrunerConfig
 from mmprune_train.data.batch import Batch
-from mmprune_train.model.clock import Clock
+from mmprune_train.model.execution import Clock
 from mmprune_train.model.flops import StepFlops
 from mmprune_train.model.llava import PackedLlava
 from mmprune_train.packed.patches import Patches

@@ -38,12 +38,7 @@ def unread_picture(extras: Mapping[str, Any], images: Sequence[str], root: Path)
     """The first key (dotted where it is nested) that names a picture, a video or a sound, and its value in short.
 
     Beside `image` a web address tells where the picture is from, and a path that is the end of one of its paths (or has
-    one as its end) is the same picture.
-
-    Args:
-        extras: what is not read.
-        images: what the record's `image` names.
-        root: the image folder.
+    one as its end) is the same picture. `images` are what the record's `image` names, in the folder `root`.
     """
     for path, value, listed in _leaves(extras):
         named = _says_so(path, beside=bool(images))

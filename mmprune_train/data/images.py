@@ -121,11 +121,7 @@ def read_image(
 
 
 def _check_memory(file: Image.Image, size: int) -> None:
-    """Raise ValueError for pixels that are none, or too many to be made.
-
-    Args:
-        size: of the file, bytes.
-    """
+    """Raise ValueError for pixels that are none, or too many to be made; `size` of the file in bytes."""
     width, height = file.size
     if not (width and height):
         raise ValueError(f"it has {width} x {height} pixels")

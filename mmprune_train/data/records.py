@@ -82,13 +82,6 @@ def read_annotations(
     return Annotations(records, available)
 
 
-def read_records(
-    annotations: Path, images: ImageFolder | Path, limit: int | None = None, require_answers: bool = True
-) -> list[Record]:
-    """The records alone of `read_annotations`."""
-    return read_annotations(annotations, images, limit, require_answers).records
-
-
 def count_samples(annotations: Path) -> int:
     """Samples in a file, none of them looked into. Raises UserError where it is no JSON."""
     return sum(1 for _ in _items(Path(annotations), 0))

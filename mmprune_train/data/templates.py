@@ -126,12 +126,7 @@ class PlainTemplate(Template):
 
 
 class ChatTemplate(Template):
-    """A Jinja template, taken apart by rendering it around contents that cannot occur by chance.
-
-    Args:
-        name: `v1` or `chat`.
-        jinja: the template; it may take contents as text, or only as lists of parts.
-    """
+    """A Jinja template (`v1` or `chat`), taken apart by rendering it around contents that cannot occur by chance."""
 
     def __init__(self, name: str, tokenizer: PreTrainedTokenizerBase, jinja: str) -> None:
         super().__init__(tokenizer)
@@ -141,7 +136,8 @@ class ChatTemplate(Template):
         self._gap = gap_of(tokenizer)
         self._tags = set(TAG.findall(jinja)) - {IMAGE_PLACEHOLDER}
         self._literals_of: dict[int, list[str]] = {}
-        self._in_parts = self._takes_parts_alone()
+        # contents may be written only as lists of parts, as in the templates of llava-hf folders
+        self._in_parts = not self._writes(in_parts=False) and self._writes(in_parts=True)
         self.marks = self._find_marks()
         self._ending = self._find_ending()
         self.end = self._special.findall(self._ending)[-1] if self._ending else str(tokenizer.eos_token)
@@ -262,10 +258,6 @@ class ChatTemplate(Template):
                 f"the tokenizer's chat template cannot be rendered ({error}); set llm.template=v1, or mend it"
             ) from error
         return str(text)
-
-    def _takes_parts_alone(self) -> bool:
-        """Whether a content is only written where it is a list of parts, as in the templates of llava-hf folders."""
-        return not self._writes(in_parts=False) and self._writes(in_parts=True)
 
     def _writes(self, in_parts: bool) -> bool:
         self._in_parts, probe = in_parts, f"c{secrets.token_hex(6)}"

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from mmprune_train.data.image_folder import ImageFolder
 from mmprune_train.data.images import unreadable
-from mmprune_train.data.records import IMAGE_PLACEHOLDER, Record, Turn, read_records
+from mmprune_train.data.records import IMAGE_PLACEHOLDER, Record, Turn, read_annotations
 from mmprune_train.data.templates import Template
 from mmprune_train.errors import UserError
 from mmprune_train.evaluation.metrics import normalise
@@ -59,7 +59,7 @@ def read_questions(
         limit: the first N records.
         turns: `all` or `first`.
     """
-    records = read_records(annotations, images, limit, require_answers=False)
+    records = read_annotations(annotations, images, limit, require_answers=False).records
     return [question for record in records for question in questions_of(record, turns)]
 
 

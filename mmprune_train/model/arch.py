@@ -18,13 +18,8 @@ OLDER = ("rope_theta", "rope_scaling", "torch_dtype")
 
 
 def arch_config(key: str, arch: Mapping[str, Any]) -> PreTrainedConfig:
-    """transformers' config of these fields, `model_type` among them.
-
-    Args:
-        key: of the config, e.g. `llm.arch`.
-    Raises:
-        UserError: there is no such model or field, or a value that transformers refuses.
-    """
+    """transformers' config of the fields of `key` (`llm.arch`), `model_type` among them. Raises UserError where there
+    is no such model or field, or a value that transformers refuses."""
     kind, *fields = arch["model_type"], *(name for name in arch if name != "model_type")
     if kind not in CONFIG_MAPPING:
         raise UserError(

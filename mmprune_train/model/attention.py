@@ -20,16 +20,9 @@ NAME = "mmprune_packed"
 
 
 def backend_for(setting: str, language_config: Any, device: torch.device, dtype: torch.dtype) -> tuple[Backend, str]:
-    """`choose_backend` for an LLM's heads.
-
-    Args:
-        setting: `trainer.attention`.
-        language_config: the LLM's transformers config.
-        dtype: of the states, where no autocast is on.
-    """
-    head_dim = getattr(language_config, "head_dim", None)
-    if head_dim is None:
-        head_dim = language_config.hidden_size // language_config.num_attention_heads
+    """`choose_backend` for the heads of an LLM whose states are in `dtype` where no autocast is on."""
+    width = language_config.hidden_size // language_config.num_attention_heads
+    head_dim = getattr(language_config, "head_dim", None) or width
     dropout = getattr(language_config, "attention_dropout", 0.0) or 0.0
     return choose_backend(setting, device, computed_in(device, dtype), head_dim, dropout)
 

@@ -5,36 +5,30 @@ from __future__ import annotations
 from contextlib import nullcontext
 
 import torch
-from transformers import (
-    AutoModel,
-    AutoModelForCausalLM,
-    LlavaForConditionalGeneration,
-    LlavaProcessor,
-    PreTrainedModel,
-    PreTrainedTokenizerBase,
-)
+from transformers import LlavaForConditionalGeneration, LlavaProcessor, PreTrainedModel, PreTrainedTokenizerBase
 
 from mmprune_train.config.pruner import reads_text
 from mmprune_train.config.schema import Config
-from mmprune_train.model.arch import arch_config
-from mmprune_train.model.build import fresh, grown, load_llava, load_model, packed, put_together, vision_tower
+from mmprune_train.model.build import (
+    assemble,
+    language_model,
+    llava_config,
+    load_llava,
+    load_model,
+    packed,
+    vision_tower,
+)
 from mmprune_train.model.execution import Execution
 from mmprune_train.model.llava import PackedLlava
 from mmprune_train.model.question import QuestionEncoder, find_question_encoder, new_question_encoder
-from mmprune_train.model.tokenizer import load_tokenizer
+from mmprune_train.model.tokenizer import IMAGE_TOKEN, load_tokenizer
 from mmprune_train.model.weights.adapters import merge_folder, projector_beside
 from mmprune_train.model.weights.auto import config_of
-from mmprune_train.model.weights.files import Tensors, read_tensors, tensors_of, weights_of
+from mmprune_train.model.weights.files import Tensors, tensors_of, weights_of
 from mmprune_train.model.weights.folders import ADAPTERS, LLAVA, ORIGINAL, look
-from mmprune_train.model.weights.original import (
-    BESIDE_LLM,
-    load_projector,
-    projector_tensors,
-    text_config,
-    tower_tensors,
-)
+from mmprune_train.model.weights.original import load_projector, projector_tensors, text_config, tower_tensors
 from mmprune_train.model.weights.outline import load_whole
-from mmprune_train.model.weights.places import encoder_folder, text_folder
+from mmprune_train.model.weights.places import base_folder
 from mmprune_train.model.weights.start import Start
 
 
@@ -75,21 +69,19 @@ def _question(config: Config, start: Start | None, dtype: torch.dtype) -> Questi
     """The text tower, where stage 1 reads the question: that saved with a whole model, else the encoder's."""
     if not reads_text(config.pruner.vision):
         return None
-    if whole := start and start.whole:
-        return find_question_encoder(whole.path, config.encoder.text, dtype)
     text = config.encoder.text
-    return None if text is None else new_question_encoder(config.encoder, text_folder(text), dtype)
+    if whole := start and start.whole:
+        return find_question_encoder(whole.path, text, dtype)
+    return None if text is None else new_question_encoder(config.encoder, base_folder(text), dtype)
 
 
 def _network(
     config: Config, start: Start | None, dtype: torch.dtype, empty: bool
 ) -> tuple[LlavaForConditionalGeneration, PreTrainedTokenizerBase]:
-    if start is None:
-        return fresh(config, dtype, empty)
+    if start is None or start.kind == ORIGINAL:
+        return _joined(config, start, dtype, empty)
     if start.kind == LLAVA:
         return load_llava(start.path, dtype, empty), load_tokenizer(start.path, start.key)
-    if start.kind == ORIGINAL:
-        return _from_original(config, start, dtype, empty)
     hf, tokenizer = _network(config, start.base, dtype, empty)
     if not empty:
         if start.kind == ADAPTERS and not start.goes_on:
@@ -102,13 +94,40 @@ def _network(
     return hf, tokenizer
 
 
+def _joined(
+    config: Config, original: Start | None, dtype: torch.dtype, empty: bool
+) -> tuple[LlavaForConditionalGeneration, PreTrainedTokenizerBase]:
+    """The chosen encoder and LLM with a new projector between them, or what an original checkpoint holds of the
+    three."""
+    tensors: Tensors = {}
+    if original is None:
+        folder, text = base_folder(config.llm), None
+        tokenizer = load_tokenizer(folder)
+    else:
+        folder, tensors = original.path, weights_of(original.key, original.path)
+        text = text_config(original.key, look(original.key, folder).config)
+        tokenizer = load_tokenizer(folder, original.key)
+    inside = tower_tensors(tensors)
+    tower_folder = None if inside else base_folder(config.encoder)
+    torch.manual_seed(config.seed)
+    with torch.device("meta") if empty else nullcontext():
+        vision = vision_tower(config.encoder, tower_folder, dtype, empty, inside)
+        language = language_model(config.llm, folder, tokenizer, dtype, empty, text)
+        image_token = tokenizer.convert_tokens_to_ids(IMAGE_TOKEN)
+        llava = llava_config(config.encoder, vision.config, language.config, config.projector.name, image_token)
+        hf = assemble(llava, vision, language, config.projector.init)
+    if original is not None and not empty:
+        load_projector(hf.model.multi_modal_projector, projector_tensors(tensors))
+    return hf, tokenizer
+
+
 def tower_of(config: Config, start: Start | None) -> PreTrainedModel:
     """The vision tower that a stage starts with; of the LLM beside it no layer is read."""
     start = start and start.whole
-    if start is None:
-        return vision_tower(config.encoder, encoder_folder(config.encoder), torch.float32)
-    if start.kind == ORIGINAL:
-        return _tower(config, tower_tensors(weights_of(start.key, start.path)), start, torch.float32, empty=False)
+    if start is None or start.kind == ORIGINAL:
+        inside = {} if start is None else tower_tensors(weights_of(start.key, start.path))
+        folder = None if inside else base_folder(config.encoder)
+        return vision_tower(config.encoder, folder, torch.float32, inside=inside)
     settings = config_of(start.path)
     settings.text_config.num_hidden_layers = 0
     if getattr(settings.text_config, "layer_types", None):
@@ -116,35 +135,3 @@ def tower_of(config: Config, start: Start | None) -> PreTrainedModel:
     beside = ("language_model",)
     hf = load_whole(LlavaForConditionalGeneration, start.path, beside=beside, config=settings, dtype=torch.float32)
     return hf.model.vision_tower
-
-
-def _from_original(
-    config: Config, start: Start, dtype: torch.dtype, empty: bool
-) -> tuple[LlavaForConditionalGeneration, PreTrainedTokenizerBase]:
-    tensors = weights_of(start.key, start.path)
-    tokenizer = load_tokenizer(start.path, start.key)
-    torch.manual_seed(config.seed)
-    with torch.device("meta") if empty else nullcontext():
-        vision = _tower(config, tower_tensors(tensors), start, dtype, empty)
-        text = text_config(start.key, look(start.key, start.path).config)
-        if empty:
-            language = AutoModelForCausalLM.from_config(text, dtype=dtype)
-        else:
-            language = load_whole(AutoModelForCausalLM, start.path, beside=BESIDE_LLM, config=text, dtype=dtype)
-        hf = put_together(config, vision, grown(language, tokenizer), tokenizer)
-    if not empty:
-        load_projector(hf.model.multi_modal_projector, projector_tensors(tensors))
-    return hf, tokenizer
-
-
-def _tower(config: Config, inside: Tensors, start: Start, dtype: torch.dtype, empty: bool) -> PreTrainedModel:
-    """The vision tower of an original checkpoint: its own, where it holds one, else the chosen encoder."""
-    if not inside:
-        return vision_tower(config.encoder, encoder_folder(config.encoder), dtype, empty)
-    settings = arch_config("encoder.arch", config.encoder.arch)
-    if empty:
-        return AutoModel.from_config(settings, dtype=dtype)
-    with torch.device("meta"):
-        model_class = type(AutoModel.from_config(settings))
-    source, weights = f"{start.path} (its vision tower)", read_tensors(inside)
-    return load_whole(model_class, None, source, config=settings, state_dict=weights, dtype=dtype)

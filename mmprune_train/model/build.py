@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from contextlib import nullcontext
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any
@@ -35,14 +34,15 @@ from mmprune_train.model.language import check_language_model
 from mmprune_train.model.llava import PackedLlava
 from mmprune_train.model.processor import load_processor
 from mmprune_train.model.projector import new_projector
-from mmprune_train.model.question import QuestionEncoder, find_question_encoder, question_encoder_on_meta
-from mmprune_train.model.tokenizer import IMAGE_TOKEN, load_tokenizer
+from mmprune_train.model.question import QuestionEncoder, find_question_encoder, new_question_encoder
+from mmprune_train.model.tokenizer import IMAGE_TOKEN
 from mmprune_train.model.vision import check_patches, family_of
-from mmprune_train.model.weights.auto import config_of
-from mmprune_train.model.weights.files import read_config
+from mmprune_train.model.weights.auto import config_of, retold
+from mmprune_train.model.weights.files import Tensors, read_config, read_tensors
 from mmprune_train.model.weights.folders import check_folder, model_folder
+from mmprune_train.model.weights.original import BESIDE_LLM
 from mmprune_train.model.weights.outline import load_whole
-from mmprune_train.model.weights.places import encoder_folder, llm_folder, local_or_hub
+from mmprune_train.model.weights.places import local_or_hub
 from mmprune_train.pruning import Pruner
 from mmprune_train.storage.user_files import reason_of
 
@@ -50,10 +50,14 @@ VOCAB_MULTIPLE = 64
 """A vocabulary that must grow for the image token grows to a multiple of this, as llava-hf's folders do."""
 
 
-def vision_tower(cfg: EncoderConfig, folder: Path | None, dtype: torch.dtype, empty: bool = False) -> PreTrainedModel:
+def vision_tower(
+    cfg: EncoderConfig, folder: Path | None, dtype: torch.dtype, empty: bool = False, inside: Tensors | None = None
+) -> PreTrainedModel:
     """The encoder with its weights (random without a folder). No key of a module that runs may be missing.
 
-    `empty`: the weights are not read.
+    Args:
+        empty: the weights are not read.
+        inside: the weights, where they lie inside an original LLaVA checkpoint and not in a folder.
     """
     config = arch_config("encoder.arch", cfg.arch) if folder is None else config_of(folder)
     config = getattr(config, "vision_config", config)
@@ -67,6 +71,9 @@ def vision_tower(cfg: EncoderConfig, folder: Path | None, dtype: torch.dtype, em
     with torch.device("meta"), described("encoder.arch" if folder is None else str(folder), cfg.arch):
         outline = AutoModel.from_config(config)
     check_patches(outline, cfg)
+    if inside and not empty:
+        source = f"{next(iter(inside.values())).file.parent} (its vision tower)"
+        return load_whole(type(outline), None, source, config=config, state_dict=read_tensors(inside), dtype=dtype)
     if folder is None or empty:
         return AutoModel.from_config(config, dtype=dtype)
     # A whole CLIP or SigLIP folder also holds the text tower, a ViT or DINOv2 folder may hold a classifier instead of
@@ -76,24 +83,28 @@ def vision_tower(cfg: EncoderConfig, folder: Path | None, dtype: torch.dtype, em
 
 
 def language_model(
-    cfg: LlmConfig, folder: Path | None, tokenizer: PreTrainedTokenizerBase, dtype: torch.dtype, empty: bool = False
+    cfg: LlmConfig,
+    folder: Path | None,
+    tokenizer: PreTrainedTokenizerBase,
+    dtype: torch.dtype,
+    empty: bool = False,
+    original: PreTrainedConfig | None = None,
 ) -> PreTrainedModel:
-    """The LLM with its head (random without a folder), its vocabulary grown where `<image>` did not fit.
+    """The LLM with its head (random without a folder), its vocabulary grown where it is smaller than the tokenizer's.
 
-    `empty`: the weights are not read.
+    Args:
+        empty: the weights are not read.
+        original: the LLM's config, where the folder is an original LLaVA checkpoint.
     """
     if folder is None or empty:
-        config = arch_config("llm.arch", cfg.arch) if folder is None else config_of(folder)
+        config = original or (arch_config("llm.arch", cfg.arch) if folder is None else config_of(folder))
         check_language_model(config)
         with described("llm.arch" if folder is None else str(folder), cfg.arch):
             model = AutoModelForCausalLM.from_config(config, dtype=dtype)
+    elif original is not None:
+        model = load_whole(AutoModelForCausalLM, folder, beside=BESIDE_LLM, config=original, dtype=dtype)
     else:
         model = load_whole(AutoModelForCausalLM, folder, dtype=dtype)
-    return grown(model, tokenizer)
-
-
-def grown(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> PreTrainedModel:
-    """An LLM with its vocabulary grown, in place, where it is smaller than its tokenizer's."""
     if len(tokenizer) > model.config.vocab_size:
         model.resize_token_embeddings(len(tokenizer), pad_to_multiple_of=VOCAB_MULTIPLE, mean_resizing=False)
     return model
@@ -132,10 +143,7 @@ def assemble(
 
 def build_on_meta(config: Config, tower: PreTrainedModel | None = None) -> PackedLlava:
     """The run's network without weights, from the config alone: for planning, and for testing 7B models on a laptop.
-
-    Args:
-        tower: with its weights, in place of the config's without.
-    """
+    A `tower` with its weights takes the place of the config's without."""
     vision, text = arch_config("encoder.arch", config.encoder.arch), arch_config("llm.arch", config.llm.arch)
     image_token = text.vocab_size
     text.vocab_size = -(-(text.vocab_size + 1) // VOCAB_MULTIPLE) * VOCAB_MULTIPLE
@@ -147,36 +155,9 @@ def build_on_meta(config: Config, tower: PreTrainedModel | None = None) -> Packe
         if config.projector.name == "linear":
             hf.model.multi_modal_projector.linear_2.requires_grad_(False)
         pruner = Pruner(config.pruner)
-        question = question_encoder_on_meta(config.encoder) if pruner.reads_text else None
+        question = new_question_encoder(config.encoder, None, torch.float32) if pruner.reads_text else None
     hf.model.vision_tower = tower or hf.model.vision_tower
     return PackedLlava(hf, pruner, None, config.llm.template, question, execution=Execution.of(config.trainer))
-
-
-def fresh(
-    config: Config, dtype: torch.dtype = torch.float32, empty: bool = False
-) -> tuple[LlavaForConditionalGeneration, PreTrainedTokenizerBase]:
-    """The chosen encoder and LLM with their weights, and a new projector between them; the LLM's tokenizer.
-
-    Args:
-        empty: on the meta device; no weights are read or made.
-    """
-    folder = llm_folder(config.llm)
-    tower_folder = encoder_folder(config.encoder)
-    torch.manual_seed(config.seed)
-    tokenizer = load_tokenizer(folder)
-    with torch.device("meta") if empty else nullcontext():
-        vision = vision_tower(config.encoder, tower_folder, dtype, empty)
-        language = language_model(config.llm, folder, tokenizer, dtype, empty)
-        return put_together(config, vision, language, tokenizer), tokenizer
-
-
-def put_together(
-    config: Config, vision: PreTrainedModel, language: PreTrainedModel, tokenizer: PreTrainedTokenizerBase
-) -> LlavaForConditionalGeneration:
-    """A tower and an LLM as the config joins them, with a new projector."""
-    image_token = tokenizer.convert_tokens_to_ids(IMAGE_TOKEN)
-    hf_config = llava_config(config.encoder, vision.config, language.config, config.projector.name, image_token)
-    return assemble(hf_config, vision, language, config.projector.init)
 
 
 def packed(
@@ -186,12 +167,7 @@ def packed(
     question: QuestionEncoder | None = None,
     template: str | None = None,
 ) -> tuple[PackedLlava, LlavaProcessor]:
-    """A Hugging Face LLaVA as the run walks it, and its processor.
-
-    Args:
-        question: the text tower, where stage 1 reads the question.
-        template: of the samples it is trained on; None: the LLM's own.
-    """
+    """A Hugging Face LLaVA as the run walks it, and its processor; without a `template` it is the LLM's own."""
     encoder, own = config.encoder, config.llm.template
     tokenizer.padding_side = "left"  # for `generate`
     processor = LlavaProcessor(
@@ -281,12 +257,9 @@ def load_model(
     else:
         settings = load_pruner(pruner)
     chosen, question = Pruner(settings), None
-    try:
+    told = f"{path}: not a whole model folder"
+    with retold(lambda error: f"{told}: {reason_of(error)}", (OSError, ValueError, SafetensorError)):
         hf = load_llava(folder, dtype, empty)
-    except (OSError, ValueError, SafetensorError) as error:
-        if isinstance(error, UserError):
-            raise
-        raise UserError(f"{path}: not a whole model folder: {reason_of(error)}") from error
     processor = load_processor(folder, hf)
     if chosen.reads_text:
         tower = TextTowerConfig(path=str(text)) if isinstance(text, str | Path) else text

@@ -22,15 +22,11 @@ class Held:
 
     token: Tensor
     """[B, S] which of its sample's dense tokens a column is, -1: none; on the host."""
-    position: Tensor
-    """[B, S] its position id, -1: none; on the host."""
-    following: Tensor
-    """[B] position id of the next token; on the host."""
     layers: list[int]
     real: Tensor
     """[B, S] bool: there is a token. On the device, as `ahead`."""
     ahead: Tensor
-    """[B] `following`."""
+    """[B] position id of the next token."""
 
 
 @dataclass
@@ -79,8 +75,6 @@ class PrunedCache(DynamicCache):
         self._order: Tensor | None = None  # rows of the device's tables, as rows of the host's
         self._columns = 0
 
-    # ------------------------------------------------------------------ the prompt
-
     def begin(self, sequence: PackedSequence, columns: int, settings: PrunerConfig) -> None:
         """The dense prompt, on the host; `columns`: the width of its `input_ids`; the pruner's settings."""
         lengths = sequence.lengths.tolist()
@@ -96,37 +90,31 @@ class PrunedCache(DynamicCache):
         width = int(lengths.max())
         column = sequence.within() + (width - lengths)[sequence.segment]
         dense = torch.tensor([len(row) for row in self.rows])
-        token, position = (torch.full((len(lengths), width), -1) for _ in range(2))
+        token = torch.full((len(lengths), width), -1)
         token[sequence.segment, column] = sequence.slot - (dense.cumsum(0) - dense)[sequence.segment]
-        position[sequence.segment, column] = sequence.position
-        self._hold(len(self._held), token, position, [], device)
+        self._hold(len(self._held), token, [], device)
         self._filing = (upload(sequence.segment, device), upload(column, device), self._held[-1].real)
 
-    def _hold(self, number: int, token: Tensor, position: Tensor, layers: list[int], device: torch.device) -> None:
+    def _hold(self, number: int, token: Tensor, layers: list[int], device: torch.device) -> None:
         """Write down what a run of layers holds; `rows` and what entered the LLM come first.
 
         A token's position is its place among those that entered the LLM, or among all where stage 1 keeps positions;
         where stage 2 renumbers, among those that the layer holds.
         """
         assert self.settings is not None, "no prompt has begun"
-        position = position.masked_fill(token < 0, -1)
-        if number and self.settings.language.positions == "original":
-            following = self._held[0].following
+        if number and not self._renumbered(number):
+            ahead = self._held[0].ahead
         elif not number and self.settings.vision.positions == "original":
-            following = torch.tensor([len(row) for row in self.rows])
+            ahead = upload(torch.tensor([len(row) for row in self.rows]), device)
         else:
-            following = torch.nn.functional.pad(position, (1, 0), value=-1).amax(1) + 1
-        real, ahead = upload(token >= 0, device), upload(following, device)
-        self._held[number : number + 1] = [Held(token, position, following, layers, real, ahead)]
+            ahead = upload((token >= 0).sum(1), device)
+        self._held[number : number + 1] = [Held(token, layers, upload(token >= 0, device), ahead)]
 
-    def _hold_more(self, rows: list[Tensor], token: Tensor, offset: Tensor, renumbered: Tensor) -> None:
+    def _hold_more(self, rows: list[Tensor], token: Tensor) -> None:
         """Further columns in every layer; arguments as in `_Turn`."""
         self.rows = [torch.cat(pair) for pair in zip(self.rows, rows, strict=True)]
-        before = [held.following[:, None] for held in self._held]
         for number, held in enumerate(self._held):
-            places = before[number] + (renumbered if self._renumbered(number) else offset)
-            token_of, position = torch.cat([held.token, token], 1), torch.cat([held.position, places], 1)
-            self._hold(number, token_of, position, held.layers, held.real.device)
+            self._hold(number, torch.cat([held.token, token], 1), held.layers, held.real.device)
 
     def _renumbered(self, number: int) -> bool:
         assert self.settings is not None, "no prompt has begun"
@@ -142,8 +130,6 @@ class PrunedCache(DynamicCache):
     def prompt_is_in(self) -> bool:
         """Whether a prompt has been filed, so that further tokens go on from it."""
         return self._decoded is not None
-
-    # ------------------------------------------------------------------ further tokens
 
     def enter_turn(self, sequence: PackedSequence, rows: list[Tensor]) -> Tensor:
         """Tokens of a further turn come next, not all samples having as many.
@@ -171,7 +157,7 @@ class PrunedCache(DynamicCache):
         """The turn is through all layers."""
         assert self._turn is not None, "no turn has been entered"
         turn, self._turn = self._turn, None
-        self._hold_more(turn.rows, turn.token, turn.offset, turn.renumbered)
+        self._hold_more(turn.rows, turn.token)
         self._columns += max(len(row) for row in turn.rows)
 
     def mask_of_turn(self, valid: Tensor, samples: int, width: int) -> Tensor:
@@ -202,9 +188,8 @@ class PrunedCache(DynamicCache):
         number = self._of[layer_idx]
         ahead = self._held[number].ahead[:, None]
         if self._turn is not None:
-            return ahead + upload(
-                self._turn.renumbered if self._renumbered(number) else self._turn.offset, ahead.device
-            )
+            places = self._turn.renumbered if self._renumbered(number) else self._turn.offset
+            return ahead + upload(places, ahead.device)
         done = self._decoded.shape[1]
         return ahead + torch.arange(done, done + new, device=ahead.device)
 
@@ -212,10 +197,9 @@ class PrunedCache(DynamicCache):
         """bool [B, 1, new, S + new] of the columns that `new` further tokens of each sample may see in a layer."""
         assert self._decoded is not None, "decode before the prompt"
         real = self._held[self._of[layer_idx]].real
-        seen = torch.nn.functional.pad(real, (0, self._decoded.shape[1]), value=True)
-        if self._turn is None:
-            seen = torch.nn.functional.pad(seen, (0, new), value=True)
-        else:
+        columns = self._decoded.shape[1] + (new if self._turn is None else 0)
+        seen = torch.nn.functional.pad(real, (0, columns), value=True)
+        if self._turn is not None:
             seen = torch.cat([seen, upload(self._turn.token >= 0, real.device)], 1)
         causal = torch.ones((new, seen.shape[1]), dtype=torch.bool, device=real.device)
         causal = causal.tril(seen.shape[1] - new)
@@ -235,18 +219,14 @@ class PrunedCache(DynamicCache):
             self.read, self.rows = [self.read[row] for row in order], [self.rows[row] for row in order]
             self.settled, self.images = [self.settled[row] for row in order], [self.images[row] for row in order]
             for held in self._held:
-                held.token, held.position, held.following = (
-                    part[order] for part in (held.token, held.position, held.following)
-                )
+                held.token = held.token[order]
             self._order = None
         if self._decoded is not None and self._decoded.shape[1]:
             ids = fetch(self._decoded)
             step = torch.arange(ids.shape[1]).expand_as(ids)
             token = torch.tensor([len(row) for row in self.rows])[:, None] + step
-            self._hold_more(list(ids), token, step, step)
+            self._hold_more(list(ids), token)
             self._decoded = self._decoded[:, :0]
-
-    # ------------------------------------------------------------------ going back
 
     def resume(self, input_ids: Tensor, valid: Tensor) -> tuple[Tensor, Tensor]:
         """What of a whole conversation is not held yet; what is held and not part of it is forgotten.
@@ -268,7 +248,8 @@ class PrunedCache(DynamicCache):
         whole = [ids[real] for ids, real in zip(input_ids, valid, strict=True)]
         keep = []
         for number, (ids, row, settled) in enumerate(zip(whole, self.rows, self.settled, strict=True)):
-            common = _in_common(ids, row)
+            both = min(len(ids), len(row))
+            common = int((ids[:both] == row[:both]).cumprod(0).sum())
             if common < max(1, min(settled, len(row))):
                 raise UserError(
                     f"input_ids must be the whole conversation: sample {number} differs from what the cache holds at "
@@ -321,12 +302,10 @@ class PrunedCache(DynamicCache):
             used = stays.any(0).nonzero()
             width = int(used.max()) + 1 if len(used) else 0
             token = held.token.masked_fill(~stays, -1)[:, :width]
-            self._hold(number, token, held.position[:, :width], held.layers, held.real.device)
+            self._hold(number, token, held.layers, held.real.device)
             for index in held.layers:
                 layer = self.layers[index]
                 layer.keys, layer.values = layer.keys[..., :width, :], layer.values[..., :width, :]
-
-    # ------------------------------------------------------------------ transformers' interface
 
     def update(self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args, **kwargs):  # type: ignore[no-untyped-def]
         if self._filing is None:
@@ -373,16 +352,7 @@ class PrunedCache(DynamicCache):
         self._decoded = self._decoded[rows]
         self._order = rows if self._order is None else self._order[rows]
 
-    # ------------------------------------------------------------------ what is held
-
     def entered(self, layer_idx: int | None) -> list[Tensor]:
         """Per sample, which of its dense tokens a layer holds; None: which entered the LLM. `settle` first."""
         held = self._held[0 if layer_idx is None else self._of[layer_idx]]
         return [row[row >= 0] for row in held.token]
-
-
-def _in_common(first: Tensor, second: Tensor) -> int:
-    """How many leading tokens two rows of ids share."""
-    length = min(len(first), len(second))
-    different = (first[:length] != second[:length]).nonzero()
-    return int(different[0]) if len(different) else length

@@ -16,13 +16,12 @@ from mmprune_train.errors import UserError
 def converse(hf: LlavaForConditionalGeneration, processor: Any, template: str, before: str = "plain") -> Annotator:
     """Let a model and its processor (in place) hold conversations in the format that `template` names.
 
-    The processor gets the chat template that writes this format, the generation config the token that ends an answer.
+    The processor gets the chat template that writes this format, the generation config the token that ends an answer;
+    what reads such conversations is returned, for the model.
 
     Args:
         before: how they conversed so far, and go on to where `template` is `plain`, which asks nothing; where that is
             `plain`, too, the processor's chat template says it.
-    Returns:
-        What reads such conversations, for the model.
     """
     tokenizer = processor.tokenizer
     add_no_eos(tokenizer)
@@ -31,7 +30,10 @@ def converse(hf: LlavaForConditionalGeneration, processor: Any, template: str, b
     assert isinstance(spoken, ChatTemplate)
     processor.chat_template = spoken.chat_template
     _tidy(hf.generation_config)
-    _stop_at(hf.generation_config, int(tokenizer.convert_tokens_to_ids(spoken.end)))
+    end, known = int(tokenizer.convert_tokens_to_ids(spoken.end)), hf.generation_config.eos_token_id
+    stops = known if isinstance(known, list) else [known]
+    if end not in stops:
+        hf.generation_config.eos_token_id = end if known is None else [*stops, end]
     return Annotator(spoken, tokenizer, hf.config.image_token_id)
 
 
@@ -48,10 +50,3 @@ def _tidy(config: GenerationConfig) -> None:
             raise UserError(f"generation_config.json of the model: {error}; correct it") from None
         for name in idle:
             setattr(config, name, None)
-
-
-def _stop_at(config: GenerationConfig, token: int) -> None:
-    known = config.eos_token_id
-    stops = [] if known is None else [known] if isinstance(known, int) else list(known)
-    if token not in stops:
-        config.eos_token_id = [*stops, token] if stops else token

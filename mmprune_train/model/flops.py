@@ -35,7 +35,7 @@ class PassShape:
 
     @classmethod
     def of(cls, trace: PruningTrace, images: int, supervised: int) -> PassShape:
-        """The shape of the pass that left this trace."""
+        """The shape of the pass that left this trace, encoded `images` and had logits at `supervised` positions."""
         lengths, stage1 = torch.stack(trace.layers).double(), trace.stage1.double()
         return cls(lengths, stage1, images, sum(map(len, trace.vision_kept)), supervised, *trace.asked)
 
@@ -112,27 +112,17 @@ class StepFlops:
         self.per_target = _linear(model.hf.lm_head, flows or any_trained(language.norm))
 
     def __call__(self, trace: PruningTrace, images: int, supervised: int) -> float:
-        """FLOPs of the pass that left this trace, without recomputation.
-
-        Args:
-            trace: what the pass kept.
-            images: images encoded.
-            supervised: positions with logits.
-        """
+        """FLOPs of the pass that left this trace, without recomputation; arguments as in `PassShape.of`."""
         return self.count(PassShape.of(trace, images, supervised)).total
 
     def count(self, shape: PassShape, checkpointing: str | None = None) -> Flops:
-        """FLOPs of a pass.
-
-        Args:
-            checkpointing: which layers are run again in the backward pass, `all`, `before` or `after`; None: none.
-        """
+        """FLOPs of a pass, its layers run again in the backward pass as `computed_again` says of `checkpointing`."""
         again = computed_again(self.pruner, len(self.per_token), checkpointing)
         read = shape.question_length
         asked = self.per_question + read * self.per_question_token + read**2 * self.per_question_pair
         vision = self.vision if checkpointing else self.vision.once
         total = vision * shape.images + self.per_kept_patch * shape.kept_patches
-        total += Flops(forward=shape.questions * asked)
+        total += Flops(shape.questions * asked)
         tokens, pairs = shape.lengths.sum(1).tolist(), shape.lengths.square().sum(1).tolist()
         for index, cost in enumerate(self.per_token):
             layer = cost * tokens[index] + self.per_token_pair[index] * pairs[index]
@@ -140,11 +130,6 @@ class StepFlops:
         reached = [float(shape.stage1.sum()), *tokens]  # before each layer's pruning: what the layer before had
         total += Flops(forward=sum(reached[index] * cost for index, cost in self.per_scored_token.items()))
         return total + self.per_target * shape.supervised
-
-    @property
-    def per_image(self) -> float:
-        """Of the encoder and what stage 1 runs beside it, recomputation left out."""
-        return self.vision.total
 
     def _count_vision(self, model: PackedLlava) -> None:
         tower, projector = model.hf.model.vision_tower, model.hf.model.multi_modal_projector
@@ -184,8 +169,7 @@ class StepFlops:
         inner, mlp = layer.self_attn, layer.mlp
         first = [inner.qkv_proj] if hasattr(inner, "qkv_proj") else [inner.q_proj, inner.k_proj, inner.v_proj]
         wide = [mlp.gate_up_proj] if hasattr(mlp, "gate_up_proj") else [mlp.gate_proj, mlp.up_proj]
-        cost = Flops()
-        attention = Flops()
+        cost = attention = Flops()
         for stage in (first, [inner.o_proj], wide, [mlp.down_proj]):  # each reads what the one before put out
             for part in stage:
                 cost += _linear(part, flows)

@@ -66,12 +66,8 @@ def deciding(parts: Parts, pruner: Pruner) -> list[int]:
 
 
 def check_turn(cache: PrunedCache, whole: Parts, pruner: Pruner) -> None:
-    """Raise UserError where reading the whole conversation anew would keep other tokens than the cache holds.
-
-    Args:
-        cache: of the turns before.
-        whole: the conversation with the further turn.
-    """
+    """Raise UserError where reading the conversation anew, further turn included, would keep other tokens than the
+    cache holds."""
     settings, name = pruner.settings, f"pruner={pruner.settings.name}"
     for number, ((ids, _, _), (read, _, _), settled) in enumerate(zip(whole, cache.read, cache.settled, strict=True)):
         if not torch.equal(ids[:settled], read[:settled]):
@@ -112,12 +108,8 @@ def check_turn(cache: PrunedCache, whole: Parts, pruner: Pruner) -> None:
 
 
 def whole_trace(cache: PrunedCache, image_token: int, layers: Iterable[int], encoded: int) -> PruningTrace:
-    """What the cache holds of whole conversations, as the trace of reading them anew; without scores.
-
-    Args:
-        layers: those that stage 2 prunes before.
-        encoded: images that went through the vision tower.
-    """
+    """What the cache holds of whole conversations, as the trace of reading them anew, `encoded` of their images;
+    without scores. Stage 2 prunes before `layers`."""
     entering = cache.entered(None)
 
     def count(held: list[Tensor]) -> tuple[Tensor, Tensor]:

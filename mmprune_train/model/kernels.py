@@ -34,10 +34,6 @@ class Borders:
     lengths: list[int]
     backend: Backend
 
-    @property
-    def longest(self) -> int:
-        return max(self.lengths)
-
     @cached_property
     def block_mask(self) -> BlockMask:
         """FlexAttention's mask, made once for all layers that share these borders.
@@ -98,11 +94,8 @@ class Backend:
 def choose_backend(
     setting: str, device: torch.device, dtype: torch.dtype, head_dim: int, dropout: float = 0.0
 ) -> tuple[Backend, str]:
-    """The kernel that `trainer.attention` asks for, or the fastest that can run, and why it is this one.
-
-    Raises:
-        UserError: the one that is asked for cannot run here.
-    """
+    """The kernel that `trainer.attention` asks for (UserError where it cannot run here), or the fastest that can, and
+    why it is this one."""
     needs = Needs(device, dtype, head_dim, dropout)
     if setting != "auto":
         chosen = next(backend for backend in BACKENDS if backend.name == setting)
@@ -115,9 +108,6 @@ def choose_backend(
             return backend, "on a CPU" if device.type == "cpu" else "; ".join(passed_over) or "the fastest there is"
         passed_over.append(f"{backend.name}: {reason}")
     raise AssertionError("sdpa_per_sample runs anywhere")
-
-
-# ---------------------------------------------------------------------- FlashAttention's own packages
 
 
 @cache
@@ -142,7 +132,7 @@ def _flash(name: str, module: str, majors: range, widest: int, drops: bool) -> B
         out = attend(  # by name: the order differs between the versions, and between the releases of version 4
             *_packed(query, key, value),
             **dict.fromkeys(("cu_seqlens_q", "cu_seqlens_k"), borders.cu_seqlens),
-            **dict.fromkeys(("max_seqlen_q", "max_seqlen_k"), borders.longest),
+            **dict.fromkeys(("max_seqlen_q", "max_seqlen_k"), max(borders.lengths)),
             softmax_scale=scale,
             causal=True,
             **({"dropout_p": dropout} if drops else {}),
@@ -155,9 +145,6 @@ def _flash(name: str, module: str, majors: range, widest: int, drops: bool) -> B
 def _packed(*tensors: Tensor) -> list[Tensor]:
     """[1, H, T, d] each -> [T, H, d]."""
     return [tensor[0].transpose(0, 1) for tensor in tensors]
-
-
-# ---------------------------------------------------------------------- torch's varlen attention
 
 
 def _varlen_missing(needs: Needs) -> str | None:
@@ -174,13 +161,10 @@ def _varlen_missing(needs: Needs) -> str | None:
 def _varlen(query: Tensor, key: Tensor, value: Tensor, borders: Borders, scale: float, dropout: float) -> Tensor:
     attend, reason = installed("torch.nn.attention.varlen", "varlen_attn")
     assert reason is None, reason
-    cu, longest = borders.cu_seqlens, borders.longest
+    cu, longest = borders.cu_seqlens, max(borders.lengths)
     grouped = query.shape[1] != key.shape[1]
     q, k, v = _packed(query, key, value)
     return attend(q, k, v, cu, cu, longest, longest, scale=scale, window_size=(-1, 0), enable_gqa=grouped)[None]
-
-
-# ---------------------------------------------------------------------- FlexAttention
 
 
 @cache
@@ -203,9 +187,6 @@ def _flex(query: Tensor, key: Tensor, value: Tensor, borders: Borders, scale: fl
     grouped = query.shape[1] != key.shape[1]
     out = attend(query, key, value, block_mask=borders.block_mask, scale=scale, enable_gqa=grouped)
     return out.transpose(1, 2)
-
-
-# ---------------------------------------------------------------------- torch's kernel for CPUs, backward in fp32
 
 
 def _cpu_flash_missing(needs: Needs) -> str | None:
@@ -249,9 +230,6 @@ class _CpuFlash(torch.autograd.Function):
         return *gradients, None, None
 
 
-# ---------------------------------------------------------------------- SDPA
-
-
 def _sdpa(query: Tensor, key: Tensor, value: Tensor, borders: Borders, scale: float, dropout: float) -> Tensor:
     parts = zip(*(x.split(borders.lengths, dim=2) for x in (query, key, value)), strict=True)
     grouped = query.shape[1] != key.shape[1]
@@ -260,9 +238,6 @@ def _sdpa(query: Tensor, key: Tensor, value: Tensor, borders: Borders, scale: fl
         for q, k, v in parts
     ]
     return torch.cat([out.transpose(1, 2) for out in outs], dim=1)  # as the CPU's kernel lays them out: one copy less
-
-
-# ---------------------------------------------------------------------- what kernels ask for
 
 
 def _half_on_gpu(needs: Needs, majors: range, widest: int) -> str | None:

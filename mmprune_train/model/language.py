@@ -51,13 +51,8 @@ def _slides(config: Any) -> bool:
 
 
 def checkpoint_layers(model: Any, which: str) -> None:
-    """Let LLM layers keep nothing for the backward pass but what enters them.
-
-    Args:
-        model: a PackedLlava.
-        which: `all` layers, or those `before` the first pruning layer, or those `after` it. Choosing tokens happens
-            between layers, and is not done again.
-    """
+    """Let LLM layers of a PackedLlava keep nothing for the backward pass but what enters them: `all` layers, or those
+    `before` or `after` the first pruning layer. Choosing tokens happens between layers, and is not done again."""
     model.activation_checkpointing_enable(activation_checkpointing_kwargs={"use_reentrant": False})
     layers = model.hf.model.language_model.layers
     for layer, again in zip(layers, computed_again(model.pruner, len(layers), which), strict=True):
@@ -65,8 +60,7 @@ def checkpoint_layers(model: Any, which: str) -> None:
 
 
 def computed_again(pruner: Pruner, depth: int, which: str | None) -> list[bool]:
-    """For each of an LLM's `depth` layers whether the backward pass runs it again; `which` as in `checkpoint_layers`,
-    None: no checkpointing."""
+    """Of each of `depth` LLM layers whether the backward pass runs it again, as in `checkpoint_layers`; None: no."""
     first = min(pruner.layers(depth), default=depth)
     return [which == "all" or which == ("before" if index < first else "after") for index in range(depth)]
 

@@ -82,13 +82,19 @@ class PackedLlava(Generating, PackedPass, PreTrainedModel, GenerationMixin):
         self.generation_config = hf.generation_config
         language = hf.model.language_model
         check_language_model(language.config)
-        family_of(hf.model.vision_tower.config.model_type)
+        tower: Any = hf.model.vision_tower
+        blocks = len(family_of(tower.config.model_type).layers(tower))
         pruner.layers(len(language.layers))  # refuses those that this LLM does not have
         if pruner.settings.vision.enabled:
-            blocks = len(family_of(hf.model.vision_tower.config.model_type).layers(hf.model.vision_tower))
             scored_block(pruner.settings.vision.layer, deepest_feature(hf.config.vision_feature_layer, blocks), blocks)
         if pruner.reads_text:
-            self._check_question()
+            if question is None:
+                raise UserError("stage 1 reads the question: pass `question` and `words` (load_model does)")
+            if question.width != (width := tower.config.hidden_size):
+                raise UserError(
+                    f"encoder.text: its CLIP has patches of width {question.width}, the encoder of width {width}; "
+                    "give the CLIP checkpoint that the encoder comes from"
+                )
         own = copy.deepcopy(language.config)
         shared = language.config
         for module in language.modules():
@@ -109,18 +115,6 @@ class PackedLlava(Generating, PackedPass, PreTrainedModel, GenerationMixin):
         """The same network with its first decoder layers alone, as long as the context lasts."""
         language = self.hf.model.language_model
         return swapped(language, layers=language.layers[:layers])
-
-    def _check_question(self) -> None:
-        if self.question is None:
-            raise UserError("stage 1 reads the question: pass `question` and `words` (load_model does)")
-        width = self.hf.model.vision_tower.config.hidden_size
-        if self.question.width != width:
-            raise UserError(
-                f"encoder.text: its CLIP has patches of width {self.question.width}, the encoder of width {width}; "
-                "give the CLIP checkpoint that the encoder comes from"
-            )
-
-    # ------------------------------------------------------------------ transformers' interface
 
     @deprecate_kwarg("past_key_values", "5.40.0", new_name="cache")  # transformers' own decorator, as on its models
     def forward(
@@ -157,17 +151,17 @@ class PackedLlava(Generating, PackedPass, PreTrainedModel, GenerationMixin):
         refuse_foreign(cache)
         if input_ids is None:
             raise UserError("input_ids are missing; the processor makes them from text and images")
-        goes_on = cache is not None and cache.prompt_is_in
-        if cache is not None and goes_on and cache.settings != self.pruner.settings:
+        held = cache if cache is not None and cache.prompt_is_in else None
+        if held is not None and held.settings != self.pruner.settings:
             raise UserError(
-                f"the cache was filled under other pruner settings (pruner={cache.settings and cache.settings.name}) "
+                f"the cache was filled under other pruner settings (pruner={held.settings and held.settings.name}) "
                 f"than pruner={self.pruner.settings.name} now; {READ_ANEW}"
             )
-        if goes_on and labels is not None:
+        if held is not None and labels is not None:
             raise UserError(f"labels go with a whole conversation; {READ_ANEW}")
-        if goes_on and pixel_values is None and (input_ids.shape[1] == 1 if answering is None else answering):
-            assert cache is not None
-            output = self._decode(input_ids, cache, logits_to_keep)
+        answering = input_ids.shape[1] == 1 if answering is None else answering
+        if held is not None and pixel_values is None and answering:
+            output = self._decode(input_ids, held, logits_to_keep)
         else:
             output = self._read(input_ids, attention_mask, pixel_values, labels, cache, use_cache, logits_to_keep)
         return output.to_tuple() if return_dict is False else output
@@ -274,8 +268,6 @@ class PackedLlava(Generating, PackedPass, PreTrainedModel, GenerationMixin):
         logits = logits.masked_fill(upload(~valid.flatten(), some.device)[:, None], 0)
         logits = logits.index_copy(0, upload(place[wanted], some.device), some).view(*valid.shape, -1)
         return logits if len(columns) == size else logits[:, upload(columns, some.device)]
-
-    # ------------------------------------------------------------------ saving
 
     def save(self, folder: str | Path, processor: ProcessorMixin) -> None:
         """Write a Hugging Face folder that plain transformers loads, the pruner's settings in its config."""

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from functools import partial
 from typing import Any
 
 import torch
@@ -36,11 +35,14 @@ def cross_entropy_sum(head: nn.Linear, states: Tensor, targets: Tensor, chunk: i
         chunk: positions at a time.
     """
     assert [name for name, _ in head.named_parameters()] == ["weight"], "the head is not a plain matrix"
-    if len(states) and loss_kernel(states.device)[0] == "liger":
-        kernel: Callable[[Tensor, Tensor, Tensor], Tensor] = partial(installed(*LIGER)[0], reduction="sum")
-    else:
-        kernel = partial(_chunked, chunk=chunk)
-    with _computing(head, lambda states: kernel(states, head.weight, targets)):
+
+    def loss(states: Tensor) -> Tensor:
+        weight = head.weight if torch.is_grad_enabled() else head.weight.detach()  # else its gradient is computed
+        if len(states) and loss_kernel(states.device)[0] == "liger":
+            return installed(*LIGER)[0](states, weight, targets, reduction="sum")
+        return _ChunkedCrossEntropy.apply(states, weight, targets, chunk)
+
+    with _computing(head, loss):
         return head(states)
 
 
@@ -63,12 +65,6 @@ def _computing(module: nn.Module, forward: Callable[..., Tensor]) -> Iterator[No
         del module.forward
         if own is not None:
             module.forward = own
-
-
-def _chunked(states: Tensor, weight: Tensor, targets: Tensor, chunk: int) -> Tensor:
-    if not torch.is_grad_enabled():
-        weight = weight.detach()  # else its gradient would be computed
-    return _ChunkedCrossEntropy.apply(states, weight, targets, chunk)
 
 
 class _ChunkedCrossEntropy(torch.autograd.Function):

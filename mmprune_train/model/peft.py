@@ -65,12 +65,8 @@ def add_adapters(model: PackedLlava, cfg: PeftConfig, quantize: torch.dtype | No
 
 def save_adapters(model: PackedLlava, folder: Path, base: str | None) -> None:
     """Write what a LoRA stage trained as PEFT writes it, for `PeftModel.from_pretrained(base model, folder)`, and the
-    projector's weights beside it.
-
-    Args:
-        folder: exists.
-        base: the Hugging Face folder that the stage started from, which adapter_config.json names; None: it had none.
-    """
+    projector's weights beside it. adapter_config.json names `base`, the Hugging Face folder that the stage started
+    from, if any."""
     config = model.hf.peft_config["default"]
     config.base_model_name_or_path, config.inference_mode = base, True
     found = get_peft_model_state_dict(model.hf, save_embedding_layers=False)
@@ -79,17 +75,12 @@ def save_adapters(model: PackedLlava, folder: Path, base: str | None) -> None:
     _save(model.hf.model.multi_modal_projector.state_dict(), folder / PROJECTOR_FILE)
 
 
-def merge_adapters(model: PackedLlava) -> None:
+def merge_adapters(hf: LlavaForConditionalGeneration) -> None:
     """Fold the adapters into the weights they adapt, in place, leaving plain Linear layers with Hugging Face's keys.
 
     4-bit weights are taken out of their 4 bits, the layers without adapters, too. What was rounded when they were
     quantised stays rounded.
     """
-    fold(model.hf)
-
-
-def fold(hf: LlavaForConditionalGeneration) -> None:
-    """The same for the Hugging Face model alone."""
     language = hf.model.language_model
     for name, part in list(language.named_modules()):
         if isinstance(part, BaseTunerLayer):

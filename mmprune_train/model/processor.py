@@ -10,7 +10,7 @@ from transformers import LlavaConfig, LlavaForConditionalGeneration, LlavaProces
 
 from mmprune_train.errors import UserError
 from mmprune_train.model.vision import embedded, family_of, feature_indices
-from mmprune_train.model.weights.auto import processor_of
+from mmprune_train.model.weights.auto import processor_of, retold
 from mmprune_train.storage.user_files import reason_of
 
 BLANKS = ((64, 48), (48, 64))
@@ -30,14 +30,9 @@ def load_processor(folder: Path | str, hf: LlavaForConditionalGeneration) -> Lla
         UserError: no processor loads, or the image token, the size of images or the number of their tokens is not the
             model's; names the file and both.
     """
-    try:
+    told = f"{folder}: its processor (tokenizer and image processor) does not load"
+    with retold(lambda error: f"{told}: {reason_of(error)}"):
         processor: Any = processor_of(folder)
-    except UserError:
-        raise
-    except Exception as error:  # of a broken file, anything
-        raise UserError(
-            f"{folder}: its processor (tokenizer and image processor) does not load: {reason_of(error)}"
-        ) from error
     if not isinstance(processor, LlavaProcessor):
         raise UserError(f"{folder}: its processor is a {type(processor).__name__}, LLaVA's is a LlavaProcessor")
     config = hf.config
@@ -45,7 +40,12 @@ def load_processor(folder: Path | str, hf: LlavaForConditionalGeneration) -> Lla
     tower: Any = hf.model.vision_tower
     feature_indices(config.vision_feature_layer, len(family_of(tower.config.model_type).layers(tower)))
     height, width = _prepared_size(processor, folder)
-    tokens = _features(hf, height, width, folder)
+    sizes = (
+        f"{folder}: crop_size or size in preprocessor_config.json or processor_config.json makes images of {width} x "
+        f"{height} pixels, image_size of the vision tower in config.json is {getattr(tower.config, 'image_size', None)}"
+    )
+    with retold(lambda _: f"{sizes}; correct the wrong one", (ValueError, RuntimeError)):
+        tokens = embedded(tower, height, width) - (config.vision_feature_select_strategy == "default")
     if config.image_seq_length == LlavaConfig().image_seq_length:
         config.image_seq_length = tokens
     if config.image_seq_length != tokens:
@@ -94,30 +94,14 @@ def _prepared_size(processor: LlavaProcessor, folder: Path | str) -> tuple[int, 
     where = f"{folder}: its image processor (preprocessor_config.json or processor_config.json)"
     shapes = set()
     for size in BLANKS:
-        try:
+        with retold(lambda error: f"{where} does not work: {error or type(error).__name__}; correct its settings"):
             pixels = processor.image_processor(images=Image.new("RGB", size), return_tensors="pt")["pixel_values"]
-        except Exception as error:  # whatever its settings lead to
-            raise UserError(f"{where} does not work: {error or type(error).__name__}; correct its settings") from error
         shapes.add(tuple(pixels.shape))
     if len(shapes) > 1 or len(next(iter(shapes))) != 4:
         told = " and ".join(str(list(shape)) for shape in sorted(shapes))
         raise UserError(f"{where} gives pixels {told}, LLaVA reads one square of each image; set do_center_crop=true")
     _, _, height, width = shapes.pop()
     return height, width
-
-
-def _features(hf: LlavaForConditionalGeneration, height: int, width: int, folder: Path | str) -> int:
-    """Features that the LLM gets of an image."""
-    tower: Any = hf.model.vision_tower
-    stated = getattr(tower.config, "image_size", None)
-    try:
-        states = embedded(tower, height, width)
-    except (ValueError, RuntimeError) as error:
-        raise UserError(
-            f"{folder}: crop_size or size in preprocessor_config.json or processor_config.json makes images of {width} "
-            f"x {height} pixels, image_size of the vision tower in config.json is {stated}; correct the wrong one"
-        ) from error
-    return states - (hf.config.vision_feature_select_strategy == "default")
 
 
 def _written(processor: LlavaProcessor) -> int | str:

@@ -12,23 +12,16 @@ from mmprune_train.errors import UserError
 
 
 def new_projector(config: LlavaConfig, init: str = "torch") -> LlavaMultiModalProjector:
-    """LLaVA's projector with new weights.
-
-    Args:
-        config: `projector_hidden_act="linear"` makes it LLaVA's single Linear.
-        init: `torch`, or normal weights of variance 1 / inputs without bias for `unit_variance` and `matched` (which
-            `match_features` completes once features are known).
-    """
+    """LLaVA's projector with new weights, for `projector_hidden_act="linear"` its single Linear: torch's own, or normal
+    ones of variance 1 / inputs without bias for `unit_variance` and `matched` (which `match_features` completes)."""
     projector = LlavaMultiModalProjector(config)
     if init in ("unit_variance", "matched"):
         for linear in (projector.linear_1, projector.linear_2):
             nn.init.normal_(linear.weight, std=linear.in_features**-0.5)
-            if linear.bias is not None:
-                nn.init.zeros_(linear.bias)
+            nn.init.zeros_(linear.bias)
     if config.projector_hidden_act == "linear":  # with the same keys: the second layer is the identity, never trained
         nn.init.eye_(projector.linear_2.weight)
-        if projector.linear_2.bias is not None:
-            nn.init.zeros_(projector.linear_2.bias)
+        nn.init.zeros_(projector.linear_2.bias)
         projector.linear_2.requires_grad_(False)
     return projector
 

@@ -26,11 +26,8 @@ def check_quantization(accelerator: str) -> None:
 
 
 def quantize_linears(module: nn.Module, dtype: torch.dtype) -> None:
-    """Give every Linear inside a weight that bitsandbytes quantises when it next moves to a device, in place.
-
-    Args:
-        dtype: to compute in.
-    """
+    """Give every Linear inside a weight that bitsandbytes quantises when it next moves to a device, in place, and
+    multiplies by in `dtype`."""
     import bitsandbytes as bnb
 
     how = {"compress_statistics": True, "quant_type": "nf4"}

@@ -19,10 +19,10 @@ from mmprune_train.config.schema import EncoderConfig, TextTowerConfig
 from mmprune_train.errors import UserError
 from mmprune_train.model.arch import arch_config, described
 from mmprune_train.model.tokenizer import tiny_tokenizer
-from mmprune_train.model.weights.auto import config_of, tokenizer_of
+from mmprune_train.model.weights.auto import config_of, retold, tokenizer_of
 from mmprune_train.model.weights.folders import check_folder
 from mmprune_train.model.weights.outline import load_whole
-from mmprune_train.model.weights.places import text_folder
+from mmprune_train.model.weights.places import base_folder
 from mmprune_train.packed.host import take, upload
 from mmprune_train.pruning import PackedSequence
 from mmprune_train.pruning.turns import question_text
@@ -91,12 +91,7 @@ def image_questions(sequence: PackedSequence, words: Words) -> ImageQuestions:
 
 
 class QuestionEncoder(nn.Module):
-    """A CLIP whose vision tower is left out but for its last norm and its projection. Never trained.
-
-    Args:
-        clip: its vision encoder has no layers.
-        tokenizer: CLIP's.
-    """
+    """A CLIP whose vision encoder has no layers, only its last norm and its projection. Never trained."""
 
     def __init__(self, clip: CLIPModel, tokenizer: PreTrainedTokenizerBase) -> None:
         super().__init__()
@@ -153,11 +148,8 @@ class QuestionEncoder(nn.Module):
 
     @torch.no_grad()
     def project(self, patches: Tensor, normed: bool) -> Tensor:
-        """Patches [I, N, D] in the joint space [I, N, E], float32.
-
-        Args:
-            normed: through the vision tower's last norm first, as CLIP's CLS token goes.
-        """
+        """Patches [I, N, D] in the joint space [I, N, E], float32; `normed`: through the vision tower's last norm, as
+        CLIP's CLS token goes."""
         with full_precision(patches):
             patches = patches.to(self.clip.visual_projection.weight.dtype)
             if normed:
@@ -175,32 +167,20 @@ def new_question_encoder(cfg: EncoderConfig, folder: Path | None, dtype: torch.d
     assert cfg.text is not None
     if folder is not None:
         return load_question_encoder(folder, dtype, "encoder.text.path")
-    return QuestionEncoder(_random_clip(cfg, cfg.text).to(dtype), tiny_question_tokenizer())
-
-
-def question_encoder_on_meta(cfg: EncoderConfig) -> QuestionEncoder:
-    """The same without weights, and with a stand-in for its tokenizer."""
-    assert cfg.text is not None
-    with torch.device("meta"):
-        return QuestionEncoder(_random_clip(cfg, cfg.text), tiny_question_tokenizer())
-
-
-def _random_clip(cfg: EncoderConfig, text: TextTowerConfig) -> CLIPModel:
-    arch_config("encoder.text.arch", {"model_type": "clip_text_model", **text.arch})
+    text = cfg.text.arch
+    arch_config("encoder.text.arch", {"model_type": "clip_text_model", **text})
     vision = {**cfg.arch, "num_hidden_layers": 0}
-    projection = {"projection_dim": text.arch["projection_dim"]} if "projection_dim" in text.arch else {}
-    with described("encoder.text.arch", text.arch):
-        return CLIPModel(CLIPConfig(text_config=dict(text.arch), vision_config=vision, **projection))
+    projection = {name: text[name] for name in ("projection_dim",) if name in text}
+    with described("encoder.text.arch", text):
+        clip = CLIPModel(CLIPConfig(text_config=dict(text), vision_config=vision, **projection))
+    return QuestionEncoder(clip.to(dtype), tiny_question_tokenizer())
 
 
 def find_question_encoder(folder: Path, text: TextTowerConfig | None, dtype: torch.dtype) -> QuestionEncoder:
-    """The text tower saved with a model, else the one that `text` names.
-
-    Raises UserError where there is neither.
-    """
+    """The text tower saved with a model, else the one that `text` names. Raises UserError where there is neither."""
     if (folder / FOLDER).is_dir():
         return load_question_encoder(folder / FOLDER, dtype, str(folder))
-    elsewhere = text_folder(text) if text is not None else None
+    elsewhere = base_folder(text) if text is not None else None
     if elsewhere is None:
         raise UserError(
             f"{folder}: this pruner reads the question, and there is no text tower in {FOLDER}/: name the CLIP that "
@@ -211,22 +191,13 @@ def find_question_encoder(folder: Path, text: TextTowerConfig | None, dtype: tor
 
 
 def load_question_encoder(folder: Path, dtype: torch.dtype, key: str) -> QuestionEncoder:
-    """From a CLIP folder, whole or as `save` writes it. Its vision layers are not read.
-
-    Args:
-        key: what named the folder, for messages.
-    """
+    """From a CLIP folder that `key` named, whole or as `save` writes it. Its vision layers are not read."""
     check_folder(key, folder, "text")
-    try:
+    with retold(lambda error: f"{key}: {folder} is no whole CLIP: {reason_of(error)}", (OSError, ValueError)):
         config: Any = config_of(folder)
         config.vision_config.num_hidden_layers = 0
         clip = load_whole(CLIPModel, folder, beside=("vision_model.encoder.layers",), config=config, dtype=dtype)
-        tokenizer = tokenizer_of(folder)
-    except UserError:
-        raise
-    except (OSError, ValueError) as error:
-        raise UserError(f"{key}: {folder} is no whole CLIP: {reason_of(error)}") from error
-    return QuestionEncoder(clip, tokenizer)
+        return QuestionEncoder(clip, tokenizer_of(folder))
 
 
 def tiny_question_tokenizer() -> PreTrainedTokenizerBase:

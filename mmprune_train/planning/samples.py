@@ -13,12 +13,12 @@ import torch
 from mmprune_train.config.schema import Config
 from mmprune_train.data.batch import Sample
 from mmprune_train.data.encode import Example, encode
-from mmprune_train.data.records import IMAGE_PLACEHOLDER, Record, read_records
+from mmprune_train.data.records import IMAGE_PLACEHOLDER, Record, read_annotations
 from mmprune_train.data.sources import data_root, image_folder
 from mmprune_train.data.templates import get_template
 from mmprune_train.errors import NotHere
 from mmprune_train.model.tokenizer import load_tokenizer
-from mmprune_train.model.weights.places import llm_folder
+from mmprune_train.model.weights.places import base_folder
 from mmprune_train.model.weights.start import first_start, locate
 from mmprune_train.pruning import IGNORE, Kind
 from mmprune_train.training.inputs import template_of
@@ -104,7 +104,7 @@ def stage_samples(config: Config, name: str, image_tokens: int, count: int) -> S
 
 def _from_file(config: Config, name: str, image_tokens: int, count: int, file: Path) -> StageSamples:
     split, stage = config.data.part(name), config.stage[name]
-    records = read_records(file, image_folder(config.data, name), split.limit)
+    records = read_annotations(file, image_folder(config.data, name), split.limit).records
     drawn = random.Random(config.seed).sample(records, min(count, len(records)))
     images = len({path for record in records for path in record.images})
     template, tokenizer = template_of(config, name), _tokenizer(config, name)
@@ -126,7 +126,7 @@ def _tokenizer(config: Config, name: str) -> Any:
     try:
         asked = first_start(config, name)
         folder = locate(*asked, download=False).tokenizer if asked else None
-        return load_tokenizer(folder or llm_folder(config.llm, download=False))
+        return load_tokenizer(folder or base_folder(config.llm, download=False))
     except NotHere:
         return None
 

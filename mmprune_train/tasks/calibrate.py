@@ -19,7 +19,7 @@ from mmprune_train.config.schema import Config
 from mmprune_train.config.task_schema import CalibrateConfig
 from mmprune_train.config.typed import group_of
 from mmprune_train.data.images import ImageReader
-from mmprune_train.data.records import Record, read_records
+from mmprune_train.data.records import Record, read_annotations
 from mmprune_train.data.sources import split_files
 from mmprune_train.data.templates import get_template
 from mmprune_train.errors import UserError
@@ -169,7 +169,7 @@ def load_subject(config: Config, pruner: PrunerConfig | None, found: Checkpoint 
 def measure(config: Config, subject: Subject) -> tuple[Report, EncodedImages]:
     """Draw the sample, encode its images once, and look at every budget."""
     asked, pruner = config.calibrate, subject.pruner
-    records = read_records(*split_files(config.data, asked.split), config.data.part(asked.split).limit)
+    records = read_annotations(*split_files(config.data, asked.split), config.data.part(asked.split).limit).records
     drawn = draw_records(records, asked.images, config.seed)
     paths = {path: record.told for record in drawn for path in record.images}
     if not paths:

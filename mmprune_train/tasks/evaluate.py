@@ -9,7 +9,7 @@ from typing import Any
 
 from mmprune_train.config.command import Command
 from mmprune_train.config.schema import Config
-from mmprune_train.data.records import IMAGE_PLACEHOLDER, read_records
+from mmprune_train.data.records import IMAGE_PLACEHOLDER, read_annotations
 from mmprune_train.data.sources import data_root, split_files
 from mmprune_train.data.templates import Template, get_template, template_name
 from mmprune_train.errors import UserError
@@ -139,5 +139,5 @@ def training_answers(config: Config, command: Command) -> list[tuple[str, str]]:
         print(f"note: no blind majority, its data are not here: {error}", file=sys.stderr, flush=True)
         return []
     unseen = replace(images, outside=True)  # its answers alone are read
-    turns = [turn for record in read_records(annotations, unseen) for turn in record.turns]
+    turns = [turn for record in read_annotations(annotations, unseen).records for turn in record.turns]
     return [(turn.question.replace(IMAGE_PLACEHOLDER, "").strip(), turn.answer) for turn in turns]

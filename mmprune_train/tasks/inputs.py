@@ -120,7 +120,7 @@ def _look_for_data(search: Search, config: Config, splits: Sequence[str]) -> Non
 def _look_for_weights(search: Search, config: Config, todo: Sequence[str]) -> None:
     from mmprune_train.model.tokenizer import load_tokenizer
     from mmprune_train.model.weights.folders import ADAPTERS
-    from mmprune_train.model.weights.places import llm_folder, text_folder
+    from mmprune_train.model.weights.places import base_folder
     from mmprune_train.model.weights.start import Start, first_start
     from mmprune_train.training.starts import begins_anew, parts_of, start_of
 
@@ -148,14 +148,14 @@ def _look_for_weights(search: Search, config: Config, todo: Sequence[str]) -> No
     text = config.encoder.text
 
     def get_llm(fetch: bool) -> Path | None:
-        folder = llm_folder(config.llm, fetch)
+        folder = base_folder(config.llm, fetch)
         load_tokenizer(folder)
         return folder
 
     base: dict[str, tuple[str, Get]] = {
         "encoder": ("encoder", lambda fetch: _fitting_tower(config, fetch)),
         "llm": ("llm", get_llm),
-        "text": ("encoder.text", lambda fetch: None if text is None else text_folder(text, fetch)),
+        "text": ("encoder.text", lambda fetch: None if text is None else base_folder(text, fetch)),
     }
     for part, (what, get) in base.items():
         if part in parts:
@@ -167,9 +167,9 @@ def _fitting_tower(config: Config, fetch: bool) -> Path | None:
     import torch
 
     from mmprune_train.model.build import vision_tower
-    from mmprune_train.model.weights.places import encoder_folder
+    from mmprune_train.model.weights.places import base_folder
 
-    folder = encoder_folder(config.encoder, fetch)
+    folder = base_folder(config.encoder, fetch)
     with torch.device("meta"):
         vision_tower(config.encoder, folder, torch.float32, empty=True)
     return folder

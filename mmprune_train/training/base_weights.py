@@ -10,7 +10,7 @@ from typing import Any
 
 from mmprune_train.config.schema import Config
 from mmprune_train.errors import UserError
-from mmprune_train.model.weights.places import encoder_folder, llm_folder, text_folder
+from mmprune_train.model.weights.places import base_folder
 from mmprune_train.storage.files import stamp_of
 
 WEIGHTS = ("*.safetensors", "*.bin")
@@ -31,9 +31,9 @@ def base_weights(config: Config, recorded: Mapping[str, Entry], parts: Collectio
         UserError: a part is not what the run was begun with.
     """
     find: dict[str, Callable[[], Path | None]] = {
-        "encoder": lambda: encoder_folder(config.encoder),
-        "llm": lambda: llm_folder(config.llm),
-        "text": lambda: None if config.encoder.text is None else text_folder(config.encoder.text),
+        "encoder": lambda: base_folder(config.encoder),
+        "llm": lambda: base_folder(config.llm),
+        "text": lambda: None if config.encoder.text is None else base_folder(config.encoder.text),
     }
     folders = {part: get() for part, get in find.items() if part in parts}
     names = {"encoder": config.encoder.name, "llm": config.llm.name, "text": f"text tower of {config.encoder.name}"}

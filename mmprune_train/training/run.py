@@ -198,7 +198,7 @@ def save_stage(model: PackedLlava, processor: Any, folder: Path, start_from: Sta
     if adapters:
         with whole_folder(folder / "adapters") as part:
             save_adapters(model, part, None if start_from is None else start_from.adapted)
-        merge_adapters(model)
+        merge_adapters(model.hf)
     if broken := broken_tensors(model):
         raise NotFinite(
             f"{folder / 'model'} is not written: {named(broken)} of the trained network is not finite; train with a "

@@ -10,8 +10,7 @@ from tiny import PATCHES, SIDE, packed, tiny_llava
 
 from mmprune_train.benchmark.selection import selection_costs
 from mmprune_train.config.compose import load_pruner
-from mmprune_train.model.clock import Clock
-from mmprune_train.model.execution import Execution
+from mmprune_train.model.execution import Clock, Execution
 
 
 def test_a_part_inside_another_counts_for_itself_alone(monkeypatch: pytest.MonkeyPatch) -> None:

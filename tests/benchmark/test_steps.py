@@ -20,8 +20,7 @@ from mmprune_train.benchmark.steps import BASELINE, PARTS, padded, pruned, step_
 from mmprune_train.config.compose import compose_config, load_pruner
 from mmprune_train.data.batch import collate
 from mmprune_train.errors import UserError
-from mmprune_train.model.clock import Clock
-from mmprune_train.model.execution import Execution
+from mmprune_train.model.execution import Clock, Execution
 from mmprune_train.model.llava import PackedLlava
 from mmprune_train.tasks import bench
 

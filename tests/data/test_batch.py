@@ -16,7 +16,7 @@ from mmprune_train.data.batch import collate
 from mmprune_train.data.dataset import ConversationDataset
 from mmprune_train.data.images import ImageReader, image_processor
 from mmprune_train.data.loader import TrainLoader, train_loader
-from mmprune_train.data.records import read_records
+from mmprune_train.data.records import read_annotations
 from mmprune_train.data.templates import get_template
 from mmprune_train.errors import UserError
 from mmprune_train.model.tokenizer import tiny_tokenizer
@@ -50,7 +50,7 @@ def folder(tmp_path: Path) -> Path:
 def dataset(folder: Path, max_length: int = 512, template: str = "v1") -> ConversationDataset:
     tokenizer = tiny_tokenizer()
     reader = ImageReader(image_processor(ENCODER, "square"))
-    records = read_records(folder / "a.json", folder)
+    records = read_annotations(folder / "a.json", folder).records
     return ConversationDataset(records, get_template(template, tokenizer), tokenizer, reader, PATCHES, max_length)
 
 

@@ -11,7 +11,7 @@ from PIL import Image
 from mmprune_train.config.schema import EncoderConfig
 from mmprune_train.data.image_folder import ImageFolder
 from mmprune_train.data.images import ImageReader, image_processor
-from mmprune_train.data.records import read_records
+from mmprune_train.data.records import read_annotations
 from mmprune_train.errors import UserError
 from mmprune_train.evaluation.questions import check_images, read_questions
 
@@ -43,7 +43,7 @@ def annotations(root: Path, image: str) -> Path:
 
 def see(file: Path, folder: ImageFolder) -> None:
     """As training does: the file is read, then the images."""
-    for record in read_records(file, folder):
+    for record in read_annotations(file, folder).records:
         for path in record.images:
             ImageReader(PROCESSOR, folder)(path, record.where)
 
@@ -73,7 +73,7 @@ def test_what_leads_out_of_it_is_refused_with_the_key_that_allows_it(name: str, 
         see(file, ImageFolder(root))
     if name != "out.png":  # found when it is read; the others before training
         with pytest.raises(UserError, match=told):
-            read_records(file, root)
+            read_annotations(file, root)
     with pytest.raises(UserError, match="outside of the image folder"):
         check_images(read_questions(file, root), ImageFolder(root))
     allowed = ImageFolder(root, outside=True)

@@ -22,7 +22,7 @@ from mmprune_train.data.images import ImageReader, image_processor
 from mmprune_train.data.lengths import Estimate, KeptTokens, Length
 from mmprune_train.data.loader import TrainLoader, train_loader
 from mmprune_train.data.packing import pack
-from mmprune_train.data.records import read_records
+from mmprune_train.data.records import read_annotations
 from mmprune_train.data.templates import get_template
 from mmprune_train.errors import UserError
 from mmprune_train.model.tokenizer import tiny_tokenizer
@@ -151,7 +151,7 @@ def budgeted(
 ) -> TrainLoader:
     tokenizer = tiny_tokenizer()
     return train_loader(
-        read_records(folder / "a.json", folder),
+        read_annotations(folder / "a.json", folder).records,
         get_template("v1", tokenizer),
         tokenizer,
         ImageReader(image_processor(EncoderConfig(name="tiny", image_size=16, patch_size=8), "square")),

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from mmprune_train.data.records import Turn, count_samples, read_annotations, read_records
+from mmprune_train.data.records import Turn, count_samples, read_annotations
 from mmprune_train.errors import UserError
 
 
@@ -37,7 +37,7 @@ GOOD = [
 
 @pytest.mark.parametrize("name", ["a.json", "a.jsonl"])
 def test_turns_images_and_text_only_samples(tmp_path: Path, name: str) -> None:
-    first, second, third = read_records(written(tmp_path, GOOD, name), Path("/root"))
+    first, second, third = read_annotations(written(tmp_path, GOOD, name), Path("/root")).records
     assert (first.id, first.kind, first.images) == ("7", "open", [Path("/root/a.png")])
     assert first.turns == [Turn("<image>\nwhat?", "red"), Turn("and?", "blue")]
     assert second.images == [Path("/root/a.png"), Path("/root/b/c.png")]
@@ -48,7 +48,7 @@ def test_turns_images_and_text_only_samples(tmp_path: Path, name: str) -> None:
 @pytest.mark.parametrize("name", ["a.json", "a.jsonl"])
 def test_the_limit_takes_the_first_and_reads_no_further(tmp_path: Path, name: str) -> None:
     file = written(tmp_path, [GOOD[0], {"conversations": "broken"}], name)
-    assert len(read_records(file, tmp_path, limit=1)) == 1
+    assert len(read_annotations(file, tmp_path, limit=1).records) == 1
     assert read_annotations(file, tmp_path, limit=1).available == count_samples(file) == 2
 
 
@@ -77,7 +77,7 @@ def test_a_malformed_sample_is_named(tmp_path: Path, sample: Any, reason: str) -
     file = written(tmp_path, [GOOD[0], sample])
     name = r".*\(id x\): " if isinstance(sample, dict) else ".*"
     with pytest.raises(UserError, match=rf"a\.json\[1\]{name}{reason}"):
-        read_records(file, tmp_path)
+        read_annotations(file, tmp_path)
 
 
 PICTURES = [
@@ -107,24 +107,24 @@ def test_a_picture_that_would_not_be_read_is_refused(tmp_path: Path, more: dict[
     sample = {"id": "x", "conversations": conversation, **(more if inside == "sample" else {})}
     message = rf"\[0\] \(id x\): `{next(iter(more))}.* is not read; name pictures under `image`"
     with pytest.raises(UserError, match=message):
-        read_records(written(tmp_path, [sample]), tmp_path)
+        read_annotations(written(tmp_path, [sample]), tmp_path)
 
 
 @pytest.mark.parametrize("more", HARMLESS, ids=str)
 def test_metadata_are_left_alone(tmp_path: Path, more: dict[str, Any]) -> None:
     (tmp_path / "folder").mkdir()
     (tmp_path / "chat.json").touch()
-    assert read_records(written(tmp_path, [{"conversations": talk("q", "a"), **more}]), tmp_path)
+    assert read_annotations(written(tmp_path, [{"conversations": talk("q", "a"), **more}]), tmp_path).records
 
 
 @pytest.mark.parametrize("key", ["image_path", "file_name", "url", "coco_url", "image_id", "images"])
 def test_the_same_picture_may_be_named_again_but_no_other(tmp_path: Path, key: str) -> None:
     sample = {"id": "x", "image": "coco/1.jpg", "conversations": talk("<image>", "a")}
     same = {"url": "https://host/0.jpg", "coco_url": "https://host/0.jpg", "image_id": 7}.get(key, "/data/coco/1.jpg")
-    assert read_records(written(tmp_path, [{**sample, key: same}]), tmp_path)
+    assert read_annotations(written(tmp_path, [{**sample, key: same}]), tmp_path).records
     if "url" not in key and key != "image_id":
         with pytest.raises(UserError, match=f"`{key}` names a picture"):
-            read_records(written(tmp_path, [{**sample, key: "coco/2.jpg"}]), tmp_path)
+            read_annotations(written(tmp_path, [{**sample, key: "coco/2.jpg"}]), tmp_path)
 
 
 @pytest.mark.parametrize(
@@ -138,12 +138,12 @@ def test_a_key_that_is_given_twice_is_not_dropped(tmp_path: Path, sample: str, t
     for name, text, place in (("a.json", f"[{sample}]", r"\[0\]"), ("a.jsonl", f"\n{sample}", ", line 2")):
         (tmp_path / name).write_text(text)
         with pytest.raises(UserError, match=rf"{name}{place}: an object .*{told}"):
-            read_records(tmp_path / name, tmp_path)
+            read_annotations(tmp_path / name, tmp_path)
 
 
 def test_an_id_may_be_null_and_a_kind_a_number(tmp_path: Path) -> None:
     sample = {"id": None, "kind": 0, "conversations": talk("q", "a")}
-    (record,) = read_records(written(tmp_path, [sample]), tmp_path)
+    (record,) = read_annotations(written(tmp_path, [sample]), tmp_path).records
     assert (record.id, record.kind) == ("a.json[0]", "0")
 
 
@@ -175,7 +175,7 @@ def test_what_cannot_be_trained_as_it_is_written_is_named(tmp_path: Path, change
     sample = {"id": "x", "conversations": talk("q", "a"), **change}
     for require_answers in (True, False):
         with pytest.raises(UserError, match=rf"a\.json\[0\] \(id x.*\): .*{reason}") as caught:
-            read_records(written(tmp_path, [sample]), tmp_path, require_answers=require_answers)
+            read_annotations(written(tmp_path, [sample]), tmp_path, require_answers=require_answers)
         str(caught.value).encode()
 
 
@@ -184,12 +184,12 @@ def test_a_whole_surrogate_pair_is_a_character(tmp_path: Path) -> None:
     file.write_text(
         '[{"conversations": [{"from": "human", "value": "q"}, {"from": "gpt", "value": "\\ud83d\\ude00"}]}]'
     )
-    assert read_records(file, tmp_path)[0].turns[0].answer == "\U0001f600"
+    assert read_annotations(file, tmp_path).records[0].turns[0].answer == "\U0001f600"
 
 
 def test_evaluation_may_ask_without_knowing_the_answer(tmp_path: Path) -> None:
     file = written(tmp_path, [{"id": "x", "conversations": talk("q")}])
-    assert read_records(file, tmp_path, require_answers=False)[0].turns == [Turn("q", "")]
+    assert read_annotations(file, tmp_path, require_answers=False).records[0].turns == [Turn("q", "")]
 
 
 @pytest.mark.parametrize(
@@ -205,12 +205,12 @@ def test_evaluation_may_ask_without_knowing_the_answer(tmp_path: Path) -> None:
 def test_a_broken_file_is_named(tmp_path: Path, name: str, content: str, reason: str) -> None:
     (tmp_path / name).write_bytes(content.encode("latin-1"))
     with pytest.raises(UserError, match=rf"{name}.*{reason}"):
-        read_records(tmp_path / name, tmp_path)
+        read_annotations(tmp_path / name, tmp_path)
 
 
 def test_a_missing_file_is_named(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"nowhere\.json.*task=prepare"):
-        read_records(tmp_path / "nowhere.json", tmp_path)
+        read_annotations(tmp_path / "nowhere.json", tmp_path)
 
 
 WHERE_UNREAD = ("nested too deeply", "4300", "NaN is no number", "-Infinity is no number")
@@ -254,7 +254,7 @@ def test_whatever_a_sample_holds_its_error_is_a_line(tmp_path: Path, sample: str
     file.write_text(f"{record()}\n{sample}\n" if name == "a.jsonl" else f"[{record()}, {sample}]")
     for answers in (True, False):
         with pytest.raises(UserError) as caught:
-            read_records(file, tmp_path, require_answers=answers)
+            read_annotations(file, tmp_path, require_answers=answers)
         line = str(caught.value)
         line.encode()
         assert str(file) in line and len(line) < 1000 and "\n" not in line
@@ -268,9 +268,9 @@ def test_metadata_may_be_as_deep_as_they_can_be_read(tmp_path: Path) -> None:
         f"[{record(meta=nested(900), system=nested(800).replace('1', '[]'), other='1e999')}]"
     )
     with pytest.raises(UserError, match="`system` is not read"):
-        read_records(tmp_path / "a.json", tmp_path)
+        read_annotations(tmp_path / "a.json", tmp_path)
     (tmp_path / "a.json").write_text(f"[{record(meta=nested(900), other='1e999')}]")
-    assert len(read_records(tmp_path / "a.json", tmp_path)) == 1
+    assert len(read_annotations(tmp_path / "a.json", tmp_path).records) == 1
 
 
 @pytest.mark.parametrize("kind", ["pipe", "folder", "/dev/zero", "/dev/null"])
@@ -284,4 +284,4 @@ def test_an_annotation_file_is_a_file(tmp_path: Path, name: str, kind: str) -> N
     else:
         file.symlink_to(kind)
     with pytest.raises(UserError, match=rf"{name}: cannot be read \(a (pipe|folder|device), not a file\)"):
-        read_records(file, tmp_path)
+        read_annotations(file, tmp_path)

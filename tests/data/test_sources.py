@@ -13,10 +13,10 @@ from mmprune_train.config.schema import DataConfig, SplitConfig
 from mmprune_train.data import easy_vqa
 from mmprune_train.data.easy_vqa import captions_of, prepare
 from mmprune_train.data.image_folder import ImageFolder
-from mmprune_train.data.records import read_records
+from mmprune_train.data.records import read_annotations
 from mmprune_train.data.sources import data_root, prepare_data, split_files
 from mmprune_train.errors import UserError
-from mmprune_train.storage.assets import sha256_of
+from mmprune_train.storage.checksums import write_list
 
 
 def test_captions_say_what_the_answers_say_and_no_more() -> None:
@@ -87,18 +87,15 @@ def test_a_folder_with_other_files_is_left_alone(tmp_path: Path) -> None:
 
 
 @pytest.fixture
-def prepared(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+def prepared(tmp_path: Path) -> Path:
     """What `prepare` has written, of two pictures."""
     root = tmp_path / "easy_vqa"
-    for number, split in enumerate(easy_vqa.PICTURES):
+    for number, split in enumerate(("train", "test")):
         (root / "images" / split).mkdir(parents=True)
         Image.new("RGB", (8, 8), (9 * number, 0, 0)).save(root / "images" / split / "0.png")
-    for name in easy_vqa.FILES:
-        (root / name).write_text("[\n\n]\n")
-    sums = {name: sha256_of(root / name) for name in easy_vqa.FILES}
-    (root / "manifest.json").write_text(json.dumps({"format": easy_vqa.FORMAT, "sha256": sums}))
-    pictures = {split: easy_vqa._digest(root / "images" / split) for split in easy_vqa.PICTURES}
-    monkeypatch.setattr(easy_vqa, "PICTURES", pictures)
+    (root / "evaluate.json").write_text("[\n\n]\n")
+    (root / "manifest.json").write_text(json.dumps({"format": easy_vqa.FORMAT}))
+    write_list(root)
     return root
 
 
@@ -113,12 +110,20 @@ def cut(file: Path) -> None:
 
 
 @pytest.mark.parametrize("harm", [flip, cut, Path.unlink])
-@pytest.mark.parametrize("name", ["images/train/0.png", "images/test/0.png", "evaluate.json", "manifest.json"])
+@pytest.mark.parametrize(
+    "name", ["images/train/0.png", "images/test/0.png", "evaluate.json", "manifest.json", "checksums.json"]
+)
 def test_damage_to_prepared_data_and_pictures_is_told(name: str, harm: Callable[[Path], None], prepared: Path) -> None:
     assert prepare(prepared)["format"] == easy_vqa.FORMAT
     harm(prepared / name)
     with pytest.raises(UserError, match=r"delete .*easy_vqa and run `task=prepare` again|already holds other files"):
         prepare(prepared)
+
+
+def test_a_folder_of_an_earlier_version_is_taken_as_it_is(prepared: Path) -> None:
+    (prepared / "checksums.json").unlink()
+    (prepared / "manifest.json").write_text(json.dumps({"format": easy_vqa.FORMAT, "sha256": {}}))
+    assert prepare(prepared) == {"format": easy_vqa.FORMAT, "sha256": {}}
 
 
 @pytest.mark.network
@@ -128,11 +133,11 @@ def test_easy_vqa_is_written_once_with_the_official_splits(tmp_path: Path) -> No
     counts = {"pretrain": 3961, "instruct": 38575, "instruct_balanced": 20336, "instruct_open": 10168}
     counts |= {"instruct_conversations": 4000, "evaluate": 9673, "train_images": 4000, "test_images": 1000}
     assert manifest["counts"] == counts
-    merged = read_records(root / "instruct_conversations.json", root / "images")
+    merged = read_annotations(root / "instruct_conversations.json", root / "images").records
     assert sum(len(record.turns) for record in merged) == 38575
     assert {record.turns[0].question.count("<image>") for record in merged} == {1}
     assert not any("<image>" in turn.question for record in merged for turn in record.turns[1:])
-    test = read_records(root / "evaluate.json", root / "images")
+    test = read_annotations(root / "evaluate.json", root / "images").records
     assert test[0].turns[0].question == "<image>\nwhat is the red shape?" and test[0].turns[0].answer == "triangle"
     assert sum(record.kind == "yes_no" for record in test) == 7136
     assert all(path.is_file() for record in test for path in record.images)
@@ -140,5 +145,5 @@ def test_easy_vqa_is_written_once_with_the_official_splits(tmp_path: Path) -> No
     written = (root / "instruct.json").stat().st_mtime_ns
     assert prepare(root) == manifest and (root / "instruct.json").stat().st_mtime_ns == written
     (root / "instruct.json").write_text(json.dumps([]))
-    with pytest.raises(UserError, match=r"instruct\.json was changed or lost; delete"):
+    with pytest.raises(UserError, match=r"changed or lost a file \(instruct\.json has .* bytes\); delete"):
         prepare(root)

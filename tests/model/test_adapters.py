@@ -27,7 +27,7 @@ def test_what_is_saved_makes_the_merged_model_of_the_base(name: str, tmp_path: P
     real = inputs["attention_mask"].bool()
     with torch.no_grad():
         unmerged = model(**inputs).logits[real]
-        merge_adapters(model)
+        merge_adapters(model.hf)
         merged = model(**inputs).logits[real]
         base = hf(**inputs).logits[real]
         hf.model.multi_modal_projector.load_state_dict(load_file(tmp_path / "projector.safetensors"))
@@ -60,7 +60,7 @@ def test_adapters_of_smollm2_at_rank_16_take_less_than_25_megabytes(tmp_path: Pa
     words = torch.randint(4, 400, (1, 12))
     with torch.no_grad():
         unmerged = model(input_ids=words, attention_mask=torch.ones_like(words)).logits
-        merge_adapters(model)
+        merge_adapters(model.hf)
         merged = model(input_ids=words, attention_mask=torch.ones_like(words)).logits
         plain = PeftModel.from_pretrained(hf.eval(), tmp_path).merge_and_unload()
         loaded = plain(input_ids=words, attention_mask=torch.ones_like(words)).logits

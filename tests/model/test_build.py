@@ -179,7 +179,7 @@ def test_adapters_train_alone_and_merge_to_the_same_logits(
     real = inputs["attention_mask"].bool()
     with torch.no_grad():
         adapted = model(**inputs).logits[real]
-        merge_adapters(model)
+        merge_adapters(model.hf)
         merged = model(**inputs).logits[real]
         base = hf(**inputs).logits[real]
     torch.testing.assert_close(merged, adapted, rtol=1e-4, atol=1e-4)

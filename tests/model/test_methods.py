@@ -386,7 +386,7 @@ def test_the_projector_sees_all_patches_only_where_asked(name: str, all_patches:
     model(**inputs)
     kept = sum(map(len, model.last_pruning.vision_kept))
     assert seen == [((2, PATCHES, 32), False)] * all_patches + [((kept, 32), True)]
-    more = StepFlops(model).per_image - StepFlops(method(hf, name, space="features")).per_image
+    more = StepFlops(model).vision.total - StepFlops(method(hf, name, space="features")).vision.total
     assert (more > 0) == all_patches
 
 
@@ -420,7 +420,7 @@ def test_blocks_behind_the_features_run_when_they_are_looked_at() -> None:
 def test_flops_count_the_blocks_that_a_score_asks_for() -> None:
     hf = tiny_llava()
     hf.config.vision_feature_layer = -3
-    per_image = [StepFlops(method(hf, "fastervlm", layer=layer)).per_image for layer in (None, 0, 1, 2)]
+    per_image = [StepFlops(method(hf, "fastervlm", layer=layer)).vision.total for layer in (None, 0, 1, 2)]
     assert per_image[0] == per_image[1] == per_image[2] < per_image[3]
 
 

@@ -83,7 +83,7 @@ def check_four_bits(device: torch.device) -> None:
     adapted = model(**inputs).logits
     adapted.sum().backward()
     assert all(p.grad is not None for n, p in model.named_parameters() if "lora_" in n)
-    merge_adapters(model)
+    merge_adapters(model.hf)
     with torch.no_grad():
         merged = model(**inputs).logits
     torch.testing.assert_close(merged, adapted, atol=1e-4, rtol=1e-4)

@@ -301,7 +301,7 @@ def test_flops_count_the_text_tower_and_the_projection() -> None:
     extra = (
         2 * (PATCHES + 1) * block + 4 * (PATCHES + 1) ** 2 * 32 + 2 * PATCHES * clip.visual_projection.weight.numel()
     )
-    assert StepFlops(last).per_image - StepFlops(cls_alone).per_image == extra
+    assert StepFlops(last).vision.total - StepFlops(cls_alone).vision.total == extra
 
 
 # ---------------------------------------------------------------------- saving and loading

@@ -101,7 +101,7 @@ def test_only_map_attention_runs_the_layers_after_the_feature_layer() -> None:
         pruned.kept_features(torch.randn(1, 3, 24, 24))
         more = score == "map_attention"
         assert ran == ([0, 1, 2] if more else [0, 1]), score
-        assert (StepFlops(pruned).per_image > StepFlops(model).per_image) == more
+        assert (StepFlops(pruned).vision.total > StepFlops(model).vision.total) == more
 
 
 @pytest.mark.parametrize("trained", [False, True])

@@ -64,7 +64,7 @@ def test_a_budget_that_looks_at_images_gets_the_share_that_meets_the_ratio() -> 
 
 def test_lengths_are_exact_where_files_and_tokenizer_are_and_say_so_where_not(tmp_path: Path) -> None:
     from mmprune_train.data.encode import encode
-    from mmprune_train.data.records import read_records
+    from mmprune_train.data.records import read_annotations
     from mmprune_train.data.templates import get_template
     from mmprune_train.model.tokenizer import load_tokenizer
 
@@ -73,7 +73,7 @@ def test_lengths_are_exact_where_files_and_tokenizer_are_and_say_so_where_not(tm
     found = stage_samples(config, "instruct", 36, 100)
     tokenizer = load_tokenizer(None)
     template = get_template("v1", tokenizer)
-    records = read_records(root / "instruct.json", root / "images")
+    records = read_annotations(root / "instruct.json", root / "images").records
     wanted = {r.id: len(encode(r, template, tokenizer, 36, 1024).ids) for r in records}
     assert {s.example.id: len(s.example.ids) for s in found.samples} == wanted
     assert found.total == len(records) == 18 and found.images == 16 and "tokenised" in found.source

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from mmprune_train.data.records import read_records
+from mmprune_train.data.records import read_annotations
 from mmprune_train.errors import UserError
 from mmprune_train.model.weights.files import check_small_files, tensors_of
 from mmprune_train.storage.files import read_json
@@ -68,12 +68,12 @@ def test_a_file_of_holes_is_not_read(tmp_path: Path) -> None:
         read_json(tmp_path / "manifest.json")
     for name in ("data.json", "data.jsonl"):
         with pytest.raises(UserError, match=rf"{name}: cannot be read \(it has 1,[0-9,]+ bytes, at most"):
-            read_records(tmp_path / name, tmp_path)
+            read_annotations(tmp_path / name, tmp_path)
     with pytest.raises(UserError, match=r"llm.path: .*config.json has 1,[0-9,]+ bytes, at most"):
         check_small_files("llm.path", tmp_path)
     os.truncate(tmp_path / "data.jsonl", 1 << 32)
     with pytest.raises(UserError, match=r"data.jsonl: cannot be read \(it holds NUL bytes, as no text does\)"):
-        read_records(tmp_path / "data.jsonl", tmp_path)
+        read_annotations(tmp_path / "data.jsonl", tmp_path)
 
 
 def test_weights_with_a_header_without_end_are_refused(tmp_path: Path) -> None:

@@ -13,7 +13,7 @@ from transformers import AutoModelForCausalLM, LlavaForConditionalGeneration, Pr
 
 from mmprune_train.config.schema import PeftConfig
 from mmprune_train.errors import UserError
-from mmprune_train.model.peft import ADAPTER_FILE, PROJECTOR_FILE, fold, linear_names
+from mmprune_train.model.peft import ADAPTER_FILE, PROJECTOR_FILE, linear_names, merge_adapters
 from mmprune_train.model.weights.files import Tensors, read_config, read_tensors, tensors_of
 from mmprune_train.model.weights.folders import ADAPTER_CONFIG
 from mmprune_train.model.weights.original import projector_tensors
@@ -68,12 +68,8 @@ def check_adapters(key: str, folder: Path) -> None:
 
 
 def differs(key: str, folder: Path, peft: PeftConfig, llm: PreTrainedConfig) -> list[str]:
-    """Settings of a stage's adapters that are not those of the folder, as `peft.r=8 (the folder: 16)`; empty: training
-    can go on with the folder's own.
-
-    Args:
-        llm: transformers' config of the LLM that they are put on.
-    """
+    """Settings of a stage's adapters on `llm` that are not those of the folder, as `peft.r=8 (the folder: 16)`; empty:
+    training can go on with the folder's own."""
     config = read_config(key, folder / ADAPTER_CONFIG)
     asked = {"peft.name": peft.name, "peft.r": peft.r, "peft.alpha": peft.alpha}
     plain = ("lora", "qlora")  # the same adapters on other base weights
@@ -86,17 +82,14 @@ def differs(key: str, folder: Path, peft: PeftConfig, llm: PreTrainedConfig) -> 
     with torch.device("meta"):
         layers: nn.Module = AutoModelForCausalLM.from_config(llm).model.layers
     targets = set(peft.target_modules or linear_names(layers))
-    wanted = {name for name, part in layers.named_modules() if isinstance(part, nn.Linear) and _last(name) in targets}
+    linears = [name for name, part in layers.named_modules() if isinstance(part, nn.Linear)]
+    wanted = {name for name in linears if name.rpartition(".")[2] in targets}
     adapted = {name.split(".", 1)[1].rsplit(".", 1)[0] for name in adapter_tensors(key, folder)}
-    if targets != (modules := {_last(name) for name in adapted}):
+    if targets != (modules := {name.rpartition(".")[2] for name in adapted}):
         found.append(f"peft.target_modules={sorted(targets)} (the folder: {sorted(modules)})")
     elif other := sorted(wanted ^ adapted):
         found.append(f"the folder's adapters on a part of the layers alone (not on {other[0]})")
     return found
-
-
-def _last(name: str) -> str:
-    return name.rsplit(".", 1)[-1]
 
 
 def load_adapters(hf: LlavaForConditionalGeneration, key: str, folder: Path) -> None:
@@ -136,4 +129,4 @@ def merge_folder(hf: LlavaForConditionalGeneration, key: str, folder: Path) -> N
     except ValueError as error:
         raise UserError(f"{key}: {folder} adapts layers that this LLM does not have ({str(error)[:120]})") from None
     load_adapters(hf, key, folder)
-    fold(hf)
+    merge_adapters(hf)

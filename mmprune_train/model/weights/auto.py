@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from functools import partial
 from typing import Any
 
@@ -24,6 +26,17 @@ def _of_data(kind: Any, folder: object, **options: Any) -> Any:
             f"{folder} needs code of its own (auto_map), which is never run here; give a folder whose config, "
             "tokenizer and processor are classes of transformers"
         ) from None
+
+
+@contextmanager
+def retold(message: Callable[[Exception], str], kinds: tuple[type[Exception], ...] = (Exception,)) -> Iterator[None]:
+    """What is raised inside as a UserError: a damaged file, or a wrong value, is answered by errors of any kind."""
+    try:
+        yield
+    except UserError:
+        raise
+    except kinds as error:
+        raise UserError(message(error)) from error
 
 
 config_of, tokenizer_of, processor_of = (partial(_of_data, kind) for kind in (AutoConfig, AutoTokenizer, AutoProcessor))

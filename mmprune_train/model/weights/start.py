@@ -120,15 +120,9 @@ def first_start(config: Config, stage: str) -> tuple[str, str] | None:
 
 
 def find_start(config: Config, key: str, path: str, stage: str, download: bool = True) -> Start:
-    """What lies at `path`, whole and fitting the chosen encoder, LLM and projector, for stage `stage`.
-
-    Args:
-        key: what gave the path.
-        download: fetch a hub id that is not here.
-    Raises:
-        UserError: nothing that training can start from, damaged, or something that does not fit; NotHere: a hub id's
-            weights are not on this machine.
-    """
+    """What lies at the `path` that `key` gave, whole and fitting the chosen encoder, LLM and projector, for a stage.
+    Raises UserError where it is damaged, does not fit or is nothing to start from; NotHere for a hub id that is not
+    here and could not be fetched, or (without `download`) was not to be."""
     start = locate(key, path, download)
     if start.kind == ADAPTERS:
         start = replace(start, goes_on=_goes_on(config, start, stage))

@@ -22,7 +22,7 @@ from mmprune_train.config.schema import EncoderConfig, LlmConfig, TextTowerConfi
 from mmprune_train.errors import UserError
 from mmprune_train.model.tokenizer import load_tokenizer, tiny_tokenizer
 from mmprune_train.model.weights.folders import check_folder
-from mmprune_train.model.weights.places import encoder_folder, llm_folder, text_folder
+from mmprune_train.model.weights.places import base_folder
 
 SHARD = "model-00001-of-00005.safetensors"
 """Of the LLM below."""
@@ -55,15 +55,15 @@ def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def given_as_llm(path: Path) -> None:
-    llm_folder(LlmConfig(name="x", path=str(path)))
+    base_folder(LlmConfig(name="x", path=str(path)))
 
 
 def given_as_encoder(path: Path) -> None:
-    encoder_folder(EncoderConfig(name="x", path=str(path)))
+    base_folder(EncoderConfig(name="x", path=str(path)))
 
 
 def given_as_text(path: Path) -> None:
-    text_folder(TextTowerConfig(path=str(path)))
+    base_folder(TextTowerConfig(path=str(path)))
 
 
 @pytest.fixture

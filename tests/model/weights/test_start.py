@@ -46,7 +46,7 @@ def sources(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     for part in ("model", "adapters"):
         (run / "instruct" / part).mkdir(parents=True)
     save_adapters(model, run / "instruct/adapters", None)
-    merge_adapters(model)
+    merge_adapters(model.hf)
     model.save(run / "instruct/model", processor)
     (run / "manifest.json").write_text(json.dumps({"stages": {"instruct": {"state": "done"}}}))
     tokenizer = AutoTokenizer.from_pretrained(run / "instruct/model")
@@ -152,7 +152,7 @@ def test_adapters_are_trained_further_where_the_stage_has_the_same(
     make_trainable(model, config, "instruct", Precision(torch.float32, ""))
     load_adapters(model.hf, "init_from", source)
     assert all(p.requires_grad for key, p in model.named_parameters() if "lora_" in key)
-    merge_adapters(model)
+    merge_adapters(model.hf)
     merged = started(config_of("init_adapters=merge"), source)[1].state_dict()
     for key, value in model.hf.state_dict().items():
         torch.testing.assert_close(value, merged[key], atol=1e-6, rtol=1e-6, msg=key)
