@@ -16,7 +16,7 @@ import pytorch_lightning as pl
 import torch
 from pytorch_lightning.utilities.rank_zero import rank_zero_only
 
-from mmprune_train.config.command import SAME
+from mmprune_train.config.command import AGAIN
 from mmprune_train.training.callbacks import StepWatch
 from mmprune_train.training.checkpoints import Checkpoints
 from mmprune_train.training.cluster import is_running, requeue, slurm_job
@@ -50,12 +50,7 @@ class Preemption:
     elsewhere they raise Preempted where they come.
     """
 
-    def __init__(self, again: str = SAME) -> None:
-        """
-        Args:
-            again: what continues the run, in words.
-        """
-        self.again = again
+    def __init__(self) -> None:
         self.training = False
         self.signal = 0
         """Number of the signal that came; 0: none."""
@@ -98,7 +93,7 @@ class Preemption:
 
     def _end(self, end: Preempted) -> None:
         saved = "" if end.step is None else f" after step {end.step}"
-        print(f"{end.signal.name}: ended{saved}; {self.again} continues", flush=True)
+        print(f"{end.signal.name}: ended{saved}; {AGAIN} continues", flush=True)
         if end.step is None and end.signal == signal.SIGTERM and "TORCHELASTIC_RUN_ID" in os.environ:
             print("not put back in the queue: torchrun ends all processes where one of them has failed", flush=True)
             return

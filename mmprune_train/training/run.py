@@ -12,7 +12,6 @@ from typing import Any
 import pytorch_lightning as pl
 import torch
 
-from mmprune_train.config.command import SAME
 from mmprune_train.config.schema import Config, StageConfig
 from mmprune_train.data.sources import split_files
 from mmprune_train.errors import NotFinite, UserError
@@ -63,12 +62,7 @@ from mmprune_train.training.throughput import STARVED, peak
 
 
 def run_stage(
-    config: Config,
-    name: str,
-    run: RunDirectory,
-    start_from: Start | None,
-    preemption: Preemption | None = None,
-    again: str = SAME,
+    config: Config, name: str, run: RunDirectory, start_from: Start | None, preemption: Preemption | None = None
 ) -> dict[str, Any]:
     """Train one stage, or go on with it, and write its `model/`.
 
@@ -78,7 +72,6 @@ def run_stage(
         run: the run directory; the newest checkpoint in it is continued.
         start_from: the weights to start from; None: the base weights.
         preemption: hears the signals that ask the run to end; None: they are not heard.
-        again: what continues the run, in words.
     Returns:
         Summary of the stage, as `summary` gives it.
     """
@@ -129,11 +122,8 @@ def run_stage(
     module = MultimodalModule(name, model, parts, config.optim, steps, config.seed, stage.token_budget)
     limit = peak(trainer.strategy.root_device, precision.dtype)
     metrics = MetricsWriter(folder / "metrics.jsonl", stream, limit.tflops)
-    own = config.trainer
-    every, keep = (own.checkpoint_every_steps, own.save_every_minutes), (own.keep_checkpoints, own.keep_best)
-    saves = Checkpoints(folder / "checkpoints", metrics, strategy, steps, *every, *keep, again)
-    skip = own.on_nonfinite == "skip"
-    divergence = Divergence(folder / "checkpoints", steps, skip, own.max_nonfinite_steps, again)
+    saves = Checkpoints(folder / "checkpoints", metrics, strategy, steps, config.trainer)
+    divergence = Divergence(folder / "checkpoints", steps, config.trainer)
     trainer.callbacks += [divergence, metrics, progress(name, steps, config.trainer.log_every, metrics), saves]
     if preemption is not None:
         trainer.callbacks.append(EndWhenAsked(preemption, saves))
@@ -154,7 +144,7 @@ def run_stage(
         try:
             trainer.fit(module, train_dataloaders=stream, ckpt_path=state, weights_only=True if state else None)
         except UserError as error:
-            raise with_advice(error, run, name, annotations, again) from None
+            raise with_advice(error, run, name, annotations) from None
         except UnpicklingError as error:  # a checkpoint of a forger, who made its checksum fit
             raise UserError(
                 f"{state} {pickled(error)}; put the run's own there, or give restart=true to start the run over"

@@ -9,6 +9,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+from mmprune_train.config.command import AGAIN
 from mmprune_train.config.pruner import components
 from mmprune_train.config.pruner_schema import PrunerConfig
 from mmprune_train.config.schema import Config
@@ -108,7 +109,7 @@ def check_sources(config: Config, run: RunDirectory) -> None:
             )
 
 
-def with_advice(error: UserError, run: RunDirectory, stage: str, file: Path, again: str) -> UserError:
+def with_advice(error: UserError, run: RunDirectory, stage: str, file: Path) -> UserError:
     """What ended a stage while it trained, with what may be changed before it goes on, where it has a checkpoint."""
     from mmprune_train.training.checkpoint_files import step_of
 
@@ -116,7 +117,7 @@ def with_advice(error: UserError, run: RunDirectory, stage: str, file: Path, aga
     if not begun:
         return error
     return UserError(
-        f"{error}\n{again.capitalize()} goes on after step {step_of(begun[-1])}, also with other image "
+        f"{error}\n{AGAIN.capitalize()} goes on after step {step_of(begun[-1])}, also with other image "
         f"files; with a changed {file.name} it does not: {ASIDE}"
     )
 
