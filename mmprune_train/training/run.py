@@ -24,7 +24,7 @@ from mmprune_train.storage.atomic import whole_folder
 from mmprune_train.storage.files import read_jsonl
 from mmprune_train.storage.run_files import files_of_stage
 from mmprune_train.storage.secrets import masked
-from mmprune_train.training.callbacks import MetricsWriter, progress
+from mmprune_train.training.callbacks import MetricsWriter, Progress
 from mmprune_train.training.checkpoint_files import STATE, check_written_by, data_alone, last_checkpoint, step_of
 from mmprune_train.training.checkpoints import Checkpoints, PlainFile
 from mmprune_train.training.cluster import environment
@@ -124,7 +124,7 @@ def run_stage(
     metrics = MetricsWriter(folder / "metrics.jsonl", stream, limit.tflops)
     saves = Checkpoints(folder / "checkpoints", metrics, strategy, steps, config.trainer)
     divergence = Divergence(folder / "checkpoints", steps, config.trainer)
-    trainer.callbacks += [divergence, metrics, progress(name, steps, config.trainer.log_every, metrics), saves]
+    trainer.callbacks += [divergence, metrics, Progress(name, steps, config.trainer.log_every, metrics), saves]
     if preemption is not None:
         trainer.callbacks.append(EndWhenAsked(preemption, saves))
 
