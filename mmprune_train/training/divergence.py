@@ -19,7 +19,7 @@ from mmprune_train.errors import NotFinite
 from mmprune_train.model.llava import PackedLlava
 from mmprune_train.training.callbacks import StepWatch
 from mmprune_train.training.checkpoint_files import all_checkpoints
-from mmprune_train.training.freezing import named_parameters, parts_of
+from mmprune_train.training.freezing import parts_of
 from mmprune_train.training.module import MultimodalModule
 from mmprune_train.training.processes import ranks_of
 
@@ -141,7 +141,7 @@ def broken_parts(model: PackedLlava, strategy: Any, trained: bool = False) -> li
         trained: look at the trained weights alone.
     """
     broken = {
-        name: ~_finite(p for _, p in named_parameters(modules) if p.requires_grad or not trained)
+        name: ~_finite(p for p in modules.parameters() if p.requires_grad or not trained)
         for name, modules in parts_of(model).items()
     }
     flags = torch.stack([flag.int().to(strategy.root_device) for flag in broken.values()])

@@ -30,7 +30,7 @@ from mmprune_train.training.checkpoints import Checkpoints, PlainFile
 from mmprune_train.training.cluster import environment
 from mmprune_train.training.divergence import Divergence, broken_tensors
 from mmprune_train.training.features import stage_features
-from mmprune_train.training.freezing import freezing_table, image_side
+from mmprune_train.training.freezing import freezing_table, parts_of
 from mmprune_train.training.inputs import (
     evenly_chosen_images,
     evenly_chosen_paths,
@@ -105,8 +105,9 @@ def run_stage(
     steps = extent.steps
     if config.trainer.feature_cache:
         if shards_weights(trainer.strategy):
-            for side in image_side(model):
-                broadcast(side, trainer.strategy.root_device, stay=True)
+            for part, modules in parts_of(model).items():
+                if part != "llm":
+                    broadcast(modules, trainer.strategy.root_device, stay=True)
         features = stage_features(config, name, model, records, precision.dtype, trainer)
     tokenizer, image_tokens = processor.tokenizer, model.config.image_seq_length
     loader = stage_loader(config, name, tokenizer, image_tokens, trainer.global_rank, world, records, features)

@@ -34,11 +34,6 @@ def test_schedule_equals_transformers(name: str, steps: int) -> None:
         theirs.step()
 
 
-def test_unknown_schedule_names_the_choices() -> None:
-    with pytest.raises(UserError, match="cosine, linear or constant"):
-        schedule("cosin", 10, 0.1)
-
-
 def test_only_the_stated_parts_are_trained() -> None:
     model = model_of()
     parts = {p.name: p for p in freeze(model, StageConfig(train_projector=True, projector_lr=1e-3), adapters=False)}
