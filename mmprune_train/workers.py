@@ -87,10 +87,6 @@ def _outlive_signals(worker: int) -> None:
     threading.Thread(target=end_with_parent, daemon=True).start()
 
 
-def _alone(value: Any) -> list[Any]:
-    return [value]
-
-
 @dataclass(frozen=True)
 class _Failed:
     rank: int
@@ -103,7 +99,7 @@ class Ranks:
 
     rank: int = 0
     world: int = 1
-    exchange: Callable[[Any], list[Any]] = _alone
+    exchange: Callable[[Any], list[Any]] = lambda value: [value]
     """A picklable value of each rank -> the values of all, by rank; every rank must call it."""
 
     def share(self, items: Sequence[Item]) -> Sequence[Item]:
@@ -136,3 +132,7 @@ class Ranks:
         for rank, found in enumerate(self.each(lambda: part(self.share(items)))):
             results[rank :: self.world] = found
         return results
+
+
+ALONE = Ranks()
+"""One process that shares the work with no other."""

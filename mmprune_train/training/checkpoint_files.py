@@ -24,7 +24,7 @@ from mmprune_train.storage.atomic import sync, unfinished
 from mmprune_train.storage.checksums import Checksum, as_checksums, checksum_of, fault_of, files_in
 from mmprune_train.storage.files import read_json, write_json
 from mmprune_train.storage.run_files import METRICS, rows_fault
-from mmprune_train.workers import Ranks
+from mmprune_train.workers import ALONE, Ranks
 
 PATTERN = re.compile(r"step-(\d+)\.ckpt")
 STATE = "state"
@@ -64,7 +64,7 @@ def all_checkpoints(folder: Path) -> list[Path]:
     return sorted((path for path in folder.glob("*.ckpt") if PATTERN.fullmatch(path.name)), key=step_of)
 
 
-def last_checkpoint(folder: Path, ranks: Ranks | None = None) -> Path | None:
+def last_checkpoint(folder: Path, ranks: Ranks = ALONE) -> Path | None:
     """The newest whole checkpoint, every byte of it read; None: there is no checkpoint at all.
 
     Every rank must call it, and reads its share. Rank 0 tells which damaged ones are passed over.
@@ -72,7 +72,6 @@ def last_checkpoint(folder: Path, ranks: Ranks | None = None) -> Path | None:
     Raises:
         UserError: there are checkpoints, and none is whole.
     """
-    ranks = ranks or Ranks()
     damaged: list[str] = []
     for checkpoint in reversed(ranks.exchange(all_checkpoints(folder))[0]):
         fault = damage(checkpoint, ranks)
@@ -114,13 +113,12 @@ def read_index(checkpoint: Path) -> Index | None:
         return None
 
 
-def damage(checkpoint: Path, ranks: Ranks | None = None, contents: bool = True) -> str | None:
+def damage(checkpoint: Path, ranks: Ranks = ALONE, contents: bool = True) -> str | None:
     """What is wrong with a checkpoint; None: it is as it was written. Every rank must call it, and reads its share.
 
     Args:
         contents: read the files, too; else only their sizes are compared.
     """
-    ranks = ranks or Ranks()
     index = ranks.exchange(read_index(checkpoint))[0]
     if index is None:
         return f"no {INDEX} that can be read"

@@ -17,13 +17,7 @@ from mmprune_train.model.images import ImageSide
 from mmprune_train.storage.assets import cache_dir
 from mmprune_train.training.inputs import stage_image_processor, stage_reader
 from mmprune_train.training.processes import ranks_of
-from mmprune_train.workers import Ranks
-
-
-def features_root(config: Config) -> Path:
-    """The folder of all feature caches; `features` in this project's cache unless the config names another."""
-    chosen = config.trainer.feature_cache_dir
-    return Path(chosen).expanduser() if chosen else cache_dir() / "features"
+from mmprune_train.workers import ALONE, Ranks
 
 
 def askers(records: Sequence[Record]) -> dict[Path, str]:
@@ -42,18 +36,19 @@ def fill_for(
     images: Mapping[Path, str],
     dtype: torch.dtype,
     device: torch.device,
-    ranks: Ranks | None = None,
+    ranks: Ranks = ALONE,
 ) -> tuple[ImageFeatures, Report]:
     """Fill the cache with images (path -> who asks) as stage `stage` prepares them.
 
     Args:
         model: its encoder frozen, the weights in `dtype`.
     """
+    chosen = config.trainer.feature_cache_dir
     return fill(
         model,
         feature_settings(model, stage_image_processor(config, stage).to_dict(), dtype),
         config.encoder.name,
-        features_root(config),
+        Path(chosen).expanduser() if chosen else cache_dir() / "features",
         images,
         stage_reader(config, stage),
         dtype,

@@ -198,8 +198,13 @@ def wandb_offline(config: WandbConfig) -> bool:
 
 def has_wandb_account() -> bool:
     """Whether there is a key for wandb, in the environment or where `wandb login` leaves it."""
+    if os.environ.get("WANDB_API_KEY"):
+        return True
     server = os.environ.get("WANDB_BASE_URL", "https://api.wandb.ai")
-    return bool(os.environ.get("WANDB_API_KEY")) or _in_netrc(server)
+    try:
+        return urlsplit(server).hostname in netrc.netrc(os.environ.get("NETRC")).hosts
+    except (OSError, netrc.NetrcParseError):
+        return False
 
 
 def logger_faults(config: LoggerConfig) -> list[str]:
@@ -208,12 +213,13 @@ def logger_faults(config: LoggerConfig) -> list[str]:
     for name in ("tensorboard", "wandb"):
         if getattr(config, name) is not None and find_spec(name) is None:
             faults.append(f"logger={name}: {name} is not installed; pip install {name}, or choose logger=csv")
-    if config.wandb is not None and not wandb_offline(config.wandb) and not has_wandb_account():
+    online = config.wandb is not None and not wandb_offline(config.wandb)
+    if config.wandb is not None and online and not has_wandb_account():
         faults.append(
             f"logger.wandb.mode={config.wandb.mode}: no account is set up here; run `wandb login` (or set "
             "WANDB_API_KEY), or set logger.wandb.mode=offline"
         )
-    if config.wandb is not None and not wandb_offline(config.wandb) and "WANDB_BASE_URL" not in os.environ:
+    if online and "WANDB_BASE_URL" not in os.environ:
         faults += [
             f"logger=wandb: {file.absolute()} names a server (base_url), which would get your key: remove that "
             "line, or name the server yourself (WANDB_BASE_URL)"
@@ -221,15 +227,6 @@ def logger_faults(config: LoggerConfig) -> list[str]:
             if file.is_file() and b"base_url" in file.read_bytes()
         ]
     return faults
-
-
-def _in_netrc(url: str) -> bool:
-    """Whether `wandb login` has left an entry for this server."""
-    try:
-        entries = netrc.netrc(os.environ.get("NETRC"))
-    except (OSError, netrc.NetrcParseError):
-        return False
-    return urlsplit(url).hostname in entries.hosts
 
 
 def _wandb_id(run_name: str) -> str:

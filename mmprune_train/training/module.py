@@ -162,12 +162,9 @@ class MultimodalModule(pl.LightningModule):
             self.totals["held"] += batch.sequence.ids.numel()
             self.visual_squares += _visual_squares(output.trace, self._patches)
         poison = output.loss_sum.detach() * 0 + 1  # 1, or NaN
-        return output.loss_sum * (self._split() / self.supervised) * poison
-
-    def _split(self) -> int:
-        """What will divide the loss on its way to the gradients, to be undone beforehand: Lightning divides by the
-        accumulation, data parallelism by the ranks."""
-        return self.trainer.accumulate_grad_batches * self.trainer.world_size
+        # undone beforehand: Lightning will divide by the accumulation, data parallelism by the ranks
+        split = self.trainer.accumulate_grad_batches * self.trainer.world_size
+        return output.loss_sum * (split / self.supervised) * poison
 
     def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
         """Measure the step's gradients, before they are clipped, and take them away where they are not finite."""
@@ -254,9 +251,8 @@ class MultimodalModule(pl.LightningModule):
         checkpoint["state_dict"] = {k: v for k, v in checkpoint["state_dict"].items() if k in trained}
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        if "state_dict" not in checkpoint:  # the strategy has loaded them
-            return
-        self.check_trained(checkpoint["state_dict"])
+        if "state_dict" in checkpoint:  # else the strategy has loaded them
+            self.check_trained(checkpoint["state_dict"])
 
     def check_trained(self, names: Iterable[str]) -> None:
         """RuntimeError unless these are the trained weights."""

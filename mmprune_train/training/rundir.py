@@ -38,6 +38,12 @@ class RunDirectory:
     def stage(self, name: str) -> Path:
         return self.path / name
 
+    def checkpoints(self, stage: str) -> list[Path]:
+        """Of a stage, oldest first."""
+        from mmprune_train.training.checkpoint_files import all_checkpoints  # torch, which a finished run need not have
+
+        return all_checkpoints(self.path / stage / "checkpoints")
+
     def model(self, stage: str) -> Path:
         """Hugging Face folder at the end of a stage."""
         return self.path / stage / "model"
