@@ -55,9 +55,7 @@ def feature_settings(model: ImageSide, preparation: Mapping[str, Any], dtype: to
         "feature_layer": model.config.vision_feature_layer,
         "patches_without_cls": model.config.vision_feature_select_strategy == "default",
         "image_preparation": _plain(preparation),
-        "stage_1": {k: v for k, v in asdict(stage).items() if k != "positions"}
-        if stage.enabled
-        else "off: every patch is kept",
+        "stage_1": decides if stage.enabled else "off: every patch is kept",
         "stage_1_code_sha256": {place: _source_hash(place) for place in places(model.pruner.settings, "pruner.vision")},
         "projector_weights_sha256": weights_hash(model.hf.model.multi_modal_projector) if projects(stage) else None,
         "code_sha256": {name: _source_hash(name) for name in CODE},

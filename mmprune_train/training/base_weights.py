@@ -34,7 +34,7 @@ def base_weights(config: Config, recorded: Mapping[str, Entry], parts: Collectio
     find: dict[str, tuple[str, Callable[[], Path | None]]] = {
         "encoder": (encoder.name, lambda: encoder_folder(encoder)),
         "llm": (llm.name, lambda: llm_folder(llm)),
-        "text": (f"text tower of {encoder.name}", lambda: encoder.text and text_folder(encoder.text)),
+        "text": (f"text tower of {encoder.name}", lambda: None if encoder.text is None else text_folder(encoder.text)),
     }
     entries = dict(recorded)
     for part, (name, get) in find.items():

@@ -77,9 +77,7 @@ def has_part(task: str, devices: int, nodes: int, sweeping: bool) -> bool:
     """Whether this process has something to do: in training every one, in all other tasks the first.
 
     Args:
-        task: name of the task.
         devices: processes a node.
-        nodes: how many nodes.
         sweeping: one command runs several configs.
     Raises:
         UserError: as many processes as training asks for were not started, or cannot be.
@@ -140,20 +138,13 @@ def is_next_turn() -> bool:
 
 
 def rank_here(devices: int) -> int:
-    """Rank of this process among those of its run.
-
-    Args:
-        devices: processes a node.
-    """
+    """Rank of this process among those of its run, of which a node has `devices`."""
     found = launch(devices)
     return _number("NODE_RANK", "Lightning", 0) * devices if found is None else found.rank
 
 
 def join(devices: int) -> None:
-    """Make Lightning know this process's rank before it has a Trainer.
-
-    Only the first process of a run writes, so the rank must be known from the start.
-    """
+    """Make Lightning know this process's rank before it has a Trainer: only the first process of a run writes."""
     from pytorch_lightning.utilities.rank_zero import rank_zero_only
 
     rank_zero_only.rank = rank_here(devices)

@@ -37,6 +37,8 @@ HERE = (Path("wandb/settings"), Path(".wandb/settings"))
 class CsvLogger(Logger):
     """metrics.csv with one row a step; that of a resumed run begins with the rows of metrics.jsonl."""
 
+    name, version = "csv", ""  # type: ignore[assignment]
+
     def __init__(self, path: Path, flush_every: int, earlier: Sequence[dict[str, Any]] = ()) -> None:
         """
         Args:
@@ -47,14 +49,6 @@ class CsvLogger(Logger):
         self.flush_every = flush_every
         self.rows: list[dict[str, Any]] = list(earlier)
         self.opened = False
-
-    @property
-    def name(self) -> str:
-        return "csv"
-
-    @property
-    def version(self) -> str:
-        return ""
 
     @rank_zero_only
     def log_hyperparams(self, params: dict[str, Any] | Namespace, *args: Any, **kwargs: Any) -> None:

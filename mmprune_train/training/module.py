@@ -80,6 +80,7 @@ class MultimodalModule(pl.LightningModule):
         self.seed = seed
         self.token_budget = token_budget
         self.flops = StepFlops(model)
+        self.patches = int(model.config.image_seq_length)
         self.supervised: Tensor | int = 0
         """Of the step, over its micro-batches and all ranks; on the device where there are several."""
         self.totals = dict.fromkeys(TOTALS, 0.0)
@@ -93,10 +94,6 @@ class MultimodalModule(pl.LightningModule):
         self.rate = 0.0
         self.least_passes = 0
         """Of the vision tower in each micro-batch of the step, as `forward_packed` takes it."""
-
-    @property
-    def _patches(self) -> int:
-        return int(self.model.config.image_seq_length)
 
     @property
     def strict_loading(self) -> bool:  # type: ignore[override]
@@ -160,7 +157,7 @@ class MultimodalModule(pl.LightningModule):
             self.totals["micro_batches"] += 1
             self.totals["overruns"] += counts["stage1"] > self.token_budget
             self.totals["held"] += batch.sequence.ids.numel()
-            self.visual_squares += _visual_squares(output.trace, self._patches)
+            self.visual_squares += _visual_squares(output.trace, self.patches)
         poison = output.loss_sum.detach() * 0 + 1  # 1, or NaN
         # undone beforehand: Lightning will divide by the accumulation, data parallelism by the ranks
         split = self.trainer.accumulate_grad_batches * self.trainer.world_size
@@ -219,7 +216,7 @@ class MultimodalModule(pl.LightningModule):
             "tokens_truncated": int(total["tokens_truncated"]),
             "steps_skipped": int(not self.applied),
             "flops": total["flops"],
-            "images": (samples, total["visual_dense"] / self._patches, total["visual_stage1"], squares),
+            "images": (samples, total["visual_dense"] / self.patches, total["visual_stage1"], squares),
         }
         if self.token_budget is not None:
             metrics |= {

@@ -87,7 +87,8 @@ class Preemption:
             if not self.training:
                 raise Preempted(signum)
             if rank_zero_only.rank == 0:
-                _say(f"{signal.Signals(signum).name}: saves at the end of this step; a second one ends at once")
+                told = f"{signal.Signals(signum).name}: saves at the end of this step; a second one ends at once"
+                os.write(2, f"\n{told}\n".encode())  # print cannot be called from within a print
         elif time.monotonic() - self._came > TOGETHER:
             _end_at_once(signum)
 
@@ -154,10 +155,6 @@ def withheld() -> Iterator[None]:
         yield
     finally:
         signal.pthread_sigmask(signal.SIG_SETMASK, before)
-
-
-def _say(line: str) -> None:
-    os.write(2, f"\n{line}\n".encode())  # print cannot be called from within a print
 
 
 def _end_at_once(signum: int) -> None:
