@@ -102,7 +102,6 @@ def fill(
         images: path -> who asks for it, for errors.
         reader: path -> pixels.
         dtype: bfloat16 computes under autocast; features are stored in it.
-        device: where to encode.
         num_workers: processes that read images.
     Raises:
         UserError: an image is missing or broken, or its features are not finite, or the folder cannot be written or is

@@ -179,20 +179,8 @@ def slurm_job() -> str | None:
     return here.get("SLURM_JOB_ID")
 
 
-def is_running(job: str) -> bool:
-    """Whether Slurm wants the job to run: it neither was cancelled nor has reached its time limit.
-
-    Raises RuntimeError where Slurm does not answer.
-    """
-    return _slurm("squeue", "--noheader", f"--jobs={job}", "--format=%T") == "RUNNING"
-
-
-def requeue(job: str) -> None:
-    """Put a batch job back in the queue, which ends it here. Raises RuntimeError where Slurm refuses."""
-    _slurm("scontrol", "requeue", job)
-
-
-def _slurm(*command: str) -> str:
+def slurm(*command: str) -> str:
+    """What one of Slurm's commands prints; RuntimeError where it fails or does not answer."""
     try:
         done = subprocess.run(command, capture_output=True, text=True, timeout=SLURM_SECONDS)
     except (OSError, subprocess.TimeoutExpired) as error:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
 
 import torch
 
@@ -16,7 +15,6 @@ from mmprune_train.features.store import ImageFeatures
 from mmprune_train.model.images import ImageSide
 from mmprune_train.storage.assets import cache_dir
 from mmprune_train.training.inputs import stage_image_processor, stage_reader
-from mmprune_train.training.processes import ranks_of
 from mmprune_train.workers import ALONE, Ranks
 
 
@@ -56,14 +54,3 @@ def fill_for(
         config.trainer.num_workers,
         ranks,
     )
-
-
-def stage_features(
-    config: Config, stage: str, model: ImageSide, records: Sequence[Record], dtype: torch.dtype, trainer: Any
-) -> ImageFeatures:
-    """Features of all images of a stage's records, the processes of `trainer` sharing the work."""
-    device = trainer.strategy.root_device
-    features, report = fill_for(config, stage, model, askers(records), dtype, device, ranks_of(trainer))
-    if trainer.is_global_zero:
-        print(f"feature cache: {report.line()}; {report.folder}", flush=True)
-    return features

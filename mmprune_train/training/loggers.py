@@ -133,7 +133,6 @@ class WandbRun(WandbLogger):
 def build_loggers(config: LoggerConfig, stage_dir: Path, run_name: str, resumed_step: int) -> list[Logger]:
     """
     Args:
-        config: which loggers, and their settings.
         stage_dir: folder of the stage; every logger writes below it.
         run_name: the run's and the stage's name, stable over restarts.
         resumed_step: optimizer step that the run continues after; 0 for a new one.
@@ -147,9 +146,7 @@ def build_loggers(config: LoggerConfig, stage_dir: Path, run_name: str, resumed_
 
         purge = resumed_step + 1 if resumed_step else None
         seconds = config.tensorboard.flush_seconds
-        loggers.append(
-            TensorBoardLogger(stage_dir, name="tensorboard", version="", purge_step=purge, flush_secs=seconds)
-        )
+        loggers += [TensorBoardLogger(stage_dir, name="tensorboard", version="", purge_step=purge, flush_secs=seconds)]
     if config.wandb is not None:
         loggers.append(_wandb(config.wandb, stage_dir, run_name, earlier))
     return loggers

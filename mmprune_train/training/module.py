@@ -63,12 +63,9 @@ class MultimodalModule(pl.LightningModule):
     ) -> None:
         """
         Args:
-            stage_name: of the training stage.
             model: frozen as `freezing.freeze` left it.
             parts: that function's report; gives each part's peak learning rate.
-            optim: optimizer and schedule.
             total_steps: optimizer steps of the stage, on which the schedule depends.
-            seed: the run's seed.
             token_budget: tokens that may enter the LLM, a rank and micro-batch; its use is measured.
         """
         super().__init__()

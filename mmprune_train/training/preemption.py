@@ -19,7 +19,7 @@ from pytorch_lightning.utilities.rank_zero import rank_zero_only
 from mmprune_train.config.command import AGAIN
 from mmprune_train.training.callbacks import StepWatch
 from mmprune_train.training.checkpoints import Checkpoints
-from mmprune_train.training.cluster import is_running, requeue, slurm_job
+from mmprune_train.training.cluster import slurm, slurm_job
 
 SIGNALS = (signal.SIGUSR1, signal.SIGUSR2, signal.SIGTERM)
 EXIT_CODE = 75
@@ -101,14 +101,14 @@ class Preemption:
         again = self._submitit()
         if (job := slurm_job()) is not None:
             try:
-                if not is_running(job):
+                if slurm("squeue", "--noheader", f"--jobs={job}", "--format=%T") != "RUNNING":
                     print(
                         f"Slurm job {job} was cancelled or is at its time limit: not put back in the queue", flush=True
                     )
                     return
                 if again is None:
                     print(f"Slurm job {job} goes back in the queue", flush=True)
-                    requeue(job)
+                    slurm("scontrol", "requeue", job)  # which ends it here
             except RuntimeError as error:
                 print(f"Slurm job {job} is not put back in the queue: {error}", flush=True)
                 return

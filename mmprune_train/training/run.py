@@ -29,7 +29,7 @@ from mmprune_train.training.checkpoint_files import STATE, check_written_by, dat
 from mmprune_train.training.checkpoints import Checkpoints, PlainFile
 from mmprune_train.training.cluster import environment
 from mmprune_train.training.divergence import Divergence, broken_tensors
-from mmprune_train.training.features import stage_features
+from mmprune_train.training.features import askers, fill_for
 from mmprune_train.training.freezing import freezing_table, parts_of
 from mmprune_train.training.inputs import (
     evenly_chosen_images,
@@ -103,10 +103,13 @@ def run_stage(
             for part, modules in parts_of(model).items():
                 if part != "llm":
                     broadcast(modules, trainer.strategy.root_device, stay=True)
-        features = stage_features(config, name, model, records, precision.dtype, trainer)
+        device, ranks = trainer.strategy.root_device, ranks_of(trainer)
+        features, report = fill_for(config, name, model, askers(records), precision.dtype, device, ranks)
+        if trainer.is_global_zero:
+            print(f"feature cache: {report.line()}; {report.folder}", flush=True)
     tokenizer, image_tokens = processor.tokenizer, model.config.image_seq_length
-    ranks = trainer.global_rank, trainer.world_size
-    loader = stage_loader(config, name, tokenizer, image_tokens, *ranks, records, features)
+    mine = trainer.global_rank, trainer.world_size
+    loader = stage_loader(config, name, tokenizer, image_tokens, *mine, records, features)
     loader.dataset.check_cuts()
     if (start_from is None or start_from.new_projector) and config.projector.init == "matched" and not empty:
         if features is None:
