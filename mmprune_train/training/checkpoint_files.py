@@ -15,7 +15,6 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
-from typing import Any
 
 import torch
 
@@ -113,18 +112,14 @@ def read_index(checkpoint: Path) -> Index | None:
         return None
 
 
-def damage(checkpoint: Path, ranks: Ranks = ALONE, contents: bool = True) -> str | None:
-    """What is wrong with a checkpoint; None: it is as it was written. Every rank must call it, and reads its share.
-
-    Args:
-        contents: read the files, too; else only their sizes are compared.
-    """
+def damage(checkpoint: Path, ranks: Ranks = ALONE) -> str | None:
+    """What is wrong with a checkpoint; None: it is as it was written. Every rank must call it, and reads its share."""
     index = ranks.exchange(read_index(checkpoint))[0]
     if index is None:
         return f"no {INDEX} that can be read"
 
     def faults(share: Sequence[str]) -> list[str | None]:
-        return [fault_of(checkpoint, name, index.files[name], checksum_of if contents else None) for name in share]
+        return [fault_of(checkpoint, name, index.files[name], checksum_of) for name in share]
 
     rows = ranks.exchange(rows_fault(checkpoint.parent.parent / METRICS, index.metrics))[0]
     return next((fault for fault in (*ranks.all(faults, list(index.files)), rows) if fault is not None), None)
@@ -157,27 +152,22 @@ def remove(checkpoint: Path) -> None:
 def data_alone() -> Iterator[None]:
     """While this lasts torch.load makes tensors, plain containers and a few of DeepSpeed's records, and nothing else,
     also where its caller asks for more: DeepSpeed does."""
-    key = "TORCH_FORCE_WEIGHTS_ONLY_LOAD"
+    key, records = "TORCH_FORCE_WEIGHTS_ONLY_LOAD", []
+    if "deepspeed" in sys.modules:
+        from deepspeed.runtime.fp16.loss_scaler import DynamicLossScaler, LossScaler
+        from deepspeed.runtime.zero.config import ZeroStageEnum
+        from deepspeed.utils.tensor_fragment import fragment_address
+
+        records = [LossScaler, DynamicLossScaler, ZeroStageEnum, fragment_address]
     before = os.environ.get(key)
     os.environ[key] = "1"
     try:
-        with torch.serialization.safe_globals(_deepspeed_records()):
+        with torch.serialization.safe_globals(records):
             yield
     finally:
         os.environ.pop(key)
         if before is not None:
             os.environ[key] = before
-
-
-def _deepspeed_records() -> list[Any]:
-    """What DeepSpeed's files hold besides tensors; none where it is not in use."""
-    if "deepspeed" not in sys.modules:
-        return []
-    from deepspeed.runtime.fp16.loss_scaler import DynamicLossScaler, LossScaler
-    from deepspeed.runtime.zero.config import ZeroStageEnum
-    from deepspeed.utils.tensor_fragment import fragment_address
-
-    return [LossScaler, DynamicLossScaler, ZeroStageEnum, fragment_address]
 
 
 def _bring_to_disk(path: Path) -> Checksum:

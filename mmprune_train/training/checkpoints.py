@@ -27,7 +27,6 @@ from mmprune_train.training.checkpoint_files import (
     STATE,
     Index,
     all_checkpoints,
-    damage,
     name_of,
     read_index,
     remove,
@@ -94,7 +93,7 @@ class Checkpoints(StepWatch):
         """Write a checkpoint of the present step, unless it has one, or no step was applied yet (FSDP2 would make
         a state of the optimizer for it). Every rank must call this, between two steps.
 
-        Older ones are deleted when the new one is on disk, under its name, and every file has its size.
+        Older ones are deleted when the new one is on disk, under its name.
 
         Raises NotFinite where the trained weights are not finite: no checkpoint holds such.
         """
@@ -129,8 +128,6 @@ class Checkpoints(StepWatch):
         seal(temporary, Index(step, self.strategy, trainer.world_size, loss, metrics=rows), ranks_of(trainer))
         if trainer.is_global_zero:
             publish(temporary, final)
-            if fault := damage(final, contents=False):
-                raise RuntimeError(f"{final} is damaged as soon as it is written ({fault}); the older ones are kept")
             self._delete_older()
         trainer.strategy.barrier("after the checkpoint")
         self.saved_step, self.saved_at, self.losses = step, time.monotonic(), []

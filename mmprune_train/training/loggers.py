@@ -28,8 +28,6 @@ from mmprune_train.training.preemption import EXIT_CODE, Preempted, withheld
 
 PATIENCE = 30.0
 """Seconds that a run which is ended early waits for wandb. Our choice."""
-
-
 HERE = (Path("wandb/settings"), Path(".wandb/settings"))
 """Settings that wandb takes of the current folder, which may be somebody else's."""
 
@@ -148,7 +146,22 @@ def build_loggers(config: LoggerConfig, stage_dir: Path, run_name: str, resumed_
         seconds = config.tensorboard.flush_seconds
         loggers += [TensorBoardLogger(stage_dir, name="tensorboard", version="", purge_step=purge, flush_secs=seconds)]
     if config.wandb is not None:
-        loggers.append(_wandb(config.wandb, stage_dir, run_name, earlier))
+        os.environ.setdefault("WANDB_SILENT", "true")
+        offline = wandb_offline(config.wandb)
+        stage_dir.mkdir(parents=True, exist_ok=True)
+        run = WandbRun(
+            earlier,
+            project=config.wandb.project,
+            entity=config.wandb.entity,
+            name=run_name,
+            id=_wandb_id(run_name),
+            save_dir=stage_dir,
+            offline=offline,
+            mode="offline" if offline else "online",
+            tags=config.wandb.tags,
+            **({} if offline else {"resume": "allow"}),  # an offline run cannot ask the server what it has
+        )
+        loggers.append(run)
     return loggers
 
 
@@ -224,22 +237,3 @@ def _wandb_id(run_name: str) -> str:
     """The name without what wandb does not take, and short enough to be part of file names."""
     name = re.sub(r"[:;,#?/'%\\]", "-", run_name)
     return name if len(name) <= 120 else f"{name[:80]}-{hashlib.sha256(name.encode()).hexdigest()[:16]}"
-
-
-def _wandb(config: WandbConfig, stage_dir: Path, run_name: str, earlier: list[dict[str, Any]]) -> Logger:
-    os.environ.setdefault("WANDB_SILENT", "true")
-    offline = wandb_offline(config)
-    resume = {} if offline else {"resume": "allow"}  # an offline run cannot ask the server what it has
-    stage_dir.mkdir(parents=True, exist_ok=True)
-    return WandbRun(
-        earlier,
-        project=config.project,
-        entity=config.entity,
-        name=run_name,
-        id=_wandb_id(run_name),
-        save_dir=stage_dir,
-        offline=offline,
-        mode="offline" if offline else "online",
-        tags=config.tags,
-        **resume,
-    )
