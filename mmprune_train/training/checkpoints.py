@@ -71,17 +71,12 @@ class Checkpoints(StepWatch):
         step = trainer.global_step
         if self.metrics.latest["loss"] is not None:  # of a step that is not applied
             self.losses.append(self.metrics.latest["loss"])
-        every = self.config.checkpoint_every_steps
-        by_steps = every is not None and step % every == 0
-        if step == self.last or by_steps or self._time_is_up(trainer):
+        every, minutes = self.config.checkpoint_every_steps, self.config.save_every_minutes
+        due = step == self.last or (every is not None and step % every == 0)
+        if not due and minutes is not None:  # by the clock of rank 0, for all ranks
+            due = trainer.strategy.broadcast(time.monotonic() - self.saved_at >= 60 * minutes)
+        if due:
             self.save(trainer)
-
-    def _time_is_up(self, trainer: pl.Trainer) -> bool:
-        """By the clock of rank 0, for all ranks."""
-        minutes = self.config.save_every_minutes
-        if minutes is None:
-            return False
-        return bool(trainer.strategy.broadcast(time.monotonic() - self.saved_at >= 60 * minutes))
 
     def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
         if isinstance(exception, KeyboardInterrupt) and trainer.is_global_zero:
