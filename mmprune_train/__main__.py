@@ -15,7 +15,7 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from mmprune_train.config.command import SAME, Command
+from mmprune_train.config.command import AGAIN, SAME, Command
 from mmprune_train.config.renamed import refuse_former
 from mmprune_train.config.typed import readable
 from mmprune_train.current_folder import leave_out_in_children, search_last
@@ -135,7 +135,7 @@ def _what_follows(arguments: list[str]) -> str:
     """An interruption: training and sweeps go on where they were, other tasks begin anew."""
     tasks = [argument.partition("=")[2] for argument in arguments if argument.startswith("task=")]
     goes_on = tasks[-1:] in ([], ["train"]) or "-m" in arguments or "--multirun" in arguments
-    return f"{Command(tuple(arguments)).again} continues it" if goes_on else f"{SAME} starts it again"
+    return f"{AGAIN} continues it" if goes_on else f"{SAME} starts it again"
 
 
 if __name__ == "__main__":

@@ -59,20 +59,19 @@ def component_usage(kind: str, key: str, name: str) -> str:
     args = f"{key.removesuffix('.method')}.args" if kind == "budget" else f"{key}_args"
     lines = [f"{key}={name}: {KINDS[kind].told}{f' of package {one.package}' if one.package else ''}", ""]
     for paragraph in one.doc.split("\n\n"):
-        lines += [*textwrap.wrap(paragraph, 112, break_on_hyphens=False), ""]
+        lines += [*_wrapped(paragraph), ""]
     if one.needs:
         lines += [f"Needs an encoder with {' and '.join(one.needs)}.", ""]
     lines += [f"Parameters, each {args}.NAME=VALUE:" if one.parameters else "It has no parameters."]
     for parameter in one.parameters:
-        lines.append(f"  {parameter}")
-        lines += textwrap.wrap(parameter.doc, 108, initial_indent=" " * 6, subsequent_indent=" " * 6)
+        lines += [f"  {parameter}", *_wrapped(parameter.doc, 6, 108)]
     return "\n".join(lines)
 
 
 def task_usage(name: str) -> str:
     """Where a task writes, what it does, the keys that it reads, an example."""
     task = task_named(name)
-    lines = textwrap.wrap(f"task={name} writes {task.writes}", 112, break_on_hyphens=False)
+    lines = _wrapped(f"task={name} writes {task.writes}")
     lines += ["", f"It does: {task.help}", "", "Keys it reads:"]
     sections, keys = [], set(all_keys())
     for reads in task.reads or ():
@@ -81,18 +80,13 @@ def task_usage(name: str) -> str:
             sections.append(reads)
             continue
         for key in below or [first]:
-            lines.append(f"  {key.name}={as_typed(key.default)}")
-            lines += textwrap.wrap(
-                key.says, 108, initial_indent=" " * 6, subsequent_indent=" " * 6, break_on_hyphens=False
-            )
+            lines += [f"  {key.name}={as_typed(key.default)}", *_wrapped(key.says, 6, 108)]
     if sections:
-        lines += textwrap.wrap(
-            f"and those of {', '.join(sections)} (--cfg job prints them)", initial_indent="  ", subsequent_indent="  "
-        )
+        lines += _wrapped(f"and those of {', '.join(sections)} (--cfg job prints them)", 2, 70)
     more = [reads for reads in task.without_ckpt if reads not in (task.reads or ()) and reads in keys]
     if more:
         says = f"without ckpt= also {', '.join(more)}: they say what is built, or which run is meant"
-        lines += textwrap.wrap(says, 112, initial_indent="  ", subsequent_indent="  ")
+        lines += _wrapped(says, 2)
     lines.append(f"  as every task: +experiment=NAME, {', '.join(key for key in ANYWHERE if key != 'experiment')}")
     lines += ["", "Example:", f"  {task.example}", "", "mmprune --help lists all tasks and config groups."]
     return "\n".join(lines)
@@ -120,6 +114,11 @@ def all_tasks() -> str:
             told = [_told(one, one.default_for == key) for one in declared()[kind].values()]
             lines += textwrap.wrap("  ".join(told), 100, initial_indent=f"  {key}  ", subsequent_indent=" " * 6)
     return "\n".join([*lines, "", _EXAMPLES])
+
+
+def _wrapped(text: str, indent: int = 0, width: int = 112) -> list[str]:
+    margin = " " * indent
+    return textwrap.wrap(text, width, initial_indent=margin, subsequent_indent=margin, break_on_hyphens=False)
 
 
 def _told(one: Component, chosen: bool) -> str:

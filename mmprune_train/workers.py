@@ -87,23 +87,13 @@ def _outlive_signals(worker: int) -> None:
     threading.Thread(target=end_with_parent, daemon=True).start()
 
 
-def _alone(value: Any) -> list[Any]:
-    return [value]
-
-
-@dataclass(frozen=True)
-class _Failed:
-    rank: int
-    why: str
-
-
 @dataclass(frozen=True)
 class Ranks:
     """This process among those that share the work."""
 
     rank: int = 0
     world: int = 1
-    exchange: Callable[[Any], list[Any]] = _alone
+    exchange: Callable[[Any], list[Any]] = lambda value: [value]
     """A picklable value of each rank -> the values of all, by rank; every rank must call it."""
 
     def share(self, items: Sequence[Item]) -> Sequence[Item]:
@@ -116,18 +106,18 @@ class Ranks:
         Where one fails all do, so that none waits for another that has stopped: by the first rank's UserError, else by
         a RuntimeError that names the rank, whose own error says more.
         """
-        mine: Item | UserError | _Failed
+        mine: Item | UserError | RuntimeError
         own: Exception | None = None
         try:
             mine = caught(work)
         except Exception as error:
-            mine, own = _Failed(self.rank, f"{type(error).__name__}: {error}"), error
+            mine, own = RuntimeError(f"rank {self.rank} failed: {type(error).__name__}: {error}"), error
         found: list[Any] = self.exchange(mine)
         if own is not None:
             raise own
         for value in map(told, found):
-            if isinstance(value, _Failed):
-                raise RuntimeError(f"rank {value.rank} failed: {value.why}")
+            if isinstance(value, RuntimeError):
+                raise value
         return found
 
     def all(self, part: Callable[[Sequence[Any]], Sequence[Item]], items: Sequence[Any]) -> list[Item]:
@@ -136,3 +126,7 @@ class Ranks:
         for rank, found in enumerate(self.each(lambda: part(self.share(items)))):
             results[rank :: self.world] = found
         return results
+
+
+ALONE = Ranks()
+"""One process that shares the work with no other."""

@@ -20,6 +20,7 @@ from mmprune_train.config.ranges import check_folder_name, check_values
 from mmprune_train.config.schema import Config, DataConfig, OptimConfig, StageConfig
 from mmprune_train.config.task_schema import ReportConfig, SweepConfig
 from mmprune_train.config.values import one_of
+from mmprune_train.devices import CPU, DEVICES
 from mmprune_train.errors import UserError, unknown_name
 
 STRATEGIES = (
@@ -32,11 +33,6 @@ BENCHED = ("train", "generate", "selection", "lengths")
 ATTENTION = ("auto", "flash_4", "flash_3", "flash_2", "torch_varlen", "flex", "cpu_flash", "sdpa_per_sample")
 CACHING_TASKS = ("train", "prepare", "plan")
 """Tasks that `trainer.feature_cache` concerns."""
-DEVICES = (
-    "b200_180gb", "h200_141gb", "h100_80gb", "h100_pcie_80gb", "h100_nvl_94gb", "a100_80gb", "a100_40gb", "l40s_48gb",
-    "rtx_a6000_48gb", "rtx4090_24gb", "rtx3090_24gb", "l4_24gb", "a10_24gb", "cpu",
-)  # fmt: skip
-"""Names of `plan.device`."""
 DIRECTIONS = ("maximize", "minimize")
 TAKEN = {*dir(DataConfig), *(item.name for item in dataclasses.fields(DataConfig))} - {"pretrain", "instruct"}
 TAKEN |= {"bench", "calibrate", "check_data", "export", "generate", "inspect", "plan", "prepare", "report", "stages"}
@@ -178,7 +174,7 @@ def _check_run(config: Config) -> None:
     one_of("evaluate.turns", evaluate.turns, ("all", "first"))
     _check_bench(config)
     _check_calibrate(config)
-    one_of("plan.device", config.plan.device, (*DEVICES, None))
+    one_of("plan.device", config.plan.device, (*DEVICES, CPU, None))
     check_sweep(config.sweep)
     _check_report(config.report)
     if config.logger.wandb is not None:

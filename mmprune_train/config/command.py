@@ -13,6 +13,8 @@ if TYPE_CHECKING:
     from hydra._internal.config_repository import ConfigRepository
 
 SAME = "the same command"
+AGAIN = f"{SAME} (without restart=true)"
+"""What continues a run, in words: `restart=true`, given again, would move it aside."""
 
 
 @dataclass(frozen=True)
@@ -53,12 +55,6 @@ class Command:
     def names(self, *sections: str) -> bool:
         """Whether one of these sections of the config, or a key in it, was asked for."""
         return not {group_of(key) for key in self.keys}.isdisjoint(sections)
-
-    @property
-    def again(self) -> str:
-        """What continues the run of this command, in words: `restart=true`, given again, would move it aside."""
-        restarts = any(override.lstrip("+").lower() == "restart=true" for override in self.overrides)
-        return f"{SAME} without restart=true" if restarts else SAME
 
 
 def _repository(sources: Sequence[str]) -> ConfigRepository:

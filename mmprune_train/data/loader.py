@@ -41,6 +41,7 @@ class TrainLoader:
 
     def __post_init__(self) -> None:
         self.most = self.batches.size // self.world
+        """Micro-batches that an optimizer step may have."""
         if self.num_workers:  # set before the fork, or the tokenizers library warns in every worker
             os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 

@@ -32,7 +32,9 @@ def image_digests(images: Mapping[Path, str], root: Path, ranks: Ranks) -> dict[
     Raises:
         UserError: a file is missing or cannot be read.
     """
-    index = _load(root / INDEX)
+    index: dict[str, Known] = {}
+    with suppress(ValueError, TypeError):  # one that is damaged: all files are read
+        index = {path: Known(*known) for path, known in (read_json(root / INDEX) or {}).items()}
     names = {path: str(path.absolute()) for path in images}
 
     def known(paths: Sequence[Path]) -> list[Known]:
@@ -54,10 +56,3 @@ def _look(path: Path, before: Known | None, asker: str) -> Known:
         return Known(now.st_size, now.st_mtime_ns, sha256_of(path))
     except OSError as error:
         raise unreadable(path, asker, error) from None
-
-
-def _load(file: Path) -> dict[str, Known]:
-    try:
-        return {path: Known(*known) for path, known in (read_json(file) or {}).items()}
-    except (ValueError, TypeError):
-        return {}

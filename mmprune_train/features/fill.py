@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -35,7 +35,7 @@ from mmprune_train.packed.patches import Patches
 from mmprune_train.progress import progress
 from mmprune_train.storage.assets import say
 from mmprune_train.storage.files import write_json
-from mmprune_train.workers import Ranks, read_by_workers
+from mmprune_train.workers import ALONE, Ranks, read_by_workers
 
 
 @dataclass(frozen=True)
@@ -86,7 +86,7 @@ def fill(
     dtype: torch.dtype,
     device: torch.device,
     num_workers: int = 0,
-    ranks: Ranks | None = None,
+    ranks: Ranks = ALONE,
     shard_bytes: int = SHARD_BYTES,
 ) -> tuple[ImageFeatures, Report]:
     """Every image's features, those that were missing encoded and written first.
@@ -102,13 +102,11 @@ def fill(
         images: path -> who asks for it, for errors.
         reader: path -> pixels.
         dtype: bfloat16 computes under autocast; features are stored in it.
-        device: where to encode.
         num_workers: processes that read images.
     Raises:
         UserError: an image is missing or broken, or its features are not finite, or the folder cannot be written or is
             not shared.
     """
-    ranks = ranks or Ranks()
     began = time.perf_counter()
     folder = root / folder_name(name, settings)
     try:
@@ -127,10 +125,12 @@ def fill(
 
     def encode(share: Sequence[str]) -> list[Shard]:
         title = f"features (1 of {ranks.world} processes)" if ranks.world > 1 else "features"
-        chunks = read_chunks([(digest, missing[digest]) for digest in share], images, reader, size, num_workers)
+        items = [(digest, missing[digest]) for digest in share]
+        indices = BatchSampler(range(len(items)), size, drop_last=False)
+        chunks = read_by_workers(partial(_chunk, items, images, reader), indices, num_workers)
         if ranks.rank == 0:
             chunks = progress(chunks, title, total=-(-len(share) // size))
-        with ShardWriter(folder, shard_bytes) as writer, encoder_of(model, dtype, device) as encoder:
+        with closing(ShardWriter(folder, shard_bytes)) as writer, encoder_of(model, dtype, device) as encoder:
             for names, pixels in chunks:
                 patches = encoder(pixels)
                 refuse_broken(patches, [missing[name] for name in names])
@@ -222,16 +222,9 @@ def encoder_of(model: ImageSide, dtype: torch.dtype, device: torch.device) -> It
             part.to(place)
 
 
-def read_chunks(
-    items: Sequence[tuple[str, Path]], askers: Mapping[Path, str], reader: ImageReader, size: int, num_workers: int
-) -> Iterator[tuple[list[str], Tensor]]:
-    """Digests and pixels [I, 3, H, W] of images, `size` at a time."""
-    chunks = BatchSampler(range(len(items)), size, drop_last=False)
-    return read_by_workers(partial(_chunk, items, askers, reader), chunks, num_workers)
-
-
 def _chunk(
     items: Sequence[tuple[str, Path]], askers: Mapping[Path, str], reader: ImageReader, indices: Sequence[int]
 ) -> tuple[list[str], Tensor]:
+    """Digests and pixels [I, 3, H, W] of some of the images."""
     digests, paths = zip(*(items[index] for index in indices), strict=True)
     return list(digests), torch.stack([reader(path, askers[path]) for path in paths])

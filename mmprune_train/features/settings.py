@@ -15,7 +15,6 @@ import torch
 from torch import nn
 
 from mmprune_train.config.pruner import places, projects
-from mmprune_train.config.pruner_schema import VisionStageConfig
 from mmprune_train.errors import UserError
 from mmprune_train.model.images import ImageSide
 from mmprune_train.storage.assets import sha256_of
@@ -48,6 +47,7 @@ def feature_settings(model: ImageSide, preparation: Mapping[str, Any], dtype: to
     """
     tower: Any = model.hf.model.vision_tower
     stage = model.pruner.settings.vision
+    decides = {key: value for key, value in asdict(stage).items() if key != "positions"}  # which are given later
     return {
         "format": FORMAT,
         "encoder": _plain(tower.config.to_dict()),
@@ -55,20 +55,13 @@ def feature_settings(model: ImageSide, preparation: Mapping[str, Any], dtype: to
         "feature_layer": model.config.vision_feature_layer,
         "patches_without_cls": model.config.vision_feature_select_strategy == "default",
         "image_preparation": _plain(preparation),
-        "stage_1": stage_settings(stage),
+        "stage_1": decides if stage.enabled else "off: every patch is kept",
         "stage_1_code_sha256": {place: _source_hash(place) for place in places(model.pruner.settings, "pruner.vision")},
         "projector_weights_sha256": weights_hash(model.hf.model.multi_modal_projector) if projects(stage) else None,
         "code_sha256": {name: _source_hash(name) for name in CODE},
         "dtype": str(dtype).removeprefix("torch."),
         "libraries": {name: version(name) for name in LIBRARIES},
     }
-
-
-def stage_settings(stage: VisionStageConfig) -> dict[str, Any] | str:
-    """Stage 1 as far as it decides what is kept: position ids are given later."""
-    if not stage.enabled:
-        return "off: every patch is kept"
-    return {key: value for key, value in asdict(stage).items() if key != "positions"}
 
 
 def folder_name(name: str, settings: Mapping[str, object]) -> str:

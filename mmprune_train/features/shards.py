@@ -14,7 +14,6 @@ from contextlib import suppress
 from dataclasses import asdict, dataclass, field
 from hashlib import sha256
 from pathlib import Path
-from types import TracebackType
 
 import torch
 from safetensors.torch import save
@@ -96,7 +95,7 @@ def remove_leftovers(folder: Path) -> None:
 
 @dataclass(eq=False)
 class ShardWriter:
-    """Collects images and writes them shard by shard; leaving it, whatever for, writes what is left."""
+    """Collects images and writes them shard by shard; closing it writes what is left."""
 
     folder: Path
     limit: int = SHARD_BYTES
@@ -116,9 +115,9 @@ class ShardWriter:
         self._order += [row.to("cpu", small) for row in patches.entering]
         self._bytes += self._chosen[-1].nbytes
         if self._bytes >= self.limit or time.monotonic() - self._began > self.seconds:
-            self.flush()
+            self.close()
 
-    def flush(self) -> None:
+    def close(self) -> None:
         """Write what is collected. Raises UserError where the folder cannot be written."""
         if not self._images:
             return
@@ -144,11 +143,3 @@ class ShardWriter:
         self._order: list[Tensor] = []
         self._bytes = 0
         self._began = time.monotonic()
-
-    def __enter__(self) -> ShardWriter:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self.flush()

@@ -30,11 +30,9 @@ class ImageFeatures:
     ) -> None:
         """
         Args:
-            folder: of the shards.
             images: path -> SHA-256 of the file, all of which are in the shards.
             patches: N, of an image.
             width: D, of a feature.
-            dtype: theirs.
         """
         self.folder = folder
         self.names = [shard.name for shard in shards]

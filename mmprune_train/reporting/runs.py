@@ -19,7 +19,7 @@ from mmprune_train.errors import UserError
 from mmprune_train.reporting.evaluation import asked_apart
 from mmprune_train.reporting.results import numbers
 from mmprune_train.reporting.sweeps import JobRecord, read_records, varying
-from mmprune_train.storage.files import PUT_BACK, damaged, read_jsonl, read_yaml
+from mmprune_train.storage.files import PUT_BACK, damaged, read_yaml, rows_of
 from mmprune_train.storage.run_files import METRICS, MISSHAPEN, read_manifest, read_result, rows_fault, rows_written
 
 HIDDEN = frozenset(NOT_DECISIVE - {"knee", "stages", "data.evaluate"}) | {"data.how_to_get", "data.root"}
@@ -164,7 +164,7 @@ def _whole(run: Run, read: Callable[[], Any], otherwise: Any) -> Any:
 def _rows(stage: Path) -> list[dict[str, Any]]:
     """Rows of a stage's metrics.jsonl, each with all numbers of the first."""
     file = stage / METRICS
-    rows = read_jsonl(file)
+    rows = list(rows_of(file))
     if fault := rows_fault(file, rows_written(stage)):
         raise UserError(f"{stage}: {fault}; {PUT_BACK}")
     for number, row in enumerate(rows, 1):

@@ -70,20 +70,14 @@ def as_checksums(found: Any) -> dict[str, Checksum]:
     return checksums
 
 
-def fault_of(
-    folder: Path, name: str, checksum: Checksum, read: Callable[[Path], Checksum] | None = checksum_of
-) -> str | None:
-    """How a file differs from its checksum; None: it does not.
-
-    Args:
-        read: None: its size alone is compared.
-    """
+def fault_of(folder: Path, name: str, checksum: Checksum, read: Callable[[Path], Checksum]) -> str | None:
+    """How a file differs from its checksum, as `read` takes it; None: it does not."""
     path = folder / name
     if not path.is_file():
         return f"{name} is missing"
     if (size := path.stat().st_size) != checksum.bytes:
         return f"{name} has {size} of {checksum.bytes} bytes"
-    if read is not None and read(path) != checksum:
+    if read(path) != checksum:
         return f"{name} has other bytes than were written"
     return None
 

@@ -116,17 +116,13 @@ def check_yaml_files(folder: Path) -> None:
             read_yaml(path)
 
 
-def read_jsonl(path: Path) -> list[dict[str, Any]]:
-    """Objects of a JSONL file; a last line without its end, which a kill cut off, is left out.
+def rows_of(path: Path) -> Iterator[dict[str, Any]]:
+    """Objects of a JSONL file, one by one: what comes after the last that is asked for is not looked at. A last line
+    without its end, which a kill cut off, is left out.
 
     Raises:
         UserError: another line is damaged.
     """
-    return list(rows_of(path))
-
-
-def rows_of(path: Path) -> Iterator[dict[str, Any]]:
-    """As `read_jsonl`, one by one: what comes after the last that is asked for is not looked at."""
     try:
         lines = read_bytes(path).split(b"\n") if path.is_file() else []
     except OSError as error:

@@ -21,7 +21,7 @@ from mmprune_train.planning.remedies import first_that_fits
 from mmprune_train.planning.report import fits, longest, of_stage, stage_text, verdict
 from mmprune_train.planning.samples import StageSamples, stage_samples
 from mmprune_train.quiet import quiet
-from mmprune_train.storage.files import read_jsonl, write_json
+from mmprune_train.storage.files import rows_of, write_json
 from mmprune_train.storage.locks import publishing
 from mmprune_train.training.precision import choose_precision
 from mmprune_train.training.starts import start_of
@@ -130,7 +130,7 @@ def budget_share(config: Config, name: str, data: StageSamples) -> tuple[float, 
         return 1.0, "exact, the budgets are fixed"
     keep, source = config.plan.keep, "plan.keep"
     if keep is None:
-        rows = read_jsonl(run_dir(config) / name / "metrics.jsonl")
+        rows = list(rows_of(run_dir(config) / name / "metrics.jsonl"))
         keep = fmean(row["visual_keep_ratio"] for row in rows) if rows else HEADLINE
         source = f"measured by {run_dir(config) / name}" if rows else "ASSUMED, the method's headline; set plan.keep"
     depth = int(arch_config("llm.arch", config.llm.arch).num_hidden_layers)

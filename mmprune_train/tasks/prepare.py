@@ -63,7 +63,7 @@ def prepare_features(config: Config) -> dict[str, Report]:
     from mmprune_train.quiet import quiet
     from mmprune_train.training.features import askers, fill_for
     from mmprune_train.training.freezing import store_frozen
-    from mmprune_train.training.inputs import stage_records
+    from mmprune_train.training.inputs import stage_annotations
     from mmprune_train.training.precision import choose_accelerator, choose_precision
     from mmprune_train.training.starts import begins_anew, start_of
 
@@ -84,7 +84,7 @@ def prepare_features(config: Config) -> dict[str, Report]:
             tower = tower_of(config, start_of(config, None, begun)).eval().requires_grad_(False)
             store_frozen(tower, precision.dtype)
             model = build_on_meta(config, tower)
-        images = askers([record for name in names for record in stage_records(config, name)])
+        images = askers([record for name in names for record in stage_annotations(config, name).records])
         _, report = fill_for(config, names[0], model, images, precision.dtype, torch.device(accelerator))
         reports[" and ".join(names)] = report
     return reports

@@ -82,7 +82,7 @@ def _make(
 
     end_with_parent()
     join(config.trainer.devices)
-    with Preemption(command.again) as preemption:
+    with Preemption() as preemption:
         from mmprune_train.tasks.preflight import check_inputs
 
         check_inputs(config, todo, asked is not None, command)
@@ -136,7 +136,7 @@ def _train(config: Config, directory: RunDirectory, todo: list[str], main: bool,
             print(f"\n{name} starts from {words}", flush=True)
         if main or not config.restart:  # what the others see may be the old run, on its way aside
             note_start(directory, name, start)
-        run_stage(config, name, directory, start, preemption, preemption.again)
+        run_stage(config, name, directory, start, preemption)
 
 
 NOT_TOLD = ("state", "start", "data", "components", "files")

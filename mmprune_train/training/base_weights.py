@@ -30,28 +30,23 @@ def base_weights(config: Config, recorded: Mapping[str, Entry], parts: Collectio
     Raises:
         UserError: a part is not what the run was begun with.
     """
-    find: dict[str, Callable[[], Path | None]] = {
-        "encoder": lambda: base_folder(config.encoder),
-        "llm": lambda: base_folder(config.llm),
-        "text": lambda: None if config.encoder.text is None else base_folder(config.encoder.text),
+    encoder, llm, tower = config.encoder, config.llm, config.encoder.text
+    find: dict[str, tuple[str, Callable[[], Path | None]]] = {
+        "encoder": (encoder.name, lambda: base_folder(encoder)),
+        "llm": (llm.name, lambda: base_folder(llm)),
+        "text": (f"text tower of {encoder.name}", lambda: None if tower is None else base_folder(tower)),
     }
-    folders = {part: get() for part, get in find.items() if part in parts}
-    names = {"encoder": config.encoder.name, "llm": config.llm.name, "text": f"text tower of {config.encoder.name}"}
     entries = dict(recorded)
-    for part, folder in folders.items():
-        if folder is None:
-            entries[part] = {"name": names[part], "source": f"random, seed {config.seed}"}
-        else:
-            entries[part] = {"name": names[part], **unchanged(part, folder, recorded.get(part))}
+    for part, (name, get) in find.items():
+        if part in parts:
+            random = {"source": f"random, seed {config.seed}"}
+            found = unchanged(part, folder, recorded.get(part)) if (folder := get()) else random
+            entries[part] = {"name": name, **found}
     return entries
 
 
 def unchanged(
-    part: str,
-    folder: Path,
-    recorded: Mapping[str, Any] | None,
-    say: Callable[[str], None] = print,
-    files: Sequence[Path] | None = None,
+    part: str, folder: Path, recorded: Mapping[str, Any] | None, files: Sequence[Path] | None = None
 ) -> Entry:
     """Source, hash and stamps of the weights in a folder.
 
@@ -61,7 +56,6 @@ def unchanged(
     Args:
         part: what they are, for the message.
         recorded: the same of an earlier start.
-        say: told when reading takes long.
         files: of weights; None: those of a Hugging Face folder.
     Raises:
         UserError: they are not those recorded.
@@ -72,7 +66,7 @@ def unchanged(
     if "sha256" in recorded and recorded.get("stamps") == stamps:
         return {"source": folder.name, "sha256": recorded["sha256"], "stamps": stamps}
     if (size := sum(file.stat().st_size for file in files)) >= LONG:
-        say(f"reading the weights of {part} for their checksum ({size / 1e9:.1f} GB)")
+        print(f"reading the weights of {part} for their checksum ({size / 1e9:.1f} GB)", flush=True)
     found = hash_of(files)
     if recorded.get("sha256", found) != found:
         raise UserError(

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pytorch_lightning as pl
-from pytorch_lightning.callbacks import TQDMProgressBar
+from tqdm import tqdm
 
 from mmprune_train.storage.files import json_text
 from mmprune_train.storage.run_files import keep_steps
@@ -89,8 +89,8 @@ class MetricsWriter(StepWatch):
 
 
 @dataclass(eq=False)
-class PlainProgress(StepWatch):
-    """One line every `every` steps, where there is no terminal to draw a bar on."""
+class Progress(StepWatch):
+    """A bar over the stage's optimizer steps on a terminal; elsewhere one line every `every` steps."""
 
     stage: str
     total_steps: int
@@ -98,75 +98,35 @@ class PlainProgress(StepWatch):
     metrics: MetricsWriter
     began: float = 0.0
     first: int = 0
+    bar: Any = None
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         super().on_train_start(trainer, pl_module)
         self.began, self.first = time.perf_counter(), trainer.global_step
+        if trainer.is_global_zero and sys.stdout.isatty() and sys.stderr.isatty():
+            shown = "{l_bar}{bar}| {n}/{total}{postfix}"
+            self.bar = tqdm(desc=self.stage, total=self.total_steps, initial=self.first, bar_format=shown)
 
     def on_step_end(self, trainer: pl.Trainer, pl_module: Any) -> None:
-        step = trainer.global_step
-        if trainer.is_global_zero and (step % self.every == 0 or step in (self.first + 1, self.total_steps)):
-            row = self.metrics.latest
-            each = (time.perf_counter() - self.began) / (step - self.first)
-            print(
-                f"{self.stage} {step}/{self.total_steps}  loss {loss_of(row)}  lr {row['lr']:.2e}  "
-                f"kept {row['keep_ratio']:.3f}  {each:.2f} s/step{waiting(row)}  MFU {row['mfu']:.2f}  "
-                f"{cut(row)}{(self.total_steps - step) * each:.0f} s left",
-                flush=True,
-            )
+        step, row = trainer.global_step, self.metrics.latest
+        due = self.bar is not None or step % self.every == 0 or step in (self.first + 1, self.total_steps)
+        if not trainer.is_global_zero or not due:
+            return
+        each = (time.perf_counter() - self.began) / (step - self.first)
+        loss = "not finite" if row["loss"] is None else f"{row['loss']:.4f}"
+        share = row["data_seconds"] / row["step_seconds"]
+        waiting = f" ({100 * share:.0f} % waiting for data)" if share >= 0.05 else ""
+        cut = f"{row['samples_truncated']} of {row['samples']} samples cut  " if row["samples_truncated"] else ""
+        told = (
+            f"loss {loss}  lr {row['lr']:.2e}  kept {row['keep_ratio']:.3f}  {each:.2f} s/step{waiting}  "
+            f"MFU {row['mfu']:.2f}  {cut}{(self.total_steps - step) * each:.0f} s left"
+        )
+        if self.bar is None:
+            print(f"{self.stage} {step}/{self.total_steps}  {told}", flush=True)
+        else:
+            self.bar.set_postfix_str(told, refresh=False)
+            self.bar.update()
 
-
-def loss_of(row: dict[str, Any]) -> str:
-    return "not finite" if row["loss"] is None else f"{row['loss']:.4f}"
-
-
-def waiting(row: dict[str, Any]) -> str:
-    """The step's share of waiting for data, where it is worth a word."""
-    share = row["data_seconds"] / row["step_seconds"]
-    return f" ({100 * share:.0f} % waiting for data)" if share >= 0.05 else ""
-
-
-def cut(row: dict[str, Any]) -> str:
-    """Samples of the step that `max_length` cut, where there are any."""
-    return f"{row['samples_truncated']} of {row['samples']} samples cut  " if row["samples_truncated"] else ""
-
-
-class StepBar(TQDMProgressBar):
-    """Lightning's bar over the stage's optimizer steps, with the latest one's loss and share of tokens kept."""
-
-    def __init__(self, stage: str, total_steps: int, metrics: MetricsWriter) -> None:
-        super().__init__(refresh_rate=1)
-        self.stage = stage
-        self.total_steps = total_steps
-        self.metrics = metrics
-
-    def get_metrics(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> dict[str, Any]:
-        row = self.metrics.latest
-        if not row:
-            return {}
-        wait = f"{row['data_seconds'] / row['step_seconds']:.0%}"
-        return {
-            "loss": loss_of(row), "kept": f"{row['keep_ratio']:.3f}", "mfu": f"{row['mfu']:.2f}",
-            "data": wait, "step": row["step"],
-        }  # fmt: skip
-
-    @property
-    def total_train_batches(self) -> int:
-        return self.total_steps
-
-    def on_train_batch_end(
-        self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
-    ) -> None:
-        if batch.place.last:  # the bar counts from 0
-            super().on_train_batch_end(trainer, pl_module, outputs, batch, batch.place.step)
-
-    def on_train_epoch_start(self, trainer: pl.Trainer, *args: Any) -> None:
-        super().on_train_epoch_start(trainer, *args)
-        self.train_progress_bar.set_description(self.stage)
-
-
-def progress(stage: str, total_steps: int, every: int, metrics: MetricsWriter) -> pl.Callback:
-    """A bar on a terminal, plain lines elsewhere."""
-    if sys.stdout.isatty() and sys.stderr.isatty():
-        return StepBar(stage, total_steps, metrics)
-    return PlainProgress(stage, total_steps, every, metrics)
+    def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        if self.bar is not None:
+            self.bar.close()

@@ -15,7 +15,6 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
-from typing import Any
 
 import torch
 
@@ -24,7 +23,7 @@ from mmprune_train.storage.atomic import sync, unfinished
 from mmprune_train.storage.checksums import Checksum, as_checksums, checksum_of, fault_of, files_in
 from mmprune_train.storage.files import read_json, write_json
 from mmprune_train.storage.run_files import METRICS, rows_fault
-from mmprune_train.workers import Ranks
+from mmprune_train.workers import ALONE, Ranks
 
 PATTERN = re.compile(r"step-(\d+)\.ckpt")
 STATE = "state"
@@ -64,7 +63,7 @@ def all_checkpoints(folder: Path) -> list[Path]:
     return sorted((path for path in folder.glob("*.ckpt") if PATTERN.fullmatch(path.name)), key=step_of)
 
 
-def last_checkpoint(folder: Path, ranks: Ranks | None = None) -> Path | None:
+def last_checkpoint(folder: Path, ranks: Ranks = ALONE) -> Path | None:
     """The newest whole checkpoint, every byte of it read; None: there is no checkpoint at all.
 
     Every rank must call it, and reads its share. Rank 0 tells which damaged ones are passed over.
@@ -72,7 +71,6 @@ def last_checkpoint(folder: Path, ranks: Ranks | None = None) -> Path | None:
     Raises:
         UserError: there are checkpoints, and none is whole.
     """
-    ranks = ranks or Ranks()
     damaged: list[str] = []
     for checkpoint in reversed(ranks.exchange(all_checkpoints(folder))[0]):
         fault = damage(checkpoint, ranks)
@@ -114,19 +112,14 @@ def read_index(checkpoint: Path) -> Index | None:
         return None
 
 
-def damage(checkpoint: Path, ranks: Ranks | None = None, contents: bool = True) -> str | None:
-    """What is wrong with a checkpoint; None: it is as it was written. Every rank must call it, and reads its share.
-
-    Args:
-        contents: read the files, too; else only their sizes are compared.
-    """
-    ranks = ranks or Ranks()
+def damage(checkpoint: Path, ranks: Ranks = ALONE) -> str | None:
+    """What is wrong with a checkpoint; None: it is as it was written. Every rank must call it, and reads its share."""
     index = ranks.exchange(read_index(checkpoint))[0]
     if index is None:
         return f"no {INDEX} that can be read"
 
     def faults(share: Sequence[str]) -> list[str | None]:
-        return [fault_of(checkpoint, name, index.files[name], checksum_of if contents else None) for name in share]
+        return [fault_of(checkpoint, name, index.files[name], checksum_of) for name in share]
 
     rows = ranks.exchange(rows_fault(checkpoint.parent.parent / METRICS, index.metrics))[0]
     return next((fault for fault in (*ranks.all(faults, list(index.files)), rows) if fault is not None), None)
@@ -159,27 +152,22 @@ def remove(checkpoint: Path) -> None:
 def data_alone() -> Iterator[None]:
     """While this lasts torch.load makes tensors, plain containers and a few of DeepSpeed's records, and nothing else,
     also where its caller asks for more: DeepSpeed does."""
-    key = "TORCH_FORCE_WEIGHTS_ONLY_LOAD"
+    key, records = "TORCH_FORCE_WEIGHTS_ONLY_LOAD", []
+    if "deepspeed" in sys.modules:
+        from deepspeed.runtime.fp16.loss_scaler import DynamicLossScaler, LossScaler
+        from deepspeed.runtime.zero.config import ZeroStageEnum
+        from deepspeed.utils.tensor_fragment import fragment_address
+
+        records = [LossScaler, DynamicLossScaler, ZeroStageEnum, fragment_address]
     before = os.environ.get(key)
     os.environ[key] = "1"
     try:
-        with torch.serialization.safe_globals(_deepspeed_records()):
+        with torch.serialization.safe_globals(records):
             yield
     finally:
         os.environ.pop(key)
         if before is not None:
             os.environ[key] = before
-
-
-def _deepspeed_records() -> list[Any]:
-    """What DeepSpeed's files hold besides tensors; none where it is not in use."""
-    if "deepspeed" not in sys.modules:
-        return []
-    from deepspeed.runtime.fp16.loss_scaler import DynamicLossScaler, LossScaler
-    from deepspeed.runtime.zero.config import ZeroStageEnum
-    from deepspeed.utils.tensor_fragment import fragment_address
-
-    return [LossScaler, DynamicLossScaler, ZeroStageEnum, fragment_address]
 
 
 def _bring_to_disk(path: Path) -> Checksum:

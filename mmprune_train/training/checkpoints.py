@@ -18,7 +18,8 @@ import pytorch_lightning as pl
 import torch
 from lightning_fabric.plugins import TorchCheckpointIO
 
-from mmprune_train.config.command import SAME
+from mmprune_train.config.command import AGAIN
+from mmprune_train.config.schema import TrainerConfig
 from mmprune_train.storage.atomic import publish, sync, unfinished
 from mmprune_train.storage.checksums import checksum_of
 from mmprune_train.training.callbacks import MetricsWriter, StepWatch
@@ -26,7 +27,6 @@ from mmprune_train.training.checkpoint_files import (
     STATE,
     Index,
     all_checkpoints,
-    damage,
     name_of,
     read_index,
     remove,
@@ -52,16 +52,8 @@ class Checkpoints(StepWatch):
     """Its name, which a checkpoint records."""
     last: int
     """The stage's last step, which is always saved."""
-    every_steps: int | None
-    """Optimizer steps between two; None: by time alone."""
-    every_minutes: float | None = None
-    """Minutes after which the step that ends is saved; None: by steps alone."""
-    keep: int = 2
-    """How many of the newest stay."""
-    keep_best: bool = False
-    """The one with the lowest mean training loss since the one before it stays, too."""
-    again: str = SAME
-    """What continues the run, in words."""
+    config: TrainerConfig
+    """When to save, and what to keep."""
     saved_step: int = 0
     """A stage's start needs no checkpoint."""
     saved_at: float = 0.0
@@ -79,34 +71,31 @@ class Checkpoints(StepWatch):
         step = trainer.global_step
         if self.metrics.latest["loss"] is not None:  # of a step that is not applied
             self.losses.append(self.metrics.latest["loss"])
-        by_steps = self.every_steps is not None and step % self.every_steps == 0
-        if step == self.last or by_steps or self._time_is_up(trainer):
+        every, minutes = self.config.checkpoint_every_steps, self.config.save_every_minutes
+        due = step == self.last or (every is not None and step % every == 0)
+        if not due and minutes is not None:  # by the clock of rank 0, for all ranks
+            due = trainer.strategy.broadcast(time.monotonic() - self.saved_at >= 60 * minutes)
+        if due:
             self.save(trainer)
-
-    def _time_is_up(self, trainer: pl.Trainer) -> bool:
-        """By the clock of rank 0, for all ranks."""
-        if self.every_minutes is None:
-            return False
-        return bool(trainer.strategy.broadcast(time.monotonic() - self.saved_at >= 60 * self.every_minutes))
 
     def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
         if isinstance(exception, KeyboardInterrupt) and trainer.is_global_zero:
             done = all_checkpoints(self.folder)
             kept = f"after step {step_of(done[-1])}" if done else "from the stage's start"
-            print(f"\ninterrupted; {self.again} continues {kept}", flush=True)
+            print(f"\ninterrupted; {AGAIN} continues {kept}", flush=True)
 
     def save(self, trainer: pl.Trainer) -> None:
         """Write a checkpoint of the present step, unless it has one, or no step was applied yet (FSDP2 would make
         a state of the optimizer for it). Every rank must call this, between two steps.
 
-        Older ones are deleted when the new one is on disk, under its name, and every file has its size.
+        Older ones are deleted when the new one is on disk, under its name.
 
         Raises NotFinite where the trained weights are not finite: no checkpoint holds such.
         """
         step = trainer.global_step
         if step == self.saved_step or not trainer.optimizers[0].state:
             return
-        refuse_broken(trainer, self.folder, self.again)
+        refuse_broken(trainer, self.folder)
         final = self.folder / name_of(step)
         temporary = unfinished(final)
         for logger in trainer.loggers:  # what they hold back would be missing after the resume
@@ -123,7 +112,7 @@ class Checkpoints(StepWatch):
             why = (str(error).strip() or type(error).__name__).splitlines()[0]
             what = (
                 f"cannot be written ({why}; {free:.2f} GiB are free there); those before it are whole: "
-                f"{self.again} continues after the newest"
+                f"{AGAIN} continues after the newest"
             )
             if isinstance(error, OSError) or "inline_container" in str(error):  # torch's writer of files
                 raise OSError(getattr(error, "errno", None) or errno.ENOSPC, what, str(final)) from error
@@ -134,8 +123,6 @@ class Checkpoints(StepWatch):
         seal(temporary, Index(step, self.strategy, trainer.world_size, loss, metrics=rows), ranks_of(trainer))
         if trainer.is_global_zero:
             publish(temporary, final)
-            if fault := damage(final, contents=False):
-                raise RuntimeError(f"{final} is damaged as soon as it is written ({fault}); the older ones are kept")
             self._delete_older()
         trainer.strategy.barrier("after the checkpoint")
         self.saved_step, self.saved_at, self.losses = step, time.monotonic(), []
@@ -155,8 +142,8 @@ class Checkpoints(StepWatch):
         for damaged in self.folder.glob(f"*{DAMAGED}"):
             remove(damaged)
         found = all_checkpoints(self.folder)
-        kept = found[-self.keep :]
-        if self.keep_best:
+        kept = found[-self.config.keep_checkpoints :]
+        if self.config.keep_best:
             kept.append(min(found, key=_loss))
         for old in found:
             if old not in kept:

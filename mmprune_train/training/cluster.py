@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import subprocess
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 from mmprune_train.errors import UserError
@@ -13,6 +13,15 @@ FIRST_PORT, PORTS = 20000, 40000
 """Where the processes of a submitit_local job meet: a port of this range, by the job's id. Our choice."""
 SLURM_SECONDS = 60
 """How long one of Slurm's commands may take."""
+
+LAUNCHERS = {
+    "torchrun": ("TORCHELASTIC_RUN_ID", "RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE"),
+    "submitit": ("SUBMITIT_EXECUTOR", "SUBMITIT_LOCAL_GLOBALID", "SUBMITIT_LOCAL_NTASKS", ""),
+    "Lightning": ("LOCAL_RANK", "LOCAL_RANK", "WORLD_SIZE", ""),
+    "srun": ("SLURM_STEP_ID", "SLURM_PROCID", "SLURM_STEP_NUM_TASKS", "SLURM_NTASKS_PER_NODE"),
+}
+"""Variables: by which it is known who started a process, its rank, how many there are, and on a node where that is
+told. A batch script that calls no srun has SLURM_PROCID, too, and is alone."""
 
 
 @dataclass(frozen=True)
@@ -34,26 +43,17 @@ def launch(devices: int = 1) -> Launch | None:
         devices: processes a node, to number those that know their node only.
     """
     here = os.environ
-    if "TORCHELASTIC_RUN_ID" in here:
-        return _launch("torchrun", "RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE")
-    if here.get("SUBMITIT_EXECUTOR") == "local":
-        return _launch("submitit", "SUBMITIT_LOCAL_GLOBALID", "SUBMITIT_LOCAL_NTASKS")
-    if "LOCAL_RANK" in here and "WORLD_SIZE" in here:
-        return _launch("Lightning", "LOCAL_RANK", "WORLD_SIZE", first=_number("NODE_RANK", "Lightning", 0) * devices)
-    if "SLURM_STEP_ID" in here:  # a batch script that calls no srun has SLURM_PROCID, too, and is alone
-        per_node = "SLURM_NTASKS_PER_NODE" if "SLURM_NTASKS_PER_NODE" in here else None
-        return _launch("srun", "SLURM_PROCID", "SLURM_STEP_NUM_TASKS", per_node)
+    for by, (mark, rank, processes, per_node) in LAUNCHERS.items():
+        another = (by == "submitit" and here.get(mark) != "local") or (by == "Lightning" and processes not in here)
+        if mark not in here or another:
+            continue
+        first = _number("NODE_RANK", by, 0) * devices if by == "Lightning" else 0
+        on_node = _number(per_node, by) if per_node in here else None
+        found = Launch(by, first + _number(rank, by), _number(processes, by), on_node)
+        if not 0 <= found.rank < found.processes:
+            raise _half_started(by, f"{rank}={here[rank]} is no rank of {processes}={found.processes}")
+        return found
     return None
-
-
-def _launch(by: str, rank: str, processes: str, per_node: str | None = None, first: int = 0) -> Launch:
-    """What a launcher has left in these variables; the rank is counted from `first`."""
-    found = Launch(by, first + _number(rank, by), _number(processes, by))
-    if per_node is not None:
-        found = replace(found, per_node=_number(per_node, by))
-    if not 0 <= found.rank < found.processes:
-        raise _half_started(by, f"{rank}={os.environ[rank]} is no rank of {processes}={found.processes}")
-    return found
 
 
 def _number(name: str, by: str, default: int | None = None) -> int:
@@ -65,17 +65,11 @@ def _number(name: str, by: str, default: int | None = None) -> int:
     return int(text)
 
 
-MARKS = {
-    "torchrun": "TORCHELASTIC_RUN_ID", "submitit": "SUBMITIT_EXECUTOR", "Lightning": "LOCAL_RANK",
-    "srun": "SLURM_STEP_ID",
-}  # fmt: skip
-"""By which variable it is known who started a process."""
-
-
 def _half_started(by: str, fault: str) -> UserError:
+    mark = LAUNCHERS[by][0]
     return UserError(
-        f"the environment says by {MARKS[by]} that {by} started this process, but {fault}: start it by {by} again, or "
-        f"unset {MARKS[by]}"
+        f"the environment says by {mark} that {by} started this process, but {fault}: start it by {by} again, or "
+        f"unset {mark}"
     )
 
 
@@ -83,9 +77,7 @@ def has_part(task: str, devices: int, nodes: int, sweeping: bool) -> bool:
     """Whether this process has something to do: in training every one, in all other tasks the first.
 
     Args:
-        task: name of the task.
         devices: processes a node.
-        nodes: how many nodes.
         sweeping: one command runs several configs.
     Raises:
         UserError: as many processes as training asks for were not started, or cannot be.
@@ -146,20 +138,13 @@ def is_next_turn() -> bool:
 
 
 def rank_here(devices: int) -> int:
-    """Rank of this process among those of its run.
-
-    Args:
-        devices: processes a node.
-    """
+    """Rank of this process among those of its run, of which a node has `devices`."""
     found = launch(devices)
     return _number("NODE_RANK", "Lightning", 0) * devices if found is None else found.rank
 
 
 def join(devices: int) -> None:
-    """Make Lightning know this process's rank before it has a Trainer.
-
-    Only the first process of a run writes, so the rank must be known from the start.
-    """
+    """Make Lightning know this process's rank before it has a Trainer: only the first process of a run writes."""
     from pytorch_lightning.utilities.rank_zero import rank_zero_only
 
     rank_zero_only.rank = rank_here(devices)
@@ -194,20 +179,8 @@ def slurm_job() -> str | None:
     return here.get("SLURM_JOB_ID")
 
 
-def is_running(job: str) -> bool:
-    """Whether Slurm wants the job to run: it neither was cancelled nor has reached its time limit.
-
-    Raises RuntimeError where Slurm does not answer.
-    """
-    return _slurm("squeue", "--noheader", f"--jobs={job}", "--format=%T") == "RUNNING"
-
-
-def requeue(job: str) -> None:
-    """Put a batch job back in the queue, which ends it here. Raises RuntimeError where Slurm refuses."""
-    _slurm("scontrol", "requeue", job)
-
-
-def _slurm(*command: str) -> str:
+def slurm(*command: str) -> str:
+    """What one of Slurm's commands prints; RuntimeError where it fails or does not answer."""
     try:
         done = subprocess.run(command, capture_output=True, text=True, timeout=SLURM_SECONDS)
     except (OSError, subprocess.TimeoutExpired) as error:

@@ -12,13 +12,14 @@ import torch
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 
-from mmprune_train.config.command import SAME
+from mmprune_train.config.command import AGAIN
+from mmprune_train.config.schema import TrainerConfig
 from mmprune_train.data.batch import Batch
 from mmprune_train.errors import NotFinite
 from mmprune_train.model.llava import PackedLlava
 from mmprune_train.training.callbacks import StepWatch
 from mmprune_train.training.checkpoint_files import all_checkpoints
-from mmprune_train.training.freezing import named_parameters, parts_of
+from mmprune_train.training.freezing import parts_of
 from mmprune_train.training.module import MultimodalModule
 from mmprune_train.training.processes import ranks_of
 
@@ -35,12 +36,8 @@ class Divergence(StepWatch):
     """The stage's folder of them."""
     last: int
     """The stage's last step."""
-    skip: bool
-    """Go on after such a step."""
-    most: int
-    """Such steps in a row, after which the stage ends."""
-    again: str = SAME
-    """What continues the run, in words."""
+    config: TrainerConfig
+    """Whether to go on after such a step, and after how many in a row."""
     in_a_row: int = 0
     batch: Batch | None = None
     samples: list[str] = field(default_factory=list)
@@ -49,8 +46,10 @@ class Divergence(StepWatch):
     """The last micro-batch of the newest step that was applied, and the passes of its vision tower; None: no step
     was, since the stage or its continuation began."""
 
-    def __post_init__(self) -> None:
-        self.most = self.most if self.skip else 0
+    @property
+    def most(self) -> int:
+        """Such steps in a row that do not end the stage."""
+        return self.config.max_nonfinite_steps if self.config.on_nonfinite == "skip" else 0
 
     def state_dict(self) -> dict[str, Any]:
         return {"in_a_row": self.in_a_row}
@@ -70,9 +69,7 @@ class Divergence(StepWatch):
         else:
             self._pass_over(trainer, pl_module)
         if trainer.global_step == self.last and not self._still_finite(trainer, pl_module):
-            end_stage(
-                trainer, "the loss is not finite any more after the last step applied", self.checkpoints, self.again
-            )
+            end_stage(trainer, "the loss is not finite any more after the last step applied", self.checkpoints)
 
     def _pass_over(self, trainer: pl.Trainer, pl_module: MultimodalModule) -> None:
         self.in_a_row += 1
@@ -88,7 +85,7 @@ class Divergence(StepWatch):
         if broken := broken_parts(pl_module.model, trainer.strategy):
             what += f"; the weights of {', '.join(broken)} are not finite either"
         skip = "; trainer.on_nonfinite=skip goes on without such steps"
-        end_stage(trainer, what, self.checkpoints, self.again, "" if self.most else skip)
+        end_stage(trainer, what, self.checkpoints, "" if self.most else skip)
 
     def _still_finite(self, trainer: pl.Trainer, module: MultimodalModule) -> bool:
         """Whether the newest update has left a loss that is finite, on the samples that it was made of: no step that
@@ -113,33 +110,28 @@ def _source(module: MultimodalModule) -> str:
     return f"the gradient norm of {parts}" if parts else "the gradient norm"
 
 
-def refuse_broken(trainer: pl.Trainer, checkpoints: Path, again: str) -> None:
+def refuse_broken(trainer: pl.Trainer, checkpoints: Path) -> None:
     """End the stage where its trained weights are not finite. Every rank must call it."""
     module: Any = trainer.lightning_module
     if broken := broken_parts(module.model, trainer.strategy, trained=True):
         what = f"the weights of {', '.join(broken)} are not finite, so they are not saved"
-        end_stage(trainer, what, checkpoints, again)
+        end_stage(trainer, what, checkpoints)
 
 
-def end_stage(trainer: pl.Trainer, what: str, checkpoints: Path, again: str, more: str = "") -> NoReturn:
+def end_stage(trainer: pl.Trainer, what: str, checkpoints: Path, more: str = "") -> NoReturn:
     """Raise NotFinite on rank 0; other ranks end in silence, and without a failure that would have a launcher end rank
     0 before it has spoken."""
     if not trainer.is_global_zero:
         raise SystemExit(0)
     module: Any = trainer.lightning_module
+    done = all_checkpoints(checkpoints)
+    kept = f"goes on from {done[-1]}" if done else "begins the stage anew"
     rates = ", ".join(f"{part.name} {part.lr:g}" for part in module.parts if part.lr is not None)
     raise NotFinite(
-        f"stage {module.stage_name}, step {trainer.global_step}: {what}.\n{what_is_kept(checkpoints, again)}.\n"
+        f"stage {module.stage_name}, step {trainer.global_step}: {what}.\n{AGAIN.capitalize()} {kept}.\n"
         f"Lower stage.{module.stage_name}.lr ({rates}) or set optim.grad_clip=1.0, with another run_id= or "
         f"restart=true, or mend the samples{more}"
     )
-
-
-def what_is_kept(checkpoints: Path, again: str) -> str:
-    """Which checkpoint the run goes on from."""
-    done = all_checkpoints(checkpoints)
-    command = again.capitalize()
-    return f"{command} goes on from {done[-1]}" if done else f"{command} begins the stage anew"
 
 
 def broken_parts(model: PackedLlava, strategy: Any, trained: bool = False) -> list[str]:
@@ -149,7 +141,7 @@ def broken_parts(model: PackedLlava, strategy: Any, trained: bool = False) -> li
         trained: look at the trained weights alone.
     """
     broken = {
-        name: ~_finite(p for _, p in named_parameters(modules) if p.requires_grad or not trained)
+        name: ~_finite(p for p in modules.parameters() if p.requires_grad or not trained)
         for name, modules in parts_of(model).items()
     }
     flags = torch.stack([flag.int().to(strategy.root_device) for flag in broken.values()])

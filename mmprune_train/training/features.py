@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
 
 import torch
 
@@ -16,14 +15,7 @@ from mmprune_train.features.store import ImageFeatures
 from mmprune_train.model.images import ImageSide
 from mmprune_train.storage.assets import cache_dir
 from mmprune_train.training.inputs import stage_image_processor, stage_reader
-from mmprune_train.training.processes import ranks_of
-from mmprune_train.workers import Ranks
-
-
-def features_root(config: Config) -> Path:
-    """The folder of all feature caches; `features` in this project's cache unless the config names another."""
-    chosen = config.trainer.feature_cache_dir
-    return Path(chosen).expanduser() if chosen else cache_dir() / "features"
+from mmprune_train.workers import ALONE, Ranks
 
 
 def askers(records: Sequence[Record]) -> dict[Path, str]:
@@ -42,18 +34,19 @@ def fill_for(
     images: Mapping[Path, str],
     dtype: torch.dtype,
     device: torch.device,
-    ranks: Ranks | None = None,
+    ranks: Ranks = ALONE,
 ) -> tuple[ImageFeatures, Report]:
     """Fill the cache with images (path -> who asks) as stage `stage` prepares them.
 
     Args:
         model: its encoder frozen, the weights in `dtype`.
     """
+    chosen = config.trainer.feature_cache_dir
     return fill(
         model,
         feature_settings(model, stage_image_processor(config, stage).to_dict(), dtype),
         config.encoder.name,
-        features_root(config),
+        Path(chosen).expanduser() if chosen else cache_dir() / "features",
         images,
         stage_reader(config, stage),
         dtype,
@@ -61,14 +54,3 @@ def fill_for(
         config.trainer.num_workers,
         ranks,
     )
-
-
-def stage_features(
-    config: Config, stage: str, model: ImageSide, records: Sequence[Record], dtype: torch.dtype, trainer: Any
-) -> ImageFeatures:
-    """Features of all images of a stage's records, the processes of `trainer` sharing the work."""
-    device = trainer.strategy.root_device
-    features, report = fill_for(config, stage, model, askers(records), dtype, device, ranks_of(trainer))
-    if trainer.is_global_zero:
-        print(f"feature cache: {report.line()}; {report.folder}", flush=True)
-    return features

@@ -9,7 +9,6 @@ import torch
 from torch import nn
 
 from mmprune_train.config.schema import StageConfig
-from mmprune_train.errors import UserError
 from mmprune_train.model.flops import size_of
 from mmprune_train.model.llava import PackedLlava
 from mmprune_train.model.vision import deepest_feature, family_of
@@ -31,30 +30,16 @@ class Part:
     """Peak learning rate; None: frozen."""
 
 
-def parts_of(model: PackedLlava) -> dict[str, list[nn.Module]]:
+def parts_of(model: PackedLlava) -> dict[str, nn.ModuleList]:
     """The modules behind each part's name; a parameter that two modules share (tied embeddings) is one parameter."""
     inner = model.hf.model
-    return {
+    modules = {
         "vision": [inner.vision_tower],
         "projector": [inner.multi_modal_projector],
         "llm": [inner.language_model, model.hf.lm_head],
         **({"text tower": [model.question]} if model.question is not None else {}),
     }
-
-
-def image_side(model: PackedLlava) -> list[nn.Module]:
-    """The modules that run before the LLM."""
-    return [module for name, modules in parts_of(model).items() if name != "llm" for module in modules]
-
-
-def named_parameters(modules: list[nn.Module]) -> Iterator[tuple[str, nn.Parameter]]:
-    """Every parameter once."""
-    seen: set[int] = set()
-    for module in modules:
-        for name, parameter in module.named_parameters():
-            if id(parameter) not in seen:
-                seen.add(id(parameter))
-                yield name, parameter
+    return {name: nn.ModuleList(held) for name, held in modules.items()}
 
 
 def freeze(model: PackedLlava, stage: StageConfig, adapters: bool) -> list[Part]:
@@ -64,40 +49,38 @@ def freeze(model: PackedLlava, stage: StageConfig, adapters: bool) -> list[Part]
         model: its `hf` holds the parts.
         stage: what to train and how fast.
         adapters: the LLM carries PEFT adapters, and they alone are its trainable weights.
-    Raises:
-        UserError: nothing would be trained.
     """
     model.requires_grad_(False)
     model.train()
-    wanted = {"vision": stage.train_vision, "projector": stage.train_projector, "llm": stage.train_llm}
-    wanted["text tower"] = False
-    rates = {"vision": stage.vision_lr, "projector": stage.projector_lr, "llm": stage.lr, "text tower": None}
+    settings = {
+        "vision": (stage.train_vision, stage.vision_lr),
+        "projector": (stage.train_projector, stage.projector_lr),
+        "llm": (stage.train_llm, None),
+        "text tower": (False, None),
+    }
     report = []
     for part, modules in parts_of(model).items():
-        parameters = list(named_parameters(modules))
+        wanted, rate = settings[part]
         only_adapters = adapters and part == "llm"
-        if wanted[part]:
-            for name, parameter in parameters:
+        if wanted:
+            for name, parameter in modules.named_parameters():
                 parameter.requires_grad_(not only_adapters or ADAPTER_MARK in name)
         if part == "projector" and model.hf.config.projector_hidden_act == "linear":
             modules[0].linear_2.requires_grad_(False)  # the identity that makes a linear projector of two layers
         if part == "vision":
             for parameter in _never_run(modules[0], model):
                 parameter.requires_grad_(False)
-        if part in ("vision", "text tower") and not wanted[part]:
+        if part in ("vision", "text tower") and not wanted:
             modules[0].eval()
-        trainable = sum(size_of(p) for _, p in parameters if p.requires_grad)
-        rate = rates[part]
+        trainable = sum(size_of(p) for p in modules.parameters() if p.requires_grad)
         report.append(
             Part(
                 f"{part} adapters" if only_adapters else part,
-                sum(size_of(p) for _, p in parameters),
+                sum(size_of(p) for p in modules.parameters()),
                 trainable,
                 (stage.lr if rate is None else rate) if trainable else None,
             )
         )
-    if not any(part.trainable for part in report):
-        raise UserError("this stage trains nothing: set train_projector, train_llm or train_vision to true")
     return report
 
 
@@ -118,11 +101,8 @@ def _never_run(tower: nn.Module, model: PackedLlava) -> Iterator[nn.Parameter]:
     """The tower's parameters after the feature layer: they get no gradient, which data parallelism cannot take."""
     layers = family_of(model.hf.model.vision_tower.config.model_type).layers(tower)
     deepest = deepest_feature(model.hf.config.vision_feature_layer, len(layers))
-    used = {id(p) for p in _embedding_parameters(tower)} | {id(p) for x in layers[:deepest] for p in x.parameters()}
-    return (p for p in tower.parameters() if id(p) not in used)
-
-
-def _embedding_parameters(tower: nn.Module) -> Iterator[nn.Parameter]:
+    used = {id(p) for layer in layers[:deepest] for p in layer.parameters()}
     for name, parameter in tower.named_parameters():
-        if ("embeddings" in name or "pre_layrnorm" in name) and "mask_token" not in name:
+        embeds = ("embeddings" in name or "pre_layrnorm" in name) and "mask_token" not in name
+        if not embeds and id(parameter) not in used:
             yield parameter

@@ -34,11 +34,6 @@ def stage_annotations(config: Config, name: str) -> Annotations:
     return read_annotations(*split_files(config.data, name), config.data.part(name).limit)
 
 
-def stage_records(config: Config, name: str) -> list[Record]:
-    """The records of stage `name`."""
-    return stage_annotations(config, name).records
-
-
 @dataclass(frozen=True)
 class Extent:
     """How much of its annotation file a stage sees."""
@@ -109,7 +104,7 @@ def stage_loader(
         features: of all its images, where the feature cache is on; then it is known what stage 1 keeps of them.
     """
     return train_loader(
-        stage_records(config, name) if records is None else records,
+        stage_annotations(config, name).records if records is None else records,
         get_template(template_of(config, name), tokenizer),
         tokenizer,
         stage_reader(config, name),

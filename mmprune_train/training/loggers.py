@@ -28,14 +28,14 @@ from mmprune_train.training.preemption import EXIT_CODE, Preempted, withheld
 
 PATIENCE = 30.0
 """Seconds that a run which is ended early waits for wandb. Our choice."""
-
-
 HERE = (Path("wandb/settings"), Path(".wandb/settings"))
 """Settings that wandb takes of the current folder, which may be somebody else's."""
 
 
 class CsvLogger(Logger):
     """metrics.csv with one row a step; that of a resumed run begins with the rows of metrics.jsonl."""
+
+    name, version = "csv", ""  # type: ignore[assignment]
 
     def __init__(self, path: Path, flush_every: int, earlier: Sequence[dict[str, Any]] = ()) -> None:
         """
@@ -47,14 +47,6 @@ class CsvLogger(Logger):
         self.flush_every = flush_every
         self.rows: list[dict[str, Any]] = list(earlier)
         self.opened = False
-
-    @property
-    def name(self) -> str:
-        return "csv"
-
-    @property
-    def version(self) -> str:
-        return ""
 
     @rank_zero_only
     def log_hyperparams(self, params: dict[str, Any] | Namespace, *args: Any, **kwargs: Any) -> None:
@@ -139,7 +131,6 @@ class WandbRun(WandbLogger):
 def build_loggers(config: LoggerConfig, stage_dir: Path, run_name: str, resumed_step: int) -> list[Logger]:
     """
     Args:
-        config: which loggers, and their settings.
         stage_dir: folder of the stage; every logger writes below it.
         run_name: the run's and the stage's name, stable over restarts.
         resumed_step: optimizer step that the run continues after; 0 for a new one.
@@ -153,11 +144,24 @@ def build_loggers(config: LoggerConfig, stage_dir: Path, run_name: str, resumed_
 
         purge = resumed_step + 1 if resumed_step else None
         seconds = config.tensorboard.flush_seconds
-        loggers.append(
-            TensorBoardLogger(stage_dir, name="tensorboard", version="", purge_step=purge, flush_secs=seconds)
-        )
+        loggers += [TensorBoardLogger(stage_dir, name="tensorboard", version="", purge_step=purge, flush_secs=seconds)]
     if config.wandb is not None:
-        loggers.append(_wandb(config.wandb, stage_dir, run_name, earlier))
+        os.environ.setdefault("WANDB_SILENT", "true")
+        offline = wandb_offline(config.wandb)
+        stage_dir.mkdir(parents=True, exist_ok=True)
+        run = WandbRun(
+            earlier,
+            project=config.wandb.project,
+            entity=config.wandb.entity,
+            name=run_name,
+            id=_wandb_id(run_name),
+            save_dir=stage_dir,
+            offline=offline,
+            mode="offline" if offline else "online",
+            tags=config.wandb.tags,
+            **({} if offline else {"resume": "allow"}),  # an offline run cannot ask the server what it has
+        )
+        loggers.append(run)
     return loggers
 
 
@@ -198,8 +202,13 @@ def wandb_offline(config: WandbConfig) -> bool:
 
 def has_wandb_account() -> bool:
     """Whether there is a key for wandb, in the environment or where `wandb login` leaves it."""
+    if os.environ.get("WANDB_API_KEY"):
+        return True
     server = os.environ.get("WANDB_BASE_URL", "https://api.wandb.ai")
-    return bool(os.environ.get("WANDB_API_KEY")) or _in_netrc(server)
+    try:
+        return urlsplit(server).hostname in netrc.netrc(os.environ.get("NETRC")).hosts
+    except (OSError, netrc.NetrcParseError):
+        return False
 
 
 def logger_faults(config: LoggerConfig) -> list[str]:
@@ -208,12 +217,13 @@ def logger_faults(config: LoggerConfig) -> list[str]:
     for name in ("tensorboard", "wandb"):
         if getattr(config, name) is not None and find_spec(name) is None:
             faults.append(f"logger={name}: {name} is not installed; pip install {name}, or choose logger=csv")
-    if config.wandb is not None and not wandb_offline(config.wandb) and not has_wandb_account():
+    online = config.wandb is not None and not wandb_offline(config.wandb)
+    if config.wandb is not None and online and not has_wandb_account():
         faults.append(
             f"logger.wandb.mode={config.wandb.mode}: no account is set up here; run `wandb login` (or set "
             "WANDB_API_KEY), or set logger.wandb.mode=offline"
         )
-    if config.wandb is not None and not wandb_offline(config.wandb) and "WANDB_BASE_URL" not in os.environ:
+    if online and "WANDB_BASE_URL" not in os.environ:
         faults += [
             f"logger=wandb: {file.absolute()} names a server (base_url), which would get your key: remove that "
             "line, or name the server yourself (WANDB_BASE_URL)"
@@ -223,35 +233,7 @@ def logger_faults(config: LoggerConfig) -> list[str]:
     return faults
 
 
-def _in_netrc(url: str) -> bool:
-    """Whether `wandb login` has left an entry for this server."""
-    try:
-        entries = netrc.netrc(os.environ.get("NETRC"))
-    except (OSError, netrc.NetrcParseError):
-        return False
-    return urlsplit(url).hostname in entries.hosts
-
-
 def _wandb_id(run_name: str) -> str:
     """The name without what wandb does not take, and short enough to be part of file names."""
     name = re.sub(r"[:;,#?/'%\\]", "-", run_name)
     return name if len(name) <= 120 else f"{name[:80]}-{hashlib.sha256(name.encode()).hexdigest()[:16]}"
-
-
-def _wandb(config: WandbConfig, stage_dir: Path, run_name: str, earlier: list[dict[str, Any]]) -> Logger:
-    os.environ.setdefault("WANDB_SILENT", "true")
-    offline = wandb_offline(config)
-    resume = {} if offline else {"resume": "allow"}  # an offline run cannot ask the server what it has
-    stage_dir.mkdir(parents=True, exist_ok=True)
-    return WandbRun(
-        earlier,
-        project=config.project,
-        entity=config.entity,
-        name=run_name,
-        id=_wandb_id(run_name),
-        save_dir=stage_dir,
-        offline=offline,
-        mode="offline" if offline else "online",
-        tags=config.tags,
-        **resume,
-    )

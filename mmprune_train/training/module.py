@@ -63,12 +63,9 @@ class MultimodalModule(pl.LightningModule):
     ) -> None:
         """
         Args:
-            stage_name: of the training stage.
             model: frozen as `freezing.freeze` left it.
             parts: that function's report; gives each part's peak learning rate.
-            optim: optimizer and schedule.
             total_steps: optimizer steps of the stage, on which the schedule depends.
-            seed: the run's seed.
             token_budget: tokens that may enter the LLM, a rank and micro-batch; its use is measured.
         """
         super().__init__()
@@ -80,6 +77,7 @@ class MultimodalModule(pl.LightningModule):
         self.seed = seed
         self.token_budget = token_budget
         self.flops = StepFlops(model)
+        self.patches = int(model.config.image_seq_length)
         self.supervised: Tensor | int = 0
         """Of the step, over its micro-batches and all ranks; on the device where there are several."""
         self.totals = dict.fromkeys(TOTALS, 0.0)
@@ -93,10 +91,6 @@ class MultimodalModule(pl.LightningModule):
         self.rate = 0.0
         self.least_passes = 0
         """Of the vision tower in each micro-batch of the step, as `forward_packed` takes it."""
-
-    @property
-    def _patches(self) -> int:
-        return int(self.model.config.image_seq_length)
 
     @property
     def strict_loading(self) -> bool:  # type: ignore[override]
@@ -160,14 +154,11 @@ class MultimodalModule(pl.LightningModule):
             self.totals["micro_batches"] += 1
             self.totals["overruns"] += counts["stage1"] > self.token_budget
             self.totals["held"] += batch.sequence.ids.numel()
-            self.visual_squares += _visual_squares(output.trace, self._patches)
+            self.visual_squares += _visual_squares(output.trace, self.patches)
         poison = output.loss_sum.detach() * 0 + 1  # 1, or NaN
-        return output.loss_sum * (self._split() / self.supervised) * poison
-
-    def _split(self) -> int:
-        """What will divide the loss on its way to the gradients, to be undone beforehand: Lightning divides by the
-        accumulation, data parallelism by the ranks."""
-        return self.trainer.accumulate_grad_batches * self.trainer.world_size
+        # undone beforehand: Lightning will divide by the accumulation, data parallelism by the ranks
+        split = self.trainer.accumulate_grad_batches * self.trainer.world_size
+        return output.loss_sum * (split / self.supervised) * poison
 
     def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
         """Measure the step's gradients, before they are clipped, and take them away where they are not finite."""
@@ -222,7 +213,7 @@ class MultimodalModule(pl.LightningModule):
             "tokens_truncated": int(total["tokens_truncated"]),
             "steps_skipped": int(not self.applied),
             "flops": total["flops"],
-            "images": (samples, total["visual_dense"] / self._patches, total["visual_stage1"], squares),
+            "images": (samples, total["visual_dense"] / self.patches, total["visual_stage1"], squares),
         }
         if self.token_budget is not None:
             metrics |= {
@@ -254,9 +245,8 @@ class MultimodalModule(pl.LightningModule):
         checkpoint["state_dict"] = {k: v for k, v in checkpoint["state_dict"].items() if k in trained}
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        if "state_dict" not in checkpoint:  # the strategy has loaded them
-            return
-        self.check_trained(checkpoint["state_dict"])
+        if "state_dict" in checkpoint:  # else the strategy has loaded them
+            self.check_trained(checkpoint["state_dict"])
 
     def check_trained(self, names: Iterable[str]) -> None:
         """RuntimeError unless these are the trained weights."""

@@ -10,9 +10,8 @@ import torch
 from torch import nn
 
 from mmprune_train.config.schema import OptimConfig
-from mmprune_train.errors import UserError
 from mmprune_train.model.llava import PackedLlava
-from mmprune_train.training.freezing import Part, named_parameters, parts_of
+from mmprune_train.training.freezing import Part, parts_of
 
 NO_DECAY = " (no decay)"
 
@@ -24,7 +23,7 @@ def parameter_groups(model: PackedLlava, parts: list[Part], weight_decay: float)
     """
     groups = []
     for part, modules in zip(parts, parts_of(model).values(), strict=True):
-        trained = [p for _, p in named_parameters(modules) if p.requires_grad]
+        trained = [p for p in modules.parameters() if p.requires_grad]
         for name, chosen, decay in (
             (part.name, [p for p in trained if _dims(p) >= 2], weight_decay),
             (part.name + NO_DECAY, [p for p in trained if _dims(p) < 2], 0.0),
@@ -42,8 +41,6 @@ def adamw(
     groups: list[dict[str, Any]], optim: OptimConfig, kind: Callable[..., torch.optim.Optimizer] = torch.optim.AdamW
 ) -> torch.optim.Optimizer:
     """AdamW over these groups; `kind`: an implementation with torch's arguments."""
-    if optim.name != "adamw":
-        raise UserError(f"optim.name={optim.name}: only adamw is built in")
     beta1, beta2 = optim.betas
     return kind(groups, betas=(beta1, beta2), eps=optim.eps)
 
@@ -53,8 +50,6 @@ def schedule(name: str, total_steps: int, warmup_ratio: float) -> Callable[[int]
 
     Linear warm-up over `ceil(warmup_ratio * total_steps)` steps, then `cosine` or `linear` to zero, or `constant`.
     """
-    if name not in ("cosine", "linear", "constant"):
-        raise UserError(f"optim.schedule={name}: choose cosine, linear or constant")
     warmup = math.ceil(warmup_ratio * total_steps)
 
     def factor(step: int) -> float:

@@ -47,10 +47,8 @@ def hardware_bf16(accelerator: str) -> tuple[bool, str]:
 
 
 def choose_precision(setting: str, accelerator: str) -> Precision:
-    """`auto`, `bf16` or `fp32` on `cpu` or `cuda`; UserError for any other setting."""
+    """`auto`, `bf16` or `fp32` on `cpu` or `cuda`."""
     if setting == "auto":
         native, reason = hardware_bf16(accelerator)
         return Precision(torch.bfloat16 if native else torch.float32, reason)
-    if setting not in ("bf16", "fp32"):
-        raise UserError(f"trainer.precision={setting}: choose auto, bf16 or fp32")
     return Precision(torch.bfloat16 if setting == "bf16" else torch.float32, "as trainer.precision asks")

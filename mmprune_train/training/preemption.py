@@ -16,10 +16,10 @@ import pytorch_lightning as pl
 import torch
 from pytorch_lightning.utilities.rank_zero import rank_zero_only
 
-from mmprune_train.config.command import SAME
+from mmprune_train.config.command import AGAIN
 from mmprune_train.training.callbacks import StepWatch
 from mmprune_train.training.checkpoints import Checkpoints
-from mmprune_train.training.cluster import is_running, requeue, slurm_job
+from mmprune_train.training.cluster import slurm, slurm_job
 
 SIGNALS = (signal.SIGUSR1, signal.SIGUSR2, signal.SIGTERM)
 EXIT_CODE = 75
@@ -50,12 +50,7 @@ class Preemption:
     elsewhere they raise Preempted where they come.
     """
 
-    def __init__(self, again: str = SAME) -> None:
-        """
-        Args:
-            again: what continues the run, in words.
-        """
-        self.again = again
+    def __init__(self) -> None:
         self.training = False
         self.signal = 0
         """Number of the signal that came; 0: none."""
@@ -92,27 +87,28 @@ class Preemption:
             if not self.training:
                 raise Preempted(signum)
             if rank_zero_only.rank == 0:
-                _say(f"{signal.Signals(signum).name}: saves at the end of this step; a second one ends at once")
+                told = f"{signal.Signals(signum).name}: saves at the end of this step; a second one ends at once"
+                os.write(2, f"\n{told}\n".encode())  # print cannot be called from within a print
         elif time.monotonic() - self._came > TOGETHER:
             _end_at_once(signum)
 
     def _end(self, end: Preempted) -> None:
         saved = "" if end.step is None else f" after step {end.step}"
-        print(f"{end.signal.name}: ended{saved}; {self.again} continues", flush=True)
+        print(f"{end.signal.name}: ended{saved}; {AGAIN} continues", flush=True)
         if end.step is None and end.signal == signal.SIGTERM and "TORCHELASTIC_RUN_ID" in os.environ:
             print("not put back in the queue: torchrun ends all processes where one of them has failed", flush=True)
             return
         again = self._submitit()
         if (job := slurm_job()) is not None:
             try:
-                if not is_running(job):
+                if slurm("squeue", "--noheader", f"--jobs={job}", "--format=%T") != "RUNNING":
                     print(
                         f"Slurm job {job} was cancelled or is at its time limit: not put back in the queue", flush=True
                     )
                     return
                 if again is None:
                     print(f"Slurm job {job} goes back in the queue", flush=True)
-                    requeue(job)
+                    slurm("scontrol", "requeue", job)  # which ends it here
             except RuntimeError as error:
                 print(f"Slurm job {job} is not put back in the queue: {error}", flush=True)
                 return
@@ -159,10 +155,6 @@ def withheld() -> Iterator[None]:
         yield
     finally:
         signal.pthread_sigmask(signal.SIG_SETMASK, before)
-
-
-def _say(line: str) -> None:
-    os.write(2, f"\n{line}\n".encode())  # print cannot be called from within a print
 
 
 def _end_at_once(signum: int) -> None:

@@ -12,7 +12,6 @@ from typing import Any
 import pytorch_lightning as pl
 import torch
 
-from mmprune_train.config.command import SAME
 from mmprune_train.config.schema import Config, StageConfig
 from mmprune_train.data.sources import split_files
 from mmprune_train.errors import NotFinite, UserError
@@ -22,16 +21,16 @@ from mmprune_train.model.weights.files import pickled
 from mmprune_train.model.weights.start import Start
 from mmprune_train.quiet import quiet
 from mmprune_train.storage.atomic import whole_folder
-from mmprune_train.storage.files import read_jsonl
+from mmprune_train.storage.files import rows_of
 from mmprune_train.storage.run_files import files_of_stage
 from mmprune_train.storage.secrets import masked
-from mmprune_train.training.callbacks import MetricsWriter, progress
+from mmprune_train.training.callbacks import MetricsWriter, Progress
 from mmprune_train.training.checkpoint_files import STATE, check_written_by, data_alone, last_checkpoint, step_of
 from mmprune_train.training.checkpoints import Checkpoints, PlainFile
 from mmprune_train.training.cluster import environment
 from mmprune_train.training.divergence import Divergence, broken_tensors
-from mmprune_train.training.features import stage_features
-from mmprune_train.training.freezing import freezing_table, image_side
+from mmprune_train.training.features import askers, fill_for
+from mmprune_train.training.freezing import freezing_table, parts_of
 from mmprune_train.training.inputs import (
     evenly_chosen_images,
     evenly_chosen_paths,
@@ -63,22 +62,14 @@ from mmprune_train.training.throughput import STARVED, peak
 
 
 def run_stage(
-    config: Config,
-    name: str,
-    run: RunDirectory,
-    start_from: Start | None,
-    preemption: Preemption | None = None,
-    again: str = SAME,
+    config: Config, name: str, run: RunDirectory, start_from: Start | None, preemption: Preemption | None = None
 ) -> dict[str, Any]:
     """Train one stage, or go on with it, and write its `model/`.
 
     Args:
-        config: the run's config.
-        name: of the stage.
         run: the run directory; the newest checkpoint in it is continued.
         start_from: the weights to start from; None: the base weights.
         preemption: hears the signals that ask the run to end; None: they are not heard.
-        again: what continues the run, in words.
     Returns:
         Summary of the stage, as `summary` gives it.
     """
@@ -86,20 +77,17 @@ def run_stage(
     folder = run.stage(name)
     accelerator = choose_accelerator(config.trainer.accelerator)
     precision = choose_precision(config.trainer.precision, accelerator)
-    trainer_options, world = trainer_settings(config, stage, accelerator, precision)
     strategy = stage.strategy or config.strategy.name
-    with quiet():
-        trainer = pl.Trainer(**trainer_options, default_root_dir=folder, logger=False)
+    trainer = build_trainer(config, stage, strategy, accelerator, precision, folder)
     start_processes(trainer)
     start_from = ranks_of(trainer).exchange(start_from)[0]  # what the others see of the disk may be older
     resume = last_checkpoint(folder / "checkpoints", ranks_of(trainer))
     if resume:
-        check_written_by(resume, strategy, world)
+        check_written_by(resume, strategy, trainer.world_size)
     resumed_step = step_of(resume) if resume else 0
-    loggers = build_loggers(
-        config.logger, folder, f"{config.experiment_name}-{run.path.name}-{name}-{stamp(run)}", resumed_step
-    )
-    trainer.loggers = loggers
+    made = "".join(filter(str.isdigit, str(run.manifest.get("created", ""))))[:14]  # a run started over gets new pages
+    title = f"{config.experiment_name}-{run.path.name}-{name}-{made}"
+    trainer.loggers = loggers = build_loggers(config.logger, folder, title, resumed_step)
     empty = shards_weights(trainer.strategy) and not trainer.is_global_zero  # filled by `shard`
     components = component_hashes(config.pruner)  # as they are imported
     model, processor, parts = load_stage(config, name, start_from, precision, empty)
@@ -112,29 +100,30 @@ def run_stage(
     steps = extent.steps
     if config.trainer.feature_cache:
         if shards_weights(trainer.strategy):
-            for side in image_side(model):
-                broadcast(side, trainer.strategy.root_device, stay=True)
-        features = stage_features(config, name, model, records, precision.dtype, trainer)
+            for part, modules in parts_of(model).items():
+                if part != "llm":
+                    broadcast(modules, trainer.strategy.root_device, stay=True)
+        device, ranks = trainer.strategy.root_device, ranks_of(trainer)
+        features, report = fill_for(config, name, model, askers(records), precision.dtype, device, ranks)
+        if trainer.is_global_zero:
+            print(f"feature cache: {report.line()}; {report.folder}", flush=True)
     tokenizer, image_tokens = processor.tokenizer, model.config.image_seq_length
-    loader = stage_loader(config, name, tokenizer, image_tokens, trainer.global_rank, world, records, features)
+    mine = trainer.global_rank, trainer.world_size
+    loader = stage_loader(config, name, tokenizer, image_tokens, *mine, records, features)
     loader.dataset.check_cuts()
     if (start_from is None or start_from.new_projector) and config.projector.init == "matched" and not empty:
         if features is None:
             match_projector(model, list(evenly_chosen_images(loader, MATCHED_IMAGES)))
         else:
-            fit_projector(
-                model, features.read([path for path, _ in evenly_chosen_paths(records, MATCHED_IMAGES)]).chosen
-            )
+            paths = [path for path, _ in evenly_chosen_paths(records, MATCHED_IMAGES)]
+            fit_projector(model, features.read(paths).chosen)
     stream = BatchStream(loader, steps)
     module = MultimodalModule(name, model, parts, config.optim, steps, config.seed, stage.token_budget)
     limit = peak(trainer.strategy.root_device, precision.dtype)
     metrics = MetricsWriter(folder / "metrics.jsonl", stream, limit.tflops)
-    own = config.trainer
-    every, keep = (own.checkpoint_every_steps, own.save_every_minutes), (own.keep_checkpoints, own.keep_best)
-    saves = Checkpoints(folder / "checkpoints", metrics, strategy, steps, *every, *keep, again)
-    skip = own.on_nonfinite == "skip"
-    divergence = Divergence(folder / "checkpoints", steps, skip, own.max_nonfinite_steps, again)
-    trainer.callbacks += [divergence, metrics, progress(name, steps, config.trainer.log_every, metrics), saves]
+    saves = Checkpoints(folder / "checkpoints", metrics, strategy, steps, config.trainer)
+    divergence = Divergence(folder / "checkpoints", steps, config.trainer)
+    trainer.callbacks += [divergence, metrics, Progress(name, steps, config.trainer.log_every, metrics), saves]
     if preemption is not None:
         trainer.callbacks.append(EndWhenAsked(preemption, saves))
 
@@ -154,7 +143,7 @@ def run_stage(
         try:
             trainer.fit(module, train_dataloaders=stream, ckpt_path=state, weights_only=True if state else None)
         except UserError as error:
-            raise with_advice(error, run, name, annotations, again) from None
+            raise with_advice(error, run, name, annotations) from None
         except UnpicklingError as error:  # a checkpoint of a forger, who made its checksum fit
             raise UserError(
                 f"{state} {pickled(error)}; put the run's own there, or give restart=true to start the run over"
@@ -167,9 +156,8 @@ def run_stage(
         if trainer.is_global_zero:
             save_stage(model, processor, folder, start_from, uses_adapters(config, name))
     trainer.strategy.barrier("model saved")
-    found = summary(folder / "metrics.jsonl") if trainer.is_global_zero else {}
-    seen = {"samples_used": extent.used, "samples_available": extent.available, "passes": extent.passes}
-    found = {**seen, **found}
+    found = {"samples_used": extent.used, "samples_available": extent.available, "passes": extent.passes}
+    found |= summary(folder / "metrics.jsonl") if trainer.is_global_zero else {}
     if cut := found.get("samples_truncated"):
         print(
             f"{name}: stage.{name}.max_length={stage.max_length} cut {cut:,} of {found['samples']:,} samples, "
@@ -210,40 +198,36 @@ def save_stage(model: PackedLlava, processor: Any, folder: Path, start_from: Sta
         settings.write_text(masked(settings.read_text(encoding="utf-8")), encoding="utf-8")
 
 
-def stamp(run: RunDirectory) -> str:
-    """When the run directory was made, in digits: a run started over gets new pages in the loggers."""
-    return "".join(filter(str.isdigit, str(run.manifest.get("created", ""))))[:14]
-
-
-def trainer_settings(
-    config: Config, stage: StageConfig, accelerator: str, precision: Precision
-) -> tuple[dict[str, Any], int]:
-    """Arguments of Lightning's Trainer, and the number of processes."""
-    name = stage.strategy or config.strategy.name
-    world = config.trainer.devices * config.trainer.num_nodes
-    strategy = build_strategy(name, accelerator, config.strategy.find_unused_parameters, stage.batch_size)
-    files = [] if name.startswith("deepspeed") else [PlainFile()]  # DeepSpeed writes its files itself
-    return {
-        "accelerator": accelerator,
-        "devices": config.trainer.devices,
-        "num_nodes": config.trainer.num_nodes,
-        "strategy": strategy,
-        "plugins": [environment(world), *files],
-        "precision": precision.lightning,
-        "gradient_clip_val": config.optim.grad_clip,
-        "max_epochs": 1,  # of the stream, which is the whole stage
-        "enable_checkpointing": False,
-        "enable_progress_bar": False,
-        "enable_model_summary": False,
-        "use_distributed_sampler": False,
-        "num_sanity_val_steps": 0,
-        "log_every_n_steps": 1,
-    }, world
+def build_trainer(
+    config: Config, stage: StageConfig, strategy: str, accelerator: str, precision: Precision, folder: Path
+) -> pl.Trainer:
+    """Lightning's Trainer of a stage, without callbacks and loggers."""
+    own = config.trainer
+    files = [] if strategy.startswith("deepspeed") else [PlainFile()]  # DeepSpeed writes its files itself
+    with quiet():
+        return pl.Trainer(
+            accelerator=accelerator,
+            devices=own.devices,
+            num_nodes=own.num_nodes,
+            strategy=build_strategy(strategy, accelerator, config.strategy.find_unused_parameters, stage.batch_size),
+            plugins=[environment(own.devices * own.num_nodes), *files],
+            precision=precision.lightning,
+            gradient_clip_val=config.optim.grad_clip,
+            max_epochs=1,  # of the stream, which is the whole stage
+            enable_checkpointing=False,
+            enable_progress_bar=False,
+            enable_model_summary=False,
+            use_distributed_sampler=False,
+            num_sanity_val_steps=0,
+            log_every_n_steps=1,
+            default_root_dir=folder,
+            logger=False,
+        )
 
 
 def summary(metrics: Path) -> dict[str, float]:
     """What a stage's metrics.jsonl says about the whole stage; unlike a clock, it survives interruptions."""
-    rows = read_jsonl(metrics)
+    rows = list(rows_of(metrics))
 
     def total(key: str) -> float:
         return sum(row.get(key, 0) for row in rows)

@@ -38,6 +38,12 @@ class RunDirectory:
     def stage(self, name: str) -> Path:
         return self.path / name
 
+    def checkpoints(self, stage: str) -> list[Path]:
+        """Of a stage, oldest first."""
+        from mmprune_train.training.checkpoint_files import all_checkpoints  # torch, which a finished run need not have
+
+        return all_checkpoints(self.path / stage / "checkpoints")
+
     def model(self, stage: str) -> Path:
         """Hugging Face folder at the end of a stage."""
         return self.path / stage / "model"
@@ -90,8 +96,11 @@ def open_run(config: Config, writable: bool = True) -> RunDirectory:
     written = path / "config.yaml"
     if written.is_file():
         begun = config_from_file(written)
-        changed = differences(begun, _as_begun(config, begun, RunDirectory(path, False)))
-        if changed:
+        if any(place.init_from is not None for place in (config, *config.stage.values())):
+            from mmprune_train.training.starts import as_begun  # takes seconds
+
+            config = as_begun(config, begun, RunDirectory(path, False))
+        if changed := differences(begun, config):
             raise UserError(
                 f"{path} was made with other settings: {'; '.join(changed[:5])}; undo them, or give another run_id=, "
                 "or restart=true to move the old run aside"
@@ -118,15 +127,6 @@ def discard_unstarted(run: RunDirectory) -> None:
     trained = [file for file in run.path.glob("*/metrics.jsonl") if file.stat().st_size]
     if not trained and not any(run.path.glob("*/checkpoints/*")):
         shutil.rmtree(run.path)
-
-
-def _as_begun(config: Config, begun: Config, run: RunDirectory) -> Config:
-    """As `starts.as_begun`, whose imports take seconds that a run without `init_from` need not spend."""
-    if config.init_from is None and all(stage.init_from is None for stage in config.stage.values()):
-        return config
-    from mmprune_train.training.starts import as_begun
-
-    return as_begun(config, begun, run)
 
 
 def free_name(path: Path) -> Path:

@@ -9,6 +9,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+from mmprune_train.config.command import AGAIN
 from mmprune_train.config.pruner import components
 from mmprune_train.config.pruner_schema import PrunerConfig
 from mmprune_train.config.schema import Config
@@ -91,7 +92,7 @@ def check_sources(config: Config, run: RunDirectory) -> None:
     """
     for name in config.stages:
         state = run.stage_state(name)
-        if not (run.finished(name) or _checkpoints(run, name)):
+        if not (run.finished(name) or run.checkpoints(name)):
             continue
         did = f"stage {name} of {run.path} was {'trained' if run.finished(name) else 'begun'}"
         if known := state.get("data"):
@@ -108,20 +109,14 @@ def check_sources(config: Config, run: RunDirectory) -> None:
             )
 
 
-def with_advice(error: UserError, run: RunDirectory, stage: str, file: Path, again: str) -> UserError:
+def with_advice(error: UserError, run: RunDirectory, stage: str, file: Path) -> UserError:
     """What ended a stage while it trained, with what may be changed before it goes on, where it has a checkpoint."""
     from mmprune_train.training.checkpoint_files import step_of
 
-    begun = _checkpoints(run, stage)
+    begun = run.checkpoints(stage)
     if not begun:
         return error
     return UserError(
-        f"{error}\n{again.capitalize()} goes on after step {step_of(begun[-1])}, also with other image "
+        f"{error}\n{AGAIN.capitalize()} goes on after step {step_of(begun[-1])}, also with other image "
         f"files; with a changed {file.name} it does not: {ASIDE}"
     )
-
-
-def _checkpoints(run: RunDirectory, stage: str) -> list[Path]:
-    from mmprune_train.training.checkpoint_files import all_checkpoints  # imports torch, which a finished run need not
-
-    return all_checkpoints(run.stage(stage) / "checkpoints")

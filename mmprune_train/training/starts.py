@@ -56,10 +56,7 @@ def parts_of(config: Config, start: Start | None) -> set[str]:
 
 def note_start(directory: RunDirectory, name: str, start: Start | None) -> None:
     """Record what a stage starts from; UserError on all processes where its checkpoints are of other weights."""
-    from mmprune_train.training.checkpoint_files import all_checkpoints
-
-    begun = all_checkpoints(directory.stage(name) / "checkpoints")
-    known = directory.stage_state(name).get("start") if begun else None
+    known = directory.stage_state(name).get("start") if directory.checkpoints(name) else None
     if known is not None and (start is None) != ("sha256" not in known):
         raise UserError(
             f"stages={name}: its checkpoints began with {known['source']}, and it would now start from "

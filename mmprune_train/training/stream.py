@@ -10,27 +10,10 @@ import math
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
-from typing import Any, Protocol
+from typing import Any
 
 from mmprune_train.data.batch import Batch, Place
-from mmprune_train.data.lengths import KeptTokens
-
-
-class StepLoader(Protocol):
-    """A training loader of `data`, in an order that (seed, step) decides."""
-
-    most: int
-    """Micro-batches that an optimizer step may have."""
-    kept: KeptTokens | None
-    """What the plan of steps learns from training."""
-
-    def steps(self, start: int, stop: int) -> Iterator[list[Batch]]:
-        """Micro-batches of the optimizer steps start .. stop - 1."""
-        ...
-
-    def epochs(self, steps: int) -> float:
-        """Epochs that so many optimizer steps take."""
-        ...
+from mmprune_train.data.loader import TrainLoader
 
 
 def steps_of(samples: int, epochs: int, global_batch_size: int, max_steps: int | None) -> int:
@@ -46,7 +29,7 @@ def steps_of(samples: int, epochs: int, global_batch_size: int, max_steps: int |
 class BatchStream:
     """Iterates over the micro-batches of a stage and knows how many steps were handed out (Lightning saves that)."""
 
-    loader: StepLoader
+    loader: TrainLoader
     steps: int
     handed_out: int = 0
     waited: float = 0.0

@@ -13,11 +13,9 @@ from training.synthetic import overrides, write_dataset
 
 from mmprune_train import devices
 from mmprune_train.benchmark.memory import PeakMemory
-from mmprune_train.config.checks import DEVICES as NAMES
 from mmprune_train.config.checks import STRATEGIES
 from mmprune_train.config.compose import compose_config, load_pruner
 from mmprune_train.data.batch import collate
-from mmprune_train.errors import UserError
 from mmprune_train.planning.layout import LAYOUTS, numerics, states
 from mmprune_train.planning.lengths import count_tokens, data_dependent, solve_share
 from mmprune_train.planning.remedies import first_that_fits
@@ -97,8 +95,7 @@ def test_lengths_are_exact_where_files_and_tokenizer_are_and_say_so_where_not(tm
     assert "ASSUMED" in made.source and made.total == 9
 
 
-def test_devices_are_those_of_the_config_and_known_by_torchs_names() -> None:
-    assert set(NAMES) == {*devices.DEVICES, "cpu"}
+def test_devices_are_known_by_torchs_names() -> None:
     named = {
         "NVIDIA A100-SXM4-80GB": "a100_80gb",
         "NVIDIA A100 80GB PCIe": "a100_80gb",
@@ -120,8 +117,6 @@ def test_devices_are_those_of_the_config_and_known_by_torchs_names() -> None:
     for other in ("NVIDIA GeForce RTX 4090 Laptop GPU", "NVIDIA A10G", "NVIDIA L40", "Tesla T4"):
         assert devices.known_device(other) is None
     assert devices.device_peak("cpu").memory_bytes > 1e9
-    with pytest.raises(UserError, match=r"plan\.device=a100.*a100_"):
-        devices.device_peak("a100")
 
 
 def test_zero_spreads_what_its_stage_says() -> None:

@@ -19,8 +19,8 @@ from mmprune_train.storage.files import (
     check_yaml_files,
     json_text,
     read_json,
-    read_jsonl,
     read_yaml,
+    rows_of,
     write_json,
     write_yaml,
 )
@@ -135,12 +135,12 @@ def test_a_bad_line_in_the_middle_of_the_metrics_is_an_error_and_a_torn_last_one
     file = tmp_path / "metrics.jsonl"
     file.write_text(harm(rows(1, 2, 3)))
     with pytest.raises(UserError, match=r"metrics\.jsonl: line 2 is damaged"):
-        read_jsonl(file)
+        list(rows_of(file))
     file.write_text(rows(1, 2) + '{"step": 3')
-    assert [row["step"] for row in read_jsonl(file)] == [1, 2]
+    assert [row["step"] for row in rows_of(file)] == [1, 2]
     file.write_text(rows(1) + '{"step": 3\n')
     with pytest.raises(UserError, match="line 2 is damaged"):
-        read_jsonl(file)
+        list(rows_of(file))
 
 
 def test_of_a_folder_of_options_those_with_a_checksum_are_checked_and_no_others(tmp_path: Path) -> None:

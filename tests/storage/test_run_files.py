@@ -11,7 +11,7 @@ import pytest
 
 from mmprune_train.errors import UserError
 from mmprune_train.model.weights.folders import model_folder
-from mmprune_train.storage.files import read_jsonl, write_json
+from mmprune_train.storage.files import rows_of, write_json
 from mmprune_train.storage.run_files import check_saved, files_of_stage, keep_steps, read_manifest, read_result, rows_to
 
 
@@ -19,7 +19,7 @@ def test_steps_after_the_checkpoint_are_dropped(tmp_path: Path) -> None:
     path = tmp_path / "metrics.jsonl"
     path.write_text("".join(json.dumps({"step": s}) + "\n" for s in range(1, 6)) + '{"step": 6, "lo')
     keep_steps(path, 3)
-    assert [row["step"] for row in read_jsonl(path)] == [1, 2, 3]
+    assert [row["step"] for row in rows_of(path)] == [1, 2, 3]
 
 
 def test_a_resumed_run_needs_all_rows_up_to_its_step_and_no_later_one(tmp_path: Path) -> None:

@@ -24,7 +24,7 @@ from mmprune_train.model.begin import begin
 from mmprune_train.model.build import load_model
 from mmprune_train.model.llava import PackedLlava
 from mmprune_train.storage.conf import options
-from mmprune_train.storage.files import read_jsonl
+from mmprune_train.storage.files import rows_of
 from mmprune_train.tasks import calibrate, train
 from mmprune_train.training.inputs import stage_loader
 
@@ -69,7 +69,7 @@ def test_the_next_command_trains_with_what_was_found(root: Path, tmp_path: Path)
     solved = replace(asked.vision.knee, mass=found["value"])
     assert pruner == replace(asked, name="twostage-calibrated", vision=replace(asked.vision, knee=solved))
     assert load_model(run)[0].pruner.settings == pruner
-    visual = read_jsonl(run / "pretrain" / "metrics.jsonl")[0]
+    visual = next(rows_of(run / "pretrain" / "metrics.jsonl"))
     assert 0.2 < visual["visual_keep_ratio"] < 0.6
 
 
@@ -98,7 +98,7 @@ def test_the_keep_ratio_of_a_trained_run_is_near_the_one_solved_for(root: Path, 
         [*overrides(root, tmp_path), "stages=[instruct]", "stage.instruct.max_steps=4", "evaluate.after_train=false"]
     )
     train.run(replace(config, pruner=pruner))
-    rows = read_jsonl(tmp_path / "smoke" / "t" / "instruct" / "metrics.jsonl")
+    rows = list(rows_of(tmp_path / "smoke" / "t" / "instruct" / "metrics.jsonl"))
     trained = sum(row["tokens_layer_mean"] for row in rows) / sum(row["tokens_dense"] for row in rows)
     assert trained == pytest.approx(target, abs=0.04)
 

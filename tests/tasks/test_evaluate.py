@@ -19,7 +19,7 @@ from mmprune_train.config.compose import compose_config, load_pruner
 from mmprune_train.config.identity import run_of
 from mmprune_train.config.schema import SplitConfig
 from mmprune_train.errors import UserError
-from mmprune_train.storage.files import read_json, read_jsonl, write_json
+from mmprune_train.storage.files import read_json, rows_of, write_json
 from mmprune_train.tasks import train
 from mmprune_train.tasks.checkpoint import Checkpoint, Results, check_writable
 from mmprune_train.tasks.evaluate import folder_name
@@ -77,13 +77,13 @@ def test_turns_of_other_data_are_asked_beside_the_runs_own(run: Path, mmprune: C
     code, out, err = mmprune("task=evaluate", f"ckpt={run}", "data.evaluate.annotations=talks.json", *ALL)
     assert code == 0, err
     assert "3 of 3 open, 1 of 1 yes/no questions" in out and str(run / "evaluate-talks") in out
-    rows = read_jsonl(run / "evaluate-talks/predictions.jsonl")
+    rows = list(rows_of(run / "evaluate-talks/predictions.jsonl"))
     told = [(row["id"], row["turn"], row["visual_tokens_dense"], row["answer"]) for row in rows]
     assert told == [("two", 1, 36, "red"), ("later", 1, 0, "hi"), ("later", 2, 36, "red"), ("two", 2, 72, "no")]
     assert snapshot(run / "evaluate") == own
     first = ["data.evaluate.annotations=talks.json", "evaluate.turns=first", "evaluate.name=firsts"]
     assert mmprune("task=evaluate", f"ckpt={run}", *first)[0] == 0
-    assert [row["turn"] for row in read_jsonl(run / "evaluate-firsts/predictions.jsonl")] == [1, 1]
+    assert [row["turn"] for row in rows_of(run / "evaluate-firsts/predictions.jsonl")] == [1, 1]
 
 
 def test_records_without_answers_give_predictions(run: Path, mmprune: Command) -> None:
@@ -91,7 +91,7 @@ def test_records_without_answers_give_predictions(run: Path, mmprune: Command) -
     code, out, err = mmprune("task=evaluate", f"ckpt={run}", *bare)
     assert code == 0, err
     assert "not scored, without an answer: 1 open" in out
-    (row,) = read_jsonl(run / "evaluate-bare/predictions.jsonl")
+    (row,) = rows_of(run / "evaluate-bare/predictions.jsonl")
     assert "answer" not in row and "turn" not in row
     result = read_json(run / "evaluate-bare/result.json")
     assert result["accuracy"] == {"open": None} and "accuracy_blank" not in result
@@ -146,7 +146,7 @@ def test_questions_of_any_wording_are_answered_in_the_run(
     for argument in wordings:
         code, _, err = mmprune(*ask, argument)
         assert code == 0, err
-    told = [row["question"] for row in read_jsonl(run / "generate/answers.jsonl")]
+    told = [row["question"] for row in rows_of(run / "generate/answers.jsonl")]
     assert told == [text or argument.partition("=")[2] for argument, text in wordings.items()]
     assert read_json(run / "generate/result.json")["question"] == told[-1]
     assert not (tmp_path / "runs").exists()

@@ -107,7 +107,7 @@ def test_the_same_command_takes_up_its_sweep_and_replaces_the_records(sweep: Swe
 
 def test_an_interrupted_sweep_says_how_far_it_came(sweep: Sweep) -> None:
     code, out, err = sweep("pruner.language.layer=1,9", "llm=smollm2_135m")
-    assert code == 1 and "the same command continues it" in err
+    assert code == 1 and "the same command (without restart=true) continues it" in err
     assert "Sweep of 2 jobs: 1 done, 1 interrupted" in out
 
 

@@ -49,13 +49,14 @@ def test_files_that_are_the_very_same_are_not_read_again(folder: Path, monkeypat
     assert read and again["sha256"] == recorded["sha256"] and again["stamps"] != recorded["stamps"]
 
 
-def test_long_reading_is_told(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    said: list[str] = []
-    unchanged("llm", folder, None, said.append)
-    assert not said
+def test_long_reading_is_told(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    unchanged("llm", folder, None)
+    assert not capsys.readouterr().out
     monkeypatch.setattr(base_weights, "LONG", 900)
-    unchanged("llm", folder, None, said.append)
-    assert re.search(r"the weights of llm .*GB", said[0])
+    unchanged("llm", folder, None)
+    assert re.search(r"the weights of llm .*GB", capsys.readouterr().out)
 
 
 def test_a_manifest_without_a_hash_is_completed(folder: Path) -> None:

@@ -15,6 +15,7 @@ import torch
 from training.killed import Killed
 
 from mmprune_train.config.explain import user_mistake
+from mmprune_train.config.schema import TrainerConfig
 from mmprune_train.errors import UserError
 from mmprune_train.training import checkpoint_files, checkpoints
 from mmprune_train.training.checkpoint_files import (
@@ -79,7 +80,8 @@ def trainer(tmp_path: Path) -> Trainer:
 
 def saves_of(trainer: Trainer, every: int | None = 2, last: int = 100, **more: Any) -> Checkpoints:
     folder = trainer.metrics.path.parent / "checkpoints"
-    return Checkpoints(folder, trainer.metrics, "deepspeed_zero2", last, every, **more)
+    config = TrainerConfig(checkpoint_every_steps=every, **more)
+    return Checkpoints(folder, trainer.metrics, "deepspeed_zero2", last, config)
 
 
 def steps(folder: Path) -> list[int]:
@@ -128,10 +130,10 @@ def test_a_kill_at_any_moment_leaves_a_whole_checkpoint(
         left[0] = 0
         trainer = Trainer(tmp_path / str(moment) / "metrics.jsonl")
         folder = trainer.metrics.path.parent / "checkpoints"
-        trainer.run(saves_of(trainer, keep=keep), to=4)
+        trainer.run(saves_of(trainer, keep_checkpoints=keep), to=4)
         left[0] = moment
         try:
-            trainer.run(saves_of(trainer, keep=keep), to=6)
+            trainer.run(saves_of(trainer, keep_checkpoints=keep), to=6)
         except Killed:
             killed += 1
         alive, left[0] = left[0] > 0, 0
@@ -139,7 +141,7 @@ def test_a_kill_at_any_moment_leaves_a_whole_checkpoint(
         assert found is not None and step_of(found) in (4, 6)
         again = Trainer(trainer.metrics.path)
         again.global_step = step_of(found)
-        again.run(saves_of(again, keep=keep), to=8)
+        again.run(saves_of(again, keep_checkpoints=keep), to=8)
         assert steps(folder) == [6, 8][-keep:] and all(damage(path) is None for path in all_checkpoints(folder))
         assert sorted(folder.iterdir()) == all_checkpoints(folder), "nothing else is left"
         if alive:
@@ -181,7 +183,7 @@ def flip(path: Path) -> None:
 
 
 def test_where_none_is_whole_the_stage_is_not_begun_anew(trainer: Trainer) -> None:
-    saves = saves_of(trainer, keep=1)
+    saves = saves_of(trainer, keep_checkpoints=1)
     trainer.run(saves, to=4)
     (saves.folder / "step-00000004.ckpt" / "state" / "rank_0.pt").unlink()
     with pytest.raises(UserError, match=r"step-00000004.ckpt is damaged .*rank_0.pt is missing.*restart=true"):
@@ -223,7 +225,7 @@ def test_a_step_that_has_a_checkpoint_is_not_saved_again(trainer: Trainer) -> No
 def test_minutes_are_those_of_rank_0(trainer: Trainer, monkeypatch: pytest.MonkeyPatch) -> None:
     now = [0.0]
     monkeypatch.setattr(checkpoints.time, "monotonic", lambda: now[0])
-    saves = saves_of(trainer, every=None, every_minutes=1.5, keep=10)
+    saves = saves_of(trainer, every=None, save_every_minutes=1.5, keep_checkpoints=10)
     saves.on_train_start(trainer, None)
     for step in range(1, 8):
         trainer.global_step, now[0] = step, 40.0 * step
@@ -242,7 +244,7 @@ def test_the_last_step_is_saved_whatever_the_rhythm(trainer: Trainer) -> None:
 
 
 def test_the_best_is_that_of_the_lowest_mean_loss_since_the_one_before(trainer: Trainer) -> None:
-    saves = saves_of(trainer, keep=1, keep_best=True)
+    saves = saves_of(trainer, keep_checkpoints=1, keep_best=True)
     losses = {1: 9, 2: 9, 3: 1, 4: 5, 5: 4, 6: 4, 7: 0, 8: 9, 9: 5, 10: 5}
     trainer.run(saves, to=10, losses={step: float(loss) for step, loss in losses.items()})
     assert steps(saves.folder) == [4, 10]

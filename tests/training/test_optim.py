@@ -9,7 +9,6 @@ from transformers import get_cosine_schedule_with_warmup, get_linear_schedule_wi
 
 from mmprune_train.config.compose import load_pruner
 from mmprune_train.config.schema import PeftConfig, StageConfig
-from mmprune_train.errors import UserError
 from mmprune_train.model.llava import PackedLlava
 from mmprune_train.model.peft import add_adapters
 from mmprune_train.pruning import Pruner
@@ -32,11 +31,6 @@ def test_schedule_equals_transformers(name: str, steps: int) -> None:
         assert ours(step) == pytest.approx(theirs.get_last_lr()[0], abs=1e-9)
         optimizer.step()
         theirs.step()
-
-
-def test_unknown_schedule_names_the_choices() -> None:
-    with pytest.raises(UserError, match="cosine, linear or constant"):
-        schedule("cosin", 10, 0.1)
 
 
 def test_only_the_stated_parts_are_trained() -> None:
@@ -63,11 +57,6 @@ def test_a_linear_projector_trains_its_one_layer() -> None:
     freeze(model, StageConfig(train_projector=True), adapters=False)
     trained = [n for n, p in model.named_parameters() if p.requires_grad]
     assert trained and all("linear_1" in name for name in trained)
-
-
-def test_a_stage_that_trains_nothing_is_refused() -> None:
-    with pytest.raises(UserError, match="train_projector"):
-        freeze(model_of(), StageConfig(train_projector=False), adapters=False)
 
 
 @pytest.mark.parametrize("vision", ["clip", "dinov2", "siglip"])

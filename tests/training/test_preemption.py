@@ -82,7 +82,10 @@ def test_a_signal_in_training_saves_the_step_and_the_run_goes_on_bit_by_bit(
     assert [path.name for path in all_checkpoints(tmp_path / "cut/smoke/t/instruct/checkpoints")] == [
         "step-00000003.ckpt"
     ]
-    assert f"{signum.name}: ended after step 3; the same command continues" in capsys.readouterr().out
+    assert (
+        f"{signum.name}: ended after step 3; the same command (without restart=true) continues"
+        in capsys.readouterr().out
+    )
     monkeypatch.setattr(MetricsWriter, "on_train_batch_start", write)
     assert train(root, tmp_path / "cut") == whole
 

@@ -10,7 +10,6 @@ from pathlib import Path
 import pytest
 from training.synthetic import overrides, write_dataset
 
-from mmprune_train.config.command import SAME
 from mmprune_train.config.compose import compose_config
 from mmprune_train.config.schema import Config
 from mmprune_train.errors import UserError
@@ -157,8 +156,8 @@ def test_what_a_result_tells_of_a_file_is_true_everywhere(tmp_path: Path) -> Non
 
 def test_an_error_in_training_says_what_may_be_changed(run: RunDirectory) -> None:
     error = UserError("chat.json[3] (id s3): image 3.png cannot be read")
-    assert with_advice(error, run, "pretrain", Path("a.json"), SAME) is error, "nothing to lose without a checkpoint"
-    advice = str(with_advice(error, run, "instruct", Path("d/chat.json"), SAME))
+    assert with_advice(error, run, "pretrain", Path("a.json")) is error, "nothing to lose without a checkpoint"
+    advice = str(with_advice(error, run, "instruct", Path("d/chat.json")))
     assert advice.startswith(f"{error}\n") and advice.count("\n") == 1
     assert "after step 2, also with other image files; with a changed chat.json it does not" in advice
 
