@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import weakref
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -10,41 +13,32 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 
-class PeakMemory:
-    """Context that measures how far memory rises above what was there when it was entered.
-
-    `with PeakMemory(device) as peak: ...`, then `peak.bytes`. On a CPU every operation passes through Python, so do not
-    time what is measured; memory inside a kernel is not seen there, nor what compiled graphs allocate themselves.
-
-    Args:
-        device: whose memory.
-    """
+@dataclass
+class Peak:
+    """Highest rise of memory, known once the context is left."""
 
     bytes: int = 0
-    """Highest rise so far, bytes; final once the context is left."""
 
-    def __init__(self, device: torch.device | str) -> None:
-        self.device = torch.device(device)
-        self._storages: LiveStorages | None = None
-        self._before = 0
 
-    def __enter__(self) -> PeakMemory:
-        if self.device.type == "cuda":
-            torch.cuda.synchronize(self.device)
-            torch.cuda.reset_peak_memory_stats(self.device)
-            self._before = torch.cuda.memory_allocated(self.device)
-        else:
-            self._storages = LiveStorages(self.device.type)
-            self._storages.__enter__()
-        return self
+@contextmanager
+def peak_memory(device: torch.device | str) -> Iterator[Peak]:
+    """Context that measures how far memory rises above what was there when it was entered.
 
-    def __exit__(self, *error: Any) -> None:
-        if self._storages is None:
-            torch.cuda.synchronize(self.device)
-            self.bytes = torch.cuda.max_memory_allocated(self.device) - self._before
-        else:
-            self._storages.__exit__(*error)
-            self.bytes = self._storages.peak
+    On a CPU every operation passes through Python, so do not time what is measured; memory inside a kernel is not seen
+    there, nor what compiled graphs allocate themselves.
+    """
+    device, peak = torch.device(device), Peak()
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+        torch.cuda.reset_peak_memory_stats(device)
+        before = torch.cuda.memory_allocated(device)
+        yield peak
+        torch.cuda.synchronize(device)
+        peak.bytes = torch.cuda.max_memory_allocated(device) - before
+    else:
+        with LiveStorages(device.type) as storages:
+            yield peak
+        peak.bytes = storages.peak
 
 
 class LiveStorages(TorchDispatchMode):

@@ -3,18 +3,18 @@
 from __future__ import annotations
 
 import gc
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from statistics import median
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
 
 from mmprune_train.benchmark.baseline import as_transformers, padded_inputs
 from mmprune_train.benchmark.flops import flop_counter
-from mmprune_train.benchmark.memory import PeakMemory
+from mmprune_train.benchmark.memory import peak_memory
 from mmprune_train.config.pruner_schema import PrunerConfig
 from mmprune_train.data.batch import Batch
 from mmprune_train.model.clock import Clock
@@ -23,6 +23,8 @@ from mmprune_train.model.llava import PackedLlava
 from mmprune_train.packed.patches import Patches
 from mmprune_train.pruning import PruningTrace
 
+Result = TypeVar("Result")
+Cost = TypeVar("Cost", bound=Any)
 BASELINE = "hf_padded"
 """Name of the plain Hugging Face model among the ways."""
 PARTS = ("vision", "selection", "forward", "backward", "optimizer")
@@ -181,16 +183,11 @@ def step_costs(
     optimizer = torch.optim.AdamW(trained, lr=0.0)
     device = trained[0].device
     clock = Clock()
-    laps: dict[str, list[dict[str, float]]] = {name: [] for name in ways}
+    laps = interleaved(ways, repeats, lambda name: one_step(model, ways[name], optimizer, dtype, clock), progress)
     costs = {}
-    for number in progress(range(repeats + 1)):
-        for name, way in ways.items():
-            lap = one_step(model, way, optimizer, dtype, clock)
-            if number:
-                laps[name].append(lap)
     for name, way in ways.items():
         gc.collect()
-        with PeakMemory(device) as memory:
+        with peak_memory(device) as memory:
             one_step(model, way, optimizer, dtype, clock)
         with flop_counter() as counter, model.executed(attention="sdpa_per_sample"):  # which the counter sees
             flops = one_step(model, way, optimizer, dtype, Clock(counter.get_total_flops))
@@ -205,6 +202,23 @@ def step_costs(
             causal_flops=way.causal_flops,
         )
     return costs
+
+
+def interleaved(
+    names: Iterable[str],
+    repeats: int,
+    measure: Callable[[str], Result],
+    progress: Callable[[Iterable[int]], Iterable[int]] = iter,
+) -> dict[str, list[Result]]:
+    """What `measure` finds of every name in each of `repeats` rounds over all of them, after one that is not counted."""
+    first, *rounds = ({name: measure(name) for name in names} for _ in progress(range(repeats + 1)))
+    return {name: [found[name] for found in rounds] for name in first}
+
+
+def medians(rounds: Sequence[Cost]) -> Cost:
+    """Of a cost's numbers that are no counts."""
+    names = [name for name, value in vars(rounds[-1]).items() if isinstance(value, float)]
+    return replace(rounds[-1], **{name: median(getattr(cost, name) for cost in rounds) for name in names})
 
 
 def one_step(

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from mmprune_train.config.knee import with_value
 from mmprune_train.config.pruner_schema import KneeConfig, PrunerConfig
-from mmprune_train.data.batch import Batch, Sample, collate
+from mmprune_train.data.batch import Batch, collate, without_pixels
 from mmprune_train.data.encode import encode
 from mmprune_train.data.images import ImageReader
 from mmprune_train.data.records import Record
@@ -126,34 +126,24 @@ def pack(
     packed = []
     for part in batches(records, size):
         examples = [encode(record, template, tokenizer, image_tokens, max_length) for record in part]
-        seen = [record.images[: e.n_images] for record, e in zip(part, examples, strict=True)]
-        samples = [
-            Sample(e, list(paths), [torch.empty(0)] * len(paths)) for e, paths in zip(examples, seen, strict=True)
-        ]
-        packed.append(collate(samples))
+        packed.append(collate([without_pixels(e, record.images) for e, record in zip(examples, part, strict=True)]))
     return packed
 
 
+@dataclass
 class SamplePasses:
     """Token counts of samples under any pruner, by real passes as far as the last layer that prunes."""
 
-    def __init__(
-        self, model: PackedLlava, packed: list[Batch], images: EncodedImages, dtype: torch.dtype, seed: int
-    ) -> None:
-        """
-        Args:
-            model: taken over, in eval mode.
-            packed: from `pack`.
-            images: theirs.
-            dtype: bfloat16 computes under autocast.
-            seed: for scores that draw.
-        """
-        self.model = model.eval()
-        self.packed = packed
-        self.images = images
-        self.dtype = dtype
-        self.seed = seed
-        self.layers = model.hf.model.language_model.layers
+    model: PackedLlava
+    """In eval mode."""
+    packed: list[Batch]
+    """From `pack`."""
+    images: EncodedImages
+    """Theirs."""
+    dtype: torch.dtype
+    """bfloat16 computes under autocast."""
+    seed: int
+    """For scores that draw."""
 
     @property
     def longest(self) -> int:
@@ -166,16 +156,11 @@ class SamplePasses:
         samples = sum(batch.sequence.samples for batch in self.packed)
         return samples / sum(len(batch.sequence) for batch in self.packed)
 
-    def keep_ratio(self, settings: PrunerConfig, title: str) -> float:
-        """Tokens entering an LLM layer, averaged over layers, as a share of the dense ones."""
-        counts = self(settings, title)
-        return float(counts["layer_mean"].sum() / counts["dense"].sum())
-
     @torch.inference_mode()
     def __call__(self, settings: PrunerConfig, title: str) -> dict[str, Tensor]:
         """[B] each over all samples: dense, stage1, stage2, layer_mean. `title` stands before the progress."""
         model, device = self.model, self.model.hf.lm_head.weight.device
-        depth = len(self.layers)
+        depth = len(model.hf.model.language_model.layers)
         places = Pruner(settings).layers(depth)
         found: dict[str, list[Tensor]] = {name: [] for name in ("dense", "stage1", "stage2", "layer_mean")}
         torch.manual_seed(self.seed)
@@ -216,6 +201,11 @@ def _in_numbers(settings: PrunerConfig, places: dict[int, int]) -> PrunerConfig:
     return replace(settings, language=replace(stage, layer=list(places) or stage.layer, per_layer_budgets=budgets))
 
 
+def keep_ratio(counts: dict[str, Tensor]) -> float:
+    """Tokens entering an LLM layer, averaged over layers, as a share of the dense ones, by counts of `SamplePasses`."""
+    return float(counts["layer_mean"].sum() / counts["dense"].sum())
+
+
 def with_knee(settings: PrunerConfig, stage: str, knee: KneeConfig) -> PrunerConfig:
     """The pruner with another budget in one stage, `vision` or `language`."""
     return replace(settings, **{stage: replace(getattr(settings, stage), knee=knee)})
@@ -239,7 +229,7 @@ def solve_keep_ratio(
 
     def ratio(value: Value) -> float:
         changed = with_knee(settings, stage, with_value(knee, parameter.name, value))
-        return passes.keep_ratio(changed, f"{knee.method} {parameter.name}={value}")
+        return keep_ratio(passes(changed, f"{knee.method} {parameter.name}={value}"))
 
     token = passes.token
     if scored is None:

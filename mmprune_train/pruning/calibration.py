@@ -128,7 +128,7 @@ class ScoredImages:
         """[I] tokens that enter the LLM of each image under a budget, with what selection and merging add."""
         whole, budget = torch.full((len(self.scores),), self.scores.shape[1]), Budget(knee, "knee")
         refuse_unsound(self.scores, whole, budget.rule())
-        counts = budget.counts(self.scores, whole, self._no_features, feature_rank=self.feature_rank)
+        counts = budget.counts(self.scores, whole, feature_rank=self.feature_rank)
         return tokens_left(self.stage, self.scores, counts)
 
     def share(self, knee: KneeConfig) -> float:
@@ -142,10 +142,6 @@ class ScoredImages:
         if parameter is None:
             return None
         return solve(lambda value: self.share(with_value(knee, parameter.name, value)), parameter, target, 1 / size)
-
-    @staticmethod
-    def _no_features() -> Tensor:
-        raise AssertionError("budgets that look at features are not calibrated, and their ranks are at hand")
 
 
 def tokens_left(

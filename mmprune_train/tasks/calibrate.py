@@ -204,7 +204,7 @@ def sample_passes(
     stage = config.stage[split]
     template = get_template(template_of(config, split), tokenizer)
     packed = pack(records, template, tokenizer, model.config.image_seq_length, stage.max_length, stage.batch_size)
-    passes = SamplePasses(model, packed, images, dtype, config.seed)
+    passes = SamplePasses(model.eval(), packed, images, dtype, config.seed)
     if subject.fits:
         fit_projector(model, passes.kept_features(MATCHED_IMAGES))
     return passes
