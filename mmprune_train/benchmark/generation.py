@@ -64,7 +64,7 @@ def generation_costs(
         with as_transformers(model) if name == BASELINE else model.pruned_by(pruners[name]):
             return _generate(model.hf if name == BASELINE else model, inputs, new_tokens, dtype)
 
-    found = interleaved([*([BASELINE] if baseline else []), *pruners], repeats, measure)
+    found = interleaved([*([BASELINE] if baseline else []), *pruners], range(repeats + 1), measure)
     return {name: medians(rounds) for name, rounds in found.items()}
 
 

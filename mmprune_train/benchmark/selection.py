@@ -39,7 +39,6 @@ def selection_costs(
     Args:
         model: its pruner is put back afterwards.
         pixel_values: [I, 3, H, W], encoded in chunks of `model.execution.vision_chunk`.
-        repeats: passes that are counted, of every pruner.
     """
     clock = Clock()
 
@@ -50,4 +49,4 @@ def selection_costs(
         vision, selection = lap["vision"], lap.get("selection", 0.0)
         return SelectionCost(kept.shape[1], fmean(kept.sum(1).tolist()), vision, selection, selection / vision)
 
-    return {name: medians(rounds) for name, rounds in interleaved(pruners, repeats, measure).items()}
+    return {name: medians(rounds) for name, rounds in interleaved(pruners, range(repeats + 1), measure).items()}

@@ -21,7 +21,6 @@ from mmprune_train.model.clock import Clock
 from mmprune_train.model.flops import StepFlops
 from mmprune_train.model.llava import PackedLlava
 from mmprune_train.packed.patches import Patches
-from mmprune_train.pruning import PruningTrace
 
 Result = TypeVar("Result")
 Cost = TypeVar("Cost", bound=Any)
@@ -47,7 +46,7 @@ class StepCost:
     flops: dict[str, float]
     """By part, counted by PyTorch, and their sum as `step`. A trained tower's backward pass is in `backward`."""
     tokens: dict[str, float] = field(default_factory=dict)
-    """Totals of the batch: dense, stage1, stage2, layer_mean, padding."""
+    """Totals of the batch: dense, stage1, stage2, layer_mean, and what was computed beside these as padding."""
     causal_flops: float | None = None
     """Of the parts of `language_seconds`, by `StepFlops`: causal attention is charged the half that kernels compute,
     where PyTorch's counter charges the whole. None: not the packed model."""
@@ -113,7 +112,8 @@ def pruned(
         pixels = batch.pixel_values if patches is None else None
         with clock.part("forward"):
             output = model.forward_packed(batch.sequence, pixels, patches=patches)
-        way.tokens = tokens_of(output.trace)
+        counts = output.trace.counts()
+        way.tokens = {name: counts[name] for name in ("dense", "stage1", "stage2", "layer_mean")} | {"padding": 0.0}
         if way.causal_flops is None:
             way.causal_flops = StepFlops(model)(output.trace, images=0, supervised=int(output.supervised))
         return output.loss_sum / output.supervised
@@ -136,12 +136,6 @@ def padded(model: PackedLlava, batch: Batch) -> Way:
     every = float(inputs["input_ids"].numel())
     tokens = dict.fromkeys(("dense", "stage1", "stage2", "layer_mean"), every) | {"dense": dense}
     return Way(loss, lambda: as_transformers(model), tokens | {"padding": every - dense})
-
-
-def tokens_of(trace: PruningTrace) -> dict[str, float]:
-    """Totals of a batch; `padding` is what was computed beside the samples' own tokens."""
-    counts = trace.counts()
-    return {name: counts[name] for name in ("dense", "stage1", "stage2", "layer_mean")} | {"padding": 0.0}
 
 
 @contextmanager
@@ -183,7 +177,8 @@ def step_costs(
     optimizer = torch.optim.AdamW(trained, lr=0.0)
     device = trained[0].device
     clock = Clock()
-    laps = interleaved(ways, repeats, lambda name: one_step(model, ways[name], optimizer, dtype, clock), progress)
+    rounds = progress(range(repeats + 1))
+    laps = interleaved(ways, rounds, lambda name: one_step(model, ways[name], optimizer, dtype, clock))
     costs = {}
     for name, way in ways.items():
         gc.collect()
@@ -205,14 +200,11 @@ def step_costs(
 
 
 def interleaved(
-    names: Iterable[str],
-    repeats: int,
-    measure: Callable[[str], Result],
-    progress: Callable[[Iterable[int]], Iterable[int]] = iter,
+    names: Iterable[str], rounds: Iterable[int], measure: Callable[[str], Result]
 ) -> dict[str, list[Result]]:
-    """What `measure` finds of every name in each of `repeats` rounds over all of them, after one that is not counted."""
-    first, *rounds = ({name: measure(name) for name in names} for _ in progress(range(repeats + 1)))
-    return {name: [found[name] for found in rounds] for name in first}
+    """What `measure` finds of every name in each round over all of them; the first is not counted."""
+    first, *rest = ({name: measure(name) for name in names} for _ in rounds)
+    return {name: [found[name] for found in rest] for name in first}
 
 
 def medians(rounds: Sequence[Cost]) -> Cost:

@@ -105,8 +105,6 @@ def report_budgets(
     Args:
         scored: stage 1's scores; None: stage 1 is off.
         passes: for `measure=layer_mean`.
-        images: how many.
-        samples: how many.
         patches: of an image.
     """
     stage = "vision" if scored is not None else "language"

@@ -25,7 +25,7 @@ from mmprune_train.progress import progress
 from mmprune_train.pruning import Pruner
 from mmprune_train.pruning.calibration import ScoredImages, Searched, Solution, Value, searched, solve
 from mmprune_train.pruning.distribution_budgets import effective_rank_of
-from mmprune_train.pruning.views import VisionView
+from mmprune_train.pruning.views import VisionView, given
 
 Encoder = Callable[[Tensor], tuple[Tensor, VisionView]]
 """Pixels [I, 3, H, W] -> features [I, N, D] and what stage 1 looks at."""
@@ -67,14 +67,8 @@ class EncodedImages:
 
     def view(self, row: int, device: torch.device) -> VisionView:
         """Image `row` as stage 1 sees it, except for its score."""
-        assert self.looked_at is not None
-        keys = self.keys
-
-        def patch_keys() -> Tensor:
-            assert keys is not None
-            return keys[row : row + 1].to(device)
-
-        return VisionView(self.looked_at[row : row + 1].to(device), self.grid, patch_keys)
+        one = slice(row, row + 1)
+        return VisionView(given(self.looked_at)[one].to(device), self.grid, lambda: given(self.keys)[one].to(device))
 
 
 @torch.inference_mode()
@@ -186,9 +180,8 @@ class SamplePasses:
 
     def _cut(self, row: int) -> Patches:
         images, device = self.images, self.model.hf.lm_head.weight.device
-        assert images.features is not None
         scores = None if images.scores is None else images.scores[row : row + 1].to(device)
-        features, view = images.features[row : row + 1].to(device), images.view(row, device)
+        features, view = given(images.features)[row : row + 1].to(device), images.view(row, device)
         return self.model.cut_images(features, view, scores=scores)
 
 

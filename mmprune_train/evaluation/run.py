@@ -34,7 +34,6 @@ def evaluate(
         model: as `load_model` returns it.
         processor: as `load_model` returns it.
         template: conversation format of the prompts.
-        questions: what is asked.
         training: (question, answer) of the training split, for the blind majority; may be empty.
         save: keeps the answers, as soon as they are there.
     Returns:

@@ -112,8 +112,9 @@ class PackedSequence:
         target[heir[orphan]] = self.target[orphan]
         chosen = mask.nonzero().squeeze(1)
         whole = replace(self, target=target)
-        held: dict[str, Any] = {part.name: getattr(whole, part.name) for part in fields(self)}
-        return replace(whole, **{name: take(v, chosen) for name, v in held.items() if isinstance(v, Tensor)})
+        held = {part.name: getattr(whole, part.name) for part in fields(self)}
+        taken: dict[str, Any] = {name: take(v, chosen) for name, v in held.items() if isinstance(v, Tensor)}
+        return replace(whole, **taken)
 
     def keep_with(
         self, mask: Bool[Tensor, " T"], states: Float[Tensor, "T D"]

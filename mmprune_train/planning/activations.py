@@ -48,7 +48,6 @@ class Activations:
 
     Args:
         model: on the meta device, frozen as it will be trained.
-        how: the dtypes.
     """
 
     def __init__(self, model: PackedLlava, how: Numerics) -> None:

@@ -93,8 +93,6 @@ def states(
 
     Args:
         parameters: each once, frozen as they will be trained.
-        how: as `numerics` says.
-        world: devices.
         cuda: whether AdamW updates all parameters at once, as it does on a GPU.
         gathered: those that FSDP2 holds whole at once.
         quantized: how many of the frozen ones lie in 4 bits.

@@ -108,9 +108,7 @@ def plan_stage(
     """What stage `name` needs.
 
     Args:
-        data: its samples.
         share: of its row, what a budget keeps that depends on the images.
-        device: to run on.
         compute: dtype of matrix products.
     """
     stage = config.stage[name]

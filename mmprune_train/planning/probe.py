@@ -101,12 +101,9 @@ class Probe:
 
 def _fill(part: nn.Module, how: Numerics) -> None:
     """Give a meta module fake tensors on a CPU for its parameters and buffers, in place; inside a FakeTensorMode."""
-    made: dict[int, nn.Parameter] = {}
     for owner in part.modules():
         for name, old in list(owner.named_parameters(recurse=False)):
-            if id(old) not in made:
-                dtype = how.trained if old.requires_grad else how.compute
-                made[id(old)] = nn.Parameter(torch.empty(old.shape, dtype=dtype), old.requires_grad)
-            owner.register_parameter(name, made[id(old)])
+            dtype = how.trained if old.requires_grad else how.compute
+            owner.register_parameter(name, nn.Parameter(torch.empty(old.shape, dtype=dtype), old.requires_grad))
         for name, buffer in list(owner.named_buffers(recurse=False)):
             owner.register_buffer(name, torch.empty(buffer.shape, dtype=buffer.dtype), persistent=False)

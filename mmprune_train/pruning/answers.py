@@ -121,7 +121,8 @@ def merged(told: str, answer: object, features: Tensor, kept: Tensor, *_: Any) -
         raise UserError(f"{told} returned NaN or infinite features for image {image} of the batch")
 
 
-def merged_states(told: str, answer: object, hidden: Tensor, places: Tensor, *_: Any) -> None:
+def merged_states(told: str, answer: object, hidden: Tensor, places: Tensor, *more: Any) -> None:
     """States [T, D] of the same dtype, and a mask [M] of the dropped tokens that became a made one."""
-    _, made = _two(told, answer, "the states and the mask of made tokens", hidden, "states [tokens, width]")
-    _table(told, made, "a bool mask [places]", places.shape, hidden.device, torch.bool)
+    both = "the states and the mask of made tokens"
+    _, mask = _two(told, answer, both, hidden, "states [tokens, width]")
+    _table(told, mask, "a bool mask [places]", places.shape, hidden.device, torch.bool)

@@ -50,7 +50,6 @@ def find_knee(
         features: [B, N, D] the tokens in the order of their scores, for methods that look at them; passing it to others
             is no mistake.
         min_tokens: least count, within 1..length; 0 lets a count be 0, too.
-        max_tokens: largest count.
         params: the method's own parameters (see its function).
     Returns:
         counts [B], int64, each in 1..length (0..length with min_tokens=0).
@@ -115,11 +114,7 @@ def refuse_unsound(scores: Float[Tensor, "B N"], lengths: Lengths, budget: Compo
 
 
 class Budget:
-    """A `knee` of the configuration, ready to count.
-
-    Args:
-        key: its dotted name, for the messages.
-    """
+    """A `knee` of the configuration, ready to count; `key` is its dotted name, for the messages."""
 
     def __init__(self, knee: KneeConfig, key: str) -> None:
         self.knee = knee

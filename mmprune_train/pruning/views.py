@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any, TypeVar
 
@@ -59,10 +59,9 @@ class VisionView:
 
     def at(self, rows: Int64[Tensor, " P"]) -> VisionView:
         """The view of images `rows`, each as often as it is named."""
-        held = {part.name: getattr(self, part.name) for part in fields(self)}
-        tensors = {name: part[rows] for name, part in held.items() if isinstance(part, Tensor)}
-        computed = {name: partial(_rows_of, part, rows) for name, part in held.items() if callable(part)}
-        return replace(self, **tensors, **computed)
+        changed: dict[str, Any] = {name: part[rows] for name, part in vars(self).items() if isinstance(part, Tensor)}
+        changed |= {name: partial(_rows_of, part, rows) for name, part in vars(self).items() if callable(part)}
+        return replace(self, **changed)
 
 
 def _rows_of(compute: Callable[..., Any], rows: Tensor, *arguments: Any) -> Any:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,12 +17,11 @@ from mmprune_train.config.renamed import present_name
 from mmprune_train.errors import UserError
 from mmprune_train.progress import progress
 from mmprune_train.reporting import charts
-from mmprune_train.reporting.evaluation import ACCURACIES, accuracies, asked_apart, asked_text
 from mmprune_train.reporting.results import front, numbers, pick, picked
 from mmprune_train.reporting.runs import Run, telling_keys
 from mmprune_train.reporting.sweeps import varying
 from mmprune_train.reporting.tables import cell
-from mmprune_train.reporting.training import STAGE_NUMBERS
+from mmprune_train.reporting.text import ACCURACIES, accuracies, asked_apart, asked_text, stage_rows
 
 HIGHLIGHTED = 6
 """Most runs whose loss is drawn in colour where all runs are in one figure."""
@@ -72,7 +72,7 @@ class Compared:
 
 def compare(runs: Sequence[Run], shown: Shown) -> Compared:
     """Raises UserError where no run has a number that is asked for."""
-    values = [{name: _number(run, name) for name in shown.axes} for run in runs]
+    values = [{name: picked(run.numbers, name) for name in shown.axes} for run in runs]
     for name in shown.axes:
         if any(run.numbers for run in runs) and all(value[name] is None for value in values):
             pick(next(run.numbers for run in runs if run.numbers), name)  # says what there is instead
@@ -83,16 +83,10 @@ def compare(runs: Sequence[Run], shown: Shown) -> Compared:
     return Compared(telling_keys(runs), differ, values, [full[i] for i in front(points, shown.directions)], apart)
 
 
-def _number(run: Run, name: str) -> float | None:
-    return picked(run.numbers, name)
-
-
 def render(runs: Sequence[Run], shown: Shown, title: str, sources: Sequence[str]) -> str:
     """The page.
 
     Args:
-        runs: one or many.
-        shown: what they are compared by.
         sources: folders they were read from, for the page to say.
     """
     compared = compare(runs, shown)
@@ -116,8 +110,7 @@ def render(runs: Sequence[Run], shown: Shown, title: str, sources: Sequence[str]
 
 
 def _counts(runs: Sequence[Run]) -> str:
-    states = dict.fromkeys(run.state for run in runs)
-    told = ", ".join(f"{sum(run.state == state for run in runs)} {state}" for state in states)
+    told = ", ".join(f"{count} {state}" for state, count in Counter(run.state for run in runs).items())
     return f"{len(runs)} run{'s' if len(runs) > 1 else ''}: {told}"
 
 
@@ -297,7 +290,6 @@ def _section(run: Run, anchor: str, compared: Compared) -> dict[str, Any]:
         "commit": run.manifest.get("git_commit"),
         "overrides": " ".join(run.job.overrides) if run.job else None,
     }
-    names = {key: text for key, text in STAGE_NUMBERS.items() if any(key in stage for stage in stages.values())}
     return {
         "run": run,
         "anchor": anchor,
@@ -306,7 +298,7 @@ def _section(run: Run, anchor: str, compared: Compared) -> dict[str, Any]:
         "settings": {key: run.settings[key] for key in (compared.differ or run.settings) if key in run.settings},
         "whole": not compared.differ,
         "stages": list(stages),
-        "stage_rows": [[text, *(cell(stage.get(key)) for stage in stages.values())] for key, text in names.items()],
+        "stage_rows": [[text, *map(cell, values)] for text, *values in stage_rows(stages)],
         "charts": run_charts(run),
         "evaluations": [
             {"name": name, **_evaluation(result)}

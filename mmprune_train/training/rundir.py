@@ -18,7 +18,7 @@ from mmprune_train.config.compose import config_from_file, to_yaml
 from mmprune_train.config.identity import differences, run_dir
 from mmprune_train.config.schema import Config
 from mmprune_train.errors import UserError
-from mmprune_train.reporting.training import result_text
+from mmprune_train.reporting.text import result_text
 from mmprune_train.storage.files import write_json, write_yaml
 from mmprune_train.storage.locks import refuse_links
 from mmprune_train.storage.run_files import read_manifest, read_result
