@@ -17,8 +17,10 @@ def flop_counter() -> FlopCounterMode:
     """
     aten: Any = torch.ops.aten
     mapping = {
-        aten._scaled_dot_product_flash_attention_for_cpu: _attention,
-        aten._scaled_dot_product_flash_attention_for_cpu_backward: _attention_backward,
+        aten._scaled_dot_product_flash_attention_for_cpu: lambda q, k, v, *_, **__: sdpa_flop_count(q, k, v),
+        aten._scaled_dot_product_flash_attention_for_cpu_backward: (
+            lambda grad, q, k, v, *_, **__: sdpa_backward_flop_count(grad, q, k, v)
+        ),
         aten.addmm_: _product,
         aten.baddbmm_: _product,
     }
@@ -27,11 +29,3 @@ def flop_counter() -> FlopCounterMode:
 
 def _product(_: Any, left: Any, right: Any, *__: Any, **___: Any) -> int:
     return 2 * prod(left) * right[-1]
-
-
-def _attention(query: Any, key: Any, value: Any, *_: Any, **__: Any) -> int:
-    return sdpa_flop_count(query, key, value)
-
-
-def _attention_backward(grad: Any, query: Any, key: Any, value: Any, *_: Any, **__: Any) -> int:
-    return sdpa_backward_flop_count(grad, query, key, value)

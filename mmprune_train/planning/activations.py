@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from operator import call
@@ -68,8 +67,7 @@ class Activations:
         """Bytes of a state's number on its way through the layers."""
         enters = self.tower_trained or any_trained(projector) or any_trained(language.embed_tokens)
         leaves = enters or any_trained(language)
-        rotary = partial(_rotary, language.config)
-        layer = partial(_decoder_layer, rotary)
+        layer = partial(_decoder_layer, language.config)
         first = language.layers[0]
         self.first = Probe(first, layer, self.width, embeds, enters, how)
         self.layer = self.first if enters == leaves else Probe(first, layer, self.width, embeds, leaves, how)
@@ -192,22 +190,18 @@ def _loss(head: Any, states: Tensor) -> Tensor:
     return cross_entropy_sum(head, states, target, len(states))
 
 
-def _rotary(config: Any, states: Tensor) -> tuple[Tensor, Tensor]:
+def _decoder_layer(config: Any, layer: Any, states: Tensor) -> Tensor:
+    count = len(states)
     width = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
     rotary = int(width * ((config.rope_parameters or {}).get("partial_rotary_factor") or 1))
-    table = torch.empty((1, len(states), rotary), dtype=states.dtype)
-    return table, table
-
-
-def _decoder_layer(rotary: Callable[[Tensor], tuple[Tensor, Tensor]], layer: Any, states: Tensor) -> Tensor:
-    count = len(states)
+    table = torch.empty((1, count, rotary), dtype=states.dtype)
     return layer(
         states[None],
         attention_mask=None,
         position_ids=torch.arange(count)[None],
         cache=None,
         use_cache=False,
-        position_embeddings=rotary(states),
+        position_embeddings=(table, table),
         borders=Borders(torch.tensor([0, count], dtype=torch.int32), [count], SDPA),
     )[0]
 

@@ -167,7 +167,7 @@ class Bench:
             draw_steps(
                 {name: cost.seconds for name, cost in costs.items()},
                 PARTS,
-                {name: share[:3] for name, share in shares.items()},
+                shares,
                 f"one optimizer step: {what}",
                 folder / "bench.png",
             )
