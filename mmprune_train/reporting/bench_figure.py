@@ -24,8 +24,8 @@ def draw_steps(
 
     Args:
         seconds: way -> part -> median seconds, and their sum as `step`.
-        shares: way -> the LLM's operations, the LLM's seconds, the peak memory and what is not drawn, each as a share of
-            the dense packed model's; None: not to be had.
+        shares: way -> the LLM's operations, the LLM's seconds and the peak memory, each as a share of the dense packed
+            model's (more is not drawn); None: not to be had.
     """
     from matplotlib.figure import Figure
 

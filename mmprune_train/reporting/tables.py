@@ -23,13 +23,11 @@ def table(rows: Sequence[Sequence[object]], header: Sequence[str], title: str = 
     """Columns as wide as their widest cell; numbers to the right, text to the left."""
     texts = [[cell(value) for value in row] for row in rows]
     widths = [max(map(len, column)) for column in zip(header, *texts, strict=True)]
-    numeric = [all(v is None or isinstance(v, int | float) for v in column) for column in zip(*rows, strict=True)]
+    columns = list(zip(*rows, strict=True)) or [("",)] * len(header)
+    numeric = [all(v is None or isinstance(v, int | float) for v in column) for column in columns]
 
     def line(cells: Sequence[str]) -> str:
-        padded = (
-            c.rjust(w) if n else c.ljust(w)
-            for c, w, n in zip(cells, widths, numeric or [False] * len(header), strict=True)
-        )
+        padded = (c.rjust(w) if n else c.ljust(w) for c, w, n in zip(cells, widths, numeric, strict=True))
         return "  ".join(padded).rstrip()
 
     rule = "-" * (sum(widths) + 2 * (len(widths) - 1))
