@@ -65,18 +65,15 @@ class LiveStorages(TorchDispatchMode):
         result = func(*args, **kwargs)
         for storage in self._of(result):
             if storage._cdata not in known and storage._cdata not in self._sizes:
-                self._add(storage)
+                self._sizes[storage._cdata] = storage.nbytes()
+                weakref.finalize(storage, self._free, storage._cdata).atexit = False
+                self.live += storage.nbytes()
+                self.peak = max(self.peak, self.live)
         return result
 
     def _of(self, values: Any) -> list[torch.UntypedStorage]:
         tensors = (value for value in tree_leaves(values) if isinstance(value, torch.Tensor))
         return [t.untyped_storage() for t in tensors if t.layout == torch.strided and t.device.type == self.kind]
-
-    def _add(self, storage: torch.UntypedStorage) -> None:
-        self._sizes[storage._cdata] = storage.nbytes()
-        weakref.finalize(storage, self._free, storage._cdata).atexit = False
-        self.live += storage.nbytes()
-        self.peak = max(self.peak, self.live)
 
     def _free(self, key: int) -> None:
         self.live -= self._sizes.pop(key)

@@ -5,14 +5,13 @@ Libraries are imported where a row asks them, so that one that is broken breaks 
 
 from __future__ import annotations
 
-import shutil
 from functools import cache, partial
 from importlib import metadata, util
 from typing import TYPE_CHECKING
 
 from mmprune_train.config.checks import STRATEGIES
 from mmprune_train.config.schema import Config, WandbConfig
-from mmprune_train.doctor.machine import Ask, Note
+from mmprune_train.doctor.machine import Ask, Note, tool
 from mmprune_train.errors import UserError
 from mmprune_train.training.cluster import launch, slurm_job
 
@@ -118,7 +117,7 @@ def strategies(config: Config) -> dict[str, Ask]:
     rows: dict[str, Ask] = {f"strategy={name}": partial(can, name) for name in STRATEGIES}
     rows |= {"NCCL": nccl, "gloo": lambda: "built in" if distributed.is_gloo_available() else Note("not in this torch")}
     rows |= {"started by": started, "Slurm job": lambda: slurm_job() or "none"}
-    return rows | {"srun": lambda: shutil.which("srun") or "not found"}
+    return rows | {"srun": partial(tool, "srun")}
 
 
 def operators(config: Config) -> dict[str, Ask]:
@@ -131,9 +130,6 @@ def operators(config: Config) -> dict[str, Ask]:
         if compiled.get(name):
             return "compiled"
         return "can be compiled" if ALL_OPS[name].is_compatible(verbose=False) else "cannot be compiled here"
-
-    def tool(name: str) -> str:
-        return shutil.which(name) or "not found"
 
     rows: dict[str, Ask] = {name: partial(tool, name) for name in ("ninja", "c++")}
     return rows | {name: partial(state, name) for name in sorted(ALL_OPS)}

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -116,7 +115,11 @@ def report_budgets(
     report = Report(asked, pruner, stage, images, samples, patches, token, rows)
     usable = [row for row in rows if not row.problem]
     if scored is not None:
-        _look(usable, scored, asked.target if passes is None else None)
+        for row in progress(usable, "calibrate", "budgets"):
+            row.kept, row.share = scored.kept(row.knee), scored.share(row.knee)
+            if asked.target is not None and passes is None:
+                row.solution = scored.solve(row.knee, asked.target)
+                row.kept_at_target = None if row.solved is None else scored.kept(row.solved)
     else:
         assert passes is not None
         for row in usable:
@@ -148,11 +151,3 @@ def _problem(method: str, score: Component, of_images: bool) -> str:
     if any(one.default is REQUIRED for one in budget.parameters):
         return "has parameters without a default"
     return ""
-
-
-def _look(rows: Sequence[BudgetRow], scored: ScoredImages, target: float | None) -> None:
-    for row in progress(rows, "calibrate", "budgets"):
-        row.kept, row.share = scored.kept(row.knee), scored.share(row.knee)
-        if target is not None:
-            row.solution = scored.solve(row.knee, target)
-            row.kept_at_target = None if row.solved is None else scored.kept(row.solved)

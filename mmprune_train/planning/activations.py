@@ -75,19 +75,15 @@ class Activations:
         self.head = Probe(model.hf.lm_head, _loss, self.width, embeds, leaves, how)
         features = projector.linear_1.in_features
         self.projector = Probe(projector, call, features, how.compute, self.tower_trained, how)
-        side = int(model.config.image_seq_length) + self.family.has_cls
+        self.side = int(model.config.image_seq_length) + self.family.has_cls
         block: Any = self.blocks[0]
         towers = tower.config.hidden_size
-        of_images = partial(_vision_block, side)
         states = how.trained if self.tower_trained else how.compute
-        self.block = Probe(block, of_images, towers, states, self.tower_trained, how)
-        self.per_image = side * towers * states.itemsize
+        self.block = Probe(block, partial(_vision_block, self.side), towers, states, self.tower_trained, how)
+        self.per_image = self.side * towers * states.itemsize
         """Bytes of the states of one image in the vision tower."""
-        size = model.config.vision_config.image_size
-        self.pixels = 3 * size**2 * 4
-        self.side = side
+        self.pixels = 3 * model.config.vision_config.image_size**2 * 4
         self.scored = set(model.pruner.layers(len(language.layers))) if model.pruner.reads_keys else set()
-        self.heads = language.config.num_attention_heads
 
     def phases(
         self,
@@ -171,7 +167,7 @@ class Activations:
 
     def _scoring(self, lengths: Tensor) -> float:
         """Attention weights that stage 2's score holds at once, and a copy, as if every token asked."""
-        return 2 * 4 * min(CHUNK, self.heads * float(lengths.square().sum()))
+        return 2 * 4 * min(CHUNK, self.language.config.num_attention_heads * float(lengths.square().sum()))
 
     def _cast_weights(self) -> float:
         """Copies of trained matrices in the dtype of autocast, which live as long as it."""

@@ -78,8 +78,9 @@ class Probe:
 
     def _run(self, rows: int) -> Footprint:
         with torch.no_grad():
-            plain, _, _ = self._forward(rows)
-        forward, memory, out = self._forward(rows)
+            plain = self._forward(rows)[0].peak
+        memory, out = self._forward(rows)
+        forward = memory.peak
         kept = memory.live - out.untyped_storage().nbytes()
         if not out.requires_grad:
             return Footprint(0.0, plain, plain, 0.0)
@@ -91,12 +92,12 @@ class Probe:
         self._part.zero_grad(set_to_none=True)
         return Footprint(kept, forward, plain, memory.peak - before)
 
-    def _forward(self, rows: int) -> tuple[float, LiveStorages, Tensor]:
-        """Highest rise, the storages that are followed, and the output."""
+    def _forward(self, rows: int) -> tuple[LiveStorages, Tensor]:
+        """The storages that are followed, and the output."""
         with LiveStorages("cpu") as memory, torch.autocast("cpu", torch.bfloat16, enabled=self.how.autocast):
             seed = torch.zeros((), dtype=self.dtype, requires_grad=self.flows)
             out = self.call(self._part, seed.expand(rows, self.width).clone())
-        return memory.peak, memory, out
+        return memory, out
 
 
 def _fill(part: nn.Module, how: Numerics) -> None:

@@ -134,14 +134,10 @@ def _tokenizer(config: Config, name: str) -> Any:
 def _sketched(record: Record, template: str, image_tokens: int, max_length: int) -> Sample:
     turns = []
     for turn in record.turns:
-        text = turn.question.replace(IMAGE_PLACEHOLDER, "")
-        images = turn.question.count(IMAGE_PLACEHOLDER)
-        turns.append((images, _tokens(text), _tokens(turn.answer)))
+        texts = turn.question.replace(IMAGE_PLACEHOLDER, ""), turn.answer
+        question, answer = (round(len(text) / CHARACTERS_PER_TOKEN) for text in texts)
+        turns.append((turn.question.count(IMAGE_PLACEHOLDER), question, answer))
     return without_pixels(_example(record.id, turns, template, image_tokens, max_length), record.images)
-
-
-def _tokens(text: str) -> int:
-    return round(len(text) / CHARACTERS_PER_TOKEN)
 
 
 def _made_up(

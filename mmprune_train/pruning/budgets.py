@@ -61,9 +61,7 @@ def find_knee(
     if scores.dim() != 2 or scores.shape[1] == 0:
         raise UserError(f"scores must be [B, N] with N >= 1, got {tuple(scores.shape)}")
     batch, size = scores.shape
-    if lengths is None:
-        lengths = torch.full((batch,), size, dtype=torch.int64, device=scores.device)
-    lengths = lengths.to(device=scores.device, dtype=torch.int64)
+    lengths = whole_lengths(scores) if lengths is None else lengths.to(device=scores.device, dtype=torch.int64)
     if lengths.shape != (batch,) or bool(((lengths < 1) | (lengths > size)).any()):
         raise UserError(f"lengths must be [{batch}] with every entry in 1..{size}, got {lengths.tolist()}")
     refuse_unsound(scores, lengths, budget.component)
@@ -78,6 +76,11 @@ def find_knee(
     if bool(bad.any()):
         raise UserError(f"features row {int(bad.int().argmax())} holds NaN or infinite values; check the precision")
     return budget.counts(scores, lengths, lambda: features)
+
+
+def whole_lengths(scores: Float[Tensor, "B N"]) -> Lengths:
+    """[B] lengths of rows that have no padding."""
+    return torch.full(scores.shape[:1], scores.shape[1], dtype=torch.int64, device=scores.device)
 
 
 def sound_rows(scores: Float[Tensor, "B N"], lengths: Lengths, budget: Component | None = None) -> Bool[Tensor, " B"]:

@@ -7,14 +7,13 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from itertools import pairwise
 
-import torch
 from jaxtyping import Float, Int64
 from torch import Tensor
 
 from mmprune_train.components.registry import find
 from mmprune_train.config.knee import budget_of, with_value
 from mmprune_train.config.pruner_schema import KneeConfig, VisionStageConfig
-from mmprune_train.pruning.budgets import Budget, refuse_unsound
+from mmprune_train.pruning.budgets import Budget, refuse_unsound, whole_lengths
 from mmprune_train.pruning.parts import load_part
 
 Value = int | float
@@ -126,7 +125,7 @@ class ScoredImages:
 
     def kept(self, knee: KneeConfig) -> Int64[Tensor, " I"]:
         """[I] tokens that enter the LLM of each image under a budget, with what selection and merging add."""
-        whole, budget = torch.full((len(self.scores),), self.scores.shape[1]), Budget(knee, "knee")
+        whole, budget = whole_lengths(self.scores), Budget(knee, "knee")
         refuse_unsound(self.scores, whole, budget.rule())
         counts = budget.counts(self.scores, whole, feature_rank=self.feature_rank)
         return tokens_left(self.stage, self.scores, counts)

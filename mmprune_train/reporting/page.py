@@ -6,11 +6,10 @@ import time
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from statistics import fmean
 from typing import Any
 
-from jinja2 import Environment, FileSystemLoader, StrictUndefined
+from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 
 from mmprune_train.config.renamed import present_name
@@ -91,27 +90,23 @@ def render(runs: Sequence[Run], shown: Shown, title: str, sources: Sequence[str]
     """
     compared = compare(runs, shown)
     order = _order(runs, compared, shown)
-    many = len(runs) > 1
-    beside = _beside(runs, compared, shown, order) if many else None
-    sections = [_section(runs[i], f"run-{i}", compared) for i in progress(order, "report", "runs", lines=5)]
-    loader = FileSystemLoader(Path(__file__).parent / "templates")
+    states = Counter(run.state for run in runs).items()
     environment = Environment(
-        loader=loader, autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
+        loader=PackageLoader("mmprune_train.reporting"),
+        autoescape=True,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
     )
     return environment.get_template("report.html").render(
         title=title,
         made=time.strftime("%Y-%m-%d %H:%M"),
         sources=sources,
-        counts=_counts(runs),
-        beside=beside,
-        sections=sections,
+        counts=f"{len(runs)} run{'s' * (len(runs) > 1)}: {', '.join(f'{count} {state}' for state, count in states)}",
+        beside=_beside(runs, compared, shown, order) if len(runs) > 1 else None,
+        sections=[_section(runs[i], f"run-{i}", compared) for i in progress(order, "report", "runs", lines=5)],
         svg=Markup,
     )
-
-
-def _counts(runs: Sequence[Run]) -> str:
-    told = ", ".join(f"{count} {state}" for state, count in Counter(run.state for run in runs).items())
-    return f"{len(runs)} run{'s' if len(runs) > 1 else ''}: {told}"
 
 
 def _order(runs: Sequence[Run], compared: Compared, shown: Shown) -> list[int]:
