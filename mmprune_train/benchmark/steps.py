@@ -13,8 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from mmprune_train.benchmark.baseline import as_transformers, padded_inputs
-from mmprune_train.benchmark.flops import flop_counter
-from mmprune_train.benchmark.memory import peak_memory
+from mmprune_train.benchmark.counters import flop_counter, peak_memory
 from mmprune_train.config.pruner_schema import PrunerConfig
 from mmprune_train.data.batch import Batch
 from mmprune_train.model.clock import Clock

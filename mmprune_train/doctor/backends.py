@@ -168,11 +168,9 @@ def self_test(config: Config) -> dict[str, Ask]:
     from mmprune_train.training.precision import Precision, choose_precision
 
     exact = Precision(torch.float32, "the reference")
-    tries = [(torch.device("cpu"), exact)]
-    for kind in kinds(config):
-        devices = [torch.device(kind)] if kind == "cpu" else []
-        devices += [torch.device(kind, index) for index in range(torch.cuda.device_count())] if kind == "cuda" else []
-        tries += [(device, choose_precision("auto", kind)) for device in devices]
+    gpus = range(torch.cuda.device_count() if "cuda" in kinds(config) else 0)
+    devices = [torch.device("cpu"), *(torch.device("cuda", index) for index in gpus)]
+    tries = [(devices[0], exact), *((device, choose_precision("auto", device.type)) for device in devices)]
     reference = cache(partial(losses_of_steps, torch.device("cpu"), exact))
 
     def step(device: torch.device, precision: Precision) -> str:

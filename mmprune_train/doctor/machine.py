@@ -106,8 +106,7 @@ def gpus(config: Config) -> dict[str, Ask]:
         "driver": driver,
         "compiler (nvcc)": partial(tool, "nvcc", "not found; FlashAttention and DeepSpeed's operators need it"),
     }
-    for index in range(count):
-        rows[f"cuda:{index}"] = partial(gpu, index)
+    rows |= {f"cuda:{index}": partial(gpu, index) for index in range(count)}
     if count > 1:
         rows["peer access"] = partial(peers, count)
     return rows

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from mmprune_train.benchmark.memory import LiveStorages
+from mmprune_train.benchmark.counters import LiveStorages
 
 
 @dataclass(frozen=True)

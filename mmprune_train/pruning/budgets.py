@@ -128,11 +128,6 @@ class Budget:
         """The component that decides; None: the override's share."""
         return None if override is not None and override.ratio is not None else self.component
 
-    def known(self, override: BudgetOverride | None = None) -> bool:
-        """Whether counts do not depend on the scores."""
-        rule = self.rule(override)
-        return rule is None or bool(rule.fixed)
-
     @torch.no_grad()
     def counts(
         self,

@@ -85,12 +85,13 @@ class VisionStage:
         counts = budget.counts(scores, whole, lambda: view.patches, override)
         seen = projected() if self.projects and projected is not None else view.patches
         more = {}
-        if "known" in self._select.component.takes and budget.known(override):
+        rule = budget.rule(override)
+        if "known" in self._select.component.takes and (rule is None or rule.fixed):  # whatever the scores
             on_host = torch.zeros(images, patches)
             more["known"] = budget.counts(on_host, whole_lengths(on_host), override=override)
         with full_precision(scores):
             kept = self._select(scores, counts, seen, **more)
-        kept = kept & sound_rows(scores, whole, budget.rule(override))[:, None]
+        kept = kept & sound_rows(scores, whole, rule)[:, None]
         drawn = override is not None and override.ratio is not None  # that ratio is the whole stage's
         recovers = self.settings.vision.recover.enabled and not drawn
         return (self._recover(view, kept) if recovers else kept), scores

@@ -46,10 +46,7 @@ def faded(image: PrunedImage, kept: Sequence[int]) -> NDArray[np.uint8]:
 
 @style_of(PLAIN)
 def draw(images: Sequence[PrunedImage], words: Sequence[Word], title: str, path: Path) -> None:
-    """One row an image (as seen, after stage 1, after stage 2, the sorted curve), the prompt's text tokens below.
-
-    Needs no display; the format follows the file's ending.
-    """
+    """One row an image (as seen, after stage 1, after stage 2, the sorted curve), the prompt's text tokens below."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(13, 3.3 * len(images) + 1.3))

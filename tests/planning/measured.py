@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from mmprune_train.benchmark.memory import peak_memory
+from mmprune_train.benchmark.counters import peak_memory
 from mmprune_train.model.flops import PassShape
 from mmprune_train.model.llava import PackedLlava
 from mmprune_train.pruning import PackedSequence

@@ -12,7 +12,7 @@ from training.short import sample
 from training.synthetic import overrides, write_dataset
 
 from mmprune_train import devices
-from mmprune_train.benchmark.memory import peak_memory
+from mmprune_train.benchmark.counters import peak_memory
 from mmprune_train.config.checks import DEVICES as NAMES
 from mmprune_train.config.checks import STRATEGIES
 from mmprune_train.config.compose import compose_config, load_pruner
