@@ -174,5 +174,7 @@ def limits(config: Config) -> dict[str, Ask]:
         says = f"{soft:,}, may be raised to {hard:,}"
         return Note(f"{says}; ulimit -n {min(hard, 65536)} for many loader workers") if soft < FEW_FILES else says
 
-    rows: dict[str, Ask] = {"open files": files}
-    return rows | {name: partial(os.environ.get, name, "not set") for name in VARIABLES}
+    def variable(name: str) -> str:
+        return os.environ.get(name, "not set")
+
+    return {"open files": files, **{name: partial(variable, name) for name in VARIABLES}}

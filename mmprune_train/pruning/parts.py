@@ -75,7 +75,7 @@ def load_budget(knee: KneeConfig, key: str) -> Part:
 
 def _load(kind: str, name: str, key: str, arguments: Callable[[Component], dict[str, Any]]) -> Part:
     component, function = _imported(kind, name, key)
-    filled = partial(function, **arguments(component))
+    filled: Callable[..., Any] = partial(function, **arguments(component))
     if component.own or component.package:
         filled = answers.checked(filled, f"{key}={component.name}", CHECKS[component.kind])
     return Part(component, key, filled)

@@ -91,12 +91,9 @@ def render(runs: Sequence[Run], shown: Shown, title: str, sources: Sequence[str]
     compared = compare(runs, shown)
     order = _order(runs, compared, shown)
     states = Counter(run.state for run in runs).items()
+    loader = PackageLoader("mmprune_train.reporting")
     environment = Environment(
-        loader=PackageLoader("mmprune_train.reporting"),
-        autoescape=True,
-        undefined=StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
+        loader=loader, autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
     )
     return environment.get_template("report.html").render(
         title=title,
