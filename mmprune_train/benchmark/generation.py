@@ -5,7 +5,6 @@ from __future__ import annotations
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass
-from statistics import median
 from typing import Any
 
 import torch
@@ -13,7 +12,7 @@ from torch import Tensor
 from transformers import Cache, StoppingCriteria, StoppingCriteriaList
 
 from mmprune_train.benchmark.baseline import as_transformers
-from mmprune_train.benchmark.steps import BASELINE
+from mmprune_train.benchmark.steps import BASELINE, interleaved, medians
 from mmprune_train.config.pruner_schema import PrunerConfig
 from mmprune_train.model.llava import PackedLlava
 
@@ -60,24 +59,17 @@ def generation_costs(
         inputs: the llava-hf processor's, padded on the left.
         new_tokens: tokens that every sample generates, at least 2.
     """
-    names = [*([BASELINE] if baseline else []), *pruners]
-    found: dict[str, list[tuple[float, float, int]]] = {name: [] for name in names}
-    for number in range(repeats + 1):
-        for name in names:
-            with as_transformers(model) if name == BASELINE else model.pruned_by(pruners[name]):
-                measured = _generate(model.hf if name == BASELINE else model, inputs, new_tokens, dtype)
-            if number:
-                found[name].append(measured)
-    return {
-        name: GenerationCost(median(r[0] for r in rows), median(r[1] for r in rows), rows[-1][2])
-        for name, rows in found.items()
-    }
+
+    def measure(name: str) -> GenerationCost:
+        with as_transformers(model) if name == BASELINE else model.pruned_by(pruners[name]):
+            return _generate(model.hf if name == BASELINE else model, inputs, new_tokens, dtype)
+
+    found = interleaved([*([BASELINE] if baseline else []), *pruners], range(repeats + 1), measure)
+    return {name: medians(rounds) for name, rounds in found.items()}
 
 
 @torch.inference_mode()
-def _generate(
-    model: Any, inputs: Mapping[str, Tensor], new_tokens: int, dtype: torch.dtype
-) -> tuple[float, float, int]:
+def _generate(model: Any, inputs: Mapping[str, Tensor], new_tokens: int, dtype: torch.dtype) -> GenerationCost:
     device = inputs["input_ids"].device
     stamps = _Stamps(device)
     if device.type == "cuda":
@@ -94,7 +86,7 @@ def _generate(
         )
     first, last = stamps.times[0], stamps.times[-1]
     rate = len(inputs["input_ids"]) * (len(stamps.times) - 1) / (last - first)
-    return first - began, rate, cache_bytes(out.cache)
+    return GenerationCost(first - began, rate, cache_bytes(out.cache))
 
 
 def cache_bytes(cache: Cache) -> int:

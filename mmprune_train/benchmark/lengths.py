@@ -45,11 +45,9 @@ def lengths_cost(
     """Time a step on every batch once, in order, then as many on the one of mean length.
 
     Args:
-        model: as for `step_costs`.
         warm: another batch, whose step is not counted.
         ways: each of one batch, by one pruner.
         dtype: bfloat16 computes under autocast.
-        progress: wraps the ways.
     """
     optimizer = torch.optim.AdamW([parameter for parameter in model.parameters() if parameter.requires_grad], lr=0.0)
     clock = Clock()

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
-from statistics import fmean, median
+from statistics import fmean
 
 import torch
 from torch import Tensor
 
+from mmprune_train.benchmark.steps import interleaved, medians
 from mmprune_train.config.pruner_schema import PrunerConfig
 from mmprune_train.model.execution import Clock
 from mmprune_train.model.llava import PackedLlava
@@ -32,34 +33,20 @@ class SelectionCost:
 
 def selection_costs(
     model: PackedLlava, pixel_values: Tensor, pruners: Mapping[str, PrunerConfig], repeats: int
-) -> Iterator[tuple[str, SelectionCost]]:
+) -> dict[str, SelectionCost]:
     """Time stage 1 of several pruners on the same images and weights, interleaved, after one pass that is not counted.
 
     Args:
         model: its pruner is put back afterwards.
         pixel_values: [I, 3, H, W], encoded in chunks of `model.execution.vision_chunk`.
-        repeats: passes that are counted, of every pruner.
     """
-    laps: dict[str, list[dict[str, float]]] = {name: [] for name in pruners}
-    kept: dict[str, Tensor] = {}
     clock = Clock()
-    for repeat in range(repeats + 1):
-        for name, settings in pruners.items():
-            with torch.no_grad(), model.executed(clock=clock), model.pruned_by(settings):
-                kept[name] = model.select_patches(pixel_values).kept
-            lap = clock.lap()
-            if repeat:
-                laps[name].append(lap)
-    for name, all_laps in laps.items():
-        selection = [lap.get("selection", 0.0) for lap in all_laps]
-        vision = [lap["vision"] for lap in all_laps]
-        yield (
-            name,
-            SelectionCost(
-                patches=kept[name].shape[1],
-                kept=fmean(kept[name].sum(1).tolist()),
-                vision_seconds=median(vision),
-                selection_seconds=median(selection),
-                share=median(s / v for s, v in zip(selection, vision, strict=True)),
-            ),
-        )
+
+    def measure(name: str) -> SelectionCost:
+        with torch.no_grad(), model.executed(clock=clock), model.pruned_by(pruners[name]):
+            kept = model.select_patches(pixel_values).kept
+        lap = clock.lap()
+        vision, selection = lap["vision"], lap.get("selection", 0.0)
+        return SelectionCost(kept.shape[1], fmean(kept.sum(1).tolist()), vision, selection, selection / vision)
+
+    return {name: medians(rounds) for name, rounds in interleaved(pruners, range(repeats + 1), measure).items()}

@@ -3,26 +3,26 @@
 from __future__ import annotations
 
 import gc
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from statistics import median
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
 
 from mmprune_train.benchmark.baseline import as_transformers, padded_inputs
-from mmprune_train.benchmark.flops import flop_counter
-from mmprune_train.benchmark.memory import PeakMemory
+from mmprune_train.benchmark.counters import flop_counter, peak_memory
 from mmprune_train.config.pruner_schema import PrunerConfig
 from mmprune_train.data.batch import Batch
 from mmprune_train.model.execution import Clock
 from mmprune_train.model.flops import StepFlops
 from mmprune_train.model.llava import PackedLlava
 from mmprune_train.packed.patches import Patches
-from mmprune_train.pruning import PruningTrace
 
+Result = TypeVar("Result")
+Cost = TypeVar("Cost", bound=Any)
 BASELINE = "hf_padded"
 """Name of the plain Hugging Face model among the ways."""
 PARTS = ("vision", "selection", "forward", "backward", "optimizer")
@@ -45,7 +45,7 @@ class StepCost:
     flops: dict[str, float]
     """By part, counted by PyTorch, and their sum as `step`. A trained tower's backward pass is in `backward`."""
     tokens: dict[str, float] = field(default_factory=dict)
-    """Totals of the batch: dense, stage1, stage2, layer_mean, padding."""
+    """Totals of the batch: dense, stage1, stage2, layer_mean, and what was computed beside these as padding."""
     causal_flops: float | None = None
     """Of the parts of `language_seconds`, by `StepFlops`: causal attention is charged the half that kernels compute,
     where PyTorch's counter charges the whole. None: not the packed model."""
@@ -111,7 +111,8 @@ def pruned(
         pixels = batch.pixel_values if patches is None else None
         with clock.part("forward"):
             output = model.forward_packed(batch.sequence, pixels, patches=patches)
-        way.tokens = tokens_of(output.trace)
+        counts = output.trace.counts()
+        way.tokens = {name: counts[name] for name in ("dense", "stage1", "stage2", "layer_mean")} | {"padding": 0.0}
         if way.causal_flops is None:
             way.causal_flops = StepFlops(model)(output.trace, images=0, supervised=int(output.supervised))
         return output.loss_sum / output.supervised
@@ -134,12 +135,6 @@ def padded(model: PackedLlava, batch: Batch) -> Way:
     every = float(inputs["input_ids"].numel())
     tokens = dict.fromkeys(("dense", "stage1", "stage2", "layer_mean"), every) | {"dense": dense}
     return Way(loss, lambda: as_transformers(model), tokens | {"padding": every - dense})
-
-
-def tokens_of(trace: PruningTrace) -> dict[str, float]:
-    """Totals of a batch; `padding` is what was computed beside the samples' own tokens."""
-    counts = trace.counts()
-    return {name: counts[name] for name in ("dense", "stage1", "stage2", "layer_mean")} | {"padding": 0.0}
 
 
 @contextmanager
@@ -181,16 +176,12 @@ def step_costs(
     optimizer = torch.optim.AdamW(trained, lr=0.0)
     device = trained[0].device
     clock = Clock()
-    laps: dict[str, list[dict[str, float]]] = {name: [] for name in ways}
+    rounds = progress(range(repeats + 1))
+    laps = interleaved(ways, rounds, lambda name: one_step(model, ways[name], optimizer, dtype, clock))
     costs = {}
-    for number in progress(range(repeats + 1)):
-        for name, way in ways.items():
-            lap = one_step(model, way, optimizer, dtype, clock)
-            if number:
-                laps[name].append(lap)
     for name, way in ways.items():
         gc.collect()
-        with PeakMemory(device) as memory:
+        with peak_memory(device) as memory:
             one_step(model, way, optimizer, dtype, clock)
         with flop_counter() as counter, model.executed(attention="sdpa_per_sample"):  # which the counter sees
             flops = one_step(model, way, optimizer, dtype, Clock(counter.get_total_flops))
@@ -205,6 +196,20 @@ def step_costs(
             causal_flops=way.causal_flops,
         )
     return costs
+
+
+def interleaved(
+    names: Iterable[str], rounds: Iterable[int], measure: Callable[[str], Result]
+) -> dict[str, list[Result]]:
+    """What `measure` finds of every name in each round over all of them; the first is not counted."""
+    first, *rest = ({name: measure(name) for name in names} for _ in rounds)
+    return {name: [found[name] for found in rest] for name in first}
+
+
+def medians(rounds: Sequence[Cost]) -> Cost:
+    """Of a cost's numbers that are no counts."""
+    names = [name for name, value in vars(rounds[-1]).items() if isinstance(value, float)]
+    return replace(rounds[-1], **{name: median(getattr(cost, name) for cost in rounds) for name in names})
 
 
 def one_step(

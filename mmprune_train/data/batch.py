@@ -28,6 +28,12 @@ class Sample:
     """A row for each image, none for a text-only sample; None: the feature cache is off."""
 
 
+def without_pixels(example: Example, images: Sequence[Path]) -> Sample:
+    """A sample of the images that its example still shows, none of them read."""
+    paths = list(images)[: example.n_images]
+    return Sample(example, paths, [torch.empty(0)] * len(paths))
+
+
 class Place(NamedTuple):
     """Where a micro-batch stands: `number` of the `of` micro-batches of optimizer step `step`, both from 0."""
 

@@ -5,14 +5,13 @@ Libraries are imported where a row asks them, so that one that is broken breaks 
 
 from __future__ import annotations
 
-import shutil
 from functools import cache, partial
 from importlib import metadata, util
 from typing import TYPE_CHECKING
 
 from mmprune_train.config.checks import STRATEGIES
 from mmprune_train.config.schema import Config, WandbConfig
-from mmprune_train.doctor.machine import Ask, Note
+from mmprune_train.doctor.machine import Ask, Note, tool
 from mmprune_train.errors import UserError
 from mmprune_train.training.cluster import launch, slurm_job
 
@@ -118,7 +117,7 @@ def strategies(config: Config) -> dict[str, Ask]:
     rows: dict[str, Ask] = {f"strategy={name}": partial(can, name) for name in STRATEGIES}
     rows |= {"NCCL": nccl, "gloo": lambda: "built in" if distributed.is_gloo_available() else Note("not in this torch")}
     rows |= {"started by": started, "Slurm job": lambda: slurm_job() or "none"}
-    return rows | {"srun": lambda: shutil.which("srun") or "not found"}
+    return rows | {"srun": partial(tool, "srun")}
 
 
 def operators(config: Config) -> dict[str, Ask]:
@@ -131,9 +130,6 @@ def operators(config: Config) -> dict[str, Ask]:
         if compiled.get(name):
             return "compiled"
         return "can be compiled" if ALL_OPS[name].is_compatible(verbose=False) else "cannot be compiled here"
-
-    def tool(name: str) -> str:
-        return shutil.which(name) or "not found"
 
     rows: dict[str, Ask] = {name: partial(tool, name) for name in ("ninja", "c++")}
     return rows | {name: partial(state, name) for name in sorted(ALL_OPS)}
@@ -172,11 +168,9 @@ def self_test(config: Config) -> dict[str, Ask]:
     from mmprune_train.training.precision import Precision, choose_precision
 
     exact = Precision(torch.float32, "the reference")
-    tries = [(torch.device("cpu"), exact)]
-    for kind in kinds(config):
-        devices = [torch.device(kind)] if kind == "cpu" else []
-        devices += [torch.device(kind, index) for index in range(torch.cuda.device_count())] if kind == "cuda" else []
-        tries += [(device, choose_precision("auto", kind)) for device in devices]
+    gpus = range(torch.cuda.device_count() if "cuda" in kinds(config) else 0)
+    devices = [torch.device("cpu"), *(torch.device("cuda", index) for index in gpus)]
+    tries = [(devices[0], exact), *((device, choose_precision("auto", device.type)) for device in devices)]
     reference = cache(partial(losses_of_steps, torch.device("cpu"), exact))
 
     def step(device: torch.device, precision: Precision) -> str:

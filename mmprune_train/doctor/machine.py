@@ -104,15 +104,16 @@ def gpus(config: Config) -> dict[str, Ask]:
         "torch is built for": lambda: f"CUDA {torch.version.cuda}" if torch.version.cuda else "the processor alone",
         "devices": lambda: str(count) if torch.cuda.is_available() else "0: no CUDA device is visible",
         "driver": driver,
-        "compiler (nvcc)": lambda: (
-            shutil.which("nvcc") or "not found; FlashAttention and DeepSpeed's operators need it"
-        ),
+        "compiler (nvcc)": partial(tool, "nvcc", "not found; FlashAttention and DeepSpeed's operators need it"),
     }
-    for index in range(count):
-        rows[f"cuda:{index}"] = partial(gpu, index)
+    rows |= {f"cuda:{index}": partial(gpu, index) for index in range(count)}
     if count > 1:
         rows["peer access"] = partial(peers, count)
     return rows
+
+
+def tool(name: str, otherwise: str = "not found") -> str:
+    return shutil.which(name) or otherwise
 
 
 def driver() -> str:
@@ -158,15 +159,13 @@ def disk(config: Config) -> dict[str, Ask]:
         return Path(HF_HUB_CACHE)
 
     features = config.trainer.feature_cache_dir
-    rows: dict[str, Ask] = {
+    return {
         "runs_dir": partial(space, lambda: Path(config.runs_dir), LITTLE_DISK),
         "this project's cache": partial(space, cache_dir, LITTLE_DISK),
         "Hugging Face's cache": partial(space, hub, LITTLE_DISK),
         "shared memory": partial(space, lambda: Path("/dev/shm"), LITTLE_SHARED),
+        **({"feature cache": partial(space, lambda: Path(features), LITTLE_DISK)} if features is not None else {}),
     }
-    if features is not None:
-        rows["feature cache"] = partial(space, lambda: Path(features), LITTLE_DISK)
-    return rows
 
 
 def limits(config: Config) -> dict[str, Ask]:
@@ -178,5 +177,4 @@ def limits(config: Config) -> dict[str, Ask]:
     def variable(name: str) -> str:
         return os.environ.get(name, "not set")
 
-    rows: dict[str, Ask] = {"open files": files}
-    return rows | {name: partial(variable, name) for name in VARIABLES}
+    return {"open files": files, **{name: partial(variable, name) for name in VARIABLES}}

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -14,7 +12,7 @@ from mmprune_train.components.registry import find, names
 from mmprune_train.config.knee import arguments_of, budget_of, with_method, with_value
 from mmprune_train.config.pruner_schema import KneeConfig, PrunerConfig
 from mmprune_train.config.task_schema import CalibrateConfig
-from mmprune_train.evaluation.calibration import SamplePasses, solve_keep_ratio, with_knee
+from mmprune_train.evaluation.calibration import SamplePasses, keep_ratio, solve_keep_ratio, with_knee
 from mmprune_train.progress import progress
 from mmprune_train.pruning.calibration import ScoredImages, Solution, searched
 
@@ -106,8 +104,6 @@ def report_budgets(
     Args:
         scored: stage 1's scores; None: stage 1 is off.
         passes: for `measure=layer_mean`.
-        images: how many.
-        samples: how many.
         patches: of an image.
     """
     stage = "vision" if scored is not None else "language"
@@ -119,20 +115,25 @@ def report_budgets(
     report = Report(asked, pruner, stage, images, samples, patches, token, rows)
     usable = [row for row in rows if not row.problem]
     if scored is not None:
-        _look(usable, scored, asked.target if passes is None else None)
+        for row in progress(usable, "calibrate", "budgets"):
+            row.kept, row.share = scored.kept(row.knee), scored.share(row.knee)
+            if asked.target is not None and passes is None:
+                row.solution = scored.solve(row.knee, asked.target)
+                row.kept_at_target = None if row.solved is None else scored.kept(row.solved)
     else:
         assert passes is not None
         for row in usable:
-            row.kept, row.share = _passed(passes(with_knee(pruner, stage, row.knee), row.name))
+            counts = passes(with_knee(pruner, stage, row.knee), row.name)
+            row.kept, row.share = counts["stage2"].long(), keep_ratio(counts)
     if passes is not None:
         own = report.own
         if asked.target is not None:
             own.solution = solve_keep_ratio(passes, pruner, scored, asked.target)
         counts = passes(with_knee(pruner, stage, own.solved or own.knee), own.name)
         report.tokens = {name: float(values.mean()) for name, values in counts.items()}
-        left, report.keep_ratio = _passed(counts)
+        report.keep_ratio = keep_ratio(counts)
         if own.solved is not None:
-            own.kept_at_target = left if scored is None else scored.kept(own.solved)
+            own.kept_at_target = counts["stage2"].long() if scored is None else scored.kept(own.solved)
     return report
 
 
@@ -150,16 +151,3 @@ def _problem(method: str, score: Component, of_images: bool) -> str:
     if any(one.default is REQUIRED for one in budget.parameters):
         return "has parameters without a default"
     return ""
-
-
-def _look(rows: Sequence[BudgetRow], scored: ScoredImages, target: float | None) -> None:
-    for row in progress(rows, "calibrate", "budgets"):
-        row.kept, row.share = scored.kept(row.knee), scored.share(row.knee)
-        if target is not None:
-            row.solution = scored.solve(row.knee, target)
-            row.kept_at_target = None if row.solved is None else scored.kept(row.solved)
-
-
-def _passed(counts: dict[str, Any]) -> tuple[Tensor, float]:
-    """[B] tokens that left stage 2, and the keep ratio."""
-    return counts["stage2"].long(), float(counts["layer_mean"].sum() / counts["dense"].sum())

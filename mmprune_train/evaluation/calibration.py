@@ -13,7 +13,7 @@ from torch import Tensor
 
 from mmprune_train.config.knee import with_value
 from mmprune_train.config.pruner_schema import KneeConfig, PrunerConfig
-from mmprune_train.data.batch import Batch, Sample, collate
+from mmprune_train.data.batch import Batch, collate, without_pixels
 from mmprune_train.data.encode import encode
 from mmprune_train.data.images import ImageReader
 from mmprune_train.data.records import Record
@@ -25,7 +25,7 @@ from mmprune_train.progress import progress
 from mmprune_train.pruning import Pruner
 from mmprune_train.pruning.calibration import ScoredImages, Searched, Solution, Value, searched, solve
 from mmprune_train.pruning.distribution_budgets import effective_rank_of
-from mmprune_train.pruning.views import VisionView
+from mmprune_train.pruning.views import VisionView, given
 
 Encoder = Callable[[Tensor], tuple[Tensor, VisionView]]
 """Pixels [I, 3, H, W] -> features [I, N, D] and what stage 1 looks at."""
@@ -67,14 +67,8 @@ class EncodedImages:
 
     def view(self, row: int, device: torch.device) -> VisionView:
         """Image `row` as stage 1 sees it, except for its score."""
-        assert self.looked_at is not None
-        keys = self.keys
-
-        def patch_keys() -> Tensor:
-            assert keys is not None
-            return keys[row : row + 1].to(device)
-
-        return VisionView(self.looked_at[row : row + 1].to(device), self.grid, patch_keys)
+        one = slice(row, row + 1)
+        return VisionView(given(self.looked_at)[one].to(device), self.grid, lambda: given(self.keys)[one].to(device))
 
 
 @torch.inference_mode()
@@ -126,34 +120,24 @@ def pack(
     packed = []
     for part in batches(records, size):
         examples = [encode(record, template, tokenizer, image_tokens, max_length) for record in part]
-        seen = [record.images[: e.n_images] for record, e in zip(part, examples, strict=True)]
-        samples = [
-            Sample(e, list(paths), [torch.empty(0)] * len(paths)) for e, paths in zip(examples, seen, strict=True)
-        ]
-        packed.append(collate(samples))
+        packed.append(collate([without_pixels(e, record.images) for e, record in zip(examples, part, strict=True)]))
     return packed
 
 
+@dataclass
 class SamplePasses:
     """Token counts of samples under any pruner, by real passes as far as the last layer that prunes."""
 
-    def __init__(
-        self, model: PackedLlava, packed: list[Batch], images: EncodedImages, dtype: torch.dtype, seed: int
-    ) -> None:
-        """
-        Args:
-            model: taken over, in eval mode.
-            packed: from `pack`.
-            images: theirs.
-            dtype: bfloat16 computes under autocast.
-            seed: for scores that draw.
-        """
-        self.model = model.eval()
-        self.packed = packed
-        self.images = images
-        self.dtype = dtype
-        self.seed = seed
-        self.layers = model.hf.model.language_model.layers
+    model: PackedLlava
+    """In eval mode."""
+    packed: list[Batch]
+    """From `pack`."""
+    images: EncodedImages
+    """Theirs."""
+    dtype: torch.dtype
+    """bfloat16 computes under autocast."""
+    seed: int
+    """For scores that draw."""
 
     @property
     def longest(self) -> int:
@@ -166,16 +150,11 @@ class SamplePasses:
         samples = sum(batch.sequence.samples for batch in self.packed)
         return samples / sum(len(batch.sequence) for batch in self.packed)
 
-    def keep_ratio(self, settings: PrunerConfig, title: str) -> float:
-        """Tokens entering an LLM layer, averaged over layers, as a share of the dense ones."""
-        counts = self(settings, title)
-        return float(counts["layer_mean"].sum() / counts["dense"].sum())
-
     @torch.inference_mode()
     def __call__(self, settings: PrunerConfig, title: str) -> dict[str, Tensor]:
         """[B] each over all samples: dense, stage1, stage2, layer_mean. `title` stands before the progress."""
         model, device = self.model, self.model.hf.lm_head.weight.device
-        depth = len(self.layers)
+        depth = len(model.hf.model.language_model.layers)
         places = Pruner(settings).layers(depth)
         found: dict[str, list[Tensor]] = {name: [] for name in ("dense", "stage1", "stage2", "layer_mean")}
         torch.manual_seed(self.seed)
@@ -201,9 +180,8 @@ class SamplePasses:
 
     def _cut(self, row: int) -> Patches:
         images, device = self.images, self.model.hf.lm_head.weight.device
-        assert images.features is not None
         scores = None if images.scores is None else images.scores[row : row + 1].to(device)
-        features, view = images.features[row : row + 1].to(device), images.view(row, device)
+        features, view = given(images.features)[row : row + 1].to(device), images.view(row, device)
         return self.model.cut_images(features, view, scores=scores)
 
 
@@ -214,6 +192,11 @@ def _in_numbers(settings: PrunerConfig, places: dict[int, int]) -> PrunerConfig:
     if budgets is not None and places:
         budgets = [budgets[place] for place in places.values()]
     return replace(settings, language=replace(stage, layer=list(places) or stage.layer, per_layer_budgets=budgets))
+
+
+def keep_ratio(counts: dict[str, Tensor]) -> float:
+    """Tokens entering an LLM layer, averaged over layers, as a share of the dense ones, by counts of `SamplePasses`."""
+    return float(counts["layer_mean"].sum() / counts["dense"].sum())
 
 
 def with_knee(settings: PrunerConfig, stage: str, knee: KneeConfig) -> PrunerConfig:
@@ -239,7 +222,7 @@ def solve_keep_ratio(
 
     def ratio(value: Value) -> float:
         changed = with_knee(settings, stage, with_value(knee, parameter.name, value))
-        return passes.keep_ratio(changed, f"{knee.method} {parameter.name}={value}")
+        return keep_ratio(passes(changed, f"{knee.method} {parameter.name}={value}"))
 
     token = passes.token
     if scored is None:

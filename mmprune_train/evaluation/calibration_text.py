@@ -76,15 +76,9 @@ def _cells(kept: Tensor | None) -> list[float | None]:
 
 def summary(report: Report) -> dict[str, Any]:
     """Everything for result.json."""
-    asked = report.asked
     return {
-        "measure": asked.measure,
-        "target": asked.target,
-        "split": asked.split,
-        "images": report.images,
-        "samples": report.samples,
-        "patches": report.patches,
-        "stage": report.stage,
+        **{name: getattr(report.asked, name) for name in ("measure", "target", "split")},
+        **{name: getattr(report, name) for name in ("images", "samples", "patches", "stage")},
         "score": getattr(report.pruner, report.stage).score,
         "budget": report.own.name,
         **({} if report.keep_ratio is None else {"keep_ratio": report.keep_ratio, "tokens": report.tokens}),
@@ -100,11 +94,8 @@ def _row(row: BudgetRow) -> dict[str, Any]:
         solution = row.solution
         found["target"] = {
             "parameter": solution.parameter.name,
-            "value": solution.value,
-            "reached": solution.reached,
-            "reachable": list(solution.reachable),
+            **{name: getattr(solution, name) for name in ("value", "reached", "reachable")},
             **({} if row.kept_at_target is None else {"tokens": distribution(row.kept_at_target)}),
-            **({"jump": list(solution.jump)} if solution.jump else {}),
-            **({"problem": solution.problem} if solution.problem else {}),
+            **{name: told for name in ("jump", "problem") if (told := getattr(solution, name))},
         }
     return found

@@ -11,16 +11,11 @@ def normalise(answer: str) -> str:
     return " ".join(answer.lower().split()).strip(" .,;:!?\"'")
 
 
-def correct(prediction: str, answer: str) -> bool:
-    """Normalised exact match."""
-    return normalise(prediction) == normalise(answer)
-
-
 def accuracy_by_kind(rows: Iterable[tuple[str, str, str]]) -> dict[str, float]:
-    """(kind, prediction, answer) -> share of correct answers of each kind."""
+    """(kind, prediction, answer) -> share of correct answers of each kind: exact matches, normalised."""
     hits: dict[str, list[bool]] = defaultdict(list)
     for kind, prediction, answer in rows:
-        hits[kind].append(correct(prediction, answer))
+        hits[kind].append(normalise(prediction) == normalise(answer))
     return {kind: sum(found) / len(found) for kind, found in hits.items()}
 
 

@@ -105,22 +105,21 @@ def choose(questions: Sequence[Question], kinds: Sequence[str], per_kind: int | 
 
 def check_images(questions: Sequence[Question], folder: ImageFolder) -> None:
     """Raise UserError, with the question, for an image that is not there, or not in the folder; none is opened."""
-    seen: set[Path] = set()
+    first: dict[Path, Question] = {}
     for question in questions:
         for path in question.images:
-            if path in seen:
-                continue
-            who = f"question {short(question.id, 80)}"
-            folder.check(path, who)
-            try:
-                file_status(path)
-            except FileNotFoundError:
-                raise UserError(
-                    f"{who}: there is no image {short(str(path), 500)}; correct the record or data.evaluate.images"
-                ) from None
-            except OSError as error:
-                raise unreadable(path, who, error) from None
-            seen.add(path)
+            first.setdefault(path, question)
+    for path, question in first.items():
+        who = f"question {short(question.id, 80)}"
+        folder.check(path, who)
+        try:
+            file_status(path)
+        except FileNotFoundError:
+            raise UserError(
+                f"{who}: there is no image {short(str(path), 500)}; correct the record or data.evaluate.images"
+            ) from None
+        except OSError as error:
+            raise unreadable(path, who, error) from None
 
 
 def counts_by_kind(questions: Sequence[Question], chosen: Sequence[Question]) -> dict[str, dict[str, int]]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
+from functools import partial
 from pathlib import Path
 from statistics import fmean
 from typing import Any
@@ -34,18 +35,14 @@ def evaluate(
         model: as `load_model` returns it.
         processor: as `load_model` returns it.
         template: conversation format of the prompts.
-        questions: what is asked.
         training: (question, answer) of the training split, for the blind majority; may be empty.
         save: keeps the answers, as soon as they are there.
     Returns:
         Numbers for result.json, by kind where they are accuracies; None for a kind of which no answer is known.
     """
-    generate: dict[str, Any] = {
-        "batch_size": settings.batch_size,
-        "max_new_tokens": settings.max_new_tokens,
-        "dtype": dtype,
-    }
-    seen = answer(model, processor, template, questions, **generate)
+    size, tokens = settings.batch_size, settings.max_new_tokens
+    ask = partial(answer, model, processor, template, batch_size=size, max_new_tokens=tokens, dtype=dtype)
+    seen = ask(questions)
     save(seen)
     result: dict[str, Any] = {"questions": len(questions), **token_counts(seen)}
     known = [p for p in seen if p.question.answer]
@@ -56,20 +53,16 @@ def evaluate(
         test = [(p.question.kind, p.question.plain, p.question.answer) for p in known]
         result["blind_majority"] = blind_majority(pairs, test)
     if settings.blank and known:
-        result["accuracy_blank"] = _blank(model, processor, template, [p.question for p in known], generate)
+        result["accuracy_blank"] = _blank(ask, processor.image_processor, [p.question for p in known])
     return result
 
 
-def _blank(
-    model: Any, processor: Any, template: Template, questions: list[Question], generate: dict
-) -> dict[str, float]:
+def _blank(ask: Callable[..., list[Prediction]], image_processor: Any, questions: list[Question]) -> dict[str, float]:
     """With nothing to see, equal words after an equal history get equal answers: each wording is asked once."""
     wordings = {_wording(question): question for question in questions}
-    image_processor = processor.image_processor
     size = image_processor.crop_size or image_processor.size
     images_of = blank_images(image_processor.image_mean, size.get("height") or size.get("shortest_edge"))
-    asked = list(wordings.values())
-    answers = answer(model, processor, template, asked, images_of=images_of, title="blank", **generate)
+    answers = ask(list(wordings.values()), images_of=images_of, title="blank")
     told = {_wording(p.question): p.text for p in answers}
     return accuracy_by_kind((q.kind, told[_wording(q)], q.answer) for q in questions)
 

@@ -14,7 +14,6 @@ def columns(group: Int64[Tensor, " M"], groups: int) -> tuple[Int64[Tensor, " M"
 
     Args:
         group: [M] group of each entry, non-decreasing, 0..groups-1.
-        groups: number of groups.
     Returns:
         column [M] of each entry inside its group, and lengths [groups]; on the host, as `group` is.
     """

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass, fields, replace
 from enum import IntEnum
 from typing import Any
@@ -113,7 +112,9 @@ class PackedSequence:
         target[heir[orphan]] = self.target[orphan]
         chosen = mask.nonzero().squeeze(1)
         whole = replace(self, target=target)
-        return whole._each(lambda tensor: take(tensor, chosen))
+        held = {part.name: getattr(whole, part.name) for part in fields(self)}
+        taken: dict[str, Any] = {name: take(v, chosen) for name, v in held.items() if isinstance(v, Tensor)}
+        return replace(whole, **taken)
 
     def keep_with(
         self, mask: Bool[Tensor, " T"], states: Float[Tensor, "T D"]
@@ -122,9 +123,3 @@ class PackedSequence:
         kept = replace(self, embeddings=states).keep(mask)
         assert kept.embeddings is not None
         return replace(kept, embeddings=None), kept.embeddings
-
-    def _each(self, change: Callable[[Tensor], Tensor]) -> PackedSequence:
-        changed: dict[str, Any] = {
-            f.name: change(v) for f in fields(self) if isinstance(v := getattr(self, f.name), Tensor)
-        }
-        return replace(self, **changed)

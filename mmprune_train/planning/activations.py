@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from operator import call
@@ -48,7 +47,6 @@ class Activations:
 
     Args:
         model: on the meta device, frozen as it will be trained.
-        how: the dtypes.
     """
 
     def __init__(self, model: PackedLlava, how: Numerics) -> None:
@@ -69,8 +67,7 @@ class Activations:
         """Bytes of a state's number on its way through the layers."""
         enters = self.tower_trained or any_trained(projector) or any_trained(language.embed_tokens)
         leaves = enters or any_trained(language)
-        rotary = partial(_rotary, language.config)
-        layer = partial(_decoder_layer, rotary)
+        layer = partial(_decoder_layer, language.config)
         first = language.layers[0]
         self.first = Probe(first, layer, self.width, embeds, enters, how)
         self.layer = self.first if enters == leaves else Probe(first, layer, self.width, embeds, leaves, how)
@@ -78,19 +75,15 @@ class Activations:
         self.head = Probe(model.hf.lm_head, _loss, self.width, embeds, leaves, how)
         features = projector.linear_1.in_features
         self.projector = Probe(projector, call, features, how.compute, self.tower_trained, how)
-        side = int(model.config.image_seq_length) + self.family.has_cls
+        self.side = int(model.config.image_seq_length) + self.family.has_cls
         block: Any = self.blocks[0]
         towers = tower.config.hidden_size
-        of_images = partial(_vision_block, side)
         states = how.trained if self.tower_trained else how.compute
-        self.block = Probe(block, of_images, towers, states, self.tower_trained, how)
-        self.per_image = side * towers * states.itemsize
+        self.block = Probe(block, partial(_vision_block, self.side), towers, states, self.tower_trained, how)
+        self.per_image = self.side * towers * states.itemsize
         """Bytes of the states of one image in the vision tower."""
-        size = model.config.vision_config.image_size
-        self.pixels = 3 * size**2 * 4
-        self.side = side
+        self.pixels = 3 * model.config.vision_config.image_size**2 * 4
         self.scored = set(model.pruner.layers(len(language.layers))) if model.pruner.reads_keys else set()
-        self.heads = language.config.num_attention_heads
 
     def phases(
         self,
@@ -174,7 +167,7 @@ class Activations:
 
     def _scoring(self, lengths: Tensor) -> float:
         """Attention weights that stage 2's score holds at once, and a copy, as if every token asked."""
-        return 2 * 4 * min(CHUNK, self.heads * float(lengths.square().sum()))
+        return 2 * 4 * min(CHUNK, self.language.config.num_attention_heads * float(lengths.square().sum()))
 
     def _cast_weights(self) -> float:
         """Copies of trained matrices in the dtype of autocast, which live as long as it."""
@@ -193,22 +186,18 @@ def _loss(head: Any, states: Tensor) -> Tensor:
     return cross_entropy_sum(head, states, target, len(states))
 
 
-def _rotary(config: Any, states: Tensor) -> tuple[Tensor, Tensor]:
+def _decoder_layer(config: Any, layer: Any, states: Tensor) -> Tensor:
+    count = len(states)
     width = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
     rotary = int(width * ((config.rope_parameters or {}).get("partial_rotary_factor") or 1))
-    table = torch.empty((1, len(states), rotary), dtype=states.dtype)
-    return table, table
-
-
-def _decoder_layer(rotary: Callable[[Tensor], tuple[Tensor, Tensor]], layer: Any, states: Tensor) -> Tensor:
-    count = len(states)
+    table = torch.empty((1, count, rotary), dtype=states.dtype)
     return layer(
         states[None],
         attention_mask=None,
         position_ids=torch.arange(count)[None],
         cache=None,
         use_cache=False,
-        position_embeddings=rotary(states),
+        position_embeddings=(table, table),
         borders=Borders(torch.tensor([0, count], dtype=torch.int32), [count], SDPA),
     )[0]
 

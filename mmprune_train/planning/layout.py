@@ -32,30 +32,23 @@ class Layout:
 
     engine: bool = False
     """DeepSpeed's: weights in the compute dtype, a master copy in the optimizer."""
-    optimizer: bool = False
-    """Whether each device keeps its part alone."""
-    gradients: bool = False
-    weights: bool = False
+    shards: int = 0
+    """ZeRO's stage: of what each device keeps its part alone; 1: the optimizer, 2: gradients, too, 3: weights, too."""
     buckets: bool = False
     """DDP's copies of the gradients, in which they are reduced."""
     layered: bool = False
     """FSDP2's: weights and gradients in fp32, gathered layer by layer in the compute dtype."""
-    host_optimizer: bool = False
-    """Whether the optimizer, and the gradients that it reads, are in the host's memory."""
-    host_weights: bool = False
+    offloads: bool = False
+    """Whether the optimizer, and the gradients that it reads, are in the host's memory, and weights where they are
+    sharded."""
 
 
 LAYOUTS = {
     "single": Layout(),
     "ddp": Layout(buckets=True),
-    "deepspeed_zero1": Layout(engine=True, optimizer=True),
-    "deepspeed_zero2": Layout(engine=True, optimizer=True, gradients=True),
-    "deepspeed_zero3": Layout(engine=True, optimizer=True, gradients=True, weights=True),
-    "fsdp2": Layout(layered=True, optimizer=True, gradients=True, weights=True),
-    "deepspeed_zero2_offload": Layout(engine=True, optimizer=True, gradients=True, host_optimizer=True),
-    "deepspeed_zero3_offload": Layout(
-        engine=True, optimizer=True, gradients=True, weights=True, host_optimizer=True, host_weights=True
-    ),
+    **{f"deepspeed_zero{stage}": Layout(engine=True, shards=stage) for stage in (1, 2, 3)},
+    "fsdp2": Layout(layered=True, shards=3),
+    **{f"deepspeed_zero{stage}_offload": Layout(engine=True, shards=stage, offloads=True) for stage in (2, 3)},
 }
 """By strategy name; a new strategy is one line here."""
 
@@ -93,8 +86,6 @@ def states(
 
     Args:
         parameters: each once, frozen as they will be trained.
-        how: as `numerics` says.
-        world: devices.
         cuda: whether AdamW updates all parameters at once, as it does on a GPU.
         gathered: those that FSDP2 holds whole at once.
         quantized: how many of the frozen ones lie in 4 bits.
@@ -107,14 +98,14 @@ def states(
         else:
             frozen += parameter.numel()
 
-    def of_each(sharded: bool) -> float:
-        return 1 / world if sharded else 1.0
+    def of_each(stage: int) -> float:
+        return 1 / world if layout.shards >= stage else 1.0
 
-    part = trained * of_each(layout.optimizer)
+    part = trained * of_each(1)
     stored = MASTER if layout.layered else how.trained.itemsize
     frozen_bytes = (frozen - quantized) * how.compute.itemsize + quantized * FOUR_BITS
-    weights = (frozen_bytes + trained * stored) * of_each(layout.weights)
-    gradients = trained * stored * of_each(layout.gradients)
+    weights = (frozen_bytes + trained * stored) * of_each(3)
+    gradients = trained * stored * of_each(2)
     working = 0.0
     if layout.buckets:
         working += trained * how.trained.itemsize
@@ -122,15 +113,15 @@ def states(
         for parameter in gathered:  # those trained with their gradients, and a copy to be reduced in
             each = how.compute.itemsize + parameter.requires_grad * (how.compute.itemsize + stored)
             working += parameter.numel() * each
-    elif layout.gradients:
+    elif layout.shards >= 2:
         working += 2 * min(BUCKET, trained) * how.trained.itemsize
-    if layout.weights and layout.engine:
+    if layout.shards == 3 and layout.engine:
         working += min(GATHERED, trained + frozen) * how.compute.itemsize
     optimizer = part * (ADAM + MASTER * layout.engine)
     stepping = part * 4 if cuda or layout.engine else 2 * largest * 4
     host = 0.0
-    if layout.host_optimizer:  # its gradients are in fp32 there
+    if layout.offloads:  # its gradients are in fp32 there
         host, optimizer, gradients, stepping = optimizer + part * MASTER, 0.0, 0.0, 0.0
-    if layout.host_weights:
-        host, weights = host + weights, 0.0
+        if layout.shards == 3:
+            host, weights = host + weights, 0.0
     return States(weights, gradients, optimizer, working, stepping, host)

@@ -108,9 +108,7 @@ def plan_stage(
     """What stage `name` needs.
 
     Args:
-        data: its samples.
         share: of its row, what a budget keeps that depends on the images.
-        device: to run on.
         compute: dtype of matrix products.
     """
     stage = config.stage[name]
@@ -233,7 +231,7 @@ class PlannedStage:
     def disk(self, tokens: Tokens, data: StageSamples) -> Disk:
         """Of the stage, and of its features where a cache may keep them."""
         model, trainer = self.model, self.config.trainer
-        layout = replace(LAYOUTS[self.strategy], host_optimizer=False, host_weights=False)
+        layout = replace(LAYOUTS[self.strategy], offloads=False)
         how = numerics(layout, self.compute)
         whole = states(layout, model.parameters(), how, 1, False)
         trained = sum(p.numel() for p in model.parameters() if p.requires_grad)

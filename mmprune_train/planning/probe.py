@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from mmprune_train.benchmark.memory import LiveStorages
+from mmprune_train.benchmark.counters import LiveStorages
 
 
 @dataclass(frozen=True)
@@ -78,8 +78,9 @@ class Probe:
 
     def _run(self, rows: int) -> Footprint:
         with torch.no_grad():
-            plain, _, _ = self._forward(rows)
-        forward, memory, out = self._forward(rows)
+            plain = self._forward(rows)[0].peak
+        memory, out = self._forward(rows)
+        forward = memory.peak
         kept = memory.live - out.untyped_storage().nbytes()
         if not out.requires_grad:
             return Footprint(0.0, plain, plain, 0.0)
@@ -91,22 +92,19 @@ class Probe:
         self._part.zero_grad(set_to_none=True)
         return Footprint(kept, forward, plain, memory.peak - before)
 
-    def _forward(self, rows: int) -> tuple[float, LiveStorages, Tensor]:
-        """Highest rise, the storages that are followed, and the output."""
+    def _forward(self, rows: int) -> tuple[LiveStorages, Tensor]:
+        """The storages that are followed, and the output."""
         with LiveStorages("cpu") as memory, torch.autocast("cpu", torch.bfloat16, enabled=self.how.autocast):
             seed = torch.zeros((), dtype=self.dtype, requires_grad=self.flows)
             out = self.call(self._part, seed.expand(rows, self.width).clone())
-        return memory.peak, memory, out
+        return memory, out
 
 
 def _fill(part: nn.Module, how: Numerics) -> None:
     """Give a meta module fake tensors on a CPU for its parameters and buffers, in place; inside a FakeTensorMode."""
-    made: dict[int, nn.Parameter] = {}
     for owner in part.modules():
         for name, old in list(owner.named_parameters(recurse=False)):
-            if id(old) not in made:
-                dtype = how.trained if old.requires_grad else how.compute
-                made[id(old)] = nn.Parameter(torch.empty(old.shape, dtype=dtype), old.requires_grad)
-            owner.register_parameter(name, made[id(old)])
+            dtype = how.trained if old.requires_grad else how.compute
+            owner.register_parameter(name, nn.Parameter(torch.empty(old.shape, dtype=dtype), old.requires_grad))
         for name, buffer in list(owner.named_buffers(recurse=False)):
             owner.register_buffer(name, torch.empty(buffer.shape, dtype=buffer.dtype), persistent=False)

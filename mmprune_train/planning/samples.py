@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 import torch
 
 from mmprune_train.config.schema import Config
-from mmprune_train.data.batch import Sample
+from mmprune_train.data.batch import Sample, without_pixels
 from mmprune_train.data.encode import Example, encode
 from mmprune_train.data.records import IMAGE_PLACEHOLDER, Record, read_annotations
 from mmprune_train.data.sources import data_root, image_folder
@@ -115,7 +115,7 @@ def _from_file(config: Config, name: str, image_tokens: int, count: int, file: P
         return StageSamples(made, len(records), images, source)
     rendering = get_template(template, tokenizer)
     examples = [encode(record, rendering, tokenizer, image_tokens, stage.max_length) for record in drawn]
-    samples = [_without_pixels(example, record.images) for example, record in zip(examples, drawn, strict=True)]
+    samples = [without_pixels(example, record.images) for example, record in zip(examples, drawn, strict=True)]
     cut = sum(example.truncated > 0 for example in examples)
     told = f"; max_length={stage.max_length} cuts {cut} of them" if cut else ""
     return StageSamples(samples, len(records), images, f"{many}, tokenised{told}")
@@ -131,22 +131,13 @@ def _tokenizer(config: Config, name: str) -> Any:
         return None
 
 
-def _without_pixels(example: Example, images: Sequence[Path]) -> Sample:
-    paths = list(images)[: example.n_images]
-    return Sample(example, paths, [torch.empty(0)] * len(paths))
-
-
 def _sketched(record: Record, template: str, image_tokens: int, max_length: int) -> Sample:
     turns = []
     for turn in record.turns:
-        text = turn.question.replace(IMAGE_PLACEHOLDER, "")
-        images = turn.question.count(IMAGE_PLACEHOLDER)
-        turns.append((images, _tokens(text), _tokens(turn.answer)))
-    return _without_pixels(_example(record.id, turns, template, image_tokens, max_length), record.images)
-
-
-def _tokens(text: str) -> int:
-    return round(len(text) / CHARACTERS_PER_TOKEN)
+        texts = turn.question.replace(IMAGE_PLACEHOLDER, ""), turn.answer
+        question, answer = (round(len(text) / CHARACTERS_PER_TOKEN) for text in texts)
+        turns.append((turn.question.count(IMAGE_PLACEHOLDER), question, answer))
+    return without_pixels(_example(record.id, turns, template, image_tokens, max_length), record.images)
 
 
 def _made_up(
@@ -163,7 +154,7 @@ def _made_up(
 
         turns = [(kind.images * (k == 0), around(kind.question), around(kind.answer)) for k in range(kind.turns)]
         paths = [Path(f"{number}-{image}") for image in range(kind.images)]
-        samples.append(_without_pixels(_example(str(number), turns, template, image_tokens, max_length), paths))
+        samples.append(without_pixels(_example(str(number), turns, template, image_tokens, max_length), paths))
     return samples
 
 

@@ -7,14 +7,13 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from itertools import pairwise
 
-import torch
 from jaxtyping import Float, Int64
 from torch import Tensor
 
 from mmprune_train.components.registry import find
 from mmprune_train.config.knee import budget_of, with_value
 from mmprune_train.config.pruner_schema import KneeConfig, VisionStageConfig
-from mmprune_train.pruning.budgets import Budget, refuse_unsound
+from mmprune_train.pruning.budgets import Budget, refuse_unsound, whole_lengths
 from mmprune_train.pruning.parts import load_part
 
 Value = int | float
@@ -126,9 +125,9 @@ class ScoredImages:
 
     def kept(self, knee: KneeConfig) -> Int64[Tensor, " I"]:
         """[I] tokens that enter the LLM of each image under a budget, with what selection and merging add."""
-        whole, budget = torch.full((len(self.scores),), self.scores.shape[1]), Budget(knee, "knee")
+        whole, budget = whole_lengths(self.scores), Budget(knee, "knee")
         refuse_unsound(self.scores, whole, budget.rule())
-        counts = budget.counts(self.scores, whole, self._no_features, feature_rank=self.feature_rank)
+        counts = budget.counts(self.scores, whole, feature_rank=self.feature_rank)
         return tokens_left(self.stage, self.scores, counts)
 
     def share(self, knee: KneeConfig) -> float:
@@ -142,10 +141,6 @@ class ScoredImages:
         if parameter is None:
             return None
         return solve(lambda value: self.share(with_value(knee, parameter.name, value)), parameter, target, 1 / size)
-
-    @staticmethod
-    def _no_features() -> Tensor:
-        raise AssertionError("budgets that look at features are not calibrated, and their ranks are at hand")
 
 
 def tokens_left(

@@ -21,12 +21,6 @@ def otsu(curve: Curve, lengths: Lengths) -> Lengths:
 
     The threshold lies between two different scores and has the largest between-class variance; of equally good ones
     the highest. A constant row has no two classes and is kept whole.
-
-    Args:
-        curve: descending scores [B, N].
-        lengths: [B] valid entries of each row.
-    Returns:
-        counts [B].
     """
     _, y, constant = unit_curve(curve, lengths)
     upper = torch.arange(1, y.shape[1] + 1, device=y.device)  # size of the upper class
@@ -55,11 +49,7 @@ def iqr(curve: Curve, lengths: Lengths, *, factor: Annotated[float, Range(0, 1e6
     the floor, `min_tokens`: as published, what does not stand out is not kept. Never rises with `factor`.
 
     Args:
-        curve: descending scores [B, N].
-        lengths: [B] valid entries of each row.
         factor: interquartile ranges above the third quartile where an outlier begins; larger keeps fewer.
-    Returns:
-        counts [B].
     """
     first, third = _quantile(curve, lengths, 0.25), _quantile(curve, lengths, 0.75)
     return ((curve > third + factor * (third - first)) & valid_entries(curve, lengths)).sum(dim=1)
@@ -76,11 +66,7 @@ def lof(curve: Curve, lengths: Lengths, *, neighbors: Annotated[int, Range(1)] =
     warns.
 
     Args:
-        curve: descending scores [B, N].
-        lengths: [B] valid entries of each row.
         neighbors: neighbours whose density an outlier falls short of; a shorter row uses all it has.
-    Returns:
-        counts [B].
     """
     from sklearn.neighbors import LocalOutlierFactor  # heavy, and only this budget needs it
 
@@ -127,11 +113,7 @@ def cumulative_mass(
     zeros included, keeps the share `mass` of its tokens, rounded up.
 
     Args:
-        curve: descending scores [B, N], >= 0.
-        lengths: [B] valid entries of each row.
         mass: share of the scores' sum that is kept.
-    Returns:
-        counts [B].
     """
     held = _shares(curve, lengths).cumsum(dim=1)
     return ((held < mass - FLAT) & valid_entries(curve, lengths)).sum(dim=1) + 1
@@ -145,11 +127,7 @@ def attention_entropy(curve: Curve, lengths: Lengths, *, scale: Annotated[float,
     constant row, all zeros included, keeps the share `scale` of its tokens. Never falls with `scale`.
 
     Args:
-        curve: descending scores [B, N], >= 0.
-        lengths: [B] valid entries of each row.
         scale: tokens kept for each token that the entropy counts.
-    Returns:
-        counts [B].
     """
     return _nearest(scale * _exp_entropy(_shares(curve, lengths)))
 
@@ -169,12 +147,8 @@ def effective_rank(
     a count is our choice. Equal features (all zeros included) have rank 1. Never falls with `scale`.
 
     Args:
-        curve: descending scores [B, N].
-        lengths: [B] valid entries of each row.
         feature_rank: [B] effective rank of each row's features (`effective_rank_of`).
         scale: tokens kept per dimension.
-    Returns:
-        counts [B].
     """
     return _nearest(scale * feature_rank)
 

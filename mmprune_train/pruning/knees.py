@@ -46,14 +46,7 @@ def unit_curve(curve: Curve, lengths: Lengths) -> tuple[Curve, Curve, Bool[Tenso
 
 @budget()
 def max_chord(curve: Curve, lengths: Lengths) -> Lengths:
-    """Largest distance to the straight line through the curve's end points; a straight curve is kept whole.
-
-    Args:
-        curve: descending scores [B, N], entries beyond a row's length are ignored.
-        lengths: [B] valid entries of each row.
-    Returns:
-        counts [B].
-    """
+    """Largest distance to the straight line through the curve's end points; a straight curve is kept whole."""
     x, y, constant = unit_curve(curve, lengths)
     distance = (1 - x - y).abs()  # vertical, proportional to the perpendicular one
     distance = distance.masked_fill(~valid_entries(curve, lengths), 0)
@@ -77,13 +70,9 @@ def kneedle(
     On convex curves, which the method is made for, this is the `kneed` package's answer to the token.
 
     Args:
-        curve: descending scores [B, N].
-        lengths: [B] valid entries of each row.
         sensitivity: S of the paper; larger waits longer before it calls a bend a knee. No fall of the difference curve
             is larger than twice a row's length.
         no_knee: rows without a knee are kept whole (`keep_all`) or cut by `max_chord`. Our choice: the paper is silent.
-    Returns:
-        counts [B].
     """
     x, y, constant = unit_curve(curve, lengths)
     rank = torch.arange(curve.shape[1], device=curve.device)
@@ -147,13 +136,7 @@ def menger(curve: Curve, lengths: Lengths) -> Lengths:
 
     Computed on the curve scaled to the unit square, as a curvature depends on the units of its axes (Christopoulos 2014
     discusses both). It has no sign, so a concave corner counts as a convex one does. Three points are few: noise moves
-    this knee more than those that see the whole curve.
-
-    Args:
-        curve: descending scores [B, N].
-        lengths: [B] valid entries of each row. Rows of fewer than 3 entries are kept whole.
-    Returns:
-        counts [B].
+    this knee more than those that see the whole curve. Rows of fewer than 3 entries are kept whole.
     """
     _, y, _ = unit_curve(curve, lengths)
     bend = _second_difference(y, lengths).abs()

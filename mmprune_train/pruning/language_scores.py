@@ -20,9 +20,8 @@ def _attention(
 ) -> Float[Tensor, " T"]:
     """[T] mean over heads and over the rows of a query group that see a token, of the causal attention probability.
 
-    `rows`, `group` and `fallback` are on the host. `fallback` [R] rows count only for tokens that no other row of the
-    group can see. The softmax runs over every token of
-    the sample that the row sees, as in the layer itself.
+    `rows`, `group` and `fallback` are on the host. `fallback` rows count only for tokens that no other row of the group
+    can see. The softmax runs over every token of the sample that the row sees, as in the layer itself.
     """
     sequence, count = view.sequence, len(view.groups.segment)
     queries, keys = view.query_keys(rows)

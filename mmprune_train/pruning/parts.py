@@ -65,18 +65,17 @@ def load_part(kind: str, name: str, key: str, given: Mapping[str, Any] | None = 
     Raises:
         UserError: no such name; the module cannot be imported or has no such function; parameters that do not fit.
     """
-    component, function = _imported(kind, name, key)
-    return _part(component, function, key, component.arguments(f"{key}_args", dict(given or {})))
+    return _load(kind, name, key, lambda component: component.arguments(f"{key}_args", dict(given or {})))
 
 
 def load_budget(knee: KneeConfig, key: str) -> Part:
     """The budget that `key`, e.g. `pruner.vision.knee`, holds."""
-    component, function = _imported("budget", knee.method, f"{key}.method")
-    return _part(component, function, f"{key}.method", arguments_of(knee, component, key))
+    return _load("budget", knee.method, f"{key}.method", lambda component: arguments_of(knee, component, key))
 
 
-def _part(component: Component, function: Callable[..., Any], key: str, given: dict[str, Any]) -> Part:
-    filled = partial(function, **given) if given else function
+def _load(kind: str, name: str, key: str, arguments: Callable[[Component], dict[str, Any]]) -> Part:
+    component, function = _imported(kind, name, key)
+    filled: Callable[..., Any] = partial(function, **arguments(component))
     if component.own or component.package:
         filled = answers.checked(filled, f"{key}={component.name}", CHECKS[component.kind])
     return Part(component, key, filled)

@@ -16,9 +16,6 @@ class Pruner(VisionStage, LanguageStage):
 
     Each stage makes the host wait for the device once, to learn what stays; `docs/budgets.md` names the settings that
     do so more often. Scores that cannot be ranked are found then, too: a row of which nothing stays.
-
-    Args:
-        settings: scores, budgets, layers and positions of both stages.
     """
 
     def __init__(self, settings: PrunerConfig) -> None:

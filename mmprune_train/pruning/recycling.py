@@ -38,8 +38,7 @@ def recycle(
     Args:
         hidden: [T, D] states of all tokens.
         places: [M] the tokens that could be dropped, on the host.
-        row: [M] the row, from 0 and not falling, that each
-            belongs to, on the host, none empty.
+        row: [M] the row, from 0 and not falling, that each belongs to, on the host, none empty.
         dropped: [M] those that were.
         scores: [M]; the best are recycled.
         share: part of a row's dropped tokens that is recycled, best score first; at least one.

@@ -59,17 +59,9 @@ class VisionView:
 
     def at(self, rows: Int64[Tensor, " P"]) -> VisionView:
         """The view of images `rows`, each as often as it is named."""
-        return replace(
-            self,
-            patches=self.patches[rows],
-            cls=None if self.cls is None else self.cls[rows],
-            patch_keys=partial(_rows_of, self.patch_keys, rows),
-            cls_query_keys=None if self.cls_query_keys is None else partial(_rows_of, self.cls_query_keys, rows),
-            probe_query_keys=None if self.probe_query_keys is None else partial(_rows_of, self.probe_query_keys, rows),
-            block_output=None if self.block_output is None else partial(_rows_of, self.block_output, rows),
-            question=None if self.question is None else partial(_rows_of, self.question, rows),
-            asked=None if self.asked is None else self.asked[rows],
-        )
+        changed: dict[str, Any] = {name: part[rows] for name, part in vars(self).items() if isinstance(part, Tensor)}
+        changed |= {name: partial(_rows_of, part, rows) for name, part in vars(self).items() if callable(part)}
+        return replace(self, **changed)
 
 
 def _rows_of(compute: Callable[..., Any], rows: Tensor, *arguments: Any) -> Any:

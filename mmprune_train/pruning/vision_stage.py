@@ -12,16 +12,11 @@ from mmprune_train.config.pruner import projects
 from mmprune_train.config.pruner_schema import PrunerConfig
 from mmprune_train.errors import UserError
 from mmprune_train.packed.host import fetch
-from mmprune_train.pruning.budgets import Budget, refuse_unsound, sound_rows
+from mmprune_train.pruning.budgets import Budget, refuse_unsound, sound_rows, whole_lengths
 from mmprune_train.pruning.parts import load_part
 from mmprune_train.pruning.schedule import BudgetOverride
 from mmprune_train.pruning.selection import top_mask
 from mmprune_train.pruning.views import VisionView, full_precision
-
-
-def _whole(scores: Float[Tensor, "I N"]) -> Int64[Tensor, " I"]:
-    """[I] lengths of rows that have no padding."""
-    return torch.full(scores.shape[:1], scores.shape[1], dtype=torch.int64, device=scores.device)
 
 
 class VisionStage:
@@ -86,16 +81,17 @@ class VisionStage:
             return torch.ones((images, patches), dtype=torch.bool, device=view.patches.device), None
         scores = self.score_patches(view) if scores is None else scores
         budget, override = self._vision_budget, self.override_of("vision")
-        whole = _whole(scores)
+        whole = whole_lengths(scores)
         counts = budget.counts(scores, whole, lambda: view.patches, override)
         seen = projected() if self.projects and projected is not None else view.patches
         more = {}
-        if "known" in self._select.component.takes and budget.known(override):
+        rule = budget.rule(override)
+        if "known" in self._select.component.takes and (rule is None or rule.fixed):  # whatever the scores
             on_host = torch.zeros(images, patches)
-            more["known"] = budget.counts(on_host, _whole(on_host), lambda: view.patches, override)
+            more["known"] = budget.counts(on_host, whole_lengths(on_host), override=override)
         with full_precision(scores):
             kept = self._select(scores, counts, seen, **more)
-        kept = kept & sound_rows(scores, whole, budget.rule(override))[:, None]
+        kept = kept & sound_rows(scores, whole, rule)[:, None]
         drawn = override is not None and override.ratio is not None  # that ratio is the whole stage's
         recovers = self.settings.vision.recover.enabled and not drawn
         return (self._recover(view, kept) if recovers else kept), scores
@@ -109,7 +105,7 @@ class VisionStage:
             training: let scores pass of which no row is finite: what diverges while it trains is not the user's input.
                 The caller keeps all of such an image, as NaN (`poison`).
         """
-        whole = _whole(scores)
+        whole = whole_lengths(scores)
         if training and not bool(fetch(sound_rows(scores, whole))[lost].any()):
             return
         rule = self._vision_budget.rule(self.override_of("vision"))
@@ -133,7 +129,7 @@ class VisionStage:
         ).minimum(left)
         if "question" in self._recover_score.component.reads and view.asked is not None:
             counts = torch.where(view.asked, counts, 0)
-        sound = sound_rows(scores, _whole(scores), budget.rule())[:, None] & kept.any(1, keepdim=True)
+        sound = sound_rows(scores, whole_lengths(scores), budget.rule())[:, None] & kept.any(1, keepdim=True)
         return (kept | top_mask(scores.masked_fill(kept, -torch.inf), counts)) & sound
 
     def merge_patches(

@@ -16,7 +16,7 @@ COLOURS = ("#4477aa", "#ee6677", "#228833", "#66ccee", "#bbbbbb")
 def draw_steps(
     seconds: Mapping[str, Mapping[str, float]],
     parts: Sequence[str],
-    shares: Mapping[str, tuple[float | None, float | None, float | None]],
+    shares: Mapping[str, Sequence[float | None]],
     title: str,
     path: Path,
 ) -> None:
@@ -25,7 +25,7 @@ def draw_steps(
     Args:
         seconds: way -> part -> median seconds, and their sum as `step`.
         shares: way -> the LLM's operations, the LLM's seconds and the peak memory, each as a share of the dense packed
-            model's; None: not to be had.
+            model's (more is not drawn); None: not to be had.
     """
     from matplotlib.figure import Figure
 
@@ -47,9 +47,7 @@ def draw_steps(
     save(figure, title, path)
 
 
-def _shares(
-    axis: Any, names: Sequence[str], shares: Mapping[str, tuple[float | None, float | None, float | None]]
-) -> None:
+def _shares(axis: Any, names: Sequence[str], shares: Mapping[str, Sequence[float | None]]) -> None:
     marks = (("|", "ideal: operations of the LLM"), ("o", "LLM seconds"), ("x", "peak memory"))
     for kind, (mark, label) in enumerate(marks):
         found = [(value, row) for row, name in enumerate(names) if (value := shares[name][kind]) is not None]

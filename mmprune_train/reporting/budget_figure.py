@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -13,23 +12,15 @@ from numpy.typing import NDArray
 from mmprune_train.reporting.canvas import PLAIN, save, style_of
 from mmprune_train.reporting.figures import CURVE, DROPPED, KEPT
 
-
-@dataclass
-class KeptTokens:
-    """What one budget keeps of each image (or sample)."""
-
-    name: str
-    tokens: NDArray[np.int64]
-    """[I] with the parameter as it is set."""
-    solved: NDArray[np.int64] | None
-    """[I] with the parameter that meets the target, where there is one."""
-    chosen: bool
-    """Whether this is the run's own budget."""
+Kept = tuple[NDArray[np.int64], NDArray[np.int64] | None]
+"""[I] tokens that a budget keeps of each image (or sample) as it is set, and with the parameter that meets the target,
+where there is one."""
 
 
 @style_of(PLAIN)
 def draw_budgets(
-    budgets: Sequence[KeptTokens],
+    budgets: Mapping[str, Kept],
+    own: str,
     scores: NDArray[np.float64] | None,
     target: float | None,
     what: str,
@@ -39,6 +30,7 @@ def draw_budgets(
     """Left a histogram of kept tokens for each budget; right, where stage 1 scored, the sorted scores.
 
     Args:
+        own: the run's own budget.
         scores: [I, N] of stage 1.
         target: kept tokens a row that meet the target.
         what: label of the tokens' axis.
@@ -48,29 +40,30 @@ def draw_budgets(
     columns = 1 if scores is None else 2
     figure = Figure(figsize=(6.5 + 5.0 * (columns - 1), 1.6 + 0.42 * len(budgets)))
     axes = figure.subplots(1, columns, squeeze=False, width_ratios=[1.5, 1][:columns])
-    _histograms(axes[0][0], budgets, target, what)
+    _histograms(axes[0][0], budgets, own, target, what)
     if scores is not None:
         _curves(axes[0][1], scores, target)
     save(figure, title, path)
 
 
-def _histograms(axis: Any, budgets: Sequence[KeptTokens], target: float | None, what: str) -> None:
-    most = max(int(tokens.max()) for b in budgets for tokens in (b.tokens, b.solved) if tokens is not None)
+def _histograms(axis: Any, budgets: Mapping[str, Kept], own: str, target: float | None, what: str) -> None:
+    most = max(int(tokens.max()) for kept in budgets.values() for tokens in kept if tokens is not None)
     edges = np.linspace(0, most, min(most, 60) + 1) + 0.5
     if target is not None:
         axis.axvline(target, color="black", lw=0.8, ls=":")
         axis.text(target, 1, " target", transform=axis.get_xaxis_transform(), va="bottom", fontsize=8)
-    for row, budget in enumerate(reversed(budgets)):
-        for tokens, colour in ((budget.tokens, CURVE), (budget.solved, KEPT)):
+    names = list(budgets)[::-1]
+    for row, name in enumerate(names):
+        for tokens, colour in zip(budgets[name], (CURVE, KEPT), strict=True):
             if tokens is None:
                 continue
             heights, _ = np.histogram(tokens, edges)
             axis.stairs(row + 0.85 * heights / heights.max(), edges, baseline=row, fill=True, color=colour, alpha=0.45)
             axis.plot([tokens.mean()] * 2, [row, row + 0.85], color=colour, lw=1.5)
         axis.axhline(row, color=DROPPED, lw=0.5)
-    axis.set_yticks(np.arange(len(budgets)) + 0.3, [b.name for b in reversed(budgets)], fontsize=9)
-    for label, budget in zip(axis.get_yticklabels(), reversed(budgets), strict=True):
-        label.set_fontweight("bold" if budget.chosen else "normal")
+    axis.set_yticks(np.arange(len(budgets)) + 0.3, names, fontsize=9)
+    for label in axis.get_yticklabels():
+        label.set_fontweight("bold" if label.get_text() == own else "normal")
     axis.tick_params(axis="y", length=0)
     axis.set(xlim=(0, most + 1), ylim=(0, len(budgets)), xlabel=what)
     axis.spines["left"].set_visible(False)

@@ -13,6 +13,8 @@ from PIL import Image
 
 from mmprune_train.reporting.canvas import PLAIN, save, style_of
 
+Word = tuple[str, bool | None]
+"""A text token of a prompt, and whether it stays."""
 KEPT, CURVE, DROPPED = "#c2410c", "#1d4ed8", "#9ca3af"
 
 
@@ -32,14 +34,6 @@ class PrunedImage:
     """[grid * grid] stage-1 scores, where stage 1 scored."""
 
 
-@dataclass
-class PrunedText:
-    """The text tokens of a prompt, in order."""
-
-    words: list[str]
-    kept: list[bool]
-
-
 def faded(image: PrunedImage, kept: Sequence[int]) -> NDArray[np.uint8]:
     """The image with dropped patches washed out and grey."""
     mask = np.zeros((image.grid, image.grid), dtype=bool)
@@ -51,11 +45,8 @@ def faded(image: PrunedImage, kept: Sequence[int]) -> NDArray[np.uint8]:
 
 
 @style_of(PLAIN)
-def draw(images: Sequence[PrunedImage], text: PrunedText, title: str, path: Path) -> None:
-    """One row an image (as seen, after stage 1, after stage 2, the sorted curve), the prompt's text tokens below.
-
-    Needs no display; the format follows the file's ending.
-    """
+def draw(images: Sequence[PrunedImage], words: Sequence[Word], title: str, path: Path) -> None:
+    """One row an image (as seen, after stage 1, after stage 2, the sorted curve), the prompt's text tokens below."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(13, 3.3 * len(images) + 1.3))
@@ -72,7 +63,7 @@ def draw(images: Sequence[PrunedImage], text: PrunedText, title: str, path: Path
             axis.set_title(caption, fontsize=10)
             axis.set_axis_off()
         _curve(row[3], image)
-    _words(figure, text)
+    _words(figure, words)
     save(figure, title, path, bottom=1.0 / (3.3 * len(images) + 1.3))
 
 
@@ -93,11 +84,11 @@ def _curve(axis: Any, image: PrunedImage) -> None:
     axis.set_ylim(bottom=min(0.0, float(curve[-1])))
 
 
-def _words(figure: Any, text: PrunedText) -> None:
+def _words(figure: Any, words: Sequence[Word]) -> None:
     """The text tokens on wrapped lines; dropped ones struck grey."""
     width = figure.bbox.width
     x, y, line = 12.0, 62.0, 20.0
-    for word, kept in zip(["text tokens after stage 2:  ", *text.words], [None, *text.kept], strict=True):
+    for word, kept in [("text tokens after stage 2:  ", None), *words]:
         colour = "black" if kept is None else KEPT if kept else DROPPED
         shown = figure.text(x / width, y / figure.bbox.height, word, fontsize=9, family="monospace", color=colour)
         extent = shown.get_window_extent().width

@@ -3,25 +3,24 @@
 from __future__ import annotations
 
 import time
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from statistics import fmean
 from typing import Any
 
-from jinja2 import Environment, FileSystemLoader, StrictUndefined
+from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 
 from mmprune_train.config.renamed import present_name
 from mmprune_train.errors import UserError
 from mmprune_train.progress import progress
 from mmprune_train.reporting import charts
-from mmprune_train.reporting.evaluation import ACCURACIES, accuracies, asked_apart, asked_text
 from mmprune_train.reporting.results import front, numbers, pick, picked
 from mmprune_train.reporting.runs import Run, telling_keys
 from mmprune_train.reporting.sweeps import varying
 from mmprune_train.reporting.tables import cell
-from mmprune_train.reporting.training import STAGE_NUMBERS
+from mmprune_train.reporting.text import ACCURACIES, accuracies, asked_apart, asked_text, stage_rows
 
 HIGHLIGHTED = 6
 """Most runs whose loss is drawn in colour where all runs are in one figure."""
@@ -72,7 +71,7 @@ class Compared:
 
 def compare(runs: Sequence[Run], shown: Shown) -> Compared:
     """Raises UserError where no run has a number that is asked for."""
-    values = [{name: _number(run, name) for name in shown.axes} for run in runs]
+    values = [{name: picked(run.numbers, name) for name in shown.axes} for run in runs]
     for name in shown.axes:
         if any(run.numbers for run in runs) and all(value[name] is None for value in values):
             pick(next(run.numbers for run in runs if run.numbers), name)  # says what there is instead
@@ -83,24 +82,16 @@ def compare(runs: Sequence[Run], shown: Shown) -> Compared:
     return Compared(telling_keys(runs), differ, values, [full[i] for i in front(points, shown.directions)], apart)
 
 
-def _number(run: Run, name: str) -> float | None:
-    return picked(run.numbers, name)
-
-
 def render(runs: Sequence[Run], shown: Shown, title: str, sources: Sequence[str]) -> str:
     """The page.
 
     Args:
-        runs: one or many.
-        shown: what they are compared by.
         sources: folders they were read from, for the page to say.
     """
     compared = compare(runs, shown)
     order = _order(runs, compared, shown)
-    many = len(runs) > 1
-    beside = _beside(runs, compared, shown, order) if many else None
-    sections = [_section(runs[i], f"run-{i}", compared) for i in progress(order, "report", "runs", lines=5)]
-    loader = FileSystemLoader(Path(__file__).parent / "templates")
+    states = Counter(run.state for run in runs).items()
+    loader = PackageLoader("mmprune_train.reporting")
     environment = Environment(
         loader=loader, autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
     )
@@ -108,17 +99,11 @@ def render(runs: Sequence[Run], shown: Shown, title: str, sources: Sequence[str]
         title=title,
         made=time.strftime("%Y-%m-%d %H:%M"),
         sources=sources,
-        counts=_counts(runs),
-        beside=beside,
-        sections=sections,
+        counts=f"{len(runs)} run{'s' * (len(runs) > 1)}: {', '.join(f'{count} {state}' for state, count in states)}",
+        beside=_beside(runs, compared, shown, order) if len(runs) > 1 else None,
+        sections=[_section(runs[i], f"run-{i}", compared) for i in progress(order, "report", "runs", lines=5)],
         svg=Markup,
     )
-
-
-def _counts(runs: Sequence[Run]) -> str:
-    states = dict.fromkeys(run.state for run in runs)
-    told = ", ".join(f"{sum(run.state == state for run in runs)} {state}" for state in states)
-    return f"{len(runs)} run{'s' if len(runs) > 1 else ''}: {told}"
 
 
 def _order(runs: Sequence[Run], compared: Compared, shown: Shown) -> list[int]:
@@ -297,7 +282,6 @@ def _section(run: Run, anchor: str, compared: Compared) -> dict[str, Any]:
         "commit": run.manifest.get("git_commit"),
         "overrides": " ".join(run.job.overrides) if run.job else None,
     }
-    names = {key: text for key, text in STAGE_NUMBERS.items() if any(key in stage for stage in stages.values())}
     return {
         "run": run,
         "anchor": anchor,
@@ -306,7 +290,7 @@ def _section(run: Run, anchor: str, compared: Compared) -> dict[str, Any]:
         "settings": {key: run.settings[key] for key in (compared.differ or run.settings) if key in run.settings},
         "whole": not compared.differ,
         "stages": list(stages),
-        "stage_rows": [[text, *(cell(stage.get(key)) for stage in stages.values())] for key, text in names.items()],
+        "stage_rows": [[text, *map(cell, values)] for text, *values in stage_rows(stages)],
         "charts": run_charts(run),
         "evaluations": [
             {"name": name, **_evaluation(result)}

@@ -16,9 +16,9 @@ from mmprune_train.config.in_effect import in_effect
 from mmprune_train.config.renamed import upgraded
 from mmprune_train.config.typed import as_typed
 from mmprune_train.errors import UserError
-from mmprune_train.reporting.evaluation import asked_apart
 from mmprune_train.reporting.results import numbers
 from mmprune_train.reporting.sweeps import JobRecord, read_records, varying
+from mmprune_train.reporting.text import asked_apart
 from mmprune_train.storage.files import PUT_BACK, damaged, read_yaml, rows_of
 from mmprune_train.storage.run_files import METRICS, MISSHAPEN, read_manifest, read_result, rows_fault, rows_written
 

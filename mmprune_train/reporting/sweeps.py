@@ -117,7 +117,6 @@ def write_summary(sweep: Path, settings: Mapping[str, Any], records: Sequence[Jo
     """sweep.json and sweep.csv.
 
     Args:
-        sweep: the sweep directory.
         settings: what was asked; `objectives` and `directions` among it.
     """
     names = list(settings["objectives"])

@@ -20,18 +20,11 @@ def cell(value: object) -> str:
 
 
 def table(rows: Sequence[Sequence[object]], header: Sequence[str], title: str = "") -> str:
-    """Columns as wide as their widest cell; numbers to the right, text to the left.
-
-    Raises:
-        ValueError: a row has another number of cells than the header.
-    """
-    if any(len(row) != len(header) for row in rows):
-        raise ValueError(f"every row needs {len(header)} cells")
+    """Columns as wide as their widest cell; numbers to the right, text to the left."""
     texts = [[cell(value) for value in row] for row in rows]
     widths = [max(map(len, column)) for column in zip(header, *texts, strict=True)]
-    numeric = [all(v is None or isinstance(v, int | float) for v in column) for column in zip(*rows, strict=True)] or [
-        False
-    ] * len(header)
+    columns = list(zip(*rows, strict=True)) or [("",)] * len(header)
+    numeric = [all(v is None or isinstance(v, int | float) for v in column) for column in columns]
 
     def line(cells: Sequence[str]) -> str:
         padded = (c.rjust(w) if n else c.ljust(w) for c, w, n in zip(cells, widths, numeric, strict=True))

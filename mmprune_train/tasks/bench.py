@@ -167,7 +167,7 @@ class Bench:
             draw_steps(
                 {name: cost.seconds for name, cost in costs.items()},
                 PARTS,
-                {name: share[:3] for name, share in shares.items()},
+                shares,
                 f"one optimizer step: {what}",
                 folder / "bench.png",
             )
@@ -210,7 +210,7 @@ class Bench:
             )
         pixels = torch.stack(images).to(model.device)
         with torch.autocast(model.device.type, dtype=dtype, enabled=dtype != torch.float32):
-            costs = dict(selection_costs(model, pixels, self.pruners, repeats))
+            costs = selection_costs(model, pixels, self.pruners, repeats)
         rows = [
             [name, c.patches, c.kept, c.vision_seconds, c.selection_seconds, f"{100 * c.share:.2f} %"]
             for name, c in costs.items()

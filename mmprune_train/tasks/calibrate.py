@@ -41,7 +41,7 @@ from mmprune_train.model.weights.start import first_start
 from mmprune_train.pruning import Pruner
 from mmprune_train.pruning.calibration import ScoredImages, searched
 from mmprune_train.quiet import quiet
-from mmprune_train.reporting.budget_figure import KeptTokens, draw_budgets
+from mmprune_train.reporting.budget_figure import draw_budgets
 from mmprune_train.storage.files import write_json, write_yaml
 from mmprune_train.tasks import unread
 from mmprune_train.tasks.checkpoint import Checkpoint, Results, find_checkpoint, load
@@ -204,7 +204,7 @@ def sample_passes(
     stage = config.stage[split]
     template = get_template(template_of(config, split), tokenizer)
     packed = pack(records, template, tokenizer, model.config.image_seq_length, stage.max_length, stage.batch_size)
-    passes = SamplePasses(model, packed, images, dtype, config.seed)
+    passes = SamplePasses(model.eval(), packed, images, dtype, config.seed)
     if subject.fits:
         fit_projector(model, passes.kept_features(MATCHED_IMAGES))
     return passes
@@ -253,19 +253,15 @@ def next_command(config: Config, command: Command, folder: Path) -> str:
 
 def draw(report: Report, images: EncodedImages, path: Path) -> None:
     """The figure."""
-    shown = [
-        KeptTokens(
-            row.name,
-            row.kept.numpy(),
-            None if row.kept_at_target is None else row.kept_at_target.numpy(),
-            row is report.own,
-        )
+    shown = {
+        row.name: (row.kept.numpy(), None if row.kept_at_target is None else row.kept_at_target.numpy())
         for row in report.rows
         if row.kept is not None
-    ]
-    asked = report.asked
+    }
+    asked, own = report.asked, report.own.name
     aimed = asked.target * report.patches if asked.target and asked.measure == "vision" else None
     what = "tokens kept of an image" if report.stage == "vision" else "tokens of a sample after stage 2"
     score = getattr(report.pruner, report.stage).score
     title = f"{report.pruner.name}, {score}: {report.images} images of {asked.split}"
-    draw_budgets(shown, None if images.scores is None else images.scores.double().numpy(), aimed, what, title, path)
+    scores = None if images.scores is None else images.scores.double().numpy()
+    draw_budgets(shown, own, scores, aimed, what, title, path)

@@ -16,7 +16,7 @@ from mmprune_train.errors import UserError
 from mmprune_train.evaluation.generate import check_room
 from mmprune_train.evaluation.questions import Question, check_images, choose, counts_by_kind, read_questions
 from mmprune_train.evaluation.run import evaluate, write_predictions
-from mmprune_train.reporting.evaluation import result_table
+from mmprune_train.reporting.text import result_table
 from mmprune_train.storage.assets import sha256_of
 from mmprune_train.storage.files import write_json
 from mmprune_train.storage.run_files import read_result

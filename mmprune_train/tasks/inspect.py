@@ -13,7 +13,7 @@ from mmprune_train.config.schema import Config
 from mmprune_train.data.images import ImageReader
 from mmprune_train.errors import UserError
 from mmprune_train.evaluation.generate import load_images
-from mmprune_train.reporting.figures import PrunedImage, PrunedText, draw
+from mmprune_train.reporting.figures import PrunedImage, Word, draw
 from mmprune_train.reporting.tables import table
 from mmprune_train.storage.files import write_json
 from mmprune_train.tasks.checkpoint import Results, find_checkpoint, load
@@ -49,7 +49,7 @@ def run(config: Config, command: Command = Command()) -> dict[str, Any]:
     return result
 
 
-def trace_prompt(model: Any, processor: Any, inputs: Any) -> tuple[list[PrunedImage], PrunedText, dict[str, Any]]:
+def trace_prompt(model: Any, processor: Any, inputs: Any) -> tuple[list[PrunedImage], list[Word], dict[str, Any]]:
     """Run one prompt [1, L] and tell where each patch and word went."""
     with torch.inference_mode():
         model(**inputs, logits_to_keep=1)
@@ -84,11 +84,11 @@ def trace_prompt(model: Any, processor: Any, inputs: Any) -> tuple[list[PrunedIm
         pixels = visible(inputs["pixel_values"][image], processor.image_processor)
         curve = None if scores is None else scores.double().cpu().numpy()
         drawn.append(PrunedImage(pixels, grid, kept.tolist(), second, curve))
-    text = PrunedText([repr(processor.decode([ids[w]]))[1:-1] for w in words], [w in stayed for w in words])
+    text: list[Word] = [(repr(processor.decode([ids[w]]))[1:-1], w in stayed) for w in words]
     result = {
         "tokens": {name: int(trace.per_sample[name][0]) for name in ("dense", "stage1", "stage2")},
         "images": [{"stage1": d.stage1, "stage2": d.stage2} for d in drawn],
-        "text": [{"token": word, "kept": kept} for word, kept in zip(text.words, text.kept, strict=True)],
+        "text": [{"token": word, "kept": kept} for word, kept in text],
     }
     return drawn, text, result
 

@@ -14,7 +14,7 @@ from mmprune_train.config.identity import run_dir, without_effect
 from mmprune_train.config.schema import Config
 from mmprune_train.data.sources import data_root
 from mmprune_train.errors import NotFinite, UserError
-from mmprune_train.reporting.training import result_text
+from mmprune_train.reporting.text import result_text
 from mmprune_train.storage.assets import sha256_of
 from mmprune_train.storage.locks import alone_in
 from mmprune_train.training.cluster import is_next_turn, join, rank_here

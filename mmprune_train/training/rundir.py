@@ -18,7 +18,7 @@ from mmprune_train.config.compose import config_from_file, to_yaml
 from mmprune_train.config.identity import differences, run_dir
 from mmprune_train.config.schema import Config
 from mmprune_train.errors import UserError
-from mmprune_train.reporting.training import result_text
+from mmprune_train.reporting.text import result_text
 from mmprune_train.storage.files import write_json, write_yaml
 from mmprune_train.storage.locks import refuse_links
 from mmprune_train.storage.run_files import read_manifest, read_result
@@ -96,7 +96,7 @@ def open_run(config: Config, writable: bool = True) -> RunDirectory:
     written = path / "config.yaml"
     if written.is_file():
         begun = config_from_file(written)
-        if any(place.init_from is not None for place in (config, *config.stage.values())):
+        if {config.init_from, *(stage.init_from for stage in config.stage.values())} != {None}:
             from mmprune_train.training.starts import as_begun  # takes seconds
 
             config = as_begun(config, begun, RunDirectory(path, False))

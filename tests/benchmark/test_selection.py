@@ -31,9 +31,8 @@ def test_costs_are_of_each_pruner_and_the_model_is_left_as_it_was() -> None:
     model = packed(tiny_llava(), "twostage")
     before = model.pruner
     names = ["none", "twostage", "divprune"]
-    costs = dict(
-        selection_costs(model, torch.randn(3, 3, SIDE, SIDE), {name: load_pruner(name) for name in names}, repeats=2)
-    )
+    pruners = {name: load_pruner(name) for name in names}
+    costs = selection_costs(model, torch.randn(3, 3, SIDE, SIDE), pruners, repeats=2)
     assert model.pruner is before and model.execution == Execution()
     assert list(costs) == names
     assert costs["none"].kept == costs["none"].patches == PATCHES > costs["divprune"].kept == 1

@@ -14,7 +14,7 @@ from training.short import Loader, sample
 from training.synthetic import overrides, write_dataset
 
 from mmprune_train.benchmark.baseline import as_transformers, padded_inputs
-from mmprune_train.benchmark.flops import flop_counter
+from mmprune_train.benchmark.counters import flop_counter
 from mmprune_train.benchmark.lengths import lengths_cost
 from mmprune_train.benchmark.steps import BASELINE, PARTS, padded, pruned, step_costs, timed_module
 from mmprune_train.config.compose import compose_config, load_pruner

@@ -8,7 +8,7 @@ import pytest
 
 from mmprune_train.errors import UserError
 from mmprune_train.evaluation.generate import Prediction
-from mmprune_train.evaluation.metrics import accuracy_by_kind, blind_majority, correct, normalise
+from mmprune_train.evaluation.metrics import accuracy_by_kind, blind_majority, normalise
 from mmprune_train.evaluation.questions import Question, choose
 from mmprune_train.evaluation.run import token_counts
 
@@ -19,7 +19,7 @@ def question(kind: str, number: int = 0, answer: str = "red") -> Question:
 
 def test_case_spaces_and_closing_punctuation_do_not_count() -> None:
     assert normalise("  Dark  Red. ") == "dark red"
-    assert correct("Yes.", "yes") and not correct("yes it is", "yes")
+    assert accuracy_by_kind([("a", "Yes.", "yes"), ("b", "yes it is", "yes")]) == {"a": 1, "b": 0}
 
 
 def test_accuracy_is_by_kind() -> None:

@@ -85,19 +85,17 @@ def test_the_same_words_after_another_history_are_asked_again_without_their_imag
 ) -> None:
     asked = []
 
-    def answer(model: object, processor: object, template: object, questions: list[Question], **_: object) -> list:
+    def ask(questions: list[Question], **_: object) -> list:
         asked.append(list(questions))
         return [Prediction(q, q.history[0].answer if q.history else "-", dict.fromkeys(COUNTS, 1.0)) for q in questions]
 
-    monkeypatch.setattr(run, "answer", answer)
     monkeypatch.setattr(run, "blank_images", lambda *_: None)
 
-    class Processor:
-        class image_processor:
-            crop_size, image_mean = {"height": 4}, (0.5, 0.5, 0.5)
+    class ImageProcessor:
+        crop_size, image_mean = {"height": 4}, (0.5, 0.5, 0.5)
 
     again = [
         questions_of(record(["<image>\nwhich?", colour, "say it", colour], 1))[1] for colour in ("red", "blue", "red")
     ]
-    scores = run._blank(None, Processor, None, again, {})
+    scores = run._blank(ask, ImageProcessor, again)
     assert len(asked[0]) == 2 and scores == {"open": 1.0}

@@ -9,7 +9,7 @@ import torch
 from planning.measured import peak_of_pass
 from tiny import IMAGE_TOKEN, PATCHES, annotate, labels_of, packed, tiny_inputs, tiny_llava
 
-from mmprune_train.benchmark.flops import flop_counter
+from mmprune_train.benchmark.counters import flop_counter
 from mmprune_train.config.schema import PeftConfig, StageConfig
 from mmprune_train.model.flops import PassShape, StepFlops
 from mmprune_train.model.inputs import pack

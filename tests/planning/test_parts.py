@@ -12,7 +12,7 @@ from training.short import sample
 from training.synthetic import overrides, write_dataset
 
 from mmprune_train import devices
-from mmprune_train.benchmark.memory import PeakMemory
+from mmprune_train.benchmark.counters import peak_memory
 from mmprune_train.config.checks import STRATEGIES
 from mmprune_train.config.compose import compose_config, load_pruner
 from mmprune_train.data.batch import collate
@@ -214,7 +214,7 @@ def test_peak_memory_is_what_torchs_profiler_sees() -> None:
         layers(states).square().sum().backward()
         layers.zero_grad()
 
-    with PeakMemory("cpu") as peak:
+    with peak_memory("cpu") as peak:
         step()
     with torch.profiler.profile(profile_memory=True) as profiler:
         step()
@@ -228,11 +228,11 @@ def test_peak_memory_is_what_torchs_profiler_sees() -> None:
 
 def test_views_and_writes_in_place_are_no_memory() -> None:
     inputs = tiny_inputs([1], [5])["input_ids"].float()
-    with PeakMemory("cpu") as peak:
+    with peak_memory("cpu") as peak:
         inputs.view(-1)[1:].add_(1)
         inputs.t()
     assert peak.bytes == 0
-    with PeakMemory("cpu") as peak:
+    with peak_memory("cpu") as peak:
         for _ in range(3):
             torch.empty(1000)
     assert peak.bytes == 4000

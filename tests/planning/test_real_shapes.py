@@ -10,7 +10,7 @@ import torch
 from planning.measured import peak_of_pass
 from transformers import AutoConfig, LlavaForConditionalGeneration
 
-from mmprune_train.benchmark.flops import flop_counter
+from mmprune_train.benchmark.counters import flop_counter
 from mmprune_train.config.compose import compose_config, load_pruner
 from mmprune_train.config.schema import PeftConfig, StageConfig
 from mmprune_train.data.batch import Batch, Sample, collate

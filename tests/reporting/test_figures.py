@@ -9,17 +9,17 @@ import numpy as np
 import pytest
 
 from mmprune_train.reporting.bench_figure import draw_steps
-from mmprune_train.reporting.budget_figure import KeptTokens, draw_budgets
+from mmprune_train.reporting.budget_figure import draw_budgets
 from mmprune_train.reporting.canvas import style_of
 from mmprune_train.reporting.charts import lines, scatter
-from mmprune_train.reporting.figures import PrunedImage, PrunedText, draw
+from mmprune_train.reporting.figures import PrunedImage, draw
 
 SCORES = np.array([0.001, 0.3, 0.2, 9.0])
 
 
 def inspected(text: str, path: Path) -> None:
     image = PrunedImage(np.zeros((8, 8, 3), np.uint8), 2, [0], [0], SCORES)
-    draw([image], PrunedText([text], [True]), text, path)
+    draw([image], [(text, True)], text, path)
 
 
 def benched(text: str, path: Path) -> None:
@@ -27,8 +27,7 @@ def benched(text: str, path: Path) -> None:
 
 
 def calibrated(text: str, path: Path) -> None:
-    kept = KeptTokens(text, np.array([1, 3]), None, True)
-    draw_budgets([kept], np.stack([SCORES, SCORES]), 2.0, text, text, path)
+    draw_budgets({text: (np.array([1, 3]), None)}, text, np.stack([SCORES, SCORES]), 2.0, text, text, path)
 
 
 @pytest.mark.parametrize("text", [r"$\frac{$", "$x_1$ and $", "100 % {} \\ ^_"])

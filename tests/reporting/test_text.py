@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
-from mmprune_train.reporting.evaluation import asked_apart, asked_text, result_table
 from mmprune_train.reporting.results import numbers
+from mmprune_train.reporting.text import asked_apart, asked_text, result_table
 
 
 def result(kinds: dict[str, tuple[int, int, int]], **asked: Any) -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""An evaluation in words."""
+"""What a run, or an evaluation, ends with: its result in words."""
 
 from __future__ import annotations
 
@@ -14,6 +14,42 @@ ACCURACIES = {
     "blind_majority": "blind majority (question alone)",
     "accuracy_blank": "accuracy, image blanked",
 }
+STAGE_NUMBERS = {
+    "steps": "steps",
+    "samples_available": "samples in the data",
+    "samples_used": "of them used",
+    "passes": "passes over those",
+    "samples": "samples trained on",
+    "samples_truncated": "of them cut to max_length",
+    "tokens_truncated": "tokens cut off",
+    "steps_skipped": "steps not applied (not finite)",
+    "loss": "loss (last 10 steps)",
+    "step_seconds": "seconds per step (median)",
+    "samples_per_second": "samples per second",
+    "data_share": "share of it waiting for data",
+    "mfu": "MFU",
+    "train_minutes": "training minutes",
+    "keep_ratio": "keep ratio in training",
+    "micro_batches": "micro-batches per step",
+    "budget_use": "use of the token budget",
+    "budget_overruns": "micro-batches over the budget",
+    "padding_tokens": "padding tokens",
+}
+"""What the summary of a stage has, and what it is called."""
+
+
+def stage_rows(stages: Mapping[str, Mapping[str, Any]]) -> list[list[Any]]:
+    """What is known of training stages, a row each: what it is called, and each stage's."""
+    names = {key: text for key, text in STAGE_NUMBERS.items() if any(key in stage for stage in stages.values())}
+    return [[text, *(stage.get(key) for stage in stages.values())] for key, text in names.items()]
+
+
+def result_text(result: dict[str, Any]) -> str:
+    """The tables that a run ends with."""
+    text = table(stage_rows(result["stages"]), ["Training", *result["stages"]])
+    if "evaluate" in result:
+        text += "\n\n" + result_table(result["evaluate"])
+    return text
 
 
 def accuracies(result: Mapping[str, Any]) -> tuple[list[str], list[list[Any]]]:
