@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from mmprune_train.config.checks import STRATEGIES
+from mmprune_train.config.schema import STRATEGIES
 from mmprune_train.errors import UserError
 
 

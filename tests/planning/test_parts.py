@@ -13,9 +13,9 @@ from training.synthetic import overrides, write_dataset
 
 from mmprune_train import devices
 from mmprune_train.benchmark.memory import PeakMemory
-from mmprune_train.config.checks import DEVICES as NAMES
-from mmprune_train.config.checks import STRATEGIES
 from mmprune_train.config.compose import compose_config, load_pruner
+from mmprune_train.config.schema import STRATEGIES
+from mmprune_train.config.task_schema import DEVICES as NAMES
 from mmprune_train.data.batch import collate
 from mmprune_train.errors import UserError
 from mmprune_train.planning.layout import LAYOUTS, numerics, states
