@@ -7,8 +7,7 @@ from collections.abc import Sequence
 
 from mmprune_train.components.declare import KEYS, KINDS, Component
 from mmprune_train.components.registry import declared, find
-from mmprune_train.config.docs import Key, describe
-from mmprune_train.config.explain import all_keys
+from mmprune_train.config.docs import keys
 from mmprune_train.config.typed import as_typed
 from mmprune_train.storage.conf import conf_dir, default_options, options
 from mmprune_train.tasks import ANYWHERE, TASKS, task_named
@@ -59,43 +58,40 @@ def component_usage(kind: str, key: str, name: str) -> str:
     args = f"{key.removesuffix('.method')}.args" if kind == "budget" else f"{key}_args"
     lines = [f"{key}={name}: {KINDS[kind].told}{f' of package {one.package}' if one.package else ''}", ""]
     for paragraph in one.doc.split("\n\n"):
-        lines += [*textwrap.wrap(paragraph, 112, break_on_hyphens=False), ""]
+        lines += [*_indented(paragraph, 112), ""]
     if one.needs:
         lines += [f"Needs an encoder with {' and '.join(one.needs)}.", ""]
     lines += [f"Parameters, each {args}.NAME=VALUE:" if one.parameters else "It has no parameters."]
     for parameter in one.parameters:
         lines.append(f"  {parameter}")
-        lines += textwrap.wrap(parameter.doc, 108, initial_indent=" " * 6, subsequent_indent=" " * 6)
+        lines += _indented(parameter.doc, 108, 6)
     return "\n".join(lines)
 
 
 def task_usage(name: str) -> str:
     """Where a task writes, what it does, the keys that it reads, an example."""
     task = task_named(name)
-    lines = textwrap.wrap(f"task={name} writes {task.writes}", 112, break_on_hyphens=False)
+    lines = _indented(f"task={name} writes {task.writes}", 112)
     lines += ["", f"It does: {task.help}", "", "Keys it reads:"]
-    sections, keys = [], set(all_keys())
-    for reads in task.reads or ():
-        first, *below = describe(reads) if reads in keys else [Key(reads, None, "", True)]
-        if first.section and reads not in OWN:
-            sections.append(reads)
-            continue
-        for key in below or [first]:
-            lines.append(f"  {key.name}={as_typed(key.default)}")
-            lines += textwrap.wrap(
-                key.says, 108, initial_indent=" " * 6, subsequent_indent=" " * 6, break_on_hyphens=False
-            )
+    known = {key.name: key for key in keys()}
+    sections = [reads for reads in task.reads if known[reads].section and reads not in OWN]
+    for reads in task.reads:
+        below = [key for name, key in known.items() if reads in OWN and name.startswith(f"{reads}.")]
+        for key in below or ([] if reads in sections else [known[reads]]):
+            lines += [f"  {key.name}={as_typed(key.default)}", *_indented(key.says, 108, 6)]
     if sections:
-        lines += textwrap.wrap(
-            f"and those of {', '.join(sections)} (--cfg job prints them)", initial_indent="  ", subsequent_indent="  "
+        lines += _indented(f"and those of {', '.join(sections)} (--cfg job prints them)", 70, 2)
+    if more := [reads for reads in task.without_ckpt if reads not in task.reads]:
+        lines += _indented(
+            f"without ckpt= also {', '.join(more)}: they say what is built, or which run is meant", 112, 2
         )
-    more = [reads for reads in task.without_ckpt if reads not in (task.reads or ()) and reads in keys]
-    if more:
-        says = f"without ckpt= also {', '.join(more)}: they say what is built, or which run is meant"
-        lines += textwrap.wrap(says, 112, initial_indent="  ", subsequent_indent="  ")
     lines.append(f"  as every task: +experiment=NAME, {', '.join(key for key in ANYWHERE if key != 'experiment')}")
     lines += ["", "Example:", f"  {task.example}", "", "mmprune --help lists all tasks and config groups."]
     return "\n".join(lines)
+
+
+def _indented(text: str, width: int, by: int = 0) -> list[str]:
+    return textwrap.wrap(text, width, initial_indent=" " * by, subsequent_indent=" " * by, break_on_hyphens=False)
 
 
 OWN = ("evaluate", "generate", "bench", "calibrate", "plan", "report", "sweep")

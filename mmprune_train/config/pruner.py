@@ -16,6 +16,7 @@ from mmprune_train.config.pruner_schema import (
     VisionStageConfig,
 )
 from mmprune_train.config.ranges import check_values
+from mmprune_train.config.tree import leaves
 from mmprune_train.errors import UserError
 
 
@@ -26,17 +27,11 @@ def components(settings: PrunerConfig | VisionStageConfig | Mapping[str, Any], k
         key: of the settings.
     """
     tree = settings if isinstance(settings, Mapping) else asdict(settings)
-    return {name: value for name, value in _texts(tree, key) if ":" in value and name != "pruner.name"}
-
-
-def _texts(tree: Any, key: str) -> Iterator[tuple[str, str]]:
-    """All texts but parameters of components, which name no code."""
-    if isinstance(tree, Mapping):
-        for name, value in tree.items():
-            if not (str(name).endswith("args") and isinstance(value, Mapping)):
-                yield from _texts(value, f"{key}.{name}")
-    elif isinstance(tree, str):
-        yield key, tree
+    return {
+        name: value
+        for name, value in leaves(tree, key)
+        if isinstance(value, str) and ":" in value and name != "pruner.name" and "args." not in name
+    }
 
 
 def refuse_foreign(where: object, found: Mapping[str, str], named: Mapping[str, str]) -> None:
