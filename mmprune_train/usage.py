@@ -7,8 +7,7 @@ from collections.abc import Sequence
 
 from mmprune_train.components.declare import KEYS, KINDS, Component
 from mmprune_train.components.registry import declared, find
-from mmprune_train.config.docs import Key, describe
-from mmprune_train.config.explain import all_keys
+from mmprune_train.config.docs import keys
 from mmprune_train.config.typed import as_typed
 from mmprune_train.storage.conf import conf_dir, default_options, options
 from mmprune_train.tasks import ANYWHERE, TASKS, task_named
@@ -59,37 +58,40 @@ def component_usage(kind: str, key: str, name: str) -> str:
     args = f"{key.removesuffix('.method')}.args" if kind == "budget" else f"{key}_args"
     lines = [f"{key}={name}: {KINDS[kind].told}{f' of package {one.package}' if one.package else ''}", ""]
     for paragraph in one.doc.split("\n\n"):
-        lines += [*_wrapped(paragraph), ""]
+        lines += [*_indented(paragraph, 112), ""]
     if one.needs:
         lines += [f"Needs an encoder with {' and '.join(one.needs)}.", ""]
     lines += [f"Parameters, each {args}.NAME=VALUE:" if one.parameters else "It has no parameters."]
     for parameter in one.parameters:
-        lines += [f"  {parameter}", *_wrapped(parameter.doc, 6, 108)]
+        lines.append(f"  {parameter}")
+        lines += _indented(parameter.doc, 108, 6)
     return "\n".join(lines)
 
 
 def task_usage(name: str) -> str:
     """Where a task writes, what it does, the keys that it reads, an example."""
     task = task_named(name)
-    lines = _wrapped(f"task={name} writes {task.writes}")
+    lines = _indented(f"task={name} writes {task.writes}", 112)
     lines += ["", f"It does: {task.help}", "", "Keys it reads:"]
-    sections, keys = [], set(all_keys())
-    for reads in task.reads or ():
-        first, *below = describe(reads) if reads in keys else [Key(reads, None, "", True)]
-        if first.section and reads not in OWN:
-            sections.append(reads)
-            continue
-        for key in below or [first]:
-            lines += [f"  {key.name}={as_typed(key.default)}", *_wrapped(key.says, 6, 108)]
+    known = {key.name: key for key in keys()}
+    sections = [reads for reads in task.reads if known[reads].section and reads not in OWN]
+    for reads in task.reads:
+        below = [key for name, key in known.items() if reads in OWN and name.startswith(f"{reads}.")]
+        for key in below or ([] if reads in sections else [known[reads]]):
+            lines += [f"  {key.name}={as_typed(key.default)}", *_indented(key.says, 108, 6)]
     if sections:
-        lines += _wrapped(f"and those of {', '.join(sections)} (--cfg job prints them)", 2, 70)
-    more = [reads for reads in task.without_ckpt if reads not in (task.reads or ()) and reads in keys]
-    if more:
-        says = f"without ckpt= also {', '.join(more)}: they say what is built, or which run is meant"
-        lines += _wrapped(says, 2)
+        lines += _indented(f"and those of {', '.join(sections)} (--cfg job prints them)", 70, 2)
+    if more := [reads for reads in task.without_ckpt if reads not in task.reads]:
+        lines += _indented(
+            f"without ckpt= also {', '.join(more)}: they say what is built, or which run is meant", 112, 2
+        )
     lines.append(f"  as every task: +experiment=NAME, {', '.join(key for key in ANYWHERE if key != 'experiment')}")
     lines += ["", "Example:", f"  {task.example}", "", "mmprune --help lists all tasks and config groups."]
     return "\n".join(lines)
+
+
+def _indented(text: str, width: int, by: int = 0) -> list[str]:
+    return textwrap.wrap(text, width, initial_indent=" " * by, subsequent_indent=" " * by, break_on_hyphens=False)
 
 
 OWN = ("evaluate", "generate", "bench", "calibrate", "plan", "report", "sweep")
@@ -114,11 +116,6 @@ def all_tasks() -> str:
             told = [_told(one, one.default_for == key) for one in declared()[kind].values()]
             lines += textwrap.wrap("  ".join(told), 100, initial_indent=f"  {key}  ", subsequent_indent=" " * 6)
     return "\n".join([*lines, "", _EXAMPLES])
-
-
-def _wrapped(text: str, indent: int = 0, width: int = 112) -> list[str]:
-    margin = " " * indent
-    return textwrap.wrap(text, width, initial_indent=margin, subsequent_indent=margin, break_on_hyphens=False)
 
 
 def _told(one: Component, chosen: bool) -> str:

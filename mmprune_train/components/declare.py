@@ -7,7 +7,6 @@ which the configuration sets: `*, factor: Annotated[float, Range(0, 1e6)] = 1.5`
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
@@ -260,9 +259,3 @@ class Component(Declaration):
         parameter = self.parameter(name)
         assert parameter is not None
         return given.get(name, parameter.default)
-
-
-def found(declaration: Declaration, **more: Any) -> Component:
-    """The declaration with what was found of its function."""
-    held = {item.name: getattr(declaration, item.name) for item in dataclasses.fields(Declaration)}
-    return Component(**{**held, **more})

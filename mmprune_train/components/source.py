@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Annotated, Any, Literal, Union, get_args, get_origin
 
 from mmprune_train.components import declare
-from mmprune_train.components.declare import KINDS, REQUIRED, Component, Declaration, Parameter, Range, found
+from mmprune_train.components.declare import KINDS, REQUIRED, Component, Declaration, Parameter, Range
 
 UNREAD: Any = "..."
 """A default that only running the code would tell."""
@@ -119,22 +119,22 @@ def _component(
     rest = list(arguments)[len(known.inputs) :]
     doc = inspect.cleandoc(docstring or "")
     takes = tuple(one for one, *_ in rest if one in known.offered)
-    reads = takes if kind == "budget" else ()
-    return found(
-        declaration or Declaration(kind, reads=known.assumed),
-        name=name,
-        place=place,
-        parameters=tuple(
+    found: dict[str, Any] = {
+        "name": name,
+        "place": place,
+        "parameters": tuple(
             _parameter(one, hint, default, _argument_doc(doc, one))
             for one, hint, default in rest
             if one not in known.offered
         ),
-        takes=takes,
-        doc=re.split(r"^Args:$", doc, maxsplit=1, flags=re.MULTILINE)[0].strip(),
-        package=package,
-        declared=declaration is not None,
-        **({"reads": reads} if reads else {}),
-    )
+        "takes": takes,
+        "doc": re.split(r"^Args:$", doc, maxsplit=1, flags=re.MULTILINE)[0].strip(),
+        "package": package,
+        "declared": declaration is not None,
+    }
+    if kind == "budget":
+        found["reads"] = takes
+    return Component(**vars(declaration or Declaration(kind, reads=known.assumed)) | found)
 
 
 def _argument_doc(doc: str, name: str) -> str:
@@ -226,5 +226,4 @@ def read_place(place: str, kind: str, name: str, package: str = "") -> Component
 
 def unread(kind: str, place: str) -> Component:
     """A function whose source says nothing."""
-    assumed = Declaration(kind, reads=KINDS[kind].assumed)
-    return found(assumed, name=place, place=place, declared=False, readable=False)
+    return Component(kind, place, reads=KINDS[kind].assumed, place=place, declared=False, readable=False)

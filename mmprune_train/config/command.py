@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
+from mmprune_train.config.tree import leaves
 from mmprune_train.config.typed import group_of, key_of, options_of, readable
 from mmprune_train.storage.conf import conf_dir
 
@@ -87,7 +88,7 @@ def _set_by(repository: ConfigRepository, path: str, typed: frozenset[str]) -> I
     if package != "_global_":
         yield package.removeprefix("_global_.")
         return
-    yield from _leaves(OmegaConf.to_container(found.config, resolve=False))
+    yield from (key for key, _ in leaves(OmegaConf.to_container(found.config, resolve=False)))
     for default in found.defaults_list or []:
         default.update_parent(folder, "")
         if not isinstance(default, GroupDefault):
@@ -97,11 +98,3 @@ def _set_by(repository: ConfigRepository, path: str, typed: frozenset[str]) -> I
             yield group.replace("/", ".")
             for option in [default.value] if isinstance(default.value, str) else default.value or []:
                 yield from _set_by(repository, f"{group}/{option}", typed)
-
-
-def _leaves(tree: Any, key: str = "") -> Iterator[str]:
-    if not isinstance(tree, Mapping):
-        yield key
-        return
-    for name, value in tree.items():
-        yield from _leaves(value, f"{key}.{name}" if key else str(name))

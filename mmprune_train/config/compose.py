@@ -18,7 +18,8 @@ from omegaconf.errors import OmegaConfBaseException
 
 from mmprune_train.components.registry import default_of
 from mmprune_train.config import checks
-from mmprune_train.config.explain import all_keys, explain, unknown_key, user_mistake
+from mmprune_train.config.docs import all_keys
+from mmprune_train.config.explain import explain, unknown_key, user_mistake
 from mmprune_train.config.identity import sweep_name
 from mmprune_train.config.in_effect import as_now
 from mmprune_train.config.knee import follow_group

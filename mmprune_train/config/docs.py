@@ -1,4 +1,4 @@
-"""What the dataclasses of the config say of each key, for `--help`."""
+"""Every key there is, and what the dataclasses of the config say of it, for `--help`."""
 
 from __future__ import annotations
 
@@ -7,53 +7,67 @@ import dataclasses
 import functools
 import inspect
 import types
-from typing import Any, NamedTuple, Union, get_args, get_origin, get_type_hints
+from typing import Any, NamedTuple, Union, cast, get_args, get_origin, get_type_hints
 
-from mmprune_train.config.schema import Config
+from mmprune_train.config.schema import Config, data_config
+
+LLAVA = ("pretrain", "instruct")
+"""Training stages, where no config is at hand that lists them."""
 
 
 class Key(NamedTuple):
     name: str
     """Dotted."""
-    default: Any
-    """None also where only the YAML files have one."""
-    says: str
-    """Its docstring, or that of the section."""
-    section: bool
-    """Whether it has keys below it."""
+    cls: type
+    """The dataclass that has it."""
+    field: dataclasses.Field[Any]
+    below: type | None
+    """The dataclass of the keys below it."""
+
+    @property
+    def section(self) -> bool:
+        """Whether it has keys below it."""
+        return self.below is not None or self.field.default_factory is dict
+
+    @property
+    def default(self) -> Any:
+        """None also where only the YAML files have one."""
+        factory = self.field.default_factory
+        return self.field.default if factory is dataclasses.MISSING else factory()
+
+    @property
+    def says(self) -> str:
+        """Its docstring, or that of the section."""
+        below = inspect.getdoc(self.below) or "" if self.below else ""
+        own_doc = self.below is not None and not below.startswith(f"{self.below.__name__}(")  # else dataclass wrote it
+        return _docs(self.cls).get(self.field.name) or (below if own_doc else "")
 
 
-def describe(name: str, cls: Any = Config, prefix: str = "") -> list[Key]:
-    """A key; of a section itself and then those directly in it."""
-    head, _, rest = name.partition(".")
-    item = {field.name: field for field in dataclasses.fields(cls)}[head]
-    hint = _without_none(get_type_hints(cls)[head])
-    inner: Any = hint if dataclasses.is_dataclass(hint) else None
-    if rest:
-        assert inner is not None
-        return describe(rest, inner, f"{prefix}{head}.")
-    section = inner is not None or get_origin(hint) is dict
-    says = _docs(cls).get(head) or (inspect.getdoc(inner) if _has_doc(inner) else "") or ""
-    found = [Key(prefix + head, None if section else _default(item), says, section)]
-    for field in dataclasses.fields(inner) if inner else ():
-        found.append(describe(field.name, inner, f"{prefix}{head}.")[0])
-    return found
+@functools.cache
+def keys(stages: tuple[str, ...] = LLAVA, cls: type = Config, prefix: str = "") -> tuple[Key, ...]:
+    """Every key of a config dataclass, those below it after each; `stage` and `data` are spelt out for these training
+    stages."""
+    found: list[Key] = []
+    hints = get_type_hints(cls)
+    for item in dataclasses.fields(cls):
+        name, hint = prefix + item.name, hints[item.name]
+        if get_origin(hint) in (Union, types.UnionType):
+            hint = next(part for part in get_args(hint) if part is not type(None))
+        inner = data_config(stages) if name == "data" else hint
+        below = cast("type", inner) if dataclasses.is_dataclass(inner) else None
+        found.append(Key(name, cls, item, below))
+        if below:
+            found += keys(stages, below, f"{name}.")
+        elif get_origin(hint) is dict and dataclasses.is_dataclass(get_args(hint)[1]):
+            part = cast("type", get_args(hint)[1])
+            for stage in stages:
+                found += [Key(f"{name}.{stage}", cls, item, part), *keys(stages, part, f"{name}.{stage}.")]
+    return tuple(found)
 
 
-def _without_none(hint: Any) -> Any:
-    if get_origin(hint) in (Union, types.UnionType):
-        return next(part for part in get_args(hint) if part is not type(None))
-    return hint
-
-
-def _has_doc(cls: Any) -> bool:
-    return cls is not None and not (cls.__doc__ or "").startswith(f"{cls.__name__}(")  # dataclass writes one itself
-
-
-def _default(field: dataclasses.Field[Any]) -> Any:
-    if field.default_factory is not dataclasses.MISSING:
-        return field.default_factory()
-    return field.default
+def all_keys(stages: tuple[str, ...] = LLAVA) -> tuple[str, ...]:
+    """Their dotted names."""
+    return tuple(key.name for key in keys(stages))
 
 
 @functools.cache

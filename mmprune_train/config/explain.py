@@ -2,21 +2,18 @@
 
 from __future__ import annotations
 
-import dataclasses
 import difflib
 import errno
-import functools
 import os
 import re
 import shlex
 import traceback
-import types
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, Union, cast, get_args, get_origin, get_type_hints
+from typing import Any, cast
 
+from mmprune_train.config.docs import LLAVA, all_keys
 from mmprune_train.config.renamed import former_settings, present_name, renamed
-from mmprune_train.config.schema import Config, data_config
 from mmprune_train.config.typed import key_of, quoted
 from mmprune_train.errors import UserError, unknown_name
 from mmprune_train.storage.conf import options
@@ -26,10 +23,6 @@ _PLUS_GROUPS = ("experiment", "sweep", "hydra/launcher", "hydra/sweeper")
 
 _PLUGINS = {"hydra/sweeper": ("optuna",), "hydra/launcher": ("joblib", "submitit_local", "submitit_slurm")}
 """What the extra `sweep` installs."""
-
-
-LLAVA = ("pretrain", "instruct")
-"""Training stages, where no config is at hand that lists them."""
 
 
 def unknown_key(key: str, stages: tuple[str, ...] = LLAVA) -> str:
@@ -44,26 +37,6 @@ def unknown_key(key: str, stages: tuple[str, ...] = LLAVA) -> str:
         paths = [k for k in keys if k.split(".", 1)[0] == head and k.rsplit(".", 1)[-1] == last and k != key]
         found = paths[:1] or found
     return f"{key}: there is no such key; " + (f"did you mean {found[0]}?" if found else "--cfg job lists every key")
-
-
-@functools.cache
-def all_keys(stages: tuple[str, ...] = LLAVA, cls: type = Config, prefix: str = "") -> tuple[str, ...]:
-    """Dotted names of every key of a config dataclass; `stage` and `data` are spelt out for these training stages."""
-    keys: list[str] = []
-    hints = get_type_hints(cls)
-    for item in dataclasses.fields(cls):
-        name, hint = prefix + item.name, hints[item.name]
-        keys.append(name)
-        if get_origin(hint) in (Union, types.UnionType):
-            hint = next(part for part in get_args(hint) if part is not type(None))
-        if name == "data":
-            hint = data_config(stages)
-        if dataclasses.is_dataclass(hint):
-            keys += all_keys(stages, hint, f"{name}.")  # type: ignore[arg-type]
-        elif get_origin(hint) is dict and dataclasses.is_dataclass(get_args(hint)[1]):
-            for stage in stages:
-                keys += [f"{name}.{stage}", *all_keys(stages, get_args(hint)[1], f"{name}.{stage}.")]
-    return tuple(keys)
 
 
 def _stages_of(error: BaseException | None) -> tuple[str, ...]:

@@ -15,6 +15,7 @@ from mmprune_train.config.in_effect import in_effect
 from mmprune_train.config.masking import masked_settings
 from mmprune_train.config.renamed import RENAMED, upgraded
 from mmprune_train.config.schema import Config
+from mmprune_train.config.tree import leaves
 from mmprune_train.errors import UserError
 from mmprune_train.storage.files import read_yaml
 from mmprune_train.storage.secrets import masked, note_arguments
@@ -42,7 +43,12 @@ NOT_DECISIVE = frozenset(
 def decisive(config: Config | Mapping[str, Any]) -> dict[str, Any]:
     """Dotted key -> value of every setting that decides what is trained."""
     tree = dataclasses.asdict(config) if isinstance(config, Config) else config
-    return dict(_leaves(masked_settings(in_effect(tree))))
+    return {key: value for key, value in leaves(masked_settings(in_effect(tree))) if _decides(key)}
+
+
+def _decides(key: str) -> bool:
+    parts = key.split(".")
+    return NOT_DECISIVE.isdisjoint(".".join(parts[:count]) for count in range(1, len(parts) + 1))
 
 
 def run_id(config: Config) -> str:
@@ -146,16 +152,3 @@ def without_effect(finished: Config, asked: Config) -> list[str]:
     if before["logger"] != now["logger"]:
         changed.append(f"logger={now['logger']}")
     return changed
-
-
-def _leaves(tree: Mapping[str, Any], prefix: str = "") -> list[tuple[str, Any]]:
-    found: list[tuple[str, Any]] = []
-    for key, value in tree.items():
-        name = f"{prefix}{key}"
-        if name in NOT_DECISIVE:
-            continue
-        if isinstance(value, Mapping):
-            found += _leaves(value, f"{name}.")
-        else:
-            found.append((name, value))
-    return found

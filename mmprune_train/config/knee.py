@@ -9,7 +9,6 @@ from typing import Any
 from mmprune_train.components.declare import Component
 from mmprune_train.components.registry import find, library
 from mmprune_train.config.pruner_schema import SHORTS, KneeConfig, PrunerConfig
-from mmprune_train.config.values import at_least
 from mmprune_train.errors import UserError
 
 
@@ -59,7 +58,8 @@ def check_knee(key: str, knee: KneeConfig, least: int = 1) -> None:
         if (value := getattr(knee, name)) is not None:
             declared = next(found for one in library()["budget"].values() if (found := one.parameter(name)))
             declared.take(f"{key}.{name}", value)
-    at_least(f"{key}.min_tokens", knee.min_tokens, least)
+    if knee.min_tokens < least:
+        raise UserError(f"{key}.min_tokens={knee.min_tokens} must be at least {least}")
     if knee.max_tokens is not None and knee.max_tokens < knee.min_tokens:
         raise UserError(
             f"{key}.max_tokens={knee.max_tokens} is less than {key}.min_tokens={knee.min_tokens}: raise it, or set null"

@@ -7,9 +7,10 @@ a path or a name of this project's.
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from typing import Any
 
+from mmprune_train.config.tree import leaves
 from mmprune_train.config.typed import PATHS, WORDS
 from mmprune_train.storage.secrets import MASK, hide, masked, note_text, sounds_secret
 
@@ -26,7 +27,9 @@ def note_settings(tree: Mapping[str, Any]) -> set[str]:
     """Learn the secrets of a composed config, its interpolations as they are written; returns the keys whose text the
     environment gives and nothing may tell."""
     keys = set()
-    for key, value in _leaves(tree):
+    for key, value in leaves(tree, lists=True):
+        if not isinstance(value, str):
+            continue
         names = note_text(value)
         if names and (any(map(sounds_secret, names)) or not _is_open(key)):
             keys.add(key)
@@ -37,7 +40,7 @@ def note_settings(tree: Mapping[str, Any]) -> set[str]:
 
 def note_given(keys: set[str], tree: Mapping[str, Any]) -> None:
     """Learn what the environment gives these keys of a config, of which all is filled in."""
-    _given.update((key, value) for key, value in _leaves(tree) if key in keys)
+    _given.update((key, value) for key, value in leaves(tree, lists=True) if key in keys)
 
 
 def masked_settings(tree: Any, key: str = "") -> Any:
@@ -54,14 +57,3 @@ def masked_settings(tree: Any, key: str = "") -> Any:
 def _is_open(key: str) -> bool:
     last = re.sub(r"\[\d+\]$", "", key).rpartition(".")[2]
     return last in PATHS or key in WORDS or _OPEN.fullmatch(key) is not None
-
-
-def _leaves(tree: Any, key: str = "") -> Iterator[tuple[str, str]]:
-    if isinstance(tree, Mapping):
-        for name, value in tree.items():
-            yield from _leaves(value, f"{key}.{name}" if key else str(name))
-    elif isinstance(tree, list):
-        for place, value in enumerate(tree):
-            yield from _leaves(value, f"{key}[{place}]")
-    elif isinstance(tree, str):
-        yield key, tree

@@ -6,7 +6,6 @@ import re
 from typing import Any
 
 from mmprune_train.config.schema import EncoderConfig, LlmConfig, WheelConfig
-from mmprune_train.config.values import one_of
 from mmprune_train.errors import UserError
 
 SIZES = r"(_size|_dim|_heads|_layers|_channels|^max_position_embeddings)$"
@@ -54,7 +53,6 @@ def check_encoder(encoder: EncoderConfig) -> None:
 def check_llm(llm: LlmConfig) -> None:
     check_arch("llm.arch", llm.arch)
     _wheel("llm.wheel", llm.wheel)
-    one_of("llm.template", llm.template, ("v1", "chat"))
 
 
 def check_arch(key: str, arch: dict[str, Any]) -> None:

@@ -16,12 +16,8 @@ from mmprune_train.config.pruner_schema import (
     VisionStageConfig,
 )
 from mmprune_train.config.ranges import check_values
-from mmprune_train.config.values import one_of
+from mmprune_train.config.tree import leaves
 from mmprune_train.errors import UserError
-
-TURNS = ("first", "mean", "max")
-PRUNING_STAGES = ("vision", "language")
-POSITIONS = ("contiguous", "original")
 
 
 def components(settings: PrunerConfig | VisionStageConfig | Mapping[str, Any], key: str = "pruner") -> dict[str, str]:
@@ -31,17 +27,11 @@ def components(settings: PrunerConfig | VisionStageConfig | Mapping[str, Any], k
         key: of the settings.
     """
     tree = settings if isinstance(settings, Mapping) else asdict(settings)
-    return {name: value for name, value in _texts(tree, key) if ":" in value and name != "pruner.name"}
-
-
-def _texts(tree: Any, key: str) -> Iterator[tuple[str, str]]:
-    """All texts but parameters of components, which name no code."""
-    if isinstance(tree, Mapping):
-        for name, value in tree.items():
-            if not (str(name).endswith("args") and isinstance(value, Mapping)):
-                yield from _texts(value, f"{key}.{name}")
-    elif isinstance(tree, str):
-        yield key, tree
+    return {
+        name: value
+        for name, value in leaves(tree, key)
+        if isinstance(value, str) and ":" in value and name != "pruner.name" and "args." not in name
+    }
 
 
 def refuse_foreign(where: object, found: Mapping[str, str], named: Mapping[str, str]) -> None:
@@ -114,14 +104,7 @@ def _check_part(key: str, name: str, given: dict[str, Any]) -> None:
 def _check_language_stage(stage: LanguageStageConfig) -> None:
     key = "pruner.language"
     _check_part(f"{key}.score", stage.score, stage.score_args)
-    one_of(f"{key}.score_layer", stage.score_layer, ("current", "previous"))
-    one_of(f"{key}.turns", stage.turns, TURNS)
-    one_of(f"{key}.query_tokens", stage.query_tokens, ("all", "relevant"))
-    one_of(f"{key}.candidates", stage.candidates, ("visual_and_text", "visual"))
-    one_of(f"{key}.ranking", stage.ranking, ("per_kind", "joint"))
-    one_of(f"{key}.no_text", stage.no_text, ("keep_all", "last_token_attention"))
     _check_part(f"{key}.merge", stage.merge, stage.merge_args)
-    one_of(f"{key}.positions", stage.positions, POSITIONS)
     check_knee(f"{key}.knee", stage.knee)
     layers = _listed(stage.layer)
     if not layers or not all(map(_is_layer, layers)):
@@ -216,10 +199,7 @@ def _check_vision_stage(stage: VisionStageConfig) -> None:
     key = "pruner.vision"
     _check_part(f"{key}.score", stage.score, stage.score_args)
     _check_part(f"{key}.selection", stage.selection, stage.selection_args)
-    one_of(f"{key}.space", stage.space, ("features", "projected"))
     _check_part(f"{key}.merge", stage.merge, stage.merge_args)
-    one_of(f"{key}.order", stage.order, ("raster", "rank"))
-    one_of(f"{key}.positions", stage.positions, POSITIONS)
     check_knee(f"{key}.knee", stage.knee)
     _check_part(f"{key}.recover.score", stage.recover.score, stage.recover.score_args)
     check_knee(f"{key}.recover.knee", stage.recover.knee, least=0)
@@ -269,16 +249,12 @@ def _check_division(key: str, knee: Any, score: str) -> None:
 
 def _check_schedule(schedule: ScheduleConfig, pruner: PrunerConfig) -> None:
     key = "pruner.schedule"
-    one_of(f"{key}.name", schedule.name, ("constant", "anneal", "random"))
-    one_of(f"{key}.shape", schedule.shape, ("cosine", "linear"))
-    for name in schedule.applies_to:
-        one_of(f"{key}.applies_to", name, PRUNING_STAGES)
     if schedule.start >= schedule.end:
         raise UserError(f"{key}.start={schedule.start} must be less than {key}.end={schedule.end}")
     if schedule.low > schedule.high:
         raise UserError(f"{key}.low={schedule.low} must be at most {key}.high={schedule.high}")
     if schedule.name != "constant" and not any(getattr(pruner, name).enabled for name in schedule.applies_to):
-        on = [name for name in PRUNING_STAGES if getattr(pruner, name).enabled]
+        on = [name for name in ("vision", "language") if getattr(pruner, name).enabled]
         raise UserError(
             f"{key}.name={schedule.name} moves nothing: pruner={pruner.name} runs no stage that "
             f"{key}.applies_to=[{','.join(schedule.applies_to)}] names; set "

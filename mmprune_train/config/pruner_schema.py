@@ -7,7 +7,7 @@ from typing import Any
 
 from mmprune_train.components.declare import COUNT
 from mmprune_train.components.registry import default_of, library
-from mmprune_train.config.ranges import number, positive, share
+from mmprune_train.config.ranges import choice, folder_name, number, positive, share
 
 
 def _short(name: str) -> Any:
@@ -87,7 +87,7 @@ class VisionStageConfig:
     """Which patches the budget keeps: a selection of docs/methods.md, or a function of yours as `module:function`."""
     selection_args: dict[str, Any] = field(default_factory=dict)
     """The selection's parameters, by name."""
-    space: str = "features"
+    space: str = choice("features", "features", "projected")
     """What selections see of the patches: the encoder's `features`, or `projected`: these after the projector."""
     recover: RecoverConfig = field(default_factory=RecoverConfig)
     merge: str = "none"
@@ -95,9 +95,9 @@ class VisionStageConfig:
     `module:function`."""
     merge_args: dict[str, Any] = field(default_factory=dict)
     """The merge's parameters, by name."""
-    order: str = "raster"
+    order: str = choice("raster", "raster", "rank")
     """How kept patches enter the LLM: `raster`, or `rank`: best score first, tokens that a merge made last."""
-    positions: str = "contiguous"
+    positions: str = choice("contiguous", "contiguous", "original")
     """Position ids after pruning: `contiguous` (renumbered) or `original`."""
 
 
@@ -110,14 +110,14 @@ class LanguageStageConfig:
     """A stage-2 score of docs/scores.md (`--help` lists them), or a function of yours as `module:function`."""
     score_args: dict[str, Any] = field(default_factory=dict)
     """The score's parameters, by name."""
-    score_layer: str = "current"
+    score_layer: str = choice("current", "current", "previous")
     """Whose queries and keys give the score: the `current` layer, the first that sees the short sequence, or the
     `previous` one (FastV, SparseVLM)."""
-    turns: str = "first"
+    turns: str = choice("first", "first", "mean", "max")
     """Which questions score a token of a sample with several turns: `first`: the one of its own turn alone; `mean` or
     `max`: that one and all later ones, the score being their mean or maximum. With these two, what an earlier answer
     may attend to in training depends on questions asked after it, which chat cannot know: a leak, by name."""
-    query_tokens: str = "all"
+    query_tokens: str = choice("all", "all", "relevant")
     """Which question tokens score the others: `all`, or `relevant`: those that the visual tokens attend to more than to
     the average one where they enter the LLM (SparseVLM)."""
     layer: Any = 2
@@ -127,22 +127,22 @@ class LanguageStageConfig:
     per_layer_budgets: list[float] | None = positive(None, COUNT)
     """One for each layer, in place of `knee.ratio` (a share of what that layer still has) or `knee.count`, where the
     budget is one of the fixed ones; null: the same budget at every layer."""
-    candidates: str = "visual_and_text"
+    candidates: str = choice("visual_and_text", "visual_and_text", "visual")
     """What may be dropped: `visual_and_text` (visual and prompt-text tokens) or `visual`."""
-    ranking: str = "per_kind"
+    ranking: str = choice("per_kind", "per_kind", "joint")
     """`per_kind`: a turn's visual tokens have a curve and a knee of their own, its text tokens another; `joint`: both
     kinds share one, where text, which attends to its neighbours, leaves few visual tokens."""
     min_per_image: int = number(1, 0)
     """Visual tokens of every image that stay at each pruning layer, whatever the budget: the image's best, in exchange
     for the lowest-ranked others of its turn, or beyond the count where that is smaller. 0: a turn of several images may
     lose all tokens of one."""
-    no_text: str = "keep_all"
+    no_text: str = choice("keep_all", "keep_all", "last_token_attention")
     """A turn without question text (the plain template): `keep_all` or `last_token_attention`."""
     merge: str = "none"
     """What dropped visual tokens leave behind: `none`, a stage-2 merge of docs/methods.md, or a function of yours."""
     merge_args: dict[str, Any] = field(default_factory=dict)
     """The merge's parameters, by name."""
-    positions: str = "original"
+    positions: str = choice("original", "contiguous", "original")
     """Position ids after pruning: `original` or `contiguous`."""
 
 
@@ -150,16 +150,16 @@ class LanguageStageConfig:
 class ScheduleConfig:
     """How the budgets move over the steps of each training stage. Where nothing is trained they hold as they are."""
 
-    name: str = "constant"
+    name: str = choice("constant", "constant", "anneal", "random")
     """`constant`: they do not move; `anneal`: everything is kept at first, the budgets' counts later; `random`: each
     optimizer step draws a share that takes the place of the budgets' counts."""
-    applies_to: list[str] = field(default_factory=lambda: ["vision", "language"])
+    applies_to: list[str] = choice(["vision", "language"], "vision", "language")
     """Pruning stages whose budgets move: `vision`, `language` or both."""
     start: float = number(0.1, 0, 1, says=": a share of the steps")
     """anneal: share of the steps before which everything is kept."""
     end: float = number(0.6, 0, 1, says=": a share of the steps")
     """anneal: share of the steps from which on the budgets' own counts are kept."""
-    shape: str = "cosine"
+    shape: str = choice("cosine", "cosine", "linear")
     """anneal: how it falls in between, `cosine` or `linear`."""
     low: float = share(0.1, "the tokens")
     """random: smallest share of a row's tokens that a step may keep."""
@@ -169,7 +169,7 @@ class ScheduleConfig:
 
 @dataclass
 class PrunerConfig:
-    name: str = "twostage"
+    name: str = folder_name("twostage")
     vision: VisionStageConfig = field(default_factory=VisionStageConfig)
     language: LanguageStageConfig = field(default_factory=LanguageStageConfig)
     schedule: ScheduleConfig = field(default_factory=ScheduleConfig)

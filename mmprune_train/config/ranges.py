@@ -13,12 +13,25 @@ from typing import Any
 
 from mmprune_train.components.declare import COUNT, LARGE, SMALL, Range
 from mmprune_train.config.typed import FILES, PATHS, WORDS
-from mmprune_train.errors import UserError
+from mmprune_train.errors import UserError, unknown_name
 
 
 def number(default: Any, least: float, most: float = COUNT, below: bool = False, says: str = "") -> Any:
     """A field that holds a number in this range, or a list of such numbers; None where its type lets it be null."""
-    held = {"range": Range(least, most, below, says)}
+    return _field(default, range=Range(least, most, below, says))
+
+
+def choice(default: Any, *known: str) -> Any:
+    """A field that holds one of these words, or a list of them; None where that is the default."""
+    return _field(default, choices=known if default is not None else (*known, "null"))
+
+
+def folder_name(default: Any) -> Any:
+    """A field whose text names one folder."""
+    return _field(default, folder=True)
+
+
+def _field(default: Any, **held: Any) -> Any:
     if isinstance(default, list):
         return dataclasses.field(default_factory=lambda: list(default), metadata=held)
     return dataclasses.field(default=default, metadata=held)
@@ -35,7 +48,8 @@ def share(default: Any, of: str) -> Any:
 
 
 def check_values(tree: Any, prefix: str = "") -> None:
-    """Raise UserError for a number out of its key's range or not finite, and a text that no file or library takes.
+    """Raise UserError for a number out of its key's range or not finite, a word that is none of its key's, and a text
+    that no file or library takes.
 
     Args:
         tree: a config, or one of its dataclasses.
@@ -53,7 +67,7 @@ def check_values(tree: Any, prefix: str = "") -> None:
         if isinstance(value, list) and any(isinstance(inner, list | Mapping) for inner in value):
             raise UserError(f"{key}={value} must be a list of single values, written [a,b]")
         for where, leaf in _leaves(key, value):
-            _check_leaf(where, leaf, item.metadata.get("range"))
+            _check_leaf(where, leaf, item.metadata)
 
 
 def _leaves(key: str, value: Any) -> Iterator[tuple[str, Any]]:
@@ -70,15 +84,19 @@ def _leaves(key: str, value: Any) -> Iterator[tuple[str, Any]]:
         yield key, value
 
 
-def _check_leaf(key: str, value: Any, allowed: Range | None) -> None:
+def _check_leaf(key: str, value: Any, held: Mapping[str, Any]) -> None:
     if isinstance(value, str):
         _check_text(key, value)
+        if "choices" in held and value not in held["choices"]:
+            raise UserError(unknown_name(key, value, held["choices"]))
+        if "folder" in held:
+            _check_folder_name(key, value)
     elif isinstance(value, int | float) and not isinstance(value, bool):
         if isinstance(value, int) and abs(value) >= 1 << 63:
             raise UserError(f"{key}={str(value)[:20]}... has {len(str(abs(value)))} digits; give a smaller number")
         if isinstance(value, float) and not math.isfinite(value):
             raise UserError(f"{key}={value} is not finite; give a number")
-        if allowed is not None and (fault := allowed.fault(value)):
+        if "range" in held and (fault := held["range"].fault(value)):
             raise UserError(f"{key}={value} must be {fault}")
 
 
@@ -92,11 +110,8 @@ def _check_text(key: str, text: str) -> None:
         raise UserError(f"{key}={text[:60]}...: no path is as long as that ({len(text)} characters); correct it")
 
 
-def check_folder_name(key: str, name: str | None) -> None:
-    """Raise UserError where a text cannot name one folder: other words are put behind it, so it may not be as long as a
-    file system allows."""
-    if name is None:
-        return
+def _check_folder_name(key: str, name: str) -> None:
+    """Other words are put behind the name, so it may not be as long as a file system allows."""
     if not name or name in (".", "..") or "/" in name or "\\" in name:
         raise UserError(f"{key}={name} names a folder: no slashes, not empty; runs_dir= says where runs go")
     if len(name.encode()) > 160:

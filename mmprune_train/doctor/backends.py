@@ -9,8 +9,7 @@ from functools import cache, partial
 from importlib import metadata, util
 from typing import TYPE_CHECKING
 
-from mmprune_train.config.checks import STRATEGIES
-from mmprune_train.config.schema import Config, WandbConfig
+from mmprune_train.config.schema import STRATEGIES, Config, WandbConfig
 from mmprune_train.doctor.machine import Ask, Note, tool
 from mmprune_train.errors import UserError
 from mmprune_train.training.cluster import launch, slurm_job

@@ -35,14 +35,12 @@ QUESTION = ("generate.images", "generate.question", "generate.question_file")
 
 
 class Task(NamedTuple):
-    where: str
-    """`module:function`; the function takes the Config and the Command, and returns what a sweeper may optimise."""
     help: str
     """One line for `--help`."""
-    writes: str = ""
+    writes: str
     """What it writes, and where."""
-    reads: tuple[str, ...] | None = None
-    """Keys, or sections of keys, that it reads beside `ANYWHERE` (and `sweep`, where there is one); None: all."""
+    reads: tuple[str, ...]
+    """Keys, or sections of keys, that it reads beside `ANYWHERE` (and `sweep`, where there is one)."""
     without_ckpt: tuple[str, ...] = ()
     """More that it reads where `ckpt=` is not given: what builds the model, or finds this config's own run."""
     example: str = ""
@@ -50,28 +48,24 @@ class Task(NamedTuple):
 
 TASKS = {
     "train": Task(
-        "mmprune_train.tasks.train:run",
         "run the experiment's stages in order; continues an interrupted run",
         "result.json, manifest.json, evaluate/ and a folder a stage, in runs/EXPERIMENT/RUN_ID",
         TRAINED,
         example="mmprune +experiment=demo pruner.language.layer=3",
     ),
     "prepare": Task(
-        "mmprune_train.tasks.prepare:run",
         "get and convert the data and weights an experiment needs",
         "data and weights to this project's cache, prepare/result.json to the run directory of the training command",
         TRAINED,
         example="mmprune task=prepare +experiment=demo",
     ),
     "plan": Task(
-        "mmprune_train.tasks.plan:run",
         "tokens, FLOPs, memory, hours and disk of a run, before it is started",
         "plan/result.json, in the run directory of the training command",
         ("plan", *TRAINED),
         example="mmprune task=plan +experiment=llava7b_twostage plan.device=a100_80gb",
     ),
     "calibrate": Task(
-        "mmprune_train.tasks.calibrate:run",
         "tokens each budget would keep of a sample, and the parameter for a target",
         f"calibrate/ (result.json, budgets.png, presets), {HERE}",
         ("calibrate", *ASKED, *DATA, "data.pretrain", "stage"),
@@ -79,7 +73,6 @@ TASKS = {
         "mmprune task=calibrate +experiment=demo calibrate.target=0.22",
     ),
     "evaluate": Task(
-        "mmprune_train.tasks.evaluate:run",
         "generate answers and score them (ckpt=FOLDER)",
         "evaluate/ (result.json, predictions.jsonl; with evaluate.name=NAME evaluate-NAME/, with another pruner "
         f"evaluate-PRUNER/), {HERE}",
@@ -88,7 +81,6 @@ TASKS = {
         "mmprune task=evaluate ckpt=runs/demo/RUN_ID data.evaluate.annotations=held_out.json evaluate.name=held_out",
     ),
     "generate": Task(
-        "mmprune_train.tasks.generate:run",
         "answer one question about images (ckpt=FOLDER generate.images=[FILE])",
         f"generate/ (answers.jsonl, a line a question; result.json, the last), {HERE}",
         (*QUESTION, "generate.max_new_tokens", *ASKED),
@@ -96,7 +88,6 @@ TASKS = {
         'generate.question="what\'s in it, a (red) shape?"',
     ),
     "bench": Task(
-        "mmprune_train.tasks.bench:run",
         "seconds, memory, FLOPs of a step, beside Hugging Face (bench.pruners=[NAME,...])",
         f"bench/ (result.json, bench.png), {HERE}",
         ("bench", *LOADED, *DATA, "data.pretrain", "stage", "peft", *STEPS),
@@ -104,21 +95,18 @@ TASKS = {
         "mmprune task=bench +experiment=throughput bench.pruners=[none,twostage,fastv]",
     ),
     "inspect": Task(
-        "mmprune_train.tasks.inspect:run",
         "draw what both stages kept (ckpt=FOLDER generate.images=[FILE])",
         f"inspect/ (pruning.png, result.json; earlier ones move to inspect.old1), {HERE}",
         (*QUESTION, *ASKED),
         example="mmprune task=inspect ckpt=runs/demo/RUN_ID generate.images=[photo.png]",
     ),
     "doctor": Task(
-        "mmprune_train.tasks.doctor:run",
         "what this machine offers, what it lacks and why; a short self-test on each device",
         "doctor/result.json, in the run directory of the training command",
         ("llm", "strategy", "logger", "trainer"),
         example="mmprune task=doctor llm=smollm2_135m",
     ),
     "report": Task(
-        "mmprune_train.tasks.report:run",
         "one HTML page over runs or a sweep (report.runs=[FOLDER,...])",
         "report/ (report.html, result.json), in the one folder given, else the experiment's, or report.output=",
         ("report", "sweep"),
@@ -136,9 +124,8 @@ def task_named(name: str) -> Task:
 
 
 def find_task(name: str) -> Run:
-    """The function of a task, importing its module. Raises UserError for an unknown name."""
-    module, function = task_named(name).where.split(":")
-    return getattr(importlib.import_module(module), function)
+    """The function of a task, importing its module; it returns what a sweeper may optimise."""
+    return importlib.import_module(f"{__name__}.{name}").run
 
 
 def unread(name: str, overrides: Sequence[str], sweeping: bool = False) -> list[str]:
@@ -149,8 +136,6 @@ def unread(name: str, overrides: Sequence[str], sweeping: bool = False) -> list[
         sweeping: whether this is a sweep, or a job of one.
     """
     task, given = task_named(name), [key_of(override) for override in overrides]
-    if task.reads is None:
-        return []
     known = (*ANYWHERE, *task.reads, *(() if "ckpt" in given else task.without_ckpt), *(("sweep",) if sweeping else ()))
     return [override for key, override in zip(given, overrides, strict=True) if not _covers(known, key)]
 
@@ -172,7 +157,7 @@ def _covers(known: Sequence[str], key: str) -> bool:
 
 def _no_effect(name: str, key: str) -> str:
     where = " where ckpt= is given" if _covers(TASKS[name].without_ckpt, key) else ""
-    readers = [other for other, task in TASKS.items() if _covers((*(task.reads or ()), *task.without_ckpt), key)]
+    readers = [other for other, task in TASKS.items() if _covers((*task.reads, *task.without_ckpt), key)]
     if key.split(".")[0] == "sweep":
         readers.append("every sweep (-m)")
     more = "; the weights that training starts from are init_from=PATH" if key == "ckpt" else ""

@@ -16,7 +16,6 @@ from mmprune_train.benchmark.generation import generation_costs
 from mmprune_train.benchmark.lengths import LengthsCost, lengths_cost
 from mmprune_train.benchmark.selection import selection_costs
 from mmprune_train.benchmark.steps import BASELINE, PARTS, Shares, StepCost, Way, padded, pruned, step_costs
-from mmprune_train.config.checks import BENCHED
 from mmprune_train.config.command import Command
 from mmprune_train.config.compose import load_pruner
 from mmprune_train.config.identity import run_dir
@@ -24,6 +23,7 @@ from mmprune_train.config.pruner import reads_text
 from mmprune_train.config.pruner_fits import check_feature_cache, check_pruner_fits
 from mmprune_train.config.pruner_schema import PrunerConfig
 from mmprune_train.config.schema import Config
+from mmprune_train.config.task_schema import BENCHED
 from mmprune_train.data.batch import Batch
 from mmprune_train.data.images import ImageReader
 from mmprune_train.data.loader import TrainLoader

@@ -66,15 +66,15 @@ def constants(tree: ast.Module) -> Iterator[tuple[ast.Constant, list[ast.AST]]]:
 
 
 def of_another_key(around: list[ast.AST]) -> bool:
-    """Whether a text is the value of a key that names no component: compared with such a field, in the list of such a
-    key's values, or an argument of a drawing library."""
+    """Whether a text is the value of a key that names no component: compared with such a field, a choice of such a key,
+    or an argument of a drawing library."""
     names = {key.rpartition(".")[2] for key in KEYS}
     for node in around:
         match node:
             case ast.Compare(left=ast.Attribute(value=ast.Name(id="schedule"), attr="name")):
                 return True
-            case ast.Call(func=ast.Name(id="one_of"), args=[ast.JoinedStr(values=[*_, ast.Constant(value=end)]), *_]):
-                return str(end).rpartition(".")[2] not in names
+            case ast.AnnAssign(target=ast.Name(id=key), value=ast.Call(func=ast.Name(id="choice"))):
+                return key not in names
             case ast.Subscript(value=ast.Attribute(attr="spines")) | ast.keyword(arg="gridspec_kw"):
                 return True
     return False

@@ -8,7 +8,7 @@ import yaml
 
 from mmprune_train.__main__ import main
 from mmprune_train.config.compose import to_yaml
-from mmprune_train.config.explain import all_keys
+from mmprune_train.config.docs import all_keys
 from mmprune_train.config.identity import NOT_DECISIVE, differences, home_dir, run_dir, run_id, run_of
 
 

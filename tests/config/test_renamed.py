@@ -9,7 +9,8 @@ import pytest
 from mmprune_train import __version__
 from mmprune_train.config import renamed
 from mmprune_train.config.compose import compose_config, load_pruner
-from mmprune_train.config.explain import all_keys, unknown_key
+from mmprune_train.config.docs import all_keys
+from mmprune_train.config.explain import unknown_key
 from mmprune_train.config.renamed import ADDED, RENAMED, Renamed, former_settings, present_override, upgraded
 from mmprune_train.errors import UserError
 

@@ -8,7 +8,7 @@ import pytest
 from omegaconf import OmegaConf
 
 from mmprune_train.config.compose import compose_config, config_from, config_from_file, to_yaml
-from mmprune_train.config.explain import all_keys
+from mmprune_train.config.docs import all_keys
 from mmprune_train.config.identity import run_id
 from mmprune_train.config.schema import StageConfig
 from mmprune_train.errors import UserError

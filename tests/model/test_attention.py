@@ -17,7 +17,7 @@ from torch.nn.attention import flex_attention as flex_module
 from torch.nn.attention import varlen as varlen_module
 from torch.nn.functional import scaled_dot_product_attention
 
-from mmprune_train.config.checks import ATTENTION
+from mmprune_train.config.schema import ATTENTION
 from mmprune_train.errors import UserError
 from mmprune_train.model import attention, kernels
 from mmprune_train.model.kernels import BACKENDS, Backend, Borders, Needs, choose_backend

@@ -13,8 +13,8 @@ from training.synthetic import overrides, write_dataset
 
 from mmprune_train import devices
 from mmprune_train.benchmark.counters import peak_memory
-from mmprune_train.config.checks import STRATEGIES
 from mmprune_train.config.compose import compose_config, load_pruner
+from mmprune_train.config.schema import STRATEGIES
 from mmprune_train.data.batch import collate
 from mmprune_train.planning.layout import LAYOUTS, numerics, states
 from mmprune_train.planning.lengths import count_tokens, data_dependent, solve_share

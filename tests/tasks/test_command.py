@@ -16,7 +16,7 @@ from training.synthetic import overrides, write_dataset
 from mmprune_train.config.command import Command
 from mmprune_train.config.compose import compose_config
 from mmprune_train.storage.files import read_json
-from mmprune_train.tasks import TASKS, Task, find_task, train
+from mmprune_train.tasks import find_task, train
 from mmprune_train.tasks.checkpoint import find_checkpoint
 
 Shell = Callable[..., tuple[int, str, str]]
@@ -86,10 +86,9 @@ def test_tasks_of_one_process_do_not_see_each_others_overrides(
         assert command.names("pruner")
         told.extend(python(*more)["pruner"] for more in (ask, [*ask, "pruner=none"], ask))
 
-    fake = ModuleType("fake_task")
+    fake = ModuleType("plan")
     monkeypatch.setattr(fake, "run", nested, raising=False)
-    monkeypatch.setitem(sys.modules, "fake_task", fake)
-    monkeypatch.setitem(TASKS, "plan", Task("fake_task:run", ""))
+    monkeypatch.setitem(sys.modules, "mmprune_train.tasks.plan", fake)
     code, _, err = mmprune("task=plan", "pruner=encoder_only", "stages=[pretrain]")
     assert code == 0, err
     assert told == ["language_only", "none", "language_only"]

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from mmprune_train.config.command import Command
-from mmprune_train.config.explain import all_keys
+from mmprune_train.config.docs import all_keys
 from mmprune_train.config.schema import Config
 from mmprune_train.errors import UserError
 from mmprune_train.tasks import ANYWHERE, TASKS, check_keys, unread
@@ -82,7 +82,7 @@ def test_a_sweep_reads_what_its_jobs_are_compared_by() -> None:
 
 
 def test_every_key_is_read_by_some_task_and_every_key_that_is_read_exists() -> None:
-    read = {key for task in TASKS.values() for key in (*(task.reads or ()), *task.without_ckpt)}
+    read = {key for task in TASKS.values() for key in (*task.reads, *task.without_ckpt)}
     assert read <= {*all_keys()}
     top = {field.name for field in dataclasses.fields(Config)} - set(ANYWHERE)
     assert top <= {key.split(".")[0] for key in read}
@@ -112,7 +112,7 @@ def test_the_commands_of_the_documentation_have_no_idle_key(page: Path) -> None:
 def test_the_help_of_a_task_begins_with_where_it_writes(task: str) -> None:
     text = usage(["--help", f"task={task}"])
     assert text.startswith(f"task={task} writes ") and "\nExample:\n  mmprune " in text
-    own = [key for key in TASKS[task].reads or () if key == task]
+    own = [key for key in TASKS[task].reads if key == task]
     for key in own:
         assert f"  {key}." in text, "its own keys, one by one"
 

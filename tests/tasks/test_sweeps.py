@@ -29,7 +29,6 @@ from mmprune_train.storage.conf import conf_dir, options
 from mmprune_train.storage.files import write_json
 from mmprune_train.storage.locks import alone_in
 from mmprune_train.sweeps.watch import STUDY, check_study
-from mmprune_train.tasks import TASKS, Task
 
 Sweep = Callable[..., tuple[int, str, str]]
 
@@ -55,8 +54,7 @@ def sweep(monkeypatch: pytest.MonkeyPatch, mmprune: Sweep) -> Sweep:
     """`sweep("knee=a,b", ...)`: exit code, stdout and stderr of `-m +experiment=smoke ...` with the task above."""
     fake = ModuleType("fake_task")
     fake.run = scored
-    monkeypatch.setitem(sys.modules, "fake_task", fake)
-    monkeypatch.setitem(TASKS, "train", Task("fake_task:run", ""))
+    monkeypatch.setitem(sys.modules, "mmprune_train.tasks.train", fake)
     return partial(mmprune, "-m", "+experiment=smoke")
 
 

@@ -11,8 +11,8 @@ import torch
 from torch import nn
 from training.synthetic import overrides
 
-from mmprune_train.config.checks import STRATEGIES
 from mmprune_train.config.compose import compose_config
+from mmprune_train.config.schema import STRATEGIES
 from mmprune_train.errors import UserError
 from mmprune_train.model.begin import begin
 from mmprune_train.model.build import load_model
