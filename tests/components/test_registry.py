@@ -5,6 +5,7 @@ from __future__ import annotations
 import ast
 import dataclasses
 import importlib
+import re
 from collections.abc import Iterator
 from pathlib import Path
 from types import ModuleType
@@ -91,15 +92,55 @@ def of_another_key(around: list[ast.AST]) -> bool:
     return False
 
 
+ENGLISH = {"centres", "contextual", "nearest", "random", "recycle", "top"}
+"""Names that messages have as words: only a text that is one of them and nothing else counts."""
+HOMES: dict[str, set[str]] = {}
+for _one in ALL:
+    HOMES.setdefault(_one.name, set()).add(_one.place.partition(":")[0])
+
+
+def named(module: str, source: str) -> Iterator[tuple[int, str]]:
+    """Line and name of every component that a module names and does not define: as a text or a word of one, also in an
+    f-string, but for docstrings and the examples of `--help`; outside of their folder as a function, too."""
+    tree = ast.parse(source)
+    found: list[tuple[int, str]] = []
+    for constant, around in constants(tree):
+        if not of_another_key(around) and not constant.value.startswith("Examples:\n"):
+            words = {constant.value, *(set(re.findall(r"\w+", constant.value)) - ENGLISH)}
+            found += [(constant.lineno, word) for word in words]
+    for node in ast.walk(tree) if not module.startswith("mmprune_train.pruning.") else ():
+        match node:
+            case ast.Name(id=name) | ast.Attribute(attr=name) | ast.keyword(arg=str(name)) if name not in ENGLISH:
+                found.append((node.lineno, name))
+            case ast.ImportFrom(module=str(origin), names=names) if origin.startswith("mmprune_train.pruning"):
+                found += [(node.lineno, alias.name) for alias in names]
+    return ((line, name) for line, name in found if module not in HOMES.get(name, {module}))
+
+
 def test_no_other_file_names_a_component() -> None:
-    homes: dict[str, set[str]] = {}
-    for one in ALL:
-        homes.setdefault(one.name, set()).add(one.place.partition(":")[0])
     for file in PACKAGE.rglob("*.py"):
         module = ".".join(file.relative_to(ROOT).with_suffix("").parts)
-        for constant, around in constants(ast.parse(file.read_text(encoding="utf-8"))):
-            foreign = module not in homes.get(constant.value, {module})
-            assert not foreign or of_another_key(around), f"{file}:{constant.lineno} names {constant.value}"
+        assert not list(named(module, file.read_text(encoding="utf-8"))), file
+
+
+@pytest.mark.parametrize(
+    "source",
+    [
+        "TABLE = {'kneedle': 1}",
+        "TABLE = dict(kneedle=1)",
+        "def f(method='kneedle'): ...",
+        "match x:\n    case 'nearest': ...",
+        "match x:\n    case {'a': 'top' | 'b'}: ...",
+        "NAMES = 'iqr lof'.split()",
+        "x == f'{key}=otsu'",
+        "x.endswith('.cls_cosine')",
+        "from mmprune_train.pruning.merging import nearest",
+        "from mmprune_train.pruning import knees\nknees.menger",
+        "x: Literal['dpp', 'other']",
+    ],
+)
+def test_a_name_elsewhere_is_found(source: str) -> None:
+    assert list(named("mmprune_train.model.flops", source))
 
 
 PAGES = {
