@@ -133,7 +133,8 @@ class Declaration:
     def __post_init__(self) -> None:
         if callable(self.name):
             raise UserError(f"@{self.kind} is written with brackets: @{self.kind}()")
-        if isinstance(self.reads, str):
+        reads: Any = self.reads
+        if isinstance(reads, str):
             raise UserError(f"@{self.kind}(reads={self.reads!r}) must be a tuple: reads=({self.reads!r},)")
         for name in self.reads:
             if name not in READS:
