@@ -130,6 +130,11 @@ class Declaration:
     parameter that says it; None: that depends on the image."""
 
     def __post_init__(self) -> None:
+        if callable(self.name):
+            raise UserError(f"@{self.kind} is written with brackets: @{self.kind}()")
+        reads: Any = self.reads
+        if isinstance(reads, str):
+            raise UserError(f"@{self.kind}(reads={self.reads!r}) must be a tuple: reads=({self.reads!r},)")
         for name in self.reads:
             if name not in READS:
                 raise UserError(f"@{self.kind}(reads=...): there is no {name} to read{nearest(name, READS)}")
@@ -211,6 +216,8 @@ class Component(Declaration):
     """Whether it has a decorator."""
     readable: bool = True
     """Whether its source could be read; if not, its parameters are known once it is imported."""
+    fault: str = ""
+    """Of its source, which keeps it from being run."""
 
     @property
     def own(self) -> bool:
@@ -238,6 +245,8 @@ class Component(Declaration):
         Raises:
             UserError: a value that its parameter does not take, an unknown parameter, or a missing one.
         """
+        if self.fault:
+            raise UserError(f"{self.name}: {self.fault}")
         if not self.readable:
             return dict(given)
         taken = {}

@@ -48,7 +48,10 @@ def declared() -> dict[str, dict[str, Component]]:
     for entry in entry_points(group=GROUP):
         package = entry.dist.name if entry.dist else entry.module
         told = f"entry point {entry.name} = {entry.value} of package {package}"
-        one = read_place(entry.value, "", entry.name, package)
+        try:
+            one = read_place(entry.value, "", entry.name, package)
+        except UserError as error:
+            raise UserError(f"{told}: {error}; mend the package, or uninstall it") from error
         if one is None or not one.declared:
             raise UserError(
                 f"{told} names no component: a function of a Python file, decorated with one of "
@@ -79,7 +82,11 @@ def find(kind: str, name: str, key: str) -> Component:
         return declared()[kind][name]
     if not re.fullmatch(r"[A-Za-z_][\w.]*:[A-Za-z_]\w*", name):
         raise UserError(f"{key}={name}: a function of your own is written module:function, e.g. my_pruner:my_score")
-    return of_kind(read_place(name, kind, name) or unread(kind, name), kind, key)
+    try:
+        one = read_place(name, kind, name) or unread(kind, name)
+    except UserError as error:  # told where the component is to be run
+        one = unread(kind, name, str(error))
+    return of_kind(one, kind, key)
 
 
 def of_kind(one: Component, kind: str, key: str) -> Component:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import dataclasses
 import importlib.util
 import inspect
 import os
@@ -15,6 +16,7 @@ from typing import Annotated, Any, Literal, Union, get_args, get_origin
 
 from mmprune_train.components import declare
 from mmprune_train.components.declare import KINDS, REQUIRED, Component, Declaration, Parameter, Range
+from mmprune_train.errors import UserError, nearest
 
 UNREAD: Any = "..."
 """A default that only running the code would tell."""
@@ -80,7 +82,12 @@ def declaration_of(node: ast.FunctionDef) -> Declaration | None:
     for decorator in node.decorator_list:
         match decorator:
             case ast.Call(func=ast.Name(id=name) | ast.Attribute(attr=name), keywords=words) if name in DECORATORS:
+                known = [item.name for item in dataclasses.fields(Declaration)]
+                if unknown := [word.arg for word in words if word.arg and word.arg not in known]:
+                    raise UserError(f"@{name}({unknown[0]}=...): there is no such argument{nearest(unknown[0], known)}")
                 return DECORATORS[name](**{word.arg: _value(word.value) for word in words if word.arg})
+            case ast.Name(id=name) | ast.Attribute(attr=name) if name in DECORATORS:
+                raise UserError(f"@{name} is written with brackets: @{name}()")
     return None
 
 
@@ -149,7 +156,12 @@ def read_function(node: ast.FunctionDef, module: str, kind: str = "", name: str 
         kind: where the caller knows it; a declaration says it.
         name: where the caller knows it; the library's declarations say it.
     """
-    declaration = declaration_of(node)
+    try:
+        declaration = declaration_of(node)
+    except Unreadable:
+        if not kind:
+            raise
+        declaration = None  # what it says is known once its module is imported
     spec = node.args
     listed = [*spec.posonlyargs, *spec.args]
     required = len(listed) - len(spec.defaults)
@@ -183,7 +195,12 @@ def read_imported(function: Callable[..., Any], kind: str, name: str) -> Compone
 
 
 def functions_of(file: Path) -> Iterator[ast.FunctionDef]:
-    tree = ast.parse(file.read_text(encoding="utf-8"))
+    try:
+        tree = ast.parse(file.read_bytes())
+    except SyntaxError as error:
+        raise UserError(f"{file}{f', line {error.lineno}' if error.lineno else ''}: {error.msg}") from error
+    except (ValueError, OSError) as error:
+        raise UserError(f"{file}: {error}") from error
     return (node for node in tree.body if isinstance(node, ast.FunctionDef))
 
 
@@ -211,19 +228,29 @@ def _elsewhere(module: str) -> ModuleSpec | None:
 
 
 def read_place(place: str, kind: str, name: str, package: str = "") -> Component | None:
-    """The component at `module:function`, by its source; None: it is not there, or not a plain function of the file."""
+    """The component at `module:function`, by its source; None: it is not there, or not a plain function of the file.
+
+    Raises:
+        UserError: the file is no Python, or the function's decorator has arguments that it does not take.
+    """
     module, _, function = place.partition(":")
     file = source_of(module)
-    try:
-        if file is not None:
-            for node in functions_of(file):
-                if node.name == function and (kind or declaration_of(node)):
-                    return read_function(node, module, kind, name, package)
-    except (Unreadable, TypeError, SyntaxError, ValueError, OSError):
-        return None
+    for node in functions_of(file) if file else ():
+        try:
+            if node.name == function and (kind or declaration_of(node)):
+                return read_function(node, module, kind, name, package)
+        except Unreadable:
+            return None
+        except UserError as error:
+            raise UserError(f"{file}, line {node.lineno}: {error}") from error
     return None
 
 
-def unread(kind: str, place: str) -> Component:
-    """A function whose source says nothing."""
-    return Component(kind, place, reads=KINDS[kind].assumed, place=place, declared=False, readable=False)
+def unread(kind: str, place: str, fault: str = "") -> Component:
+    """A function whose source says nothing.
+
+    Args:
+        fault: why it cannot be run.
+    """
+    reads = KINDS[kind].assumed
+    return Component(kind, place, reads=reads, place=place, declared=False, readable=False, fault=fault)

@@ -66,7 +66,7 @@ def text_attention(view: LanguageView) -> Float[Tensor, " T"]:
 
 @language_score(reads=("keys", "closing_token"))
 def last_token_attention(view: LanguageView) -> Float[Tensor, " T"]:
-    """[T] attention of the last prompt token to each token, mean over heads (FastV's and PyramidDrop's signal)."""
+    """[T] attention of the last prompt token to each token, mean over heads (FastV's and PyramidDrop's score)."""
     closing = view.groups.closing
     return _attention(view, closing, torch.arange(len(closing)), torch.zeros_like(closing, dtype=torch.bool))
 

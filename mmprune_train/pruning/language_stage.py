@@ -19,7 +19,7 @@ from mmprune_train.pruning.budgets import Budget, poison, refuse_unsound, sound_
 from mmprune_train.pruning.parts import load_part
 from mmprune_train.pruning.query_tokens import relevant_query_tokens
 from mmprune_train.pruning.schedule import BudgetOverride
-from mmprune_train.pruning.selection import top_mask
+from mmprune_train.pruning.selections import top_mask
 from mmprune_train.pruning.turns import candidates_and_queries
 from mmprune_train.pruning.views import LanguageView
 

@@ -15,7 +15,7 @@ from torch.nn.functional import normalize
 
 from mmprune_train.components.declare import Range, merge
 from mmprune_train.pruning.distribution_budgets import lof
-from mmprune_train.pruning.selection import top_mask
+from mmprune_train.pruning.selections import top_mask
 
 Features = Float[Tensor, "I N D"]
 Mask = Bool[Tensor, "I N"]

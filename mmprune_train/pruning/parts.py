@@ -13,7 +13,7 @@ from mmprune_train.components.registry import declared, find, of_kind
 from mmprune_train.components.source import read_imported
 from mmprune_train.config.knee import arguments_of
 from mmprune_train.config.pruner_schema import KneeConfig
-from mmprune_train.errors import UserError
+from mmprune_train.errors import UserError, nearest
 from mmprune_train.pruning import answers
 from mmprune_train.pruning.views import VisionView
 
@@ -85,7 +85,7 @@ def _imported(kind: str, name: str, key: str) -> tuple[Component, Callable[..., 
     component = find(kind, name, key)
     module, _, attribute = component.place.partition(":")
     try:
-        function = getattr(importlib.import_module(module), attribute)
+        imported = importlib.import_module(module)
     except ModuleNotFoundError as error:
         if module != error.name and not module.startswith(f"{error.name}."):
             raise  # the module is there, something that it imports is not
@@ -93,8 +93,8 @@ def _imported(kind: str, name: str, key: str) -> tuple[Component, Callable[..., 
             f"{key}={name}: there is no module {module}; run from the folder that holds {module.partition('.')[0]}, "
             "or put that folder on PYTHONPATH"
         ) from error
-    except AttributeError as error:
-        raise UserError(f"{key}={name}: module {module} has no {attribute}") from error
+    if (function := getattr(imported, attribute, None)) is None:
+        raise UserError(f"{key}={name}: module {module} has no {attribute}{nearest(attribute, vars(imported))}")
     if not callable(function):
         raise UserError(f"{key}={name} is no function but a {type(function).__name__}")
     if component.own:

@@ -15,7 +15,7 @@ from torch import Tensor
 from mmprune_train.components.declare import SMALL, Range, language_merge
 from mmprune_train.packed.host import upload
 from mmprune_train.packed.padding import pad, unpad
-from mmprune_train.pruning.selection import top_mask
+from mmprune_train.pruning.selections import top_mask
 from mmprune_train.pruning.views import full_precision
 
 

@@ -32,7 +32,7 @@ def cls_attention(view: VisionView) -> Float[Tensor, "I N"]:
 def cls_attention_wide(view: VisionView) -> Float[Tensor, "I N"]:
     """[I, N] patches' part of the softmax over CLS and patches of q_cls . k / sqrt(D), D the full width.
 
-    LLaVA-PruMerge's signal (Shang et al. 2024, arXiv 2403.15388): the heads are not split. It takes the last block.
+    LLaVA-PruMerge's score (Shang et al. 2024, arXiv 2403.15388): the heads are not split. It takes the last block.
     """
     query, keys = given(view.cls_query_keys)()
     return _row_attention(query, keys, heads=1)[:, 1:]
@@ -90,7 +90,7 @@ def text_similarity(view: VisionView) -> Float[Tensor, "I N"]:
 
 @vision_score(reads=("question",), signed=True)
 def text_similarity_bare(view: VisionView) -> Float[Tensor, "I N"]:
-    """[I, N] the same without the last norm: Recoverable Compression's signal (Chen et al. 2024, arXiv 2409.01179),
+    """[I, N] the same without the last norm: Recoverable Compression's score (Chen et al. 2024, arXiv 2409.01179),
     there from the last block's output."""
     return _text_cosine(view, normed=False)
 

@@ -15,7 +15,7 @@ from mmprune_train.packed.host import fetch
 from mmprune_train.pruning.budgets import Budget, refuse_unsound, sound_rows, whole_lengths
 from mmprune_train.pruning.parts import load_part
 from mmprune_train.pruning.schedule import BudgetOverride
-from mmprune_train.pruning.selection import top_mask
+from mmprune_train.pruning.selections import top_mask
 from mmprune_train.pruning.views import VisionView, full_precision
 
 

@@ -132,7 +132,7 @@ def refuse(config: DictConfig) -> None:
     space = [settings.get(key) for key in ("params", "search_space", "custom_search_space")]
     if not any(space) and not swept:
         raise UserError(
-            "nothing to search: give keys several values, e.g. 'knee=kneedle,max_chord' or "
+            "nothing to search: give keys several values, e.g. 'seed=1,2' or "
             "'pruner.language.layer=range(1,4)', or choose +sweep=layer_x_knee"
         )
     asked = [name for name in sweep.objectives if "accuracy" in name or name.startswith("evaluate.")]

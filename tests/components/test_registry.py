@@ -5,12 +5,15 @@ from __future__ import annotations
 import ast
 import dataclasses
 import importlib
+import re
 from collections.abc import Iterator
 from pathlib import Path
+from types import ModuleType
 
 import pytest
 
-from mmprune_train.components import registry
+from mmprune_train import pruning
+from mmprune_train.components import declare, registry
 from mmprune_train.components.declare import KEYS, KINDS, REQUIRED, Component
 from mmprune_train.components.registry import declared, default_of, find, library
 from mmprune_train.components.source import read_imported
@@ -40,6 +43,15 @@ def test_what_is_read_of_the_source_is_what_is_imported(one: Component) -> None:
         assert not name or one.parameter(name) is not None
     assert one.doc and all(parameter.doc and parameter.default is not REQUIRED for parameter in one.parameters)
     assert all(parameter.type or parameter.choices for parameter in one.parameters)
+
+
+def test_no_module_hides_a_decorator() -> None:
+    """Importing `pruning/selection.py` would put the module where the decorator `selection` was."""
+    for file in registry.LIBRARY.glob("[!_]*.py"):
+        importlib.import_module(f"mmprune_train.pruning.{file.stem}")
+    assert not [name for name in pruning.__all__ if isinstance(getattr(pruning, name), ModuleType)]
+    for kind in KINDS:
+        assert getattr(pruning, kind) is getattr(declare, kind)
 
 
 def test_every_default_is_taken_by_one_component() -> None:
@@ -80,15 +92,55 @@ def of_another_key(around: list[ast.AST]) -> bool:
     return False
 
 
+ENGLISH = {"centres", "contextual", "nearest", "random", "recycle", "top"}
+"""Names that messages have as words: only a text that is one of them and nothing else counts."""
+HOMES: dict[str, set[str]] = {}
+for _one in ALL:
+    HOMES.setdefault(_one.name, set()).add(_one.place.partition(":")[0])
+
+
+def named(module: str, source: str) -> Iterator[tuple[int, str]]:
+    """Line and name of every component that a module names and does not define: as a text or a word of one, also in an
+    f-string, but for docstrings and the examples of `--help`; outside of their folder as a function, too."""
+    tree = ast.parse(source)
+    found: list[tuple[int, str]] = []
+    for constant, around in constants(tree):
+        if not of_another_key(around) and not constant.value.startswith("Examples:\n"):
+            words = {constant.value, *(set(re.findall(r"\w+", constant.value)) - ENGLISH)}
+            found += [(constant.lineno, word) for word in words]
+    for node in ast.walk(tree) if not module.startswith("mmprune_train.pruning.") else ():
+        match node:
+            case ast.Name(id=name) | ast.Attribute(attr=name) | ast.keyword(arg=str(name)) if name not in ENGLISH:
+                found.append((node.lineno, name))
+            case ast.ImportFrom(module=str(origin), names=names) if origin.startswith("mmprune_train.pruning"):
+                found += [(node.lineno, alias.name) for alias in names]
+    return ((line, name) for line, name in found if module not in HOMES.get(name, {module}))
+
+
 def test_no_other_file_names_a_component() -> None:
-    homes: dict[str, set[str]] = {}
-    for one in ALL:
-        homes.setdefault(one.name, set()).add(one.place.partition(":")[0])
     for file in PACKAGE.rglob("*.py"):
         module = ".".join(file.relative_to(ROOT).with_suffix("").parts)
-        for constant, around in constants(ast.parse(file.read_text(encoding="utf-8"))):
-            foreign = module not in homes.get(constant.value, {module})
-            assert not foreign or of_another_key(around), f"{file}:{constant.lineno} names {constant.value}"
+        assert not list(named(module, file.read_text(encoding="utf-8"))), file
+
+
+@pytest.mark.parametrize(
+    "source",
+    [
+        "TABLE = {'kneedle': 1}",
+        "TABLE = dict(kneedle=1)",
+        "def f(method='kneedle'): ...",
+        "match x:\n    case 'nearest': ...",
+        "match x:\n    case {'a': 'top' | 'b'}: ...",
+        "NAMES = 'iqr lof'.split()",
+        "x == f'{key}=otsu'",
+        "x.endswith('.cls_cosine')",
+        "from mmprune_train.pruning.merging import nearest",
+        "from mmprune_train.pruning import knees\nknees.menger",
+        "x: Literal['dpp', 'other']",
+    ],
+)
+def test_a_name_elsewhere_is_found(source: str) -> None:
+    assert list(named("mmprune_train.model.flops", source))
 
 
 PAGES = {
@@ -140,8 +192,20 @@ def plain(curve, lengths, features, factor: float = 1.0, *, exact: bool = False)
 
 
 @budget(fixed=unknown())
-def strange(curve, lengths):
+def strange(curve, lengths, *, level: int = 1):
     pass
+
+
+@vision_score(reeds=("cls",))
+def misspelt(view): ...
+
+
+@vision_score(reads="cls")
+def single(view): ...
+
+
+@vision_score
+def bare(view): ...
 '''
 
 
@@ -163,7 +227,9 @@ def test_a_file_of_ones_own_is_read_and_not_run(capsys: pytest.CaptureFixture[st
     plain = find("budget", "mine:plain", "knee.method")
     assert plain.takes == plain.reads == ("features",) and not plain.declared
     assert list(map(str, plain.parameters)) == ["factor: float = 1.0", "exact: bool = False"]
-    for unreadable in ("mine:strange", "mine:absent", "nowhere:at_all"):
+    strange = find("budget", "mine:strange", "knee.method")
+    assert strange.readable and not strange.declared and list(map(str, strange.parameters)) == ["level: int = 1"]
+    for unreadable in ("mine:absent", "nowhere:at_all"):
         assert not find("budget", unreadable, "knee.method").readable
     with pytest.raises(UserError, match="mine:edges is declared as a stage-1 score; knee.method wants a budget"):
         find("budget", "mine:edges", "knee.method")
@@ -188,6 +254,29 @@ def test_parameters_that_do_not_fit_are_refused_by_the_config(arguments: list[st
     given = [f"{args}.start=1", *(argument.format(args) for argument in arguments)] if arguments else []
     with pytest.raises(UserError, match=words.format(args)):
         compose_config(["+experiment=smoke", f"{SCORE}=mine:edges", *given])
+
+
+@pytest.mark.usefixtures("mine")
+@pytest.mark.parametrize(
+    ("name", "words"),
+    [
+        ("mine:misspelt", r"mine.py, line \d+: @vision_score\(reeds=...\): .*did you mean reads\?"),
+        ("mine:single", r"reads=\('cls',\)"),
+        ("mine:bare", r"@vision_score is written with brackets: @vision_score\(\)"),
+        ("broken:part", r"broken.py, line 1: '\(' was never closed"),
+    ],
+)
+def test_a_file_that_python_could_not_run_is_refused_by_the_config(name: str, words: str, tmp_path: Path) -> None:
+    (tmp_path / "broken.py").write_text("def part(view:\n    pass\n")
+    with pytest.raises(UserError, match=f"{name}: .*{words}"):
+        compose_config(["+experiment=smoke", f"{SCORE}={name}"])
+    compose_config(["+experiment=smoke", f"{SCORE}={name}", "pruner.vision.enabled=false"])
+
+
+@pytest.mark.parametrize("bare", [declare.vision_score, declare.merge])
+def test_decorators_refuse_to_be_written_without_brackets(bare: object) -> None:
+    with pytest.raises(UserError, match="brackets"):
+        bare(lambda view: view)
 
 
 @pytest.mark.usefixtures("mine")
@@ -262,6 +351,7 @@ def test_an_installed_package_brings_components_by_plain_name(install: object) -
         ("cls_cosine", PART.format("vision_score"), "my-methods: the library has a stage-1 score of that name"),
         ("sparkle", "def part(view): ...\n", "names no component.*decorated"),
         ("sparkle", "", "names no component"),
+        ("sparkle", PART.format("vision_score").replace("()", "(reads=1 +)"), "my-methods: .*brought.py, line 2"),
     ],
 )
 def test_what_a_package_cannot_bring_is_refused(name: str, source: str, words: str, install: object) -> None:

@@ -9,7 +9,7 @@ import torch
 
 from mmprune_train.packed.padding import pad
 from mmprune_train.pruning import IGNORE, Kind, PackedSequence
-from mmprune_train.pruning.selection import top_mask
+from mmprune_train.pruning.selections import top_mask
 from mmprune_train.pruning.turns import candidates_and_queries
 
 V, P, A, S = Kind.VISUAL, Kind.PROMPT, Kind.ANSWER, Kind.SPECIAL

@@ -16,7 +16,7 @@ from mmprune_train.data.batch import collate
 from mmprune_train.errors import UserError
 from mmprune_train.pruning import find_knee
 from mmprune_train.pruning.language_scores import text_attention
-from mmprune_train.pruning.selection import top
+from mmprune_train.pruning.selections import top
 from mmprune_train.pruning.vision_scores import feature_norm
 
 RATIO = {"method": "fixed_ratio", "ratio": 0.5}

@@ -139,6 +139,7 @@ def test_its_score_and_budget_are_what_it_says(folder: Path, monkeypatch: pytest
     [
         ("no_such_module:f", "no module no_such_module.*PYTHONPATH"),
         ("math:no_such_function", "math has no no_such_function"),
+        ("math:sqr", "math has no sqr; did you mean sqrt"),
         ("math:pi", "no function but a float"),
         ("knedle", "did you mean kneedle.*module:function"),
     ],
@@ -153,3 +154,6 @@ def test_an_import_that_fails_inside_the_module_is_not_hidden(tmp_path: Path, mo
     monkeypatch.syspath_prepend(str(tmp_path))
     with pytest.raises(ModuleNotFoundError, match="not_installed_at_all"):
         find_knee(torch.rand(1, 3), "half_there:f")
+    (tmp_path / "older.py").write_text("import math\nmath.gone\ndef f(curve, lengths): ...\n")
+    with pytest.raises(AttributeError, match="gone"):
+        find_knee(torch.rand(1, 3), "older:f")

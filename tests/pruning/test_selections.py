@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from loaded import SELECTIONS
 from torch import Tensor
 
-from mmprune_train.pruning.selection import dpp, max_min, top_and_distinct, top_and_uniform
+from mmprune_train.pruning.selections import dpp, max_min, top_and_distinct, top_and_uniform
 
 
 def case(rows: int, size: int, seed: int, width: int = 6) -> tuple[Tensor, Tensor, Tensor]:
