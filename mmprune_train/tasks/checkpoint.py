@@ -17,7 +17,7 @@ from mmprune_train.config.command import Command
 from mmprune_train.config.compose import config_from_file
 from mmprune_train.config.identity import home_dir, run_dir, run_of
 from mmprune_train.config.in_effect import same_pruner
-from mmprune_train.config.pruner import components
+from mmprune_train.config.pruner import check_pruner, components, refuse_foreign
 from mmprune_train.config.pruner_fits import check_pruner_fits
 from mmprune_train.config.pruner_schema import PrunerConfig
 from mmprune_train.config.schema import Config
@@ -76,10 +76,13 @@ def find_checkpoint(config: Config, command: Command = Command()) -> Checkpoint:
         if not (model / "config.json").is_file():
             raise UserError(f"stages={config.stages}: {run} has no finished stage {config.stages[-1]}; leave it out")
     stage = None if Path(model).resolve() == Path(model_folder(run)).resolve() else Path(model).parent.name
-    pruner = None if pruner is None or same_pruner(pruner, trained.pruner) else pruner
     settled = _settled(trained, config, command)
     check_stage_names(settled)
+    if pruner is not None and settled.pruner is not config.pruner and not config.trust_components:
+        refuse_foreign(run / "config.yaml", components(settled.pruner), components(config.pruner))
+    pruner = None if pruner is None or same_pruner(settled.pruner, trained.pruner) else settled.pruner
     if pruner is not None:
+        check_pruner(pruner)
         check_pruner_fits(settled)
         if {"pruner", "knee"}.isdisjoint(map(group_of, command.overrides)):
             told = f"the pruner is the experiment's, {pruner.name}, and not {trained.pruner.name} as {run} was trained"
@@ -98,12 +101,15 @@ def check_writable(home: Path) -> None:
 
 
 def _settled(trained: Config, config: Config, command: Command) -> Config:
-    """The command's config with the run's own `KEPT`, in which keys that are asked for have the command's values."""
+    """The command's config with the run's own `KEPT`, in which keys that are asked for have the command's values. So is
+    a pruner of which single keys are asked for; of one that is chosen, or whose budgets are, it is the command's."""
+    chosen = command.names("knee") or "pruner" in command.keys or not command.names("pruner")
+    kept = KEPT if chosen else (*KEPT, "pruner")
     own, given = OmegaConf.structured(trained), OmegaConf.structured(config)
-    for key in sorted(key for key in command.keys if group_of(key) in KEPT):  # a group's choice before keys in it
+    for key in sorted(key for key in command.keys if group_of(key) in kept):  # a group's choice before keys in it
         OmegaConf.update(own, key, OmegaConf.select(given, key), merge=False)
     settled = OmegaConf.to_object(own)
-    return replace(config, **{name: getattr(settled, name) for name in KEPT})
+    return replace(config, **{name: getattr(settled, name) for name in kept})
 
 
 def load(found: Checkpoint) -> tuple[Any, Any, Precision]:

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import importlib
+import shutil
 import sys
 from collections.abc import Callable
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from types import ModuleType
@@ -14,8 +16,9 @@ import pytest
 from training.synthetic import overrides, write_dataset
 
 from mmprune_train.config.command import Command
-from mmprune_train.config.compose import compose_config
-from mmprune_train.storage.files import read_json
+from mmprune_train.config.compose import compose_config, config_from_file
+from mmprune_train.errors import UserError
+from mmprune_train.storage.files import read_json, write_yaml
 from mmprune_train.tasks import find_task, train
 from mmprune_train.tasks.checkpoint import find_checkpoint
 
@@ -110,6 +113,31 @@ def test_a_runs_own_settings_give_way_to_what_is_asked_for_and_to_no_default(run
     assert demo.config.evaluate.max_new_tokens == 3 and demo.config.evaluate.limit is None
     assert demo.config.evaluate.batch_size == 16, "the run's own"
     assert settled("stages=[pretrain]").stage == "pretrain"
+
+
+def test_a_single_key_of_the_pruner_changes_the_runs_own(run: Path) -> None:
+    def found(*typed: str) -> Any:
+        typed = ("task=evaluate", f"ckpt={run}", *typed)
+        return find_checkpoint(compose_config(list(typed)), Command.of(typed)).pruner
+
+    own = config_from_file(run / "config.yaml").pruner
+    other = 1 if own.language.layer != 1 else 2
+    changed = found(f"pruner.language.layer={other}")
+    assert changed == replace(own, language=replace(own.language, layer=other)) and not changed.vision.enabled
+    assert found(f"pruner.language.layer={own.language.layer}") is None, "as it was trained"
+    assert found("pruner=twostage", "pruner.language.layer=1").vision.enabled, "a pruner that is chosen is that one"
+    with pytest.raises(UserError, match="pruner.language.layer"):
+        found("pruner.language.layer=77")
+
+
+def test_a_runs_own_component_is_not_run_for_a_key_beside_it(run: Path, tmp_path: Path) -> None:
+    copy = shutil.copytree(run, tmp_path / "copy")
+    settings = (copy / "config.yaml").read_text()
+    (copy / "config.yaml").unlink()
+    write_yaml(copy / "config.yaml", settings.replace("score: text_attention", "score: harmful:score"))
+    typed = ["task=evaluate", f"ckpt={copy}", "pruner.language.layer=1"]
+    with pytest.raises(UserError, match="names pruner.language.score=harmful:score"):
+        find_checkpoint(compose_config(typed), Command.of(typed))
 
 
 def test_an_experiments_pruner_is_told_where_the_run_was_trained_with_another(
