@@ -20,7 +20,7 @@ from torch.utils._pytree import tree_leaves, tree_map_only
 from torch.utils.weak import WeakIdKeyDictionary
 
 import mmprune_train
-from mmprune_train.pruning import host
+from mmprune_train.packed import host
 
 aten = torch.ops.aten
 DEVICE = torch.device("xla", 0)
