@@ -15,6 +15,8 @@ import torch
 from safetensors.torch import load_file
 from training.synthetic import overrides, write_dataset
 
+from mmprune_train.training.precision import hardware_bf16
+
 pytestmark = pytest.mark.slow
 
 STAGES = ("pretrain", "instruct")
@@ -93,6 +95,7 @@ def rounded(root: Path, tmp_path_factory: pytest.TempPathFactory) -> Trained:
     return trained(root, tmp_path_factory.mktemp("rounded"), *more, steps=4)
 
 
+@pytest.mark.skipif(not hardware_bf16("cpu")[0], reason="the CPU emulates bf16: a step takes a minute")
 @pytest.mark.parametrize("strategy", ["ddp", "fsdp2", "deepspeed_zero2", "deepspeed_zero3"])
 def test_two_processes_in_bf16_differ_from_one_by_rounding(
     strategy: str, root: Path, tmp_path: Path, rounded: Trained
