@@ -200,7 +200,7 @@ def _template_of(processor: LlavaProcessor) -> str:
     return template_name(own)
 
 
-def _saved(key: str, folder: Path) -> dict[str, Any]:
+def saved_settings(key: str, folder: Path) -> dict[str, Any]:
     """What this project keeps in a model's config.json: the pruner's settings and the conversation's template."""
     saved = read_config(key, folder / "config.json").get("mmprune") or {}
     kinds = {"pruner": dict, "template": str}
@@ -247,7 +247,7 @@ def load_model(
     folder = model_folder(path, key)
     folder = local_or_hub(key or "path", folder) if isinstance(folder, str) else folder
     check_folder(key or "path", folder, "llava", trains=False)
-    saved = _saved(key or "path", folder)
+    saved = saved_settings(key or "path", folder)
     if isinstance(pruner, PrunerConfig):
         settings = pruner
     elif pruner is None and "pruner" in saved:

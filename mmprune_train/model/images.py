@@ -70,7 +70,7 @@ class ImageSide:
             with self.execution.timed("selection"):
                 parts.append(self.cut_images(states, view, asked, first=number * size))
         patches = Patches.cat(parts)
-        if self.training and torch.is_grad_enabled():
+        if self.training:
             nothing = None if asked is None else asked.nothing()
             for _ in range(len(parts), least_passes):
                 with torch.set_grad_enabled(trained):
@@ -158,7 +158,7 @@ class ImageSide:
     def absent_image(self, least_passes: int = 0) -> Tensor | None:
         """In training, a text-only batch runs the vision path on a blank image with zero weight, so that every rank
         runs the same modules each step whatever its samples (ZeRO-3 and DDP would hang otherwise)."""
-        if not (self.training and torch.is_grad_enabled()):
+        if not self.training:
             return None
         blank = self._blank()  # ZeRO-3 gathers a weight that is named
         asked = None if self.question is None else self.question.ask(ImageQuestions.unasked(1))  # first, as with images

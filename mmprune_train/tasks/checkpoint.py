@@ -14,7 +14,7 @@ from omegaconf import OmegaConf
 
 from mmprune_train.config.checks import check_stage_names
 from mmprune_train.config.command import Command
-from mmprune_train.config.compose import config_from_file
+from mmprune_train.config.compose import config_from_file, saved_pruner
 from mmprune_train.config.identity import home_dir, run_dir, run_of
 from mmprune_train.config.in_effect import same_pruner
 from mmprune_train.config.pruner import check_pruner, components, refuse_foreign
@@ -23,7 +23,7 @@ from mmprune_train.config.pruner_schema import PrunerConfig
 from mmprune_train.config.schema import Config
 from mmprune_train.config.typed import group_of
 from mmprune_train.errors import UserError
-from mmprune_train.model.build import load_model
+from mmprune_train.model.build import load_model, saved_settings
 from mmprune_train.model.execution import Execution
 from mmprune_train.model.weights.folders import model_folder
 from mmprune_train.quiet import quiet
@@ -64,11 +64,14 @@ def find_checkpoint(config: Config, command: Command = Command()) -> Checkpoint:
     run = run_of(config.ckpt or str(run_dir(config)))
     if run is None and not config.ckpt:
         raise UserError(f"ckpt= is not given and {run_dir(config)} has no run; give ckpt=FOLDER or train first")
-    pruner = config.pruner if command.names("pruner", "knee") else None
     model = model_folder(config.ckpt or str(run), "ckpt")
     check_writable(run or home_dir(config))
     if run is None or not (run / "config.yaml").is_file():
         check_stage_names(config)
+        settings = Path(model) / "config.json"
+        asked = command.names("pruner", "knee") and settings.is_file()
+        saved = saved_settings("ckpt", Path(model)).get("pruner") if asked else None
+        pruner = _asked_pruner(None if saved is None else saved_pruner(saved), settings, config, command)
         return Checkpoint(model, home_dir(config), config, pruner, command=command)
     trained = config_from_file(run / "config.yaml")
     if "stages" in command.keys:
@@ -78,11 +81,11 @@ def find_checkpoint(config: Config, command: Command = Command()) -> Checkpoint:
     stage = None if Path(model).resolve() == Path(model_folder(run)).resolve() else Path(model).parent.name
     settled = _settled(trained, config, command)
     check_stage_names(settled)
-    if pruner is not None and settled.pruner is not config.pruner and not config.trust_components:
-        refuse_foreign(run / "config.yaml", components(settled.pruner), components(config.pruner))
-    pruner = None if pruner is None or same_pruner(settled.pruner, trained.pruner) else settled.pruner
+    pruner = _asked_pruner(trained.pruner, run / "config.yaml", config, command)
+    if pruner is not None and same_pruner(pruner, trained.pruner):
+        pruner = None
     if pruner is not None:
-        check_pruner(pruner)
+        settled = replace(settled, pruner=pruner)
         check_pruner_fits(settled)
         if {"pruner", "knee"}.isdisjoint(map(group_of, command.overrides)):
             told = f"the pruner is the experiment's, {pruner.name}, and not {trained.pruner.name} as {run} was trained"
@@ -101,15 +104,37 @@ def check_writable(home: Path) -> None:
 
 
 def _settled(trained: Config, config: Config, command: Command) -> Config:
-    """The command's config with the run's own `KEPT`, in which keys that are asked for have the command's values. So is
-    a pruner of which single keys are asked for; of one that is chosen, or whose budgets are, it is the command's."""
-    chosen = command.names("knee") or "pruner" in command.keys or not command.names("pruner")
-    kept = KEPT if chosen else (*KEPT, "pruner")
-    own, given = OmegaConf.structured(trained), OmegaConf.structured(config)
-    for key in sorted(key for key in command.keys if group_of(key) in kept):  # a group's choice before keys in it
-        OmegaConf.update(own, key, OmegaConf.select(given, key), merge=False)
-    settled = OmegaConf.to_object(own)
-    return replace(config, **{name: getattr(settled, name) for name in kept})
+    """The command's config with the run's own `KEPT`, in which keys that are asked for have the command's values."""
+    settled = OmegaConf.to_object(_with_keys(trained, config, command, KEPT))
+    return replace(config, **{name: getattr(settled, name) for name in KEPT})
+
+
+def _asked_pruner(own: PrunerConfig | None, where: Path, config: Config, command: Command) -> PrunerConfig | None:
+    """The pruner that the command asks for: by single keys the model's own with these, else the command's; None: it
+    asks for none.
+
+    Args:
+        own: that the model was trained with; None: not known.
+        where: the file that says so, for the message about components in it that nobody trusts.
+    """
+    if not command.names("pruner", "knee"):
+        return None
+    if own is None or command.names("knee") or "pruner" in command.keys:
+        return config.pruner
+    if not config.trust_components:
+        refuse_foreign(where, components(own), components(config.pruner))
+    pruner = OmegaConf.to_object(_with_keys(replace(config, pruner=own), config, command, ("pruner",)).pruner)
+    assert isinstance(pruner, PrunerConfig)
+    check_pruner(pruner)
+    return pruner
+
+
+def _with_keys(own: Config, asked: Config, command: Command, sections: tuple[str, ...]) -> Any:
+    """A config with those keys of some sections that are asked for by name from another."""
+    tree, given = OmegaConf.structured(own), OmegaConf.structured(asked)
+    for key in sorted(key for key in command.keys if group_of(key) in sections):  # a group's choice before keys in it
+        OmegaConf.update(tree, key, OmegaConf.select(given, key), merge=False, force_add=True)
+    return tree
 
 
 def load(found: Checkpoint) -> tuple[Any, Any, Precision]:

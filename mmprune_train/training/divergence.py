@@ -92,8 +92,8 @@ class Divergence(StepWatch):
         was applied has looked at it."""
         assert self.learnt is not None
         batch, module.least_passes = self.learnt
-        with torch.no_grad(), trainer.precision_plugin.forward_context():
-            loss = module.forward(batch).loss_sum
+        with torch.no_grad():  # through the strategy's own model: ZeRO-3 must see where a pass begins
+            loss = trainer.strategy.predict_step(batch, 0)
         return not bool(trainer.strategy.reduce((~loss.isfinite()).int(), reduce_op="max"))
 
     def _told(self, trainer: pl.Trainer) -> str:

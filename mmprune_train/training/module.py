@@ -160,6 +160,10 @@ class MultimodalModule(pl.LightningModule):
         split = self.trainer.accumulate_grad_batches * self.trainer.world_size
         return output.loss_sum * (split / self.supervised) * poison
 
+    def predict_step(self, batch: Batch, batch_idx: int) -> Tensor:
+        """A batch's summed loss. Every rank must call it at once, with a batch of its own."""
+        return self.forward(batch).loss_sum
+
     def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
         """Measure the step's gradients, before they are clipped, and take them away where they are not finite."""
         if self.trainer.strategy.handles_gradient_accumulation:  # DeepSpeed's engine, which does both

@@ -4,15 +4,12 @@ from what plain transformers computes."""
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable
-from dataclasses import dataclass
 
-import numpy as np
 import pytest
 import torch
 from loaded import VISION_SCORES
-from sklearn.neighbors import LocalOutlierFactor
-from tiny import IMAGE_TOKEN, PATCHES, labels_of, packed, rows_of, tiny_clip, tiny_inputs, tiny_llava, words
+from model.rederived import FACTOR, SLOW, looked_at
+from tiny import IMAGE_TOKEN, PATCHES, labels_of, packed, rows_of, tiny_inputs, tiny_llava
 from torch import Tensor
 from transformers import LlavaForConditionalGeneration
 
@@ -20,14 +17,10 @@ from mmprune_train.config.schema import StageConfig
 from mmprune_train.errors import UserError
 from mmprune_train.model.flops import StepFlops
 from mmprune_train.model.llava import PackedLlava
-from mmprune_train.model.question import tiny_question_tokenizer
 from mmprune_train.model.vision import encode
-from mmprune_train.pruning.merging import centres
-from mmprune_train.pruning.vision_scores import even_order
 from mmprune_train.storage.conf import options
 from mmprune_train.training.freezing import freeze, store_frozen
 
-FACTOR = 0.2  # nine patches have no outliers at 1.5
 SMALL: dict[str, dict] = {
     "uniform": {"knee": {"ratio": 0.5}},
     "prumerge": {"knee": {"factor": FACTOR}, "merge_args": {"count": 3}},
@@ -42,217 +35,6 @@ SMALL: dict[str, dict] = {
     "recoverable": {"knee": {"neighbors": 2}, "recover": {"knee": {"neighbors": 2}}, "merge_args": {"count": 3}},
 }
 """The presets with budgets that bite on nine patches."""
-
-
-@dataclass
-class Seen:
-    """One image, as plain transformers shows it."""
-
-    states: Tensor
-    """[N, D] features."""
-    projected: Tensor
-    """[N, D']."""
-    attention: Tensor
-    """[N] CLS row of the block that made the features, each head normalised over the patches."""
-    keys: Tensor
-    """[N, D] of that block."""
-    wide: Tensor
-    """[N] PruMerge's row of the last block."""
-    last_keys: Tensor
-    """[N, D] of the last block."""
-    text: Tensor
-    """[N] CLIP's similarity of the features and the question of the image's sample."""
-    bare: Tensor
-    """[N] the same of the last hidden state, without CLIP's last norm."""
-
-
-def looked_at(hf: LlavaForConditionalGeneration, inputs: dict[str, Tensor], images: list[int]) -> list[Seen]:
-    pixels = inputs["pixel_values"]
-    tower = copy.deepcopy(hf.model.vision_tower)
-    tower.set_attn_implementation("eager")
-    with torch.no_grad():
-        out = tower(pixels, output_attentions=True, output_hidden_states=True)
-        row = out.attentions[-2][:, :, 0, 1:]
-        made, last = tower.encoder.layers[-2], tower.encoder.layers[-1]
-        keys = made.self_attn.k_proj(made.layer_norm1(out.hidden_states[-3]))[:, 1:]
-        normed = last.layer_norm1(out.hidden_states[-2])
-        query, last_keys = last.self_attn.q_proj(normed[:, :1]), last.self_attn.k_proj(normed)
-        wide = (query @ last_keys.transpose(1, 2) / query.shape[-1] ** 0.5).softmax(-1)[:, 0, 1:]
-        states = out.hidden_states[-2][:, 1:]
-        projected = hf.model.multi_modal_projector(states)
-    attention = (row / row.sum(-1, keepdim=True)).mean(1)
-    text, bare = [], []
-    clip = tiny_clip(hf)
-    for image, question in enumerate(asked_of(inputs, images)):
-        with torch.no_grad():
-            hidden = clip.vision_model(pixels[image : image + 1], output_hidden_states=True).hidden_states
-            read = tiny_question_tokenizer()(question, return_tensors="pt")
-            meant = clip.get_text_features(read["input_ids"]).pooler_output[0]
-            normed = clip.visual_projection(clip.vision_model.post_layernorm(hidden[-2][0, 1:]))
-            plain_states = clip.visual_projection(hidden[-1][0, 1:])
-        text.append(torch.tensor([alike(patch, meant) for patch in normed]))
-        bare.append(torch.tensor([alike(patch, meant) for patch in plain_states]))
-    seen = zip(states, projected, attention, keys, wide, last_keys[:, 1:], text, bare, strict=True)
-    return [Seen(*image) for image in seen]
-
-
-def asked_of(inputs: dict[str, Tensor], images: list[int]) -> list[str]:
-    """The question of each image: its sample's text but for the first and the last token."""
-    questions = []
-    for row, count in enumerate(images):
-        ids = inputs["input_ids"][row][inputs["attention_mask"][row].bool()][1:-1]
-        questions += [words(ids[ids != IMAGE_TOKEN])] * count
-    return questions
-
-
-Answer = tuple[list[int], dict[int, Tensor]]
-"""Patches in the order in which they enter the LLM, and the feature that each place holds."""
-
-
-def best(scores: Tensor, count: int) -> list[int]:
-    return scores.argsort(descending=True, stable=True)[:count].tolist()
-
-
-def alike(a: Tensor, b: Tensor) -> float:
-    return float(torch.cosine_similarity(a, b, dim=0))
-
-
-def plain(seen: Seen, kept: list[int]) -> Answer:
-    return sorted(kept), {i: seen.states[i] for i in kept}
-
-
-def uniform(seen: Seen) -> Answer:
-    return plain(seen, best(-even_order(3, 3), 5))
-
-
-def outliers(scores: Tensor) -> int:
-    q1, q3 = np.percentile(scores.numpy(), [25, 75])
-    return max(1, int((scores.numpy() > q3 + FACTOR * (q3 - q1)).sum()))
-
-
-def prumerge_of(seen: Seen, kept: list[int]) -> Answer:
-    s, keys, features = seen.wide, seen.last_keys, {}
-    order = sorted(kept, key=lambda i: -float(s[i]))
-    for i in kept:
-        near = sorted((j for j in range(PATCHES) if j != i), key=lambda j: -alike(keys[i], keys[j]))[:3]
-        features[i] = seen.states[i] + sum(s[j] * seen.states[j] for j in near)
-    gone = [j for j in range(PATCHES) if j not in kept]
-    if gone:
-        place = max(gone, key=lambda j: float(s[j]))
-        features[place] = sum(s[j] * seen.states[j] for j in gone)
-        order.append(place)
-    return order, features
-
-
-def prumerge(seen: Seen) -> Answer:
-    return prumerge_of(seen, best(seen.wide, outliers(seen.wide)))
-
-
-def prumerge_plus(seen: Seen) -> Answer:
-    count = outliers(seen.wide)
-    spacing = max(1, PATCHES // count // 3)
-    return prumerge_of(seen, sorted({*best(seen.wide, count), *range(0, PATCHES - 1, spacing)}))
-
-
-def visionzip(seen: Seen) -> Answer:
-    kept = best(seen.attention, 4)
-    gone = [j for j in range(PATCHES) if j not in kept]
-    targets = gone[:: len(gone) // 2][:2]
-    others = [j for j in gone if j not in targets]
-    home = {j: max(targets, key=lambda t: alike(seen.keys[j], seen.keys[t])) for j in others}
-    order, features = plain(seen, kept)
-    for t in targets:
-        members = [j for j in others if home[j] == t]
-        features[t] = seen.states[t] + (seen.states[members].mean(0) if members else 0)
-    return sorted([*order, *targets]), features
-
-
-def fastervlm(seen: Seen) -> Answer:
-    return plain(seen, best(seen.attention, 4))
-
-
-def vispruner(seen: Seen) -> Answer:
-    order = best(seen.attention, PATCHES)
-    important, rest = order[:2], order[2:]  # half of 5, rounded down
-    while len(rest) > 3:
-        even, odd = rest[::2], rest[1::2]
-        even.sort(key=lambda i: -max(alike(seen.states[i], seen.states[j]) for j in odd))
-        rest = even[min(8, len(rest) - 3, len(even)) :] + odd
-    return plain(seen, [*important, *rest])
-
-
-def divprune(seen: Seen) -> Answer:
-    far = [[1 - alike(a, b) for b in seen.projected] for a in seen.projected]
-    chosen = [max(range(PATCHES), key=lambda i: sorted(far[i])[1])]  # its own zero comes first
-    while len(chosen) < 5:
-        others = [i for i in range(PATCHES) if i not in chosen]
-        chosen.append(max(others, key=lambda i: min(far[i][j] for j in chosen)))
-    return plain(seen, chosen)
-
-
-def dpp(seen: Seen) -> Answer:
-    return most_volume(seen, seen.attention)
-
-
-def cdpruner(seen: Seen) -> Answer:
-    return most_volume(seen, -seen.text)
-
-
-def most_volume(seen: Seen, s: Tensor) -> Answer:
-    quality = ((s - s.min() + 1e-6) / (s.max() - s.min())).double()
-    unit = torch.nn.functional.normalize(seen.projected.double(), dim=-1)
-    kernel = quality[:, None] * (unit @ unit.T) * quality
-    chosen: list[int] = []
-    for _ in range(4):
-        others = [i for i in range(PATCHES) if i not in chosen]
-        chosen.append(max(others, key=lambda i: float(torch.logdet(kernel[[*chosen, i]][:, [*chosen, i]]))))
-    return plain(seen, chosen)
-
-
-def stand_out(scores: Tensor) -> int:
-    """Outliers by scikit-learn, as the method's authors count."""
-    scaled = (scores - scores.min()) / (scores.max() - scores.min())
-    found = LocalOutlierFactor(n_neighbors=min(2, len(scores) - 1)).fit_predict(scaled.double().numpy()[:, None])
-    return int((found == -1).sum())
-
-
-def recoverable(seen: Seen) -> Answer:
-    first = best(seen.wide, max(1, stand_out(seen.wide)))
-    gone = [j for j in range(PATCHES) if j not in first]
-    count = stand_out(seen.bare[gone])
-    back = sorted(gone, key=lambda j: -float(seen.bare[j]))[:count]
-    kept = torch.zeros(1, PATCHES, dtype=torch.bool)
-    kept[0, [*first, *back]] = True
-    features, places = centres(  # held to its own re-derivation in tests/pruning/test_merging.py
-        seen.states[None], kept, seen.wide[None], seen.last_keys[None], seen.bare[None], count=3
-    )
-    order = places[0].nonzero().squeeze(1).tolist()
-    return order, {i: features[0, i] for i in order}
-
-
-def windowed(seen: Seen) -> Answer:
-    """Six of nine patches, of windows 2 x 2, 2 x 1, 1 x 2 and 1 x 1: the best of each, then the best of the seconds."""
-    attention = seen.attention.tolist()
-    windows = [[0, 1, 3, 4], [2, 5], [6, 7], [8]]
-    ranked = [sorted(window, key=lambda i: -attention[i]) for window in windows]
-    seconds = sorted((window[1] for window in ranked if len(window) > 1), key=lambda i: -attention[i])
-    order = sorted([window[0] for window in ranked] + seconds[:2])
-    return order, {i: seen.states[i] for i in order}
-
-
-SLOW: dict[str, Callable[[Seen], Answer]] = {
-    "uniform": uniform,
-    "prumerge": prumerge,
-    "prumerge_plus": prumerge_plus,
-    "visionzip": visionzip,
-    "fastervlm": fastervlm,
-    "vispruner": vispruner,
-    "windowed": windowed,
-    "divprune": divprune,
-    "dpp": dpp,
-    "cdpruner": cdpruner,
-    "recoverable": recoverable,
-}
 
 
 def method(hf: LlavaForConditionalGeneration, name: str, **vision: object) -> PackedLlava:
@@ -439,6 +221,6 @@ def test_every_encoder_merges_while_it_is_trained_and_the_rest_is_kept_in_half(v
     assert not missing and features.isfinite().all()
 
 
-def test_a_block_that_the_encoder_has_not_is_refused() -> None:
+def test_a_block_that_the_encoder_does_not_have_is_refused() -> None:
     with pytest.raises(UserError, match="pruner.vision.layer=3.*blocks -3..2"):
         method(tiny_llava(), "fastervlm", layer=3)

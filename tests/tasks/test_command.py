@@ -115,16 +115,21 @@ def test_a_runs_own_settings_give_way_to_what_is_asked_for_and_to_no_default(run
     assert settled("stages=[pretrain]").stage == "pretrain"
 
 
-def test_a_single_key_of_the_pruner_changes_the_runs_own(run: Path) -> None:
+@pytest.mark.parametrize("alone", [False, True])
+def test_a_single_key_of_the_pruner_changes_the_models_own(alone: bool, run: Path, tmp_path: Path) -> None:
+    model = shutil.copytree(run / "instruct" / "model", tmp_path / "model") if alone else run
+
     def found(*typed: str) -> Any:
-        typed = ("task=evaluate", f"ckpt={run}", *typed)
+        typed = ("task=evaluate", f"ckpt={model}", *typed)
         return find_checkpoint(compose_config(list(typed)), Command.of(typed)).pruner
 
     own = config_from_file(run / "config.yaml").pruner
     other = 1 if own.language.layer != 1 else 2
     changed = found(f"pruner.language.layer={other}")
     assert changed == replace(own, language=replace(own.language, layer=other)) and not changed.vision.enabled
-    assert found(f"pruner.language.layer={own.language.layer}") is None, "as it was trained"
+    merged = found("pruner.language.merge=recycle", "pruner.language.merge_args.size=3")
+    assert merged.language.merge_args == {"size": 3} and merged.language.layer == own.language.layer
+    assert found(f"pruner.language.layer={own.language.layer}") in (None, own), "as it was trained"
     assert found("pruner=twostage", "pruner.language.layer=1").vision.enabled, "a pruner that is chosen is that one"
     with pytest.raises(UserError, match="pruner.language.layer"):
         found("pruner.language.layer=77")
