@@ -39,7 +39,7 @@ test: $(STAMP) ## the tests that fit ten minutes (ARGS="tests/config -k typo")
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(JOBS) -m "not slow and not slurm and not fuzz and not cuda" $(ARGS)
 
 test-slow: $(STAMP) ## the tests that take long
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m "slow and not slurm and not cuda" $(ARGS)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(JOBS) --dist loadfile -m "slow and not slurm and not cuda" $(ARGS)
 
 test-fuzz: $(STAMP) ## broken records, images, overrides and files by the thousand (ARGS="--fuzz-seed=7")
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(JOBS) -m fuzz tests/fuzz $(ARGS)

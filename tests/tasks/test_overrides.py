@@ -49,7 +49,7 @@ def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def check(root: Path, runs: Path, *more: str) -> dict:
     result = train.run(compose_config([*overrides(root, runs), *SHORT, *more]))
-    for stage in ("pretrain", "instruct"):
+    for stage in result["stages"]:
         assert math.isfinite(result["stages"][stage]["loss"])
         assert (runs / "smoke" / "t" / stage / "model" / "model.safetensors").is_file()
     assert set(result["evaluate"]["accuracy"]) == {"open", "yes_no"}
@@ -58,8 +58,10 @@ def check(root: Path, runs: Path, *more: str) -> dict:
 
 @pytest.mark.parametrize("override", [*SINGLE, *KEYS])
 def test_a_single_override_trains_and_evaluates(override: str, root: Path, tmp_path: Path) -> None:
-    steps = ["stage.instruct.max_steps=5"] if override.startswith("pruner=") else []
-    result = check(root, tmp_path, override, *steps)
+    pruning = override.startswith(("pruner", "knee"))  # which the first stage does as the second
+    more = ["stages=[instruct]"] if pruning else []
+    result = check(root, tmp_path, override, *more, *(["stage.instruct.max_steps=5"] if "pruner=" in override else []))
+    assert list(result["stages"]) == (["instruct"] if pruning else ["pretrain", "instruct"])
     if override == "pruner=none":
         assert result["evaluate"]["keep_ratio"] == 1.0
     elif override.startswith(("pruner=", "knee=")) and override not in KEEPS_ALL:

@@ -97,6 +97,7 @@ def test_losses_and_weights_are_those_without_it(
         torch.testing.assert_close(weight, others[name], atol=1e-5, rtol=0)
 
 
+@pytest.mark.slow
 def test_a_filled_cache_trains_without_encoder_under_other_settings_of_stage_2(
     root: Path, tmp_path: Path, encoded: list[int], capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -148,6 +148,7 @@ def test_the_converted_encoder_equals_onnx_runtime() -> None:
     np.testing.assert_allclose(found, expected, atol=2e-5)
 
 
+@pytest.mark.slow
 @pytest.mark.network
 def test_the_converted_language_model_speaks_and_has_its_own_template() -> None:
     from transformers import AutoModelForCausalLM, AutoTokenizer
