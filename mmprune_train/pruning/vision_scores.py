@@ -22,9 +22,15 @@ def _row_attention(query: Float[Tensor, "I D"], keys: Float[Tensor, "I K D"], he
 
 
 @vision_score(reads=("cls_query_keys",), default_for="pruner.vision.score")
-def cls_attention(view: VisionView) -> Float[Tensor, "I N"]:
-    """[I, N] softmax over the patches of q_cls . k_patch / sqrt(d), mean over heads."""
+def cls_attention(view: VisionView, *, with_cls: bool = False) -> Float[Tensor, "I N"]:
+    """[I, N] softmax over the patches of q_cls . k_patch / sqrt(d), mean over heads.
+
+    Args:
+        with_cls: CLS is in the softmax, as in the block itself, so that a head that attends to CLS says less.
+    """
     query, keys = given(view.cls_query_keys)()
+    if with_cls:
+        return _row_attention(query, keys, view.heads)[:, 1:]
     return _row_attention(query, keys[:, 1:], view.heads)
 
 
