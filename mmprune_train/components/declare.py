@@ -80,7 +80,7 @@ KINDS = {
     "language_score": Kind("stage-2 score", ("view",), assumed=("hidden", "keys", "query_tokens", "closing_token")),
     "budget": Kind("budget", ("curve", "lengths"), ("features", "feature_rank")),
     "selection": Kind("selection", ("scores", "counts", "features"), ("known",), ("features",)),
-    "merge": Kind("stage-1 merge", ("features", "kept", "scores", "keys"), ("text",)),
+    "merge": Kind("stage-1 merge", ("features", "kept", "scores", "keys"), ("text", "heads")),
     "language_merge": Kind("stage-2 merge", ("hidden", "places", "row", "dropped", "scores")),
 }
 KEYS = {

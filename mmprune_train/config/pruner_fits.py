@@ -45,6 +45,11 @@ def check_pruner_fits(config: Config) -> None:
                     f"{key}={score.name} needs {part}, which encoder {config.encoder.name} does not have: "
                     f"{textual}add {key}={first} (or {', '.join(others)})"
                 )
+    if vision.enabled and vision.keep_cls and not config.encoder.has_cls:
+        raise UserError(
+            f"pruner.vision.keep_cls=true needs a CLS token, which encoder {config.encoder.name} does not have: add "
+            "pruner.vision.keep_cls=false"
+        )
     blocks = config.encoder.arch.get("num_hidden_layers")
     if vision.enabled and vision.layer is not None and blocks is not None and not -blocks <= vision.layer < blocks:
         raise UserError(

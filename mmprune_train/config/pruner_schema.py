@@ -68,6 +68,9 @@ class RecoverConfig:
     """Its parameters."""
     knee: KneeConfig = field(default_factory=_follow("knee"))
     """How many of the dropped patches come back; here `min_tokens` may be 0."""
+    counted: str = choice("dropped", "dropped", "all")
+    """What the budget looks at: the `dropped` patches alone, or `all`, those kept having the image's lowest score; then
+    the share that it says is taken of the dropped ones (Recoverable Compression)."""
 
 
 @dataclass
@@ -95,8 +98,16 @@ class VisionStageConfig:
     `module:function`."""
     merge_args: dict[str, Any] = field(default_factory=dict)
     """The merge's parameters, by name."""
-    order: str = choice("raster", "raster", "rank")
-    """How kept patches enter the LLM: `raster`, or `rank`: best score first, tokens that a merge made last."""
+    keep_cls: bool = False
+    """The encoder's CLS token enters the LLM, too, in front of the patches (VisionZip). It takes the place of a dropped
+    patch: an image that is kept whole has none."""
+    question_ends: list[str] = field(default_factory=list)
+    """Scores read the question up to the first of these texts: what a data set adds about the answer's format, or a line
+    break (\"\\n\": the first line alone). []: all of it."""
+    order: str = choice("raster", "raster", "made_last", "made_ranked", "rank")
+    """How what is kept enters the LLM: `raster`, where a token that a merge made stands in a dropped patch's place;
+    `made_last`: made tokens behind all patches, both in raster order; `made_ranked`: the same, the made ones by the
+    score of the patch whose place they took, best first; `rank`: patches by score, best first, made tokens last."""
     positions: str = choice("contiguous", "contiguous", "original")
     """Position ids after pruning: `contiguous` (renumbered) or `original`."""
 
@@ -113,10 +124,14 @@ class LanguageStageConfig:
     score_layer: str = choice("current", "current", "previous")
     """Whose queries and keys give the score: the `current` layer, the first that sees the short sequence, or the
     `previous` one (FastV, SparseVLM)."""
-    turns: str = choice("first", "first", "mean", "max")
+    turns: str = choice("first", "first", "mean", "max", "last")
     """Which questions score a token of a sample with several turns: `first`: the one of its own turn alone; `mean` or
-    `max`: that one and all later ones, the score being their mean or maximum. With these two, what an earlier answer
-    may attend to in training depends on questions asked after it, which chat cannot know: a leak, by name."""
+    `max`: that one and all later ones, the score being their mean or maximum; `last`: the sample's last one. With these
+    three, what an earlier answer may attend to in training depends on questions asked after it, which chat cannot know:
+    a leak, by name."""
+    turns_in_generation: str | None = choice(None, "first", "mean", "max", "last")
+    """`turns` of samples that end in a question, which is to be answered; null: as `turns`. There, `last` leaks nothing
+    (FastV, PyramidDrop); a further question of a chat ranks anew what an earlier one has, which a cache cannot follow."""
     query_tokens: str = choice("all", "all", "relevant")
     """Which question tokens score the others: `all`, or `relevant`: those that the visual tokens attend to more than to
     the average one where they enter the LLM (SparseVLM)."""
@@ -142,6 +157,9 @@ class LanguageStageConfig:
     """What dropped visual tokens leave behind: `none`, a stage-2 merge of docs/methods.md, or a function of yours."""
     merge_args: dict[str, Any] = field(default_factory=dict)
     """The merge's parameters, by name."""
+    order: str = choice("in_place", "in_place", "made_last")
+    """Where tokens that a merge made stand: `in_place` of a dropped one, or `made_last`: behind the visual tokens that
+    are left of their image (SparseVLM)."""
     positions: str = choice("original", "contiguous", "original")
     """Position ids after pruning: `original` or `contiguous`."""
 

@@ -12,7 +12,7 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 from mmprune_train.components.declare import COUNT, LARGE, SMALL, Range
-from mmprune_train.config.typed import FILES, PATHS, WORDS
+from mmprune_train.config.typed import FILES, LINES, PATHS
 from mmprune_train.errors import UserError, unknown_name
 
 
@@ -104,7 +104,7 @@ def _check_text(key: str, text: str) -> None:
     if "\0" in text or any("\ud800" <= character <= "\udfff" for character in text):
         raise UserError(f"{key}={text!r} is not valid UTF-8, or holds a NUL character; write it without")
     is_path = key.rpartition(".")[2] in PATHS or key in FILES
-    if "\n" in text and not is_path and key not in WORDS:
+    if "\n" in text and not is_path and key not in LINES:
         raise UserError(f"{key}={text!r} has several lines; write it in one")
     if is_path and (len(text.encode()) > 4000 or any(len(part.encode()) > 255 for part in text.split("/"))):
         raise UserError(f"{key}={text[:60]}...: no path is as long as that ({len(text)} characters); correct it")

@@ -9,6 +9,8 @@ from typing import Any
 
 WORDS = ("generate.question",)
 """Keys whose value is the rest of the argument, whatever it holds."""
+LINES = (*WORDS, "pruner.vision.question_ends")
+"""Keys whose text may hold line breaks."""
 FILES = ("generate.images", "report.runs")
 """Keys that take a list of files: `[a (1).png, b.png]`, or one file without brackets."""
 PATHS = frozenset(

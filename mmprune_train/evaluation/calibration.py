@@ -63,12 +63,21 @@ class EncodedImages:
     """[I, N, D'] states of the patches that stage 1 looks at."""
     keys: Tensor | None
     """[I, N, D'] keys, for merging."""
+    cls_feature: Tensor | None
+    """[I, D] of CLS for the projector, where it enters the LLM."""
     grid: tuple[int, int]
+    heads: int
 
     def view(self, row: int, device: torch.device) -> VisionView:
         """Image `row` as stage 1 sees it, except for its score."""
         one = slice(row, row + 1)
-        return VisionView(given(self.looked_at)[one].to(device), self.grid, lambda: given(self.keys)[one].to(device))
+        return VisionView(
+            given(self.looked_at)[one].to(device),
+            self.grid,
+            lambda: given(self.keys)[one].to(device),
+            cls_feature=None if self.cls_feature is None else self.cls_feature[one].to(device),
+            heads=self.heads,
+        )
 
 
 @torch.inference_mode()
@@ -92,8 +101,9 @@ def encode_images(
         ranks: also the effective ranks.
         passes: also keep what passes through the LLM need.
     """
-    held: dict[str, list[Tensor]] = {"scores": [], "feature_rank": [], "features": [], "looked_at": [], "keys": []}
-    grid, size = (0, 0), 0
+    names = ("scores", "feature_rank", "features", "looked_at", "keys", "cls_feature")
+    held: dict[str, list[Tensor]] = {name: [] for name in names}
+    grid, size, heads = (0, 0), 0, 1
     for part in progress(list(batches(list(images.items()), chunk)), "encode"):
         pixels = torch.stack([reader(path, where) for path, where in part]).to(device)
         with torch.autocast(device.type, dtype=dtype, enabled=dtype != torch.float32):
@@ -102,7 +112,9 @@ def encode_images(
                 held["scores"].append(pruner.score_patches(view).cpu())
             if pruner.merges and passes:
                 held["keys"].append(view.patch_keys().cpu())
-        grid, size = view.grid, states.shape[1]
+            if pruner.settings.vision.keep_cls and passes:
+                held["cls_feature"].append(given(view.cls_feature).cpu())
+        grid, size, heads = view.grid, states.shape[1], view.heads
         if ranks:
             held["feature_rank"].append(effective_rank_of(view.patches.double()).cpu())
         if passes:
@@ -110,7 +122,7 @@ def encode_images(
             held["features"].append(states.cpu())
             held["looked_at"].append(held["features"][-1] if same else view.patches.cpu())
     joined = {name: torch.cat(parts) if parts else None for name, parts in held.items()}
-    return EncodedImages([str(path) for path in images], size, grid=grid, **joined)
+    return EncodedImages([str(path) for path in images], size, grid=grid, heads=heads, **joined)
 
 
 def pack(

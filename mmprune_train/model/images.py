@@ -135,7 +135,8 @@ class ImageSide:
             return Patches.whole(states)
         kept, scores = self.pruner.keep_patches(view, projected, scores)
         features, places = self.pruner.merge_patches(states, kept, scores, view)
-        order = fetch(self.pruner.entry_order(kept, places, scores))
+        features, cls = self.pruner.place_cls(features, places, view)
+        order = fetch(self.pruner.entry_order(kept, places, scores, cls))
         lost = order[:, 0] < 0
         if bool(lost.any()):
             assert scores is not None

@@ -85,7 +85,7 @@ class PackedPass(ImageSide):
         if patches is None and pixel_values is not None and len(pixel_values):
             if self.question is not None:
                 assert self.words is not None, "question without words"
-                pairs = image_questions(sequence, self.words)
+                pairs = image_questions(sequence, self.words, self.pruner.asked_until)
                 sequence = replace(sequence, image=pairs.row)
                 asked = self.question.ask(pairs)
             patches, encoded = self.select_patches(pixel_values, asked, least_passes), len(pixel_values)

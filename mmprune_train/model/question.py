@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from bisect import bisect_left
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import cache
 from pathlib import Path
@@ -71,11 +71,14 @@ class TextFeatures:
         return TextFeatures([0], torch.zeros_like(self.text[:1]), torch.zeros_like(self.known[:1]), (0, 0))
 
 
-def image_questions(sequence: PackedSequence, words: Words) -> ImageQuestions:
+def image_questions(sequence: PackedSequence, words: Words, ends: Sequence[str] = ()) -> ImageQuestions:
     """Which images of a batch are looked at with which questions.
 
     An image's question is the PROMPT text of its own turn, in any tokenizer's words; system text, answers and other
     turns' questions are none of it. Samples that share an image and ask the same share a row.
+
+    Args:
+        ends: texts of which the first one ends a question.
     """
     ids, segment, turn, image = sequence.ids, sequence.segment, sequence.turn.clamp(min=1), sequence.image
     visual, prompt = sequence.visual, question_text(sequence)
@@ -84,6 +87,7 @@ def image_questions(sequence: PackedSequence, words: Words) -> ImageQuestions:
     row_of = []
     for one, sample, number in meetings.T.tolist():
         asked = words(ids[prompt & (segment == sample) & (turn == number)])
+        asked = min((asked.partition(end)[0].rstrip() for end in ends), key=len, default=asked)
         row_of.append(rows.setdefault((one, asked), len(rows)))
     row = torch.full_like(ids, -1)
     row[visual] = torch.tensor(row_of, dtype=torch.long)[torch.from_numpy(which.reshape(-1))]

@@ -157,6 +157,7 @@ def encode(
         kept = {number: held for number, held in kept.items() if number in wanted} | {index + 1: states}
     first = 1 if family.has_cls else 0
     features = torch.cat([kept[index] for index in indices], dim=-1)
+    cls_feature = features[:, 0] if family.has_cls else None
     features = features[:, 1:] if drop_cls else features
 
     patches = states.shape[1] - first
@@ -198,6 +199,7 @@ def encode(
         grid=(rows, patches // rows),
         patch_keys=lambda: keys()[:, first:],
         cls=states[:, 0].detach() if family.has_cls else None,
+        cls_feature=cls_feature,
         cls_query_keys=cls_query_keys if family.has_cls else None,
         probe_query_keys=probe_query_keys if getattr(tower, "use_head", False) else None,
         block_output=block_output,

@@ -130,9 +130,10 @@ def _blinded(pruner: PrunerConfig, share: float) -> PrunerConfig:
 def _patches_kept(pruner: Pruner, patches: int) -> int:
     """Visual tokens of an image kept by vision-side pruning, made ones among them."""
     features = torch.randn((1, patches, WIDTH), generator=torch.Generator().manual_seed(0))
-    view = VisionView(features, (1, patches), patch_keys=lambda: features)
+    view = VisionView(features, (1, patches), patch_keys=lambda: features, cls_feature=features[:, 0])
     kept, scores = pruner.keep_patches(view)
-    return int(pruner.merge_patches(features, kept, scores, view)[1].sum())
+    features, places = pruner.merge_patches(features, kept, scores, view)
+    return int((places | pruner.place_cls(features, places, view)[1]).sum())
 
 
 def _count(pruner: Pruner, sequence: PackedSequence, kept: int, patches: int, depth: int) -> Tokens:

@@ -150,10 +150,11 @@ def tokens_left(
     select = load_part("selection", stage.selection, "pruner.vision.selection", stage.selection_args)
     if select.component.exceeds:  # by how much does not depend on the features
         counts = select(scores, counts, scores[..., None]).sum(1)
+    most, made = scores.shape[1], int(stage.keep_cls)
     if stage.merge == "none":
-        return counts
+        return counts + (most - counts).clamp(max=made)
     merge = find("merge", stage.merge, "pruner.vision.merge")
     given = merge.arguments("pruner.vision.merge_args", stage.merge_args)
-    made = merge.value(merge.makes, given) if isinstance(merge.makes, str) else merge.makes
-    assert isinstance(made, int)
-    return counts + (scores.shape[1] - counts).clamp(max=made)
+    merged = merge.value(merge.makes, given) if isinstance(merge.makes, str) else merge.makes
+    assert isinstance(merged, int)
+    return counts + (most - counts).clamp(max=made + merged)

@@ -6,7 +6,7 @@ places of any token it made. A made token takes the place of a dropped patch and
 
 from __future__ import annotations
 
-from typing import Annotated
+from typing import Annotated, Literal
 
 import torch
 from jaxtyping import Bool, Float, Int64
@@ -23,9 +23,6 @@ Scores = Float[Tensor, "I N"]
 Keys = Float[Tensor, "I N K"]
 
 
-TEXT_WEIGHT = 50 * 768**-0.5
-"""How much a neighbour's similarity to the question counts beside that of its key in `centres`: Recoverable
-Compression adds 50 times the cosine over sqrt(768), the width of ViT-L's joint space."""
 CENTRE_NEIGHBORS = 10
 """Neighbours of the local outlier factor that finds centres, as in Recoverable Compression's code."""
 
@@ -110,28 +107,40 @@ def centres(
     text: Scores | None = None,
     *,
     count: Annotated[int, Range(1)] = 32,
+    share_of: Literal["kept", "width"] = "kept",
+    keys_of: Literal["own", "renumbered"] = "own",
+    joint: Annotated[int, Range(1)] = 768,
 ) -> tuple[Features, Mask]:
     """Recoverable Compression (Chen et al. 2024, arXiv 2409.01179): the best-scored dropped patches become
     centres, to each of which the score-weighted sum of its `count` nearest dropped patches is added; one more
     token is the score-weighted sum of the dropped patches that are no centres.
 
-    Nearest by cosine of the keys plus `TEXT_WEIGHT` times the neighbour's `text` score. There are as many centres as
-    kept patches times the share of outliers (LOF) among the dropped patches' scores, rounded down; none: nothing is
+    Nearest by cosine of the keys plus 50 / sqrt(joint) times the neighbour's `text` score. There are as many centres as
+    the share of outliers (LOF) among the dropped patches' scores makes of `share_of`, rounded down; none: nothing is
     made. Weights are the scores as they are (CLS attention).
 
     Args:
         text: [I, N] similarity to the question; None: keys alone.
         count: neighbours that a centre takes in.
+        share_of: `kept`, the number of kept patches (our reading); `width`, that of a feature's numbers, as the authors'
+            code computes it.
+        keys_of: `own`: every patch has its key (our reading); `renumbered`: the j-th dropped patch has that of the
+            image's j-th patch, as in the authors' code.
+        joint: width of the space that images and texts share; that of ViT-L.
     """
     dropped = ~kept
     left = dropped.sum(1).clamp(min=1)  # [I]
     among = scores.masked_fill(kept, -torch.inf)
     curve = among.sort(dim=1, descending=True).values.nan_to_num(neginf=0).double()
-    number = kept.sum(1) * lof(curve, left, neighbors=CENTRE_NEIGHBORS) // left
+    whole = kept.sum(1) if share_of == "kept" else features.shape[2]
+    number = whole * lof(curve, left, neighbors=CENTRE_NEIGHBORS) // left
     centre = top_mask(among, number) & dropped
+    if keys_of == "renumbered":
+        place = (dropped.cumsum(1) - 1).clamp(min=0)
+        keys = keys.gather(1, place[..., None].expand_as(keys))
     affinity = _similarity(keys)
     if text is not None:
-        affinity = affinity + TEXT_WEIGHT * text[:, None]
+        affinity = affinity + 50 * joint**-0.5 * text[:, None]
     weights = _neighbour_weights(affinity.masked_fill(kept[:, None], -torch.inf), scores, count)
     weights = weights.masked_fill(~centre[..., None], 0).to(features.dtype)
     rest = (features * (scores.to(features.dtype) * (dropped & ~centre))[..., None]).sum(1)
@@ -140,12 +149,13 @@ def centres(
 
 @merge(makes="count")
 def contextual(
-    features: Features, kept: Mask, scores: Scores, keys: Keys, *, count: Annotated[int, Range(1)] = 10
+    features: Features, kept: Mask, scores: Scores, keys: Keys, heads: int = 1, *, count: Annotated[int, Range(1)] = 10
 ) -> tuple[Features, Mask]:
     """VisionZip (Yang et al. 2024, arXiv 2412.04467): of the dropped patches every s-th becomes a contextual token, to
-    which the mean of the other dropped patches that are most similar to it (by key) is added.
+    which the mean of the other dropped patches that are most similar to it is added, by the mean of the heads' keys.
 
     Args:
+        heads: of the encoder, whose keys lie side by side.
         count: contextual tokens an image gets (or as many as it dropped).
     """
     size = kept.shape[1]
@@ -157,7 +167,8 @@ def contextual(
     place = dropped.cumsum(1) - 1  # [I, N] index among the dropped
     target = dropped & (place % step[:, None] == 0) & (place // step[:, None] < number[:, None])
     joins = dropped & ~target
-    home = _similarity(keys).masked_fill(~target[:, None], -torch.inf).argmax(2)
+    metric = keys.unflatten(2, (heads, -1)).float().mean(2)
+    home = _similarity(metric).masked_fill(~target[:, None], -torch.inf).argmax(2)
     home = torch.where(joins, home, raster)
     moved = features * joins[..., None].to(features.dtype)
     total = _sums(moved, home)

@@ -38,6 +38,8 @@ class VisionView:
     """Recomputes the patches' keys [I, N, D] in the chosen block, all heads side by side."""
     cls: Float[Tensor, "I D"] | None = None
     """[I, D] hidden state of the CLS token at the feature layer, where the encoder has one."""
+    cls_feature: Float[Tensor, "I E"] | None = None
+    """[I, E] what the projector would read of the CLS token, with its gradient; None without CLS."""
     cls_query_keys: Callable[[], tuple[Tensor, Tensor]] | None = None
     """Recomputes, in the chosen block, the CLS row's query [I, D] and the keys [I, 1 + N, D] of CLS and patches, all
     heads side by side and unscaled; None without CLS."""

@@ -31,6 +31,8 @@ class VisionStage:
         self._merge = None
         self.vision_reads: set[str] = set()
         """What its scores read."""
+        self.asked_until = stage.question_ends
+        """Texts of which the first one ends the question, as far as scores read it."""
         self.projects = projects(stage)
         """Whether its selection looks at what the projector makes of all patches."""
         if not stage.enabled:
@@ -120,13 +122,16 @@ class VisionStage:
         budget = self._recover_budget
         scores = self._recover_score(view)
         left = (~kept).sum(1)
-        order = kept.int().sort(dim=1, stable=True).indices  # dropped patches first
-        dropped = scores.gather(1, order)
-        counts = budget.counts(
-            dropped,
-            left.clamp(min=1),
-            lambda: view.patches.gather(1, order[..., None].expand_as(view.patches)),
-        ).minimum(left)
+        if self.settings.vision.recover.counted == "all":
+            curve = torch.where(kept, scores.amin(1, keepdim=True), scores)
+            counts = budget.counts(curve, whole_lengths(curve), lambda: view.patches) * left // kept.shape[1]
+        else:
+            order = kept.int().sort(dim=1, stable=True).indices  # dropped patches first
+            counts = budget.counts(
+                scores.gather(1, order),
+                left.clamp(min=1),
+                lambda: view.patches.gather(1, order[..., None].expand_as(view.patches)),
+            ).minimum(left)
         if "question" in self._recover_score.component.reads and view.asked is not None:
             counts = torch.where(view.asked, counts, 0)
         sound = sound_rows(scores, whole_lengths(scores), budget.rule())[:, None] & kept.any(1, keepdim=True)
@@ -143,28 +148,57 @@ class VisionStage:
         made tokens. Gradients flow through the features."""
         if self._merge is None or scores is None:
             return features, kept
-        more = {}
+        more: dict[str, Tensor | int] = {}
         textual = self.settings.vision.recover.enabled and "question" in self._recover_score.component.reads
         if textual and "text" in self._merge.component.takes:
             more["text"] = self._recover_score(view)
+        if "heads" in self._merge.component.takes:
+            more["heads"] = view.heads
         with full_precision(features):
             return self._merge(features, kept, scores, view.patch_keys(), **more)
 
+    def place_cls(
+        self, features: Float[Tensor, "I N D"], taken: Bool[Tensor, "I N"], view: VisionView
+    ) -> tuple[Float[Tensor, "I N D"], Bool[Tensor, "I N"]]:
+        """Features with the CLS token in the place of each image's first patch that is not `taken`, and that place;
+        none where all are, or where CLS does not enter the LLM."""
+        free = ~taken & self.settings.vision.keep_cls
+        here = free & (free.cumsum(1) == 1)
+        if not self.settings.vision.keep_cls:
+            return features, here
+        if view.cls_feature is None:
+            raise UserError(
+                f"pruner.vision.keep_cls=true needs a CLS token, which {view.encoder} does not have; set "
+                "pruner.vision.keep_cls=false"
+            )
+        return torch.where(here[..., None], view.cls_feature[:, None].to(features.dtype), features), here
+
     @torch.no_grad()
     def entry_order(
-        self, kept: Bool[Tensor, "I N"], merged: Bool[Tensor, "I N"], scores: Float[Tensor, "I N"] | None
+        self,
+        kept: Bool[Tensor, "I N"],
+        merged: Bool[Tensor, "I N"],
+        scores: Float[Tensor, "I N"] | None,
+        cls: Bool[Tensor, "I N"],
     ) -> Int64[Tensor, "I N"]:
         """[I, N] an image's patches in the order in which they enter the LLM, and -1 behind the last. Nothing but -1:
         its scores cannot be ranked.
 
         Args:
             kept: before merging.
-            merged: with the made tokens, which come behind all kept patches in `order=rank`.
+            merged: with the made tokens, which `order=raster` alone leaves in their places.
+            cls: the place of the CLS token, which comes first.
         """
-        order = torch.arange(kept.shape[1], device=kept.device).expand(kept.shape)
-        if scores is not None and self.settings.vision.order == "rank":
-            order = scores.masked_fill(merged & ~kept, -torch.inf).sort(dim=1, descending=True, stable=True).indices
-        merged = merged & kept.any(1, keepdim=True)
+        how, made = self.settings.vision.order, merged & ~kept
+        worth = torch.zeros(kept.shape, device=kept.device)
+        if scores is not None and how == "rank":
+            worth = scores
+        if scores is not None and how == "made_ranked":
+            worth = torch.where(made, scores, torch.finfo(scores.dtype).max)
+        elif how != "raster":
+            worth = worth.masked_fill(made, -torch.inf)
+        order = worth.masked_fill(cls, torch.inf).sort(dim=1, descending=True, stable=True).indices
+        merged = (merged | cls) & kept.any(1, keepdim=True)
         outside = (~merged).gather(1, order).int()
         order = order.gather(1, outside.sort(dim=1, stable=True).indices)
         place = torch.arange(kept.shape[1], device=kept.device)
