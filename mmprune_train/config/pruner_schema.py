@@ -102,8 +102,8 @@ class VisionStageConfig:
     """The encoder's CLS token enters the LLM, too, in front of the patches (VisionZip). It takes the place of a dropped
     patch: an image that is kept whole has none."""
     question_ends: list[str] = field(default_factory=list)
-    """Scores read the question up to the first of these texts: what a data set adds about the answer's format, or a line
-    break (\"\\n\": the first line alone). []: all of it."""
+    """Scores read the question up to the first of these texts: what a data set adds about the answer's format, or
+    \"\\n\", for the first line alone. []: all of it."""
     order: str = choice("raster", "raster", "made_last", "made_ranked", "rank")
     """How what is kept enters the LLM: `raster`, where a token that a merge made stands in a dropped patch's place;
     `made_last`: made tokens behind all patches, both in raster order; `made_ranked`: the same, the made ones by the
@@ -129,9 +129,10 @@ class LanguageStageConfig:
     `max`: that one and all later ones, the score being their mean or maximum; `last`: the sample's last one. With these
     three, what an earlier answer may attend to in training depends on questions asked after it, which chat cannot know:
     a leak, by name."""
-    turns_in_generation: str | None = choice(None, "first", "mean", "max", "last")
-    """`turns` of samples that end in a question, which is to be answered; null: as `turns`. There, `last` leaks nothing
-    (FastV, PyramidDrop); a further question of a chat ranks anew what an earlier one has, which a cache cannot follow."""
+    turns_in_generation: str | None = choice(None, "first", "last")
+    """`turns` of samples that end in a question, which is to be answered; null: as `turns`. There `last` leaks nothing
+    (FastV, PyramidDrop); a further question of a chat then ranks anew what an earlier one has, so that no cache can be
+    gone on with."""
     query_tokens: str = choice("all", "all", "relevant")
     """Which question tokens score the others: `all`, or `relevant`: those that the visual tokens attend to more than to
     the average one where they enter the LLM (SparseVLM)."""

@@ -37,7 +37,8 @@ def _named(sequence: PackedSequence, tokens: Tensor) -> Tensor:
 def _choice(sequence: PackedSequence, stage: LanguageStageConfig) -> tuple[Tensor, Tensor]:
     """What stage 2 may drop, and the query tokens; one that scores nothing is none."""
     lone = stage.no_text != "keep_all"
-    candidate, groups = candidates_and_queries(sequence, stage.candidates == "visual", lone, stage.turns)
+    only = stage.candidates == "visual"
+    candidate, groups = candidates_and_queries(sequence, only, lone, stage.turns, stage.turns_in_generation)
     queries = torch.cat([_named(sequence, groups.tokens), _named(sequence, groups.closing)])
     return _named(sequence, candidate.nonzero().squeeze(1)), queries
 
@@ -91,10 +92,11 @@ def check_turn(cache: PrunedCache, whole: Parts, pruner: Pruner) -> None:
     ):
         return
     turns_of = after.turn[torch.isin(_named(after, after.slot), can)]
-    if stage.turns != "first" and torch.equal(could, can):
+    key = "turns_in_generation" if stage.turns_in_generation else "turns"
+    if getattr(stage, key) != "first" and torch.equal(could, can):
         raise UserError(
-            f"pruner.language.turns={stage.turns}: the new question scores tokens of earlier images, and "
-            f"the cache has dropped some; set pruner.language.turns=first, or {READ_ANEW}"
+            f"pruner.language.{key}={getattr(stage, key)}: the new question scores tokens of earlier images, and "
+            f"the cache has dropped some; set pruner.language.{key}=first, or {READ_ANEW}"
         )
     if len(can) > len(could) and len(turns_of) and int(turns_of.max()) > int(before.turn.max()):
         raise UserError(

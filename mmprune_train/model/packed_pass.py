@@ -159,11 +159,9 @@ class PackedPass(ImageSide):
                     if self.training and not keys.ran:  # other ranks score: under ZeRO-3 all must run the same modules
                         keys(torch.zeros(1, dtype=torch.long))
                 if pruned is not None:
-                    states, mask, scores = pruned
+                    states, mask, scores, made = pruned
                     trace.language_scores = scores if trace.language_scores is None else trace.language_scores
-                    sequence, states = sequence.keep_with(mask, states)
-                    if self.pruner.settings.language.positions == "contiguous":
-                        sequence = replace(sequence, position=sequence.within())
+                    sequence, states = self.pruner.shortened(sequence, states, mask, made)
                 if pruned is not None or self.training:  # as above: other ranks run the rotary module
                     hidden, position, rotation, borders, counts = self._enter(sequence, states, cache)
                 trace.language_entered[index] = sequence.entries(counts[0].tolist())

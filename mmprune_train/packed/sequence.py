@@ -116,6 +116,20 @@ class PackedSequence:
         taken: dict[str, Any] = {name: take(v, chosen) for name, v in held.items() if isinstance(v, Tensor)}
         return replace(whole, **taken)
 
+    def to_the_end_of_images(self, tokens: Bool[Tensor, " T"]) -> Int64[Tensor, " T"]:
+        """[T] the order in which some visual tokens stand behind the others of their image."""
+        assert self.picture is not None
+        place = torch.arange(len(self))
+        end = torch.zeros(int(self.picture.max()) + 1, dtype=torch.long)
+        end = end.scatter_reduce(0, self.picture, place * self.visual, "amax")  # of each image
+        return torch.where(tokens, 2 * end[self.picture] + 1, 2 * place).sort(stable=True).indices
+
+    def reordered(self, order: Int64[Tensor, " T"]) -> PackedSequence:
+        """The tokens in another order inside their samples. What is predicted at a place stays there."""
+        held = {part.name: getattr(self, part.name) for part in fields(self) if part.name != "target"}
+        taken: dict[str, Any] = {name: take(v, order) for name, v in held.items() if isinstance(v, Tensor)}
+        return replace(self, **taken)
+
     def keep_with(
         self, mask: Bool[Tensor, " T"], states: Float[Tensor, "T D"]
     ) -> tuple[PackedSequence, Float[Tensor, "T2 D"]]:

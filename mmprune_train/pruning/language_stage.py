@@ -73,7 +73,7 @@ class LanguageStage:
         query_keys: Callable[[Tensor], tuple[Tensor, Tensor]],
         place: int = 0,
         training: bool = False,
-    ) -> tuple[Float[Tensor, "T D"], Bool[Tensor, " T"], Float[Tensor, " T"]] | None:
+    ) -> tuple[Float[Tensor, "T D"], Bool[Tensor, " T"], Float[Tensor, " T"], Bool[Tensor, " T"]] | None:
         """Stage 2 before one LLM layer; None where no sample has anything to drop.
 
         Args:
@@ -83,11 +83,14 @@ class LanguageStage:
                 scores of the user's own that are not finite where the states are.
         Returns:
             the states with what each turn's dropped visual tokens leave in them, through which gradients flow; the kept
-            tokens, those that merging made among them, on the host; the candidates' scores (NaN elsewhere).
+            tokens, those that merging made among them, on the host; the candidates' scores (NaN elsewhere); which
+            tokens merging made, on the host.
         """
         stage = self.settings.language
         lone = stage.no_text != "keep_all"
-        candidate, groups = candidates_and_queries(sequence, stage.candidates == "visual", lone, stage.turns)
+        candidate, groups = candidates_and_queries(
+            sequence, stage.candidates == "visual", lone, stage.turns, stage.turns_in_generation
+        )
         if len(groups.segment) == 0:
             return None
         places = candidate.nonzero().squeeze(1)  # [M]
@@ -109,9 +112,10 @@ class LanguageStage:
             kept = unpad(top_mask(ranked, counts, lengths), row)  # [M]
             rule = budget.rule(override)
             sound = unpad(sound_rows(table, lengths, rule)[:, None].expand_as(table), row)
+        before = kept
         if self._language_merge is not None:
             hidden, kept = self._merge_tokens(sequence, hidden, places, kept, scores)
-        stays = fetch(kept & sound)
+        stays, made = fetch(torch.stack([kept & sound, kept & sound & ~before]))
         lost = torch.zeros(len(table)).index_add(0, row, stays.float()) == 0  # [rows]
         if bool(lost.any()):
             own = ":" in stage.score and bool(hidden.isfinite().all())
@@ -122,7 +126,27 @@ class LanguageStage:
             hidden = hidden * upload(bad, hidden.device)[:, None].to(hidden.dtype)
         mask = torch.ones(len(sequence), dtype=torch.bool)
         mask[places] = stays
-        return hidden, mask, scores.masked_fill(upload(~candidate, scores.device), torch.nan)
+        new = torch.zeros_like(mask)
+        new[places] = made
+        return hidden, mask, scores.masked_fill(upload(~candidate, scores.device), torch.nan), new
+
+    def shortened(
+        self,
+        sequence: PackedSequence,
+        states: Float[Tensor, "T D"],
+        mask: Bool[Tensor, " T"],
+        made: Bool[Tensor, " T"],
+    ) -> tuple[PackedSequence, Float[Tensor, "T2 D"]]:
+        """What `prune_tokens` keeps, in the order and at the positions in which the layer sees it."""
+        stage = self.settings.language
+        sequence, states = sequence.keep_with(mask, states)
+        made = made[mask]
+        if stage.order == "made_last" and bool(made.any()):
+            order = sequence.to_the_end_of_images(made)
+            sequence, states = sequence.reordered(order), take(states, order)
+        if stage.positions == "contiguous":
+            sequence = replace(sequence, position=sequence.within())
+        return sequence, states
 
     def _first_of_images(
         self, sequence: PackedSequence, places: Int64[Tensor, " M"], scores: Float[Tensor, " T"]

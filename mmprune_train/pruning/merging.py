@@ -122,8 +122,8 @@ def centres(
     Args:
         text: [I, N] similarity to the question; None: keys alone.
         count: neighbours that a centre takes in.
-        share_of: `kept`, the number of kept patches (our reading); `width`, that of a feature's numbers, as the authors'
-            code computes it.
+        share_of: `kept`: the number of kept patches (our reading); `width`: that of a feature's numbers, as in the
+            authors' code.
         keys_of: `own`: every patch has its key (our reading); `renumbered`: the j-th dropped patch has that of the
             image's j-th patch, as in the authors' code.
         joint: width of the space that images and texts share; that of ViT-L.

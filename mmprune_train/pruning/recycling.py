@@ -1,7 +1,8 @@
 """Recycling: what tokens dropped inside the LLM leave behind. Gradients flow through the states alone.
 
 SparseVLM (Zhang et al. 2024, arXiv 2410.04417): the best of the dropped tokens are clustered by their states, and each
-cluster's mean joins the sequence. It takes the place of the cluster's centre, a dropped token.
+cluster's mean joins the sequence. The means take the places of the clusters' centres, which are dropped tokens: the
+first of these places holds the mean around the best centre.
 """
 
 from __future__ import annotations
@@ -30,7 +31,7 @@ def recycle(
     share: Annotated[float, Range(SMALL, 1, says=": a share of the dropped tokens")] = 0.3,
     size: Annotated[int, Range(1)] = 10,
 ) -> tuple[Float[Tensor, "T D"], Bool[Tensor, " M"]]:
-    """Cluster the best dropped tokens of each row and put the clusters' means in the places of their centres.
+    """Cluster the best dropped tokens of each row and put the clusters' means in the places of the centres.
 
     Of n dropped tokens m = floor(share * n) + 1 are recycled, in floor(m / size) + 1 clusters; never more than there
     are. How many were dropped is not asked: tables are as wide as they can become.
@@ -59,11 +60,12 @@ def recycle(
     column = torch.arange(best.shape[1], device=device)
     real = column < taken[:, None]
     with full_precision(points):
-        home = density_peaks(points.detach(), taken, counts)
+        home, rank = density_peaks(points.detach(), taken, counts)
         members = (home[:, None] == column[:, None]) & real[:, None]  # [G, centre, member]
         means = members.float() @ points / members.sum(2, keepdim=True).clamp(min=1)
     centre = (home == column) & real
-    target = torch.where(centre, place, len(hidden)).flatten()  # what is no centre goes to a row that is cut off again
+    outside = len(hidden)  # a row that is cut off again, for what is no centre
+    target = torch.where(centre, place, outside).sort(1).values.gather(1, rank).flatten()
     longer = torch.cat([hidden, hidden.new_zeros(1, hidden.shape[1])])
     hidden = longer.index_copy(0, target, means.flatten(0, 1).to(hidden.dtype))[:-1]
     return hidden, unpad(torch.zeros_like(gone).scatter(1, best, centre), row)
@@ -72,7 +74,7 @@ def recycle(
 @torch.no_grad()
 def density_peaks(
     points: Float[Tensor, "G M D"], lengths: Int64[Tensor, " G"], counts: Int64[Tensor, " G"]
-) -> Int64[Tensor, "G M"]:
+) -> tuple[Int64[Tensor, "G M"], Int64[Tensor, "G M"]]:
     """DPC-KNN (Du et al. 2016), as SparseVLM takes it over from TCFormer (arXiv 2204.08680).
 
     A point's density is exp of minus the mean squared distance to its `counts` nearest points, itself among them. The
@@ -84,7 +86,8 @@ def density_peaks(
         lengths: [G] valid leading points of each row.
         counts: [G] clusters, 1..length.
     Returns:
-        [G, M] the centre of each point, as its index in the row; meaningless beyond a row's length.
+        [G, M] the centre of each point, as its index in the row, meaningless beyond a row's length; and [G, M] the
+        points' ranks, centres first, the best of them at 0.
     """
     place = torch.arange(points.shape[1], device=points.device)
     real = place < lengths[:, None]  # [G, M]
@@ -99,5 +102,6 @@ def density_peaks(
     widest = apart.masked_fill(apart.isinf(), 0).amax((1, 2))[:, None]
     gap = apart.masked_fill(~denser, torch.inf).amin(2).minimum(widest)
     centre = top_mask(gap * density, counts, lengths)
+    order = (gap * density).masked_fill(~centre, -torch.inf).sort(dim=1, descending=True, stable=True).indices
     home = apart.masked_fill(~centre[:, None], torch.inf).argmin(2)
-    return torch.where(centre, place, home)
+    return torch.where(centre, place, home), order.argsort(1)

@@ -18,11 +18,13 @@ class QueryGroups:
     """The query tokens of a batch, in groups: one for each (sample, turn) that scores, sorted by both. On the host.
 
     With `turns=first` a token is scored by its own turn alone, so no turn depends on a later one. With `mean` and `max`
-    all turns from its own on score it. Answers never do.
+    all turns from its own on score it, with `last` the sample's last one does. Answers never do.
     """
 
     turns: str
-    """`first`, `mean` or `max`."""
+    """`first`, `mean`, `max` or `last`."""
+    own: Bool[Tensor, " G"]
+    """[G] whether a group scores the tokens of its own turn alone."""
     segment: Int64[Tensor, " G"]
     """[G] sample of each group."""
     turn: Int64[Tensor, " G"]
@@ -42,7 +44,7 @@ class QueryGroups:
         """
         turn, _ = pad(sequence.turn.clamp(min=1), sequence.segment, sequence.samples)  # [B, L]
         own, scoring = turn[self.segment], self.turn[:, None]
-        mask = upload(own == scoring if self.turns == "first" else own <= scoring, scores.device)  # [G, L]
+        mask = upload(torch.where(self.own[:, None], own == scoring, own <= scoring), scores.device)  # [G, L]
         given, _ = pad(scores.masked_fill(~mask, 0), self.segment, sequence.samples)  # [B, groups of a sample, L]
         known, _ = pad(mask, self.segment, sequence.samples)
         if self.turns == "max":
@@ -59,7 +61,11 @@ def question_text(sequence: PackedSequence) -> Bool[Tensor, " T"]:
 
 
 def candidates_and_queries(
-    sequence: PackedSequence, visual_only: bool, lone_images: bool, turns: str = "first"
+    sequence: PackedSequence,
+    visual_only: bool,
+    lone_images: bool,
+    turns: str = "first",
+    turns_in_generation: str | None = None,
 ) -> tuple[Bool[Tensor, " T"], QueryGroups]:
     """What may be dropped, and what scores it.
 
@@ -70,7 +76,8 @@ def candidates_and_queries(
     Args:
         visual_only: text tokens are not candidates.
         lone_images: a turn without question text scores, too, by its closing token.
-        turns: `first`, `mean` or `max`.
+        turns: `first`, `mean`, `max` or `last`.
+        turns_in_generation: `first` or `last`, for samples whose last turn has no answer; None: as the others.
     Returns:
         candidate [T], and the query groups; no candidate where there is no group.
     """
@@ -105,15 +112,22 @@ def candidates_and_queries(
     asked = some(query)
     able = (asked | lone_images) & (closing >= 0).view(-1, most)
     shown = some(visual & ~protected)
-    if turns == "first":
-        active = scoring = shown & able
-    else:
-        active = shown & able.flip(1).int().cummax(1).values.flip(1).bool()
-        scoring = able & active.int().cummax(1).values.bool()
+    final = torch.zeros(sequence.samples, dtype=torch.long).scatter_reduce(0, sequence.segment, turn, "amax")
+    open_ended = ~some(answer).gather(1, final[:, None])  # [B, 1]
+
+    def ruled(name: str) -> Bool[Tensor, "B 1"]:
+        """Of each sample, whether these are its turns."""
+        return torch.where(open_ended, (turns_in_generation or turns) == name, turns == name)
+
+    later = able.flip(1).int().cumsum(1).flip(1)  # [B, K] turns from this one on that can score
+    active = shown & torch.where(ruled("first"), able, later > 0)
+    scoring = torch.where(ruled("first"), active, able & active.int().cummax(1).values.bool())
+    scoring = scoring & (~ruled("last") | (later == 1))
     rows = scoring.flatten().nonzero().squeeze(1)
     group = torch.where(scoring, scoring.flatten().cumsum(0).view_as(scoring) - 1, -1).flatten()
     silent = rows[~asked.flatten()[rows]]  # turns that score by their closing token alone
     query = query.index_fill(0, closing[silent], True) & (group[key] >= 0)
     tokens = query.nonzero().squeeze(1)
-    groups = QueryGroups(turns, rows // most, rows % most, tokens, group[key[tokens]], closing[rows])
+    own = ruled("first").squeeze(1)[rows // most]
+    groups = QueryGroups(turns, own, rows // most, rows % most, tokens, group[key[tokens]], closing[rows])
     return candidate & active.flatten()[key], groups

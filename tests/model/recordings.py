@@ -68,8 +68,9 @@ class Recording:
         first[1:] &= ~visual[:-1] | (segment[1:] != segment[:-1])
         image = torch.where(visual, first.cumsum(0) - 1, -1)
         slot, none = torch.arange(len(kind)), torch.full_like(kind, IGNORE)
+        patch = torch.where(visual, slot - torch.where(first, slot, 0).cummax(0).values, -1)
         samples = int(segment[-1]) + 1
-        sequence = PackedSequence(slot, slot, segment, kind, image, slot, turn, none, slot, samples, picture=image)
+        sequence = PackedSequence(slot, slot, segment, kind, image, patch, turn, none, slot, samples)
         position = sequence.within()
         return PackedSequence(**{**vars(sequence), "position": position, "entry": position})
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -60,12 +61,14 @@ def test_stage_two_is_theirs(file: Path) -> None:
         def query_keys(rows: Tensor, query: Tensor = query, keys: Tensor = keys) -> tuple[Tensor, Tensor]:
             return query[rows], keys
 
-        number = torch.arange(len(sequence))
-        pruned = pruner.prune_tokens(sequence, hidden, query_keys, place)
+        entered = replace(sequence, ids=torch.arange(len(sequence)))
+        pruned = pruner.prune_tokens(entered, hidden, query_keys, place)
         assert pruned is not None
-        states, mask, _ = pruned
-        sequence, states = sequence.keep_with(mask, states)
-        assert number[mask].tolist() == stays.tolist()
+        states, mask, _, made = pruned
+        sequence, states = pruner.shortened(entered, states, mask, made)
+        assert torch.where(made[sequence.ids], MADE, sequence.ids).tolist() == stays.tolist()
+        if f"{place}.states" in recording.tensors:
+            torch.testing.assert_close(states, recording.tensors[f"{place}.states"], **CLOSE)
 
 
 def test_every_record_says_where_it_comes_from() -> None:

@@ -288,7 +288,7 @@ def test_both_stages_give_effective_rank_the_features_of_their_rows() -> None:
     )
     hidden = torch.eye(18)  # every token its own direction
     hidden[10:13] = hidden[13]  # but the second image's patches are all alike
-    _, mask, _ = pruner.prune_tokens(sequence, hidden, lambda rows: (rows, rows))
+    _, mask, _, _ = pruner.prune_tokens(sequence, hidden, lambda rows: (rows, rows))
     assert [int(mask[kind == Kind.VISUAL][part].sum()) for part in (slice(0, 4), slice(4, 8))] == [4, 1]
     assert mask[kind != Kind.VISUAL].all()
 
