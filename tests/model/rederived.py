@@ -30,8 +30,12 @@ class Seen:
     """[N, D']."""
     attention: Tensor
     """[N] CLS row of the block that made the features, each head normalised over the patches."""
+    within: Tensor
+    """[N] the same, each head normalised over CLS and patches."""
     keys: Tensor
     """[N, D] of that block."""
+    cls: Tensor
+    """[D] the CLS token beside the features."""
     wide: Tensor
     """[N] PruMerge's row of the last block."""
     last_keys: Tensor
@@ -68,7 +72,8 @@ def looked_at(hf: LlavaForConditionalGeneration, inputs: dict[str, Tensor], imag
             plain_states = clip.visual_projection(hidden[-1][0, 1:])
         text.append(torch.tensor([alike(patch, meant) for patch in normed]))
         bare.append(torch.tensor([alike(patch, meant) for patch in plain_states]))
-    seen = zip(states, projected, attention, keys, wide, last_keys[:, 1:], text, bare, strict=True)
+    within, cls = row.mean(1), out.hidden_states[-2][:, 0]
+    seen = zip(states, projected, attention, within, keys, cls, wide, last_keys[:, 1:], text, bare, strict=True)
     return [Seen(*image) for image in seen]
 
 
@@ -131,24 +136,27 @@ def prumerge_plus(seen: Seen) -> Answer:
 
 
 def visionzip(seen: Seen) -> Answer:
-    kept = best(seen.attention, 4)
+    kept = best(seen.within, 4)
     gone = [j for j in range(PATCHES) if j not in kept]
     targets = gone[:: len(gone) // 2][:2]
     others = [j for j in gone if j not in targets]
-    home = {j: max(targets, key=lambda t: alike(seen.keys[j], seen.keys[t])) for j in others}
+    metric = torch.stack(seen.keys.split(8, 1)).mean(0)
+    home = {j: max(targets, key=lambda t: alike(metric[j], metric[t])) for j in others}
     order, features = plain(seen, kept)
     for t in targets:
         members = [j for j in others if home[j] == t]
         features[t] = seen.states[t] + (seen.states[members].mean(0) if members else 0)
-    return sorted([*order, *targets]), features
+    place = min(others)
+    features[place] = seen.cls
+    return [place, *order, *targets], features
 
 
 def fastervlm(seen: Seen) -> Answer:
-    return plain(seen, best(seen.attention, 4))
+    return plain(seen, best(seen.within, 4))
 
 
 def vispruner(seen: Seen) -> Answer:
-    order = best(seen.attention, PATCHES)
+    order = best(seen.within, PATCHES)
     important, rest = order[:2], order[2:]  # half of 5, rounded down
     while len(rest) > 3:
         even, odd = rest[::2], rest[1::2]
@@ -195,14 +203,25 @@ def stand_out(scores: Tensor) -> int:
 def recoverable(seen: Seen) -> Answer:
     first = best(seen.wide, max(1, stand_out(seen.wide)))
     gone = [j for j in range(PATCHES) if j not in first]
-    count = stand_out(seen.bare[gone])
+    curve = seen.bare.clone()
+    curve[first] = curve.min()
+    count = stand_out(curve) * len(gone) // PATCHES
     back = sorted(gone, key=lambda j: -float(seen.bare[j]))[:count]
     kept = torch.zeros(1, PATCHES, dtype=torch.bool)
     kept[0, [*first, *back]] = True
     features, places = centres(  # held to its own re-derivation in tests/pruning/test_merging.py
-        seen.states[None], kept, seen.wide[None], seen.last_keys[None], seen.bare[None], count=3
+        seen.states[None],
+        kept,
+        seen.wide[None],
+        seen.last_keys[None],
+        seen.bare[None],
+        count=3,
+        share_of="width",
+        keys_of="renumbered",
     )
-    order = places[0].nonzero().squeeze(1).tolist()
+    order = sorted([*first, *back])
+    made = [i for i in places[0].nonzero().squeeze(1).tolist() if i not in order]
+    order += sorted(made, key=lambda i: -float(seen.wide[i]))
     return order, {i: features[0, i] for i in order}
 
 

@@ -8,7 +8,7 @@ from collections.abc import Callable
 import pytest
 import torch
 from plain import State, Walked, best, eager_copy, walk
-from tiny import annotate, labels_of, packed, rows_of, tiny_inputs, tiny_llava
+from tiny import PATCHES, annotate, labels_of, packed, rows_of, tiny_inputs, tiny_llava
 from torch import Tensor
 from transformers import LlavaForConditionalGeneration
 
@@ -104,14 +104,17 @@ class SparseVLM(Slow):
             return keep, state.hidden
         gone = gone[: min(int(len(gone) * 0.6) + 1, len(gone))]
         hidden = state.hidden.clone()
-        for centre, members in clusters(state.hidden[gone].double(), min(len(gone) // 3 + 1, len(gone))).items():
-            hidden[gone[centre]] = state.hidden[[gone[m] for m in members]].mean(0)
-            keep.append(gone[centre])
-        return sorted(keep), hidden
+        found = clusters(state.hidden[gone].double(), min(len(gone) // 3 + 1, len(gone)))
+        made = sorted(gone[centre] for centre in found)
+        for place, members in zip(made, found.values(), strict=True):
+            hidden[place] = state.hidden[[gone[m] for m in members]].mean(0)
+        image = {i: (state.tokens[i] - 2) // PATCHES for i in candidates}
+        end = {image[i]: i for i in sorted([*keep, *made]) if i in image}
+        return sorted([*keep, *made], key=lambda i: (end[image[i]] + 0.5 if i in made else i, i)), hidden
 
 
 def clusters(points: Tensor, count: int) -> dict[int, list[int]]:
-    """DPC-KNN in plain loops: each centre with its members."""
+    """DPC-KNN in plain loops: each centre with its members, the best centre first."""
     size = len(points)
     apart = [[float((a - b).norm()) / points.shape[1] ** 0.5 for b in points] for a in points]
     density = [math.exp(-sum(d * d for d in sorted(row)[:count]) / count) for row in apart]
@@ -121,7 +124,7 @@ def clusters(points: Tensor, count: int) -> dict[int, list[int]]:
         peak.append(density[i] * (min(denser) if denser else max(map(max, apart))))
     centres = best(peak, count)
     home = [i if i in centres else min(centres, key=lambda c: apart[i][c]) for i in range(size)]
-    return {c: [i for i in range(size) if home[i] == c] for c in centres}
+    return {c: [i for i in range(size) if home[i] == c] for c in sorted(centres, key=lambda c: -peak[c])}
 
 
 SLOW: dict[str, Callable[[Tensor, int], Slow]] = {"fastv": FastV, "pyramiddrop": PyramidDrop, "sparsevlm": SparseVLM}

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 from loaded import MERGES
 from torch import Tensor
 
-from mmprune_train.pruning.merging import TEXT_WEIGHT, centres, contextual, mean_token, nearest, prumerge
+from mmprune_train.pruning.merging import centres, contextual, mean_token, nearest, prumerge
 
 Case = tuple[Tensor, Tensor, Tensor, Tensor]
 
@@ -74,9 +76,12 @@ def test_prumerge(images: int, neighbours: int) -> None:
 
 @pytest.mark.parametrize("images", [1, 5])
 @pytest.mark.parametrize("count", [1, 3, 40])
-def test_contextual(images: int, count: int) -> None:
-    features, kept, _scores, keys = given = case(images)
-    found, mask = contextual(*given, count=count)
+@pytest.mark.parametrize("heads", [1, 2])
+def test_contextual(images: int, count: int, heads: int) -> None:
+    features, kept, scores, keys = case(images)
+    keys = torch.cat([keys, keys.flip(0, 1)[..., : 8 - keys.shape[2]]], 2)
+    found, mask = contextual(features, kept, scores, keys, heads, count=count)
+    keys = torch.stack(keys.split(8 // heads, 2)).mean(0)
     for image in range(images):
         stay, gone = split(kept[image])
         targets = gone[:: max(1, len(gone) // count)][:count]
@@ -105,25 +110,32 @@ def outlying(scores: list[float], neighbours: int) -> int:
 
 @pytest.mark.parametrize("with_text", [False, True])
 @pytest.mark.parametrize("images", [1, 5])
-@pytest.mark.parametrize("neighbours", [4, 32])
-def test_centres(images: int, neighbours: int, with_text: bool) -> None:
+@pytest.mark.parametrize(("neighbours", "theirs"), [(4, False), (32, False), (4, True)])
+def test_centres(images: int, neighbours: int, theirs: bool, with_text: bool) -> None:
+    """By our reading of the paper, and as its authors' code counts centres and finds keys."""
     features, _kept, scores, keys = case(images, size=40)
     kept = scores.argsort(1, descending=True).argsort(1) < torch.tensor([12, 4, 30, 40, 1])[:images, None]
     text = torch.randn(scores.shape) if with_text else None
-    found, mask = centres(features, kept, scores, keys, text, count=neighbours)
+    reading = {"share_of": "width", "keys_of": "renumbered", "joint": 16} if theirs else {}
+    features = torch.cat([features] * 4, 2)  # 20 numbers
+    found, mask = centres(features, kept, scores, keys, text, count=neighbours, **reading)
     made = []
     for image in range(images):
         stay, gone = split(kept[image])
         s = scores[image]
         gone.sort(key=lambda j: -float(s[j]))
-        count = len(stay) * outlying([float(s[j]) for j in gone], 10) // max(1, len(gone))
+        key = dict(zip(sorted(gone), keys[image], strict=False)) if theirs else keys[image]
+        whole = 20 if theirs else len(stay)
+        count = whole * outlying([float(s[j]) for j in gone], 10) // max(1, len(gone))
         middle, others = gone[:count], gone[count:]
         expected = {i: features[image, i] for i in stay}
         for i in middle:
 
-            def nearness(j: int, i: int = i, image: int = image) -> float:
-                alike = float(torch.cosine_similarity(keys[image, i], keys[image, j], 0))
-                return alike + (TEXT_WEIGHT * float(text[image, j]) if text is not None else 0.0)
+            def nearness(j: int, i: int = i, image: int = image, key: Any = key) -> float:
+                alike = float(torch.cosine_similarity(key[i], key[j], 0))
+                return alike + (
+                    50 / (16 if theirs else 768) ** 0.5 * float(text[image, j]) if text is not None else 0.0
+                )
 
             near = sorted((j for j in gone if j != i), key=nearness, reverse=True)[:neighbours]
             expected[i] = features[image, i] + sum(s[j] * features[image, j] for j in near)
