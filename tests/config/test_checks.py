@@ -70,6 +70,12 @@ def test_typos_are_answered_with_the_nearest_valid_word(override, words):
         (["trainer.feature_cache=true", "pruner=cdpruner"], "anew for each question.*feature_cache=false"),
         (["trainer.feature_cache=true", "pruner=recoverable"], "pruner.vision.recover.score=text_similarity_bare cuts"),
         (["encoder=dinov2_small", "pruner=cdpruner"], "needs a CLIP text tower.*choose encoder=clip_vit_l14_336"),
+        (
+            ["encoder=siglip_so400m_384", "pruner.vision.score=pooled_cosine", "pruner.vision.keep_cls=true"],
+            "keep_cls=true needs a CLS token, which encoder siglip_so400m_384 does not have",
+        ),
+        (['pruner.vision.question_ends=[""]'], "question_ends holds an empty text"),
+        (["pruner.vision.keep_cls=true", "pruner.vision.positions=original"], "keep_cls=true moves patches"),
         (["encoder.text=null", "pruner=recoverable"], "recover.score=text_similarity_bare needs a CLIP text tower"),
         (["encoder.arch.model_type=vit"], "encoder.text: a CLIP text tower does not fit a vit"),
         (["pruner.vision.score=text_similarity", "pruner.vision.merge=centres"], "merge=centres weighs patches"),

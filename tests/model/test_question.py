@@ -96,6 +96,20 @@ def test_an_image_has_the_question_of_its_own_turn_in_training_and_in_a_prompt()
         features=model.config.image_seq_length,
     )
     assert image_questions(packed_prompt, model.words).question == ["What color is the shape?"]
+    assert image_questions(packed_prompt, model.words, [" the", " is"]).question == ["What color"]
+
+
+@pytest.mark.parametrize(
+    ("name", "read"), [("cdpruner", "Is it\nred?"), ("recoverable", "Is it"), (CDPRUNER | {"name": "none"}, None)]
+)
+def test_a_preset_reads_the_question_as_far_as_its_authors_do(name: str, read: str | None) -> None:
+    asked = "Is it\nred?\nAnswer the question using a single word or phrase."
+    ends = load_pruner(name).vision.question_ends
+    assert (read is None) == (not ends)
+    batch = collate([sample("s", [0], [40, 41, 42])])
+    for text in (asked, "Is it\nred?"):
+        pairs = image_questions(batch.sequence, lambda ids, text=text: text, ends)
+        assert pairs.question == [read or text]
 
 
 def test_samples_that_share_image_and_question_share_a_row() -> None:

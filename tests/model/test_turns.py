@@ -85,6 +85,7 @@ def expected_scores(ids: Tensor, attention: Tensor, states: Tensor, score: str, 
     scores = []
     for t in range(len(ids)):
         heard = [u for u in ballots if (u == turn[t] if turns == "first" else u >= turn[t])]
+        heard = [u for u in heard if turns != "last" or u == max(ballots)]
         shown = any(turn[v] == turn[t] and kind[v] == Kind.VISUAL for v in range(len(ids)))
         votes = [ballots[u][t] for u in heard] if kind[t] in (Kind.VISUAL, Kind.PROMPT) and shown else []
         mean = sum(votes) / max(1, len(votes))
@@ -94,7 +95,7 @@ def expected_scores(ids: Tensor, attention: Tensor, states: Tensor, score: str, 
 
 @pytest.mark.parametrize("lone", [False, True])
 @pytest.mark.parametrize("score", ["text_attention", "last_token_attention", "text_cosine"])
-@pytest.mark.parametrize("turns", ["first", "mean", "max"])
+@pytest.mark.parametrize("turns", ["first", "mean", "max", "last"])
 def test_turns_vote_by_their_policy(turns: str, score: str, lone: bool) -> None:
     """Scores and kept sets of one sample and of five, of several images, turns without image and without text."""
     hf = tiny_llava()
@@ -132,6 +133,26 @@ def test_turns_vote_by_their_policy(turns: str, score: str, lone: bool) -> None:
             assert kept.tolist() == [t for t in range(len(ids)) if t not in gone]
 
 
+@pytest.mark.parametrize("turns", ["first", "mean", "max"])
+def test_the_last_question_votes_alone_where_it_is_to_be_answered(turns: str) -> None:
+    """Samples that end in an answer keep their policy, beside others of their batch that do not."""
+    hf = tiny_llava()
+    chats = [[(1, 4, 2), (1, 3, 0)], [(1, 4, 2), (1, 3, 2)], [(2, 5, 0)]]
+    _, inputs = batch(chats)
+    found = []
+    for policy in ({"turns": turns, "turns_in_generation": "last"}, {"turns": turns}, {"turns": "last"}):
+        model = chatty(hf, score="last_token_attention", no_text="last_token_attention", **policy)
+        with torch.no_grad():
+            model(**inputs)
+        lengths = inputs["attention_mask"].sum(1).tolist()
+        found.append(model.last_pruning.language_scores.split(lengths))
+    mixed, answered, last = found
+    for row, wanted in enumerate((last, answered, answered)):  # of one turn it is the same
+        torch.testing.assert_close(mixed[row], wanted[row], equal_nan=True)
+    assert not torch.allclose(mixed[0].nan_to_num(), answered[0].nan_to_num(), rtol=1e-3)
+    assert not torch.allclose(mixed[1].nan_to_num(), last[1].nan_to_num(), rtol=1e-3)
+
+
 def of_the_first_turn(model: PackedLlava, ids: Tensor, pixels: Tensor) -> tuple[list[float], list[int]]:
     """Its scores, and what stays of it at every layer that drops."""
     with torch.no_grad():
@@ -150,7 +171,7 @@ def test_a_later_question_decides_only_where_the_policy_says_so(score: str, aske
     pixels = torch.randn(1, 3, SIDE, SIDE)
     head = sample([(1, asked, 2)], 0)
     chats = [torch.cat([head, sample([(0, 5, 2)], seed)[1:]]) for seed in range(4)]
-    for policy in ("first", "mean", "max"):
+    for policy in ("first", "mean", "max", "last"):
         model = chatty(hf, turns=policy, score=score, layer=[1, 2])
         alone = of_the_first_turn(model, head, pixels)
         found = [of_the_first_turn(model, ids, pixels) for ids in chats]
@@ -163,7 +184,7 @@ def test_a_later_question_decides_only_where_the_policy_says_so(score: str, aske
             assert len({tuple(kept) for _, kept in found}) > 1
 
 
-@pytest.mark.parametrize("turns", ["first", "mean", "max"])
+@pytest.mark.parametrize("turns", ["first", "mean", "max", "last"])
 @pytest.mark.parametrize("score", ["text_attention", "last_token_attention", "text_cosine", "key_norm"])
 def test_no_answer_ever_votes(score: str, turns: str) -> None:
     """Other words in the last answer, which no question sees, change nothing that is kept."""
@@ -184,16 +205,16 @@ def test_scores_without_query_tokens_are_the_same_whatever_the_policy() -> None:
     hf = tiny_llava()
     _, inputs = batch(CHAT)
     found = []
-    for turns in ("first", "mean", "max"):
+    for turns in ("first", "mean", "max", "last"):
         model = chatty(hf, turns=turns, score="key_norm", no_text="last_token_attention")
         with torch.no_grad():
             model(**inputs)
         found.append(model.last_pruning.language_scores)
-    torch.testing.assert_close(found[0], found[1], equal_nan=True)
-    torch.testing.assert_close(found[0], found[2], equal_nan=True)
+    for other in found[1:]:
+        torch.testing.assert_close(found[0], other, equal_nan=True)
 
 
-@pytest.mark.parametrize("turns", ["first", "mean", "max"])
+@pytest.mark.parametrize("turns", ["first", "mean", "max", "last"])
 @pytest.mark.parametrize("name", ["pyramiddrop", "sparsevlm"])
 def test_the_rest_of_the_batch_never_changes_a_chat(name: str, turns: str) -> None:
     settings = {"turns": turns, "layer": [1, 2, 3]}

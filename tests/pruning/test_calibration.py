@@ -135,7 +135,8 @@ def test_few_measurements_suffice_where_they_are_dear() -> None:
 
 @pytest.mark.parametrize("selection", ["top", "max_min", "dpp", "top_and_uniform", "top_and_distinct"])
 @pytest.mark.parametrize("merge", ["none", "nearest", "mean_token", "prumerge", "contextual"])
-def test_tokens_are_counted_as_the_model_leaves_them(selection: str, merge: str) -> None:
+@pytest.mark.parametrize("keep_cls", [False, True])
+def test_tokens_are_counted_as_the_model_leaves_them(selection: str, merge: str, keep_cls: bool) -> None:
     """What selection and merging add to the budget's count."""
     model, inputs = tiny_llava(), tiny_inputs([1, 2, 1], [6, 4, 5])
     for count in (2, 4, 9):
@@ -144,6 +145,7 @@ def test_tokens_are_counted_as_the_model_leaves_them(selection: str, merge: str)
             "knee": knee,
             "selection": selection,
             "merge": merge,
+            "keep_cls": keep_cls,
             "merge_args": {"count": 3} if merge in ("prumerge", "contextual") else {},
         }
         pruned = packed(model, {"name": "encoder_only", "vision": stage})
