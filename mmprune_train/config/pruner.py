@@ -214,10 +214,13 @@ def _check_vision_stage(stage: VisionStageConfig) -> None:
             f"{key}.merge={stage.merge} weighs patches by score, and {key}.score={stage.score} can be negative: "
             f"set {key}.score={_unsigned('vision_score')}, or another {key}.merge"
         )
-    if stage.order == "rank" and stage.positions == "original":
+    if "" in stage.question_ends:
+        raise UserError(f"{key}.question_ends holds an empty text, which would end every question: leave it out")
+    moved = f"order={stage.order}" if stage.order != "raster" else "keep_cls=true" if stage.keep_cls else ""
+    if moved and stage.positions == "original":
         raise UserError(
-            f"{key}.order=rank moves patches, so {key}.positions=original would give them each other's places: "
-            f"set {key}.positions=contiguous, or {key}.order=raster"
+            f"{key}.{moved} moves patches, so {key}.positions=original would give them each other's places: "
+            f"set {key}.positions=contiguous, or {key}.order=raster and {key}.keep_cls=false"
         )
 
 

@@ -99,9 +99,7 @@ def test_an_image_has_the_question_of_its_own_turn_in_training_and_in_a_prompt()
     assert image_questions(packed_prompt, model.words, [" the", " is"]).question == ["What color"]
 
 
-@pytest.mark.parametrize(
-    ("name", "read"), [("cdpruner", "Is it\nred?"), ("recoverable", "Is it"), (CDPRUNER | {"name": "none"}, None)]
-)
+@pytest.mark.parametrize(("name", "read"), [("cdpruner", "Is it\nred?"), ("recoverable", "Is it"), ("dpp", None)])
 def test_a_preset_reads_the_question_as_far_as_its_authors_do(name: str, read: str | None) -> None:
     asked = "Is it\nred?\nAnswer the question using a single word or phrase."
     ends = load_pruner(name).vision.question_ends
