@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable
 
 import torch
@@ -124,7 +125,9 @@ class VisionStage:
         left = (~kept).sum(1)
         if self.settings.vision.recover.counted == "all":
             curve = torch.where(kept, scores.amin(1, keepdim=True), scores)
-            counts = budget.counts(curve, whole_lengths(curve), lambda: view.patches) * left // kept.shape[1]
+            with warnings.catch_warnings():
+                warnings.filterwarnings("ignore", "Duplicate values")  # scikit-learn, of the kept ones
+                counts = budget.counts(curve, whole_lengths(curve), lambda: view.patches) * left // kept.shape[1]
         else:
             order = kept.int().sort(dim=1, stable=True).indices  # dropped patches first
             counts = budget.counts(
