@@ -79,8 +79,8 @@ KINDS = {
     "vision_score": Kind("stage-1 score", ("view",), assumed=("patches", "grid", "patch_keys")),
     "language_score": Kind("stage-2 score", ("view",), assumed=("hidden", "keys", "query_tokens", "closing_token")),
     "budget": Kind("budget", ("curve", "lengths"), ("features", "feature_rank")),
-    "selection": Kind("selection", ("scores", "counts", "features"), ("known",), ("features",)),
-    "merge": Kind("stage-1 merge", ("features", "kept", "scores", "keys"), ("text", "heads")),
+    "selection": Kind("selection", ("scores", "counts", "features"), ("known", "projected", "words"), ("features",)),
+    "merge": Kind("stage-1 merge", ("features", "kept", "scores", "keys"), ("text", "heads", "grid")),
     "language_merge": Kind("stage-2 merge", ("hidden", "places", "row", "dropped", "scores")),
 }
 KEYS = {
@@ -124,7 +124,7 @@ class Declaration:
     exceeds: bool = False
     """Of a selection: may keep more than it is told."""
     weighs: bool = False
-    """Of a merge: weighs by scores, which must not be negative."""
+    """Of a selection or a merge: weighs by scores, which must not be negative."""
     makes: int | str | None = None
     """Of a merge: tokens that it makes of an image's dropped patches, at most as many as these: a number, or the
     parameter that says it; None: that depends on the image."""
@@ -223,6 +223,11 @@ class Component(Declaration):
     def own(self) -> bool:
         """Whether it is a function of the user's own, named as `module:function`."""
         return ":" in self.name
+
+    @property
+    def asks(self) -> bool:
+        """Whether it looks at the question, in whatever space."""
+        return "question" in self.reads or "words" in self.takes
 
     @property
     def needs(self) -> list[str]:

@@ -59,7 +59,7 @@ def max_min(scores: Scores, counts: Counts, features: Features, known: Counts | 
     """
     unit = normalize(features.float(), dim=-1)
     nearest = torch.stack([_to_nearest(row) for row in unit])  # [B, N], N x N once
-    return _greedy(nearest, counts, unit, _most(counts, known))
+    return _greedy(nearest, counts, unit, most_of(counts, known))
 
 
 def _to_nearest(unit: Tensor) -> Tensor:
@@ -69,7 +69,8 @@ def _to_nearest(unit: Tensor) -> Tensor:
     return torch.minimum(distance, distance.T).fill_diagonal_(torch.inf).amin(1)
 
 
-def _most(counts: Counts, known: Counts | None) -> int:
+def most_of(counts: Counts, known: Counts | None) -> int:
+    """The largest count; waits for the device unless `known`."""
     return int((fetch(counts) if known is None else known).max())
 
 
@@ -100,7 +101,7 @@ def dpp(scores: Scores, counts: Counts, features: Features, known: Counts | None
     chosen = torch.zeros_like(scores, dtype=torch.bool)
     row = torch.arange(len(scores), device=scores.device)
     gain = relevance.square()  # squared volume each token would add: the kernel's diagonal to begin with
-    most = _most(counts, known)
+    most = most_of(counts, known)
     basis = gain.new_zeros((most, *gain.shape))  # [steps, B, N]
     for step in range(most):
         adds = gain > SPANNED * relevance.square()
