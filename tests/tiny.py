@@ -139,6 +139,11 @@ def words(ids: Tensor) -> str:
     return " ".join(chr(ord("a") + id % 26) + chr(ord("a") + id // 26) for id in ids.tolist())
 
 
+def spell(text: str) -> list[int]:
+    """The ids behind `words`."""
+    return [ord(word[0]) - ord("a") + 26 * (ord(word[1]) - ord("a")) for word in text.split()]
+
+
 def tiny_clip(hf: LlavaForConditionalGeneration, seed: int = 3) -> CLIPModel:
     """A whole CLIP around a model's vision tower, its text side random; read by `tiny_question_tokenizer`."""
     torch.manual_seed(seed)
@@ -163,9 +168,9 @@ def packed(hf: LlavaForConditionalGeneration, pruner: object = "none", **executi
         execution: fields of `Execution`.
     """
     chosen, question = Pruner(load_pruner(pruner)), None
-    if chosen.reads_text:
+    if chosen.reads_tower:
         question = QuestionEncoder(tiny_clip(hf), tiny_question_tokenizer())
-    model = PackedLlava(copy.deepcopy(hf), chosen, annotate, "v1", question, words, Execution(**execution))
+    model = PackedLlava(copy.deepcopy(hf), chosen, annotate, "v1", question, words, Execution(**execution), spell)
     return model.eval()
 
 

@@ -225,11 +225,6 @@ class Component(Declaration):
         return ":" in self.name
 
     @property
-    def asks(self) -> bool:
-        """Whether it looks at the question, in whatever space."""
-        return "question" in self.reads or "words" in self.takes
-
-    @property
     def needs(self) -> list[str]:
         """What an encoder must have for it."""
         return sorted({part for name in self.reads if (part := READS[name])})

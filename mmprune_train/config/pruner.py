@@ -188,11 +188,16 @@ def pruned_layers(stage: LanguageStageConfig, depth: int) -> dict[int, int]:
     return {layer: place for place, layer in enumerate(layers)}
 
 
+def selection_of(stage: VisionStageConfig) -> Component:
+    return find("selection", stage.selection, "pruner.vision.selection")
+
+
 def projects(stage: VisionStageConfig) -> bool:
     """Whether stage 1 selects by what the projector makes of all patches; a selection without a declaration may."""
-    if not stage.enabled or stage.space != "projected":
+    if not stage.enabled:
         return False
-    return "features" in find("selection", stage.selection, "pruner.vision.selection").reads
+    selection = selection_of(stage)
+    return "projected" in selection.takes or (stage.space == "projected" and "features" in selection.reads)
 
 
 def _check_vision_stage(stage: VisionStageConfig) -> None:
@@ -208,11 +213,13 @@ def _check_vision_stage(stage: VisionStageConfig) -> None:
     _check_division(key, stage.knee, stage.score)
     if stage.recover.enabled:
         _check_division(f"{key}.recover", stage.recover.knee, stage.recover.score)
-    weighs = stage.merge != "none" and find("merge", stage.merge, f"{key}.merge").weighs
-    if weighs and find("vision_score", stage.score, f"{key}.score").signed:
+    parts = [("selection", stage.selection), ("merge", stage.merge)]
+    weighing = [(kind, name) for kind, name in parts if name != "none" and find(kind, name, f"{key}.{kind}").weighs]
+    if weighing and find("vision_score", stage.score, f"{key}.score").signed:
+        kind, name = weighing[0]
         raise UserError(
-            f"{key}.merge={stage.merge} weighs patches by score, and {key}.score={stage.score} can be negative: "
-            f"set {key}.score={_unsigned('vision_score')}, or another {key}.merge"
+            f"{key}.{kind}={name} weighs patches by score, and {key}.score={stage.score} can be negative: "
+            f"set {key}.score={_unsigned('vision_score')}, or another {key}.{kind}"
         )
     if "" in stage.question_ends:
         raise UserError(f"{key}.question_ends holds an empty text, which would end every question: leave it out")
@@ -234,7 +241,17 @@ def stage_one_scores(stage: VisionStageConfig) -> list[tuple[str, Component]]:
 
 def reads_text(stage: VisionStageConfig) -> bool:
     """Whether stage 1 reads the question, so that an image is cut anew for each."""
+    return reads_tower(stage) or reads_words(stage)
+
+
+def reads_tower(stage: VisionStageConfig) -> bool:
+    """Whether it reads it by CLIP's text tower."""
     return any("question" in score.reads for _, score in stage_one_scores(stage))
+
+
+def reads_words(stage: VisionStageConfig) -> bool:
+    """Whether it reads it word by word, as the LLM embeds it."""
+    return stage.enabled and "words" in selection_of(stage).takes
 
 
 def _unsigned(kind: str) -> str:

@@ -8,6 +8,7 @@ from mmprune_train.config.pruner import (
     projects,
     pruned_layers,
     reads_text,
+    reads_words,
     running,
     stage_one_scores,
 )
@@ -72,6 +73,10 @@ def check_feature_cache(config: Config, name: str) -> None:
             raise UserError(f"{key}: {where}={score.name} must draw anew each time; {off}")
         if "question" in score.reads:
             raise UserError(f"{key}: {where}={score.name} cuts an image anew for each question; {off}")
+    if reads_words(vision):
+        raise UserError(
+            f"{key}: pruner.vision.selection={vision.selection} cuts an image anew for each question; {off}"
+        )
     schedule = config.pruner.schedule
     if vision.enabled and schedule.name != "constant" and "vision" in schedule.applies_to:
         raise UserError(
@@ -79,9 +84,11 @@ def check_feature_cache(config: Config, name: str) -> None:
             f"stage 1 keeps; {off}, or pruner.schedule.applies_to=[language]"
         )
     if projects(vision) and stage.train_projector:
+        by_space = vision.space == "projected"
+        culprit = "space=projected" if by_space else f"selection={vision.selection}"
         raise UserError(
-            f"{key}: pruner.vision.space=projected selects by what the projector, which stage.{name} trains, makes of "
-            f"the patches; {off}, or pruner.vision.space=features"
+            f"{key}: pruner.vision.{culprit} selects by what the projector, which stage.{name} trains, makes of the "
+            f"patches; {off}, or {'pruner.vision.space=features' if by_space else 'choose another selection'}"
         )
 
 

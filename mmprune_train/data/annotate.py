@@ -118,14 +118,15 @@ class Annotator:
                 parts[number] += piece
             found |= {part for part, span in zip(parts, spans, strict=True) if span.text in literals}
         for literal in literals:  # one that opens only a generated answer stands in no conversation
-            found.add(b"".join(self._pieces(self._ids(literal))))
+            found.add(b"".join(self._pieces(self.spell(literal))))
         spaces = max(1, *(len(part) - len(part.rstrip(b" ")) for part in found)) if behind else 0
         patterns = sorted({part.strip(b" ") for part in found} - {b""}, key=len, reverse=True)
         return re.compile(b" ?(?:" + b"|".join(map(re.escape, patterns)) + b") {0,%d}" % spaces)
 
     def _system(self, header: str) -> re.Pattern[bytes]:
-        text = b"".join(self._pieces(self._ids(header))).rstrip()
+        text = b"".join(self._pieces(self.spell(header))).rstrip()
         return re.compile(re.escape(text) + (rb"\s*" if header != header.rstrip() else b""))
 
-    def _ids(self, text: str) -> list[int]:
+    def spell(self, text: str) -> list[int]:
+        """The ids of a text, without special tokens around it."""
         return list(self._tokenizer(text, add_special_tokens=False)["input_ids"])

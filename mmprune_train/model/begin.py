@@ -7,7 +7,7 @@ from contextlib import nullcontext
 import torch
 from transformers import LlavaForConditionalGeneration, LlavaProcessor, PreTrainedModel, PreTrainedTokenizerBase
 
-from mmprune_train.config.pruner import reads_text
+from mmprune_train.config.pruner import reads_tower
 from mmprune_train.config.schema import Config
 from mmprune_train.model.build import (
     assemble,
@@ -66,8 +66,8 @@ def begin(
 
 
 def _question(config: Config, start: Start | None, dtype: torch.dtype) -> QuestionEncoder | None:
-    """The text tower, where stage 1 reads the question: that saved with a whole model, else the encoder's."""
-    if not reads_text(config.pruner.vision):
+    """The text tower, where stage 1 reads the question by it: that saved with a whole model, else the encoder's."""
+    if not reads_tower(config.pruner.vision):
         return None
     text = config.encoder.text
     if whole := start and start.whole:

@@ -155,7 +155,7 @@ def build_on_meta(config: Config, tower: PreTrainedModel | None = None) -> Packe
         if config.projector.name == "linear":
             hf.model.multi_modal_projector.linear_2.requires_grad_(False)
         pruner = Pruner(config.pruner)
-        question = new_question_encoder(config.encoder, None, torch.float32) if pruner.reads_text else None
+        question = new_question_encoder(config.encoder, None, torch.float32) if pruner.reads_tower else None
     hf.model.vision_tower = tower or hf.model.vision_tower
     return PackedLlava(hf, pruner, None, config.llm.template, question, execution=Execution.of(config.trainer))
 
@@ -181,7 +181,7 @@ def packed(
     template = template or own
     annotate = converse(hf, processor, template, own)
     pruner, execution = Pruner(config.pruner), Execution.of(config.trainer)
-    return PackedLlava(hf, pruner, annotate, template, question, annotate.words, execution), processor
+    return PackedLlava(hf, pruner, annotate, template, question, annotate.words, execution, annotate.spell), processor
 
 
 def load_llava(folder: Path | str, dtype: torch.dtype, empty: bool = False) -> LlavaForConditionalGeneration:
@@ -261,11 +261,11 @@ def load_model(
     with retold(lambda error: f"{told}: {reason_of(error)}", (OSError, ValueError, SafetensorError)):
         hf = load_llava(folder, dtype, empty)
     processor = load_processor(folder, hf)
-    if chosen.reads_text:
+    if chosen.reads_tower:
         tower = TextTowerConfig(path=str(text)) if isinstance(text, str | Path) else text
         question = find_question_encoder(Path(folder), tower, dtype)
     before = saved.get("template") or _template_of(processor)
     template = template or before
     annotate = converse(hf, processor, template, before)
-    model = PackedLlava(hf, chosen, annotate, template, question, annotate.words, execution)
+    model = PackedLlava(hf, chosen, annotate, template, question, annotate.words, execution, annotate.spell)
     return (model if empty else model.to(device)).eval(), processor

@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import replace
 from functools import partial
+from itertools import chain
 from typing import Any
 
 import torch
@@ -13,11 +14,13 @@ from torch import Tensor, nn
 from transformers import LlavaConfig, LlavaForConditionalGeneration
 
 from mmprune_train.errors import UserError
+from mmprune_train.model.content_words import Spell, content_words
 from mmprune_train.model.execution import Execution
 from mmprune_train.model.language import looking
-from mmprune_train.model.question import ImageQuestions, QuestionEncoder, TextFeatures
+from mmprune_train.model.question import ImageQuestions, QuestionEncoder, TextFeatures, show
 from mmprune_train.model.vision import encode, features_of
 from mmprune_train.packed.host import fetch, upload
+from mmprune_train.packed.padding import pad
 from mmprune_train.packed.patches import Patches
 from mmprune_train.pruning import Pruner
 from mmprune_train.pruning.budgets import poison
@@ -44,6 +47,7 @@ class ImageSide:
     config: LlavaConfig
     pruner: Pruner
     question: QuestionEncoder | None
+    spell: Spell | None
     execution: Execution
     training: bool
     device: torch.device
@@ -125,10 +129,10 @@ class ImageSide:
                 )
             view.patches = states
         projected = partial(self._project_to_look, states)
-        if self.question is not None:
+        if self.pruner.reads_text and view.question is None and view.words is None:
             if asked is None:
-                asked, first = self.question.ask(ImageQuestions.unasked(len(states))), 0
-            view, rows = self.question.show(view, asked, first)
+                asked, first = self.ask(ImageQuestions.unasked(len(states))), 0
+            view, rows = show(view, asked, first, self.question)
             projected = partial(self._project_to_look, states, rows)
             states = states[rows]
         if not self.pruner.settings.vision.enabled:
@@ -144,6 +148,21 @@ class ImageSide:
             order = torch.where(lost[:, None], torch.arange(order.shape[1]), order)
             features = features * upload(poison(lost), features.device)[:, None, None].to(features.dtype)
         return Patches.cut(features, order, scores)
+
+    def ask(self, pairs: ImageQuestions) -> TextFeatures:
+        """What stage 1 reads of the questions; the same modules run whatever they are, as under ZeRO-3 every rank must
+        run them."""
+        asked = TextFeatures.unread(pairs, self.device) if self.question is None else self.question.ask(pairs)
+        return replace(asked, words=self._embed_words(pairs.question)) if self.pruner.reads_words else asked
+
+    @torch.no_grad()
+    def _embed_words(self, questions: list[str]) -> Tensor:
+        """[P, W, D] the LLM's embeddings of each question's content words, zeros behind the last."""
+        assert self.spell is not None, "words without what spells them"
+        ids = [self.spell(content_words(question)) for question in questions]
+        row = torch.repeat_interleave(torch.tensor([len(one) for one in ids]))
+        flat = upload(torch.tensor(list(chain.from_iterable(ids)), dtype=torch.long), self.device)
+        return pad(self.hf.model.language_model.embed_tokens(flat), row, len(ids))[0]
 
     @torch.no_grad()
     def _project_to_look(self, features: Tensor, rows: Tensor | None = None) -> Tensor:
@@ -162,5 +181,5 @@ class ImageSide:
         if not self.training:
             return None
         blank = self._blank()  # ZeRO-3 gathers a weight that is named
-        asked = None if self.question is None else self.question.ask(ImageQuestions.unasked(1))  # first, as with images
+        asked = self.ask(ImageQuestions.unasked(1)) if self.pruner.reads_text else None  # first, as with images
         return self.hf.model.multi_modal_projector(self.select_patches(blank, asked, least_passes).chosen)

@@ -19,6 +19,7 @@ from mmprune_train.config.pruner_schema import PrunerConfig
 from mmprune_train.errors import UserError
 from mmprune_train.model import attention
 from mmprune_train.model.cache import READ_ANEW, PrunedCache
+from mmprune_train.model.content_words import Spell
 from mmprune_train.model.execution import Execution
 from mmprune_train.model.further_turns import check_turn, deciding, whole_trace
 from mmprune_train.model.generation import Generating, refuse_arguments, refuse_foreign
@@ -47,8 +48,9 @@ class PackedLlava(Generating, PackedPass, PreTrainedModel, GenerationMixin):
             the question, and `forward` or `generate` is used.
         template: name of the conversation template the model was trained with, saved beside the pruner's settings.
         question: CLIP's text tower; needed where stage 1 reads the question, and dropped elsewhere.
-        words: what the LLM's ids say, for `question`.
+        words: what the LLM's ids say; needed where stage 1 reads the question.
         execution: how to compute.
+        spell: the LLM's ids of a text; needed where it reads the question word by word.
     """
 
     config_class = LlavaConfig
@@ -69,14 +71,16 @@ class PackedLlava(Generating, PackedPass, PreTrainedModel, GenerationMixin):
         question: QuestionEncoder | None = None,
         words: Words | None = None,
         execution: Execution | None = None,
+        spell: Spell | None = None,
     ) -> None:
         super().__init__(hf.config)
         self.hf = hf
         self.pruner = pruner
         self.annotate = annotate
         self.template = template
-        self.question = question if pruner.reads_text else None
+        self.question = question if pruner.reads_tower else None
         self.words = words
+        self.spell = spell
         self.execution = execution or Execution()
         self.last_pruning: PruningTrace | None = None
         self.generation_config = hf.generation_config
@@ -87,7 +91,7 @@ class PackedLlava(Generating, PackedPass, PreTrainedModel, GenerationMixin):
         pruner.layers(len(language.layers))  # refuses those that this LLM does not have
         if pruner.settings.vision.enabled:
             scored_block(pruner.settings.vision.layer, deepest_feature(hf.config.vision_feature_layer, blocks), blocks)
-        if pruner.reads_text:
+        if pruner.reads_tower:
             if question is None:
                 raise UserError("stage 1 reads the question: pass `question` and `words` (load_model does)")
             if question.width != (width := tower.config.hidden_size):
@@ -105,7 +109,7 @@ class PackedLlava(Generating, PackedPass, PreTrainedModel, GenerationMixin):
     def pruned_by(self, settings: PrunerConfig) -> AbstractContextManager[None]:
         """The same network with another pruner, as long as the context lasts; with the text tower where that reads."""
         pruner = Pruner(settings)
-        return swapped(self, pruner=pruner, question=self.question if pruner.reads_text else None)
+        return swapped(self, pruner=pruner, question=self.question if pruner.reads_tower else None)
 
     def executed(self, **changes: Any) -> AbstractContextManager[None]:
         """The same network computed in another way, as long as the context lasts; the fields of `Execution`."""

@@ -83,11 +83,11 @@ class PackedPass(ImageSide):
         dense, dense_visual = self._count(sequence)
         ids, asked, encoded = sequence.ids, None, 0
         if patches is None and pixel_values is not None and len(pixel_values):
-            if self.question is not None:
+            if self.pruner.reads_text:
                 assert self.words is not None, "question without words"
                 pairs = image_questions(sequence, self.words, self.pruner.asked_until)
                 sequence = replace(sequence, image=pairs.row)
-                asked = self.question.ask(pairs)
+                asked = self.ask(pairs)
             patches, encoded = self.select_patches(pixel_values, asked, least_passes), len(pixel_values)
         row = sequence.image
         if patches is not None:

@@ -55,20 +55,29 @@ class ImageQuestions:
 
 @dataclass(frozen=True)
 class TextFeatures:
-    """Text features of `ImageQuestions`."""
+    """What stage 1 reads of `ImageQuestions`."""
 
     image: list[int]
     """[P] as there."""
     text: Tensor
-    """[P, E] float32, zeros for no question."""
+    """[P, E] float32, by the text tower, zeros for no question; E is 0 without a tower."""
     known: Tensor
     """[P] bool, which have a question."""
     shape: tuple[int, int]
     """Of the ids that the text tower read: different questions, and the tokens of the longest."""
+    words: Tensor | None = None
+    """[P, W, D] the LLM's embeddings of each question's words, zeros behind the last; None: not read."""
+
+    @classmethod
+    def unread(cls, pairs: ImageQuestions, device: torch.device) -> TextFeatures:
+        """Without a text tower."""
+        known = upload(torch.tensor([bool(text) for text in pairs.question]), device)
+        return cls(pairs.image, torch.zeros((len(known), 0), device=device), known, (0, 0))
 
     def nothing(self) -> TextFeatures:
         """Of one image that nothing is asked of; the text tower does not run."""
-        return TextFeatures([0], torch.zeros_like(self.text[:1]), torch.zeros_like(self.known[:1]), (0, 0))
+        words = None if self.words is None else torch.zeros_like(self.words[:1])
+        return TextFeatures([0], torch.zeros_like(self.text[:1]), torch.zeros_like(self.known[:1]), (0, 0), words)
 
 
 def image_questions(sequence: PackedSequence, words: Words, ends: Sequence[str] = ()) -> ImageQuestions:
@@ -132,24 +141,6 @@ class QuestionEncoder(nn.Module):
         known = upload(torch.tensor([bool(text) for text in pairs.question]), device)
         return TextFeatures(pairs.image, embedded * known[:, None], known, (ids.shape[0], ids.shape[1]))
 
-    def show(self, view: VisionView, asked: TextFeatures, start: int) -> tuple[VisionView, Tensor]:
-        """What stage 1 may look at, per image and question.
-
-        Args:
-            view: of the images `start`, `start + 1`, ...
-        Returns:
-            the view of the rows of `asked` that look at these images, and the image of each, counted from `start`.
-        """
-        part = slice(bisect_left(asked.image, start), bisect_left(asked.image, start + len(view.patches)))
-        rows = upload(torch.tensor(asked.image[part]) - start, view.patches.device)
-
-        @cache
-        def question(normed: bool) -> tuple[Tensor, Tensor]:
-            assert view.block_output is not None
-            return self.project(view.block_output(), normed)[rows], asked.text[part]
-
-        return replace(view.at(rows), question=question, asked=asked.known[part]), rows
-
     @torch.no_grad()
     def project(self, patches: Tensor, normed: bool) -> Tensor:
         """Patches [I, N, D] in the joint space [I, N, E], float32; `normed`: through the vision tower's last norm, as
@@ -164,6 +155,34 @@ class QuestionEncoder(nn.Module):
         """Write it where `load_question_encoder` finds it again."""
         self.clip.save_pretrained(folder)
         self.tokenizer.save_pretrained(folder)
+
+
+def show(view: VisionView, asked: TextFeatures, start: int, tower: QuestionEncoder | None) -> tuple[VisionView, Tensor]:
+    """What stage 1 may look at, per image and question.
+
+    Args:
+        view: of the images `start`, `start + 1`, ...
+        tower: None: questions are read word by word alone.
+    Returns:
+        the view of the rows of `asked` that look at these images, and the image of each, counted from `start`.
+    """
+    part = slice(bisect_left(asked.image, start), bisect_left(asked.image, start + len(view.patches)))
+    rows = upload(torch.tensor(asked.image[part]) - start, view.patches.device)
+
+    @cache
+    def question(normed: bool) -> tuple[Tensor, Tensor]:
+        assert view.block_output is not None and tower is not None
+        return tower.project(view.block_output(), normed)[rows], asked.text[part]
+
+    return (
+        replace(
+            view.at(rows),
+            question=None if tower is None else question,
+            words=None if asked.words is None else asked.words[part],
+            asked=asked.known[part],
+        ),
+        rows,
+    )
 
 
 def new_question_encoder(cfg: EncoderConfig, folder: Path | None, dtype: torch.dtype) -> QuestionEncoder:

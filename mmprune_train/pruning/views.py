@@ -52,6 +52,8 @@ class VisionView:
     """Puts patches [I, N, E] and the image's question [I, E] where CLIP compares images with texts; the argument says
     whether the encoder's last norm comes before the projection. An image without a question has zeros for one. None
     without a text tower."""
+    words: Float[Tensor, "I W P"] | None = None
+    """[I, W, P] the LLM's embeddings of the words of each image's question, zeros behind the last; None: not read."""
     asked: Bool[Tensor, " I"] | None = None
     """[I] which images have a question, where one is read."""
     heads: int = 1

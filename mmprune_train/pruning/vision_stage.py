@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from jaxtyping import Bool, Float, Int64
 from torch import Tensor
 
-from mmprune_train.config.pruner import projects
+from mmprune_train.config.pruner import projects, reads_tower, reads_words
 from mmprune_train.config.pruner_schema import PrunerConfig
 from mmprune_train.errors import UserError
 from mmprune_train.packed.host import fetch
@@ -36,6 +37,8 @@ class VisionStage:
         """Texts of which the first one ends the question, as far as scores read it."""
         self.projects = projects(stage)
         """Whether its selection looks at what the projector makes of all patches."""
+        self.reads_tower, self.reads_words = reads_tower(stage), reads_words(stage)
+        """Whether it reads the question by CLIP's text tower, and word by word."""
         if not stage.enabled:
             return
         self._vision_score = load_part("vision_score", stage.score, f"{key}.score", stage.score_args)
@@ -58,7 +61,7 @@ class VisionStage:
     @property
     def reads_text(self) -> bool:
         """Whether stage 1 reads the question, so that an image is cut anew for each."""
-        return "question" in self.vision_reads
+        return self.reads_tower or self.reads_words
 
     @torch.no_grad()
     def score_patches(self, view: VisionView) -> Float[Tensor, "I N"]:
@@ -86,10 +89,12 @@ class VisionStage:
         budget, override = self._vision_budget, self.override_of("vision")
         whole = whole_lengths(scores)
         counts = budget.counts(scores, whole, lambda: view.patches, override)
-        seen = projected() if self.projects and projected is not None else view.patches
-        more = {}
+        looked = projected() if self.projects and projected is not None else view.patches
+        seen = looked if self.settings.vision.space == "projected" else view.patches
+        takes = self._select.component.takes
+        more = {name: part for name, part in (("projected", looked), ("words", view.words)) if name in takes}
         rule = budget.rule(override)
-        if "known" in self._select.component.takes and (rule is None or rule.fixed):  # whatever the scores
+        if "known" in takes and (rule is None or rule.fixed):  # whatever the scores
             on_host = torch.zeros(images, patches)
             more["known"] = budget.counts(on_host, whole_lengths(on_host), override=override)
         with full_precision(scores):
@@ -151,7 +156,7 @@ class VisionStage:
         made tokens. Gradients flow through the features."""
         if self._merge is None or scores is None:
             return features, kept
-        more: dict[str, Tensor | int] = {}
+        more: dict[str, Any] = {"grid": view.grid} if "grid" in self._merge.component.takes else {}
         textual = self.settings.vision.recover.enabled and "question" in self._recover_score.component.reads
         if textual and "text" in self._merge.component.takes:
             more["text"] = self._recover_score(view)

@@ -19,7 +19,7 @@ from mmprune_train.benchmark.steps import BASELINE, PARTS, Shares, StepCost, Way
 from mmprune_train.config.command import Command
 from mmprune_train.config.compose import load_pruner
 from mmprune_train.config.identity import run_dir
-from mmprune_train.config.pruner import reads_text
+from mmprune_train.config.pruner import reads_text, reads_tower
 from mmprune_train.config.pruner_fits import check_feature_cache, check_pruner_fits
 from mmprune_train.config.pruner_schema import PrunerConfig
 from mmprune_train.config.schema import Config
@@ -69,7 +69,7 @@ def run(config: Config, command: Command = Command()) -> dict[str, Any]:
         check_quantization(accelerator)
     pruners = chosen_pruners(config)
     prepare_data(config, stage)
-    reads = [pruner for pruner in pruners.values() if reads_text(pruner.vision)]
+    reads = [pruner for pruner in pruners.values() if reads_tower(pruner.vision)]
     with quiet():
         if found is None:
             whole = replace(config, pruner=reads[0]) if reads else config

@@ -7,7 +7,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from mmprune_train.config.pruner import reads_text
+from mmprune_train.config.pruner import reads_tower
 from mmprune_train.config.schema import Config
 from mmprune_train.errors import UserError
 from mmprune_train.model.question import FOLDER
@@ -49,7 +49,7 @@ def parts_of(config: Config, start: Start | None) -> set[str]:
     """Which of the base weights, `encoder`, `llm` and `text`, a start needs."""
     parts = {"encoder", "llm"} if start is None else set(start.needs)
     beside = start is not None and (start.path / FOLDER).is_dir()
-    if reads_text(config.pruner.vision) and config.encoder.text is not None and not beside:
+    if reads_tower(config.pruner.vision) and config.encoder.text is not None and not beside:
         parts.add("text")
     return parts
 

@@ -9,10 +9,11 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 from sklearn.neighbors import LocalOutlierFactor
-from tiny import IMAGE_TOKEN, PATCHES, tiny_clip, words
+from tiny import IMAGE_TOKEN, PATCHES, spell, tiny_clip, words
 from torch import Tensor
 from transformers import LlavaForConditionalGeneration
 
+from mmprune_train.model.content_words import LEFT_OUT
 from mmprune_train.model.question import tiny_question_tokenizer
 from mmprune_train.pruning.merging import centres
 from mmprune_train.pruning.vision_scores import even_order
@@ -44,6 +45,8 @@ class Seen:
     """[N] CLIP's similarity of the features and the question of the image's sample."""
     bare: Tensor
     """[N] the same of the last hidden state, without CLIP's last norm."""
+    words: Tensor
+    """[W, D'] the LLM's embeddings of the words of that question that MMTok reads."""
 
 
 def looked_at(hf: LlavaForConditionalGeneration, inputs: dict[str, Tensor], images: list[int]) -> list[Seen]:
@@ -61,7 +64,7 @@ def looked_at(hf: LlavaForConditionalGeneration, inputs: dict[str, Tensor], imag
         states = out.hidden_states[-2][:, 1:]
         projected = hf.model.multi_modal_projector(states)
     attention = (row / row.sum(-1, keepdim=True)).mean(1)
-    text, bare = [], []
+    text, bare, meant_by = [], [], []
     clip = tiny_clip(hf)
     for image, question in enumerate(asked_of(inputs, images)):
         with torch.no_grad():
@@ -72,8 +75,12 @@ def looked_at(hf: LlavaForConditionalGeneration, inputs: dict[str, Tensor], imag
             plain_states = clip.visual_projection(hidden[-1][0, 1:])
         text.append(torch.tensor([alike(patch, meant) for patch in normed]))
         bare.append(torch.tensor([alike(patch, meant) for patch in plain_states]))
+        read = [word for word in question.split() if word not in LEFT_OUT.split()]
+        ids = torch.tensor(spell(" ".join(read or question.split())), dtype=torch.long)
+        meant_by.append(hf.model.language_model.embed_tokens.weight[ids].detach())
     within, cls = row.mean(1), out.hidden_states[-2][:, 0]
-    seen = zip(states, projected, attention, within, keys, cls, wide, last_keys[:, 1:], text, bare, strict=True)
+    parts = (states, projected, attention, within, keys, cls, wide, last_keys[:, 1:], text, bare, meant_by)
+    seen = zip(*parts, strict=True)
     return [Seen(*image) for image in seen]
 
 
@@ -235,6 +242,59 @@ def windowed(seen: Seen) -> Answer:
     return order, {i: seen.states[i] for i in order}
 
 
+def covered(rows: list[Tensor], weights: Tensor) -> list[int]:
+    """Four patches, greedily: the sum of the rows' largest values among the chosen ones grows most, times a weight."""
+    chosen: list[int] = []
+
+    def reached(patches: list[int]) -> float:
+        return sum(max([0.0, *(float(row[i]) for i in patches)]) for row in rows)
+
+    while len(chosen) < 4:
+        others = [i for i in range(PATCHES) if i not in chosen]
+        before = reached(chosen)
+        chosen.append(max(others, key=lambda i: (reached([*chosen, i]) - before) * float(weights[i])))
+    return chosen
+
+
+def scope(seen: Seen) -> Answer:
+    rows = [torch.cosine_similarity(state[None], seen.states) for state in seen.states]
+    return plain(seen, covered(rows, seen.within))
+
+
+def mmtok(seen: Seen) -> Answer:
+    words, patches = len(seen.words), len(seen.states)
+    asked = [torch.cosine_similarity(word[None], seen.projected) / 0.02 for word in seen.words]
+    looks = [torch.cosine_similarity(state[None], seen.states) / 0.2 for state in seen.states]
+    rows = [row.softmax(0) / words for row in asked] + [0.5 * row.softmax(0) / patches for row in looks]
+    return plain(seen, covered(rows, torch.ones(PATCHES)))
+
+
+def holov(seen: Seen) -> Answer:
+    """Five of nine patches, of crops of 3, 2, 2 and 2."""
+    crops, worths = [[0, 1, 2], [3, 4], [5, 6], [7, 8]], []
+    for crop in crops:
+        spread = []
+        for i in crop:
+            near = [0.0 if i == j else alike(seen.projected[i], seen.projected[j]) for j in crop]
+            mean = sum(near) / (len(crop) - 1)
+            spread.append(sum((one - mean) ** 2 for one in near) / (len(crop) - 1))
+        attention = 1000 * seen.within[crop]
+        scale = attention.mean() / (sum(spread) / len(crop) + 1e-6)
+        worths.append(float((attention + 0.09 * torch.tensor(spread) * scale).mean()))
+    counts = [int(5 * worth / (sum(worths) + 1e-6)) for worth in worths]
+    for lucky in sorted(range(4), key=lambda c: -worths[c])[: 5 - sum(counts)]:
+        counts[lucky] += 1
+    kept = [crop[i] for crop, n in zip(crops, counts, strict=True) for i in best(seen.within[crop], n)]
+    others = sorted((i for i in range(PATCHES) if i not in kept), key=lambda i: -float(seen.within[i]))
+    return plain(seen, [*kept, *others[: 5 - len(kept)]])
+
+
+def downsample(seen: Seen) -> Answer:
+    """Four cells of a grid of 3 x 3: 2 x 2 patches each, which share the middle ones."""
+    corners = [0, 1, 3, 4]
+    return corners, {i: seen.states[[i, i + 1, i + 3, i + 4]].mean(0) for i in corners}
+
+
 SLOW: dict[str, Callable[[Seen], Answer]] = {
     "uniform": uniform,
     "prumerge": prumerge,
@@ -247,4 +307,8 @@ SLOW: dict[str, Callable[[Seen], Answer]] = {
     "dpp": dpp,
     "cdpruner": cdpruner,
     "recoverable": recoverable,
+    "scope": scope,
+    "mmtok": mmtok,
+    "holov": holov,
+    "downsample": downsample,
 }

@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 from tiny import IMAGE_TOKEN, PATCHES, SIDE, packed, tiny_llava
 from torch import Tensor
 
+from mmprune_train.components.registry import find
 from mmprune_train.config.compose import load_pruner
 from mmprune_train.config.schema import PeftConfig, StageConfig
 from mmprune_train.data.batch import Sample, collate
@@ -31,7 +32,9 @@ DRAWN = ("random",)
 def settings_of(name: str) -> dict:
     """The preset with budgets that bite on nine patches; PruMerge+ adds every third patch to one, all to more."""
     budget = {"method": "fixed_ratio", "ratio": 0.15 if name == "prumerge_plus" else 0.4}
-    merging = {"merge_args": {"count": 2}} if load_pruner(name).vision.merge != "none" else {}
+    merge = load_pruner(name).vision.merge
+    counts = merge != "none" and find("merge", merge, "pruner.vision.merge").parameter("count") is not None
+    merging = {"merge_args": {"count": 2}} if counts else {}
     return {
         "name": name,
         "vision": {"knee": budget, **merging},
