@@ -47,14 +47,7 @@ def cell_means(
 
 
 def _edges(
-    part: Int64[Tensor, "I N"],
-    parts: Int64[
-        Tensor,
-        (
-            I  # N
-        ),
-    ],
-    size: int,
+    part: Int64[Tensor, "I N"], parts: Int64[Tensor, "I ..."], size: int
 ) -> tuple[Int64[Tensor, "I N"], Int64[Tensor, "I N"]]:
     """Where the i-th of some equal parts of a side begins, and ends: patches that it touches are its own."""
     return part * size // parts, -(-((part + 1) * size) // parts)

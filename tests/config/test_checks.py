@@ -68,6 +68,7 @@ def test_typos_are_answered_with_the_nearest_valid_word(override, words):
         ),
         (["trainer.feature_cache=true", "pruner=random"], "draw anew"),
         (["trainer.feature_cache=true", "pruner=cdpruner"], "anew for each question.*feature_cache=false"),
+        (["trainer.feature_cache=true", "pruner=mmtok"], "selection=question_coverage cuts an image anew"),
         (["trainer.feature_cache=true", "pruner=recoverable"], "pruner.vision.recover.score=text_similarity_bare cuts"),
         (["encoder=dinov2_small", "pruner=cdpruner"], "needs a CLIP text tower.*choose encoder=clip_vit_l14_336"),
         (
@@ -86,6 +87,12 @@ def test_typos_are_answered_with_the_nearest_valid_word(override, words):
         (["trainer.logits_chunk=0"], "trainer.logits_chunk=0.*at least 1"),
         (["trainer.feature_cache=true", "pruner=divprune"], "space=projected.*space=features"),
         (["task=calibrate", "pruner=cdpruner"], "cdpruner reads questions"),
+        (["task=calibrate", "pruner=mmtok"], "mmtok reads questions"),
+        (
+            ["pruner=scope", "pruner.vision.score=cls_cosine", "pruner.vision.score_args={}"],
+            "selection=weighed_coverage",
+        ),
+        (["pruner=holov", "pruner.vision.selection_args.number=0"], "selection_args.number=0 must be at least 1"),
         (["trainer.feature_cache=true", "pruner.schedule.name=anneal"], "from step to step.*applies_to=.language"),
         (["pruner.schedule.name=aneal"], "did you mean anneal"),
         (["pruner.schedule.shape=sine"], "pruner.schedule.shape=sine"),

@@ -22,10 +22,11 @@ from mmprune_train.features.content import INDEX
 from mmprune_train.packed.patches import Patches
 from mmprune_train.workers import Ranks
 
+DOWN = {"name": "downsample", "vision": {"knee": {"count": 5}}}
 RANKED = {"name": "x", "vision": {"order": "rank", "knee": {"method": "fixed_count", "count": 4}}}
 
 
-@pytest.mark.parametrize("pruner", ["none", "twostage", "prumerge", "visionzip", RANKED], ids=str)
+@pytest.mark.parametrize("pruner", ["none", "twostage", "prumerge", "visionzip", DOWN, RANKED], ids=str)
 def test_the_cache_holds_what_stage_1_left(pruner: object, images: dict[Path, str], tmp_path: Path) -> None:
     counted = Counted(pruner)
     features, report = counted.fill(tmp_path / "cache", images)

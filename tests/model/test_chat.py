@@ -37,6 +37,8 @@ PRUNERS: dict[str, Any] = {
     },
     "key_norm": {"name": "language_only", "language": {**TWICE, "score": "key_norm", "turns": "mean"}},
     "cdpruner": {"name": "cdpruner", "vision": {"knee": HALF}},
+    "mmtok": {"name": "mmtok", "vision": {"knee": HALF}},
+    "downsample": {"name": "downsample", "vision": {"knee": HALF}},
 }
 FIRST: list[list[Turn]] = [[(1, 4, 0)], [(2, 3, 0)], [(0, 5, 0)], [(1, 3, 2), (1, 5, 0)]]
 SHOWS: dict[str, Any] = {"none": "none", **{name: PRUNERS[name] for name in list(PRUNERS)[1:4]}, "cdpruner": "cdpruner"}

@@ -9,11 +9,11 @@ from tiny import SIDE, packed, tiny_llava
 from mmprune_train.model.question import ImageQuestions
 
 
-@pytest.mark.parametrize("pruner", ["none", "twostage", "cdpruner"])
+@pytest.mark.parametrize("pruner", ["none", "twostage", "cdpruner", "mmtok"])
 def test_a_training_batch_makes_as_many_passes_as_it_is_told_and_its_features_stay(pruner: str) -> None:
     model = packed(tiny_llava(), pruner, vision_chunk=2).train()
     pixels = torch.randn((3, 3, SIDE, SIDE))
-    asked = None if model.question is None else model.question.ask(ImageQuestions.unasked(3))
+    asked = model.ask(ImageQuestions.unasked(3)) if model.pruner.reads_text else None
     tower = model.hf.model.vision_tower
     calls: list[int] = []
     tower.embeddings.register_forward_hook(lambda *_: calls.append(1))

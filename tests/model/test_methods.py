@@ -161,7 +161,7 @@ def test_rank_moves_patches_and_keeps_the_same_ones() -> None:
     assert not torch.allclose(*found.values())
 
 
-@pytest.mark.parametrize(("name", "all_patches"), [("divprune", True), ("dpp", True), ("fastervlm", False)])
+@pytest.mark.parametrize(("name", "all_patches"), [("divprune", True), ("holov", True), ("fastervlm", False)])
 def test_the_projector_sees_all_patches_only_where_asked(name: str, all_patches: bool) -> None:
     hf = tiny_llava()
     model = method(hf, name, space="projected")
@@ -211,7 +211,7 @@ def test_flops_count_the_blocks_that_a_score_asks_for() -> None:
     assert per_image[0] == per_image[1] == per_image[2] < per_image[3]
 
 
-@pytest.mark.parametrize("merge", ["nearest", "mean_token", "prumerge", "contextual"])
+@pytest.mark.parametrize("merge", ["nearest", "mean_token", "prumerge", "contextual", "cell_means"])
 @pytest.mark.parametrize("vision", ["siglip", "dinov2", "vit"])
 def test_every_encoder_merges_while_it_is_trained_and_the_rest_is_kept_in_half(vision: str, merge: str) -> None:
     settings = {"score": "feature_norm", "layer": -1, "merge": merge, "knee": {"method": "fixed_count", "count": 3}}

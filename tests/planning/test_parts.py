@@ -32,6 +32,8 @@ FIXED = {"method": "fixed_ratio", "ratio": 0.5}
         "fastv",
         "pyramiddrop",
         {"name": "visionzip", "vision": {"knee": {"count": 3}, "merge_args": {"count": 2}}},
+        {"name": "downsample", "vision": {"knee": {"count": 5}}},
+        {"name": "mmtok", "vision": {"knee": {"count": 5}}},
         {"name": "twostage", "vision": {"knee": FIXED}, "language": {"knee": FIXED}},
         {"name": "sparsevlm", "language": {"per_layer_budgets": [6, 3, 2]}},
     ],

@@ -133,8 +133,10 @@ def test_few_measurements_suffice_where_they_are_dear() -> None:
     assert abs(found.reached - 0.5) <= 0.002 and len(asked) <= 6 and len(asked) == len(set(asked))
 
 
-@pytest.mark.parametrize("selection", ["top", "max_min", "dpp", "top_and_uniform", "top_and_distinct"])
-@pytest.mark.parametrize("merge", ["none", "nearest", "mean_token", "prumerge", "contextual"])
+@pytest.mark.parametrize(
+    "selection", ["top", "max_min", "dpp", "top_and_uniform", "top_and_distinct", "weighed_coverage", "crops"]
+)
+@pytest.mark.parametrize("merge", ["none", "nearest", "mean_token", "prumerge", "contextual", "cell_means"])
 @pytest.mark.parametrize("keep_cls", [False, True])
 def test_tokens_are_counted_as_the_model_leaves_them(selection: str, merge: str, keep_cls: bool) -> None:
     """What selection and merging add to the budget's count."""
