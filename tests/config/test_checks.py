@@ -88,10 +88,7 @@ def test_typos_are_answered_with_the_nearest_valid_word(override, words):
         (["trainer.feature_cache=true", "pruner=divprune"], "space=projected.*space=features"),
         (["task=calibrate", "pruner=cdpruner"], "cdpruner reads questions"),
         (["task=calibrate", "pruner=mmtok"], "mmtok reads questions"),
-        (
-            ["pruner=scope", "pruner.vision.score=cls_cosine", "pruner.vision.score_args={}"],
-            "selection=weighed_coverage",
-        ),
+        (["pruner.vision.score=cls_cosine", "pruner.vision.selection=crops"], "vision.selection=crops weighs patches"),
         (["pruner=holov", "pruner.vision.selection_args.number=0"], "selection_args.number=0 must be at least 1"),
         (["trainer.feature_cache=true", "pruner.schedule.name=anneal"], "from step to step.*applies_to=.language"),
         (["pruner.schedule.name=aneal"], "did you mean anneal"),
