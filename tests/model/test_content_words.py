@@ -38,7 +38,7 @@ def test_each_image_is_given_the_embeddings_of_its_own_question() -> None:
     assert model.question is None, "no text tower"
     questions = [[10, 11, 12], [], [8 + 26 * 3], [40, 105, 41]]  # 105 is "be"
     texts = [words(torch.tensor(ids, dtype=torch.long)) for ids in questions]
-    asked = model.ask(ImageQuestions([0, 0, 1, 2], texts))
+    asked = model.ask(ImageQuestions([0, 0, 1, 2], texts, torch.empty(0)))
     assert asked.known.tolist() == [True, False, True, True] and asked.words.shape == (4, 3, 48)
     table = model.hf.model.language_model.embed_tokens.weight
     for found, ids in zip(asked.words, ([10, 11, 12], [], [86], [40, 41]), strict=True):
