@@ -52,6 +52,8 @@ class VisionView:
     """Puts patches [I, N, E] and the image's question [I, E] where CLIP compares images with texts; the argument says
     whether the encoder's last norm comes before the projection. An image without a question has zeros for one. None
     without a text tower."""
+    block: Callable[[int | float], VisionView] | None = None
+    """The same images with another block of the encoder as the chosen one; None: it is the only one there is."""
     asked: Bool[Tensor, " I"] | None = None
     """[I] which images have a question, where one is read."""
     heads: int = 1
@@ -67,8 +69,10 @@ class VisionView:
 
 
 def _rows_of(compute: Callable[..., Any], rows: Tensor, *arguments: Any) -> Any:
-    """Rows of the tensor, or of each tensor, that a view's callable gives."""
+    """Rows of the tensor, of each tensor, or of the view that a view's callable gives."""
     found = compute(*arguments)
+    if isinstance(found, VisionView):
+        return found.at(rows)
     return tuple(tensor[rows] for tensor in found) if isinstance(found, tuple) else found[rows]
 
 
@@ -91,3 +95,5 @@ class LanguageView:
     norm, projections (biases, q/k norms, adapters) and rotary embedding."""
     groups: QueryGroups
     """The query tokens, on the host."""
+    normed: Float[Tensor, "T D"] | None = None
+    """[T, D] the same states after the LLM's last norm, where something reads them."""

@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 from tiny import IMAGE_TOKEN, PATCHES, SIDE, packed, tiny_llava
 from torch import Tensor
 
+from mmprune_train.components.registry import find
 from mmprune_train.config.compose import load_pruner
 from mmprune_train.config.schema import PeftConfig, StageConfig
 from mmprune_train.data.batch import Sample, collate
@@ -31,10 +32,13 @@ DRAWN = ("random",)
 def settings_of(name: str) -> dict:
     """The preset with budgets that bite on nine patches; PruMerge+ adds every third patch to one, all to more."""
     budget = {"method": "fixed_ratio", "ratio": 0.15 if name == "prumerge_plus" else 0.4}
-    merging = {"merge_args": {"count": 2}} if load_pruner(name).vision.merge != "none" else {}
+    vision = load_pruner(name).vision
+    counted = vision.merge != "none" and find("merge", vision.merge, "").parameter("count")
+    more = {"merge_args": {"count": 2}} if counted else {}
+    more |= {"recover": {"knee": {"count": 2}}} if vision.recover.knee.method == "fixed_count" else {}
     return {
         "name": name,
-        "vision": {"knee": budget, **merging},
+        "vision": {"knee": budget, **more},
         "language": {"knee": budget, "per_layer_budgets": None},
     }
 
