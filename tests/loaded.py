@@ -16,4 +16,5 @@ def loaded(kind: str) -> dict[str, Part]:
 VISION_SCORES = loaded("vision_score")
 LANGUAGE_SCORES = loaded("language_score")
 SELECTIONS = loaded("selection")
+LANGUAGE_SELECTIONS = loaded("language_selection")
 MERGES = loaded("merge")

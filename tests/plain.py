@@ -10,6 +10,7 @@ import torch
 from tiny import IMAGE_TOKEN
 from torch import Tensor
 from transformers import LlavaForConditionalGeneration
+from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
 
 
 @dataclass
@@ -27,6 +28,10 @@ class State:
     """[T, T] the layer before's."""
     first: Tensor
     """[T0, D] what entered the LLM."""
+    keys: Tensor | None
+    """[T, Hkv, d] the layer before's, rotated."""
+    normed: Tensor
+    """[T, D] the states after the LLM's last norm."""
 
 
 Rule = Callable[[State], tuple[list[int], Tensor]]
@@ -59,14 +64,16 @@ def walk(
         states = eager.model.vision_tower(pixels, output_hidden_states=True).hidden_states[-2][:, 1:]
         hidden[ids == IMAGE_TOKEN] = eager.model.multi_modal_projector(states).flatten(0, 1)
     first, tokens, position, previous = hidden, list(range(len(ids))), torch.arange(len(ids)), None
+    keys = None
     walked = Walked(hidden)
     for index, layer in enumerate(language.layers):
         _, attention = attend(language, layer, hidden, position)
-        keep, hidden = rule(State(index, hidden, tokens, attention, previous, first))
+        keep, hidden = rule(State(index, hidden, tokens, attention, previous, first, keys, language.norm(hidden)))
         hidden, tokens, position = hidden[keep], [tokens[i] for i in keep], position[keep]
         if renumber:
             position = torch.arange(len(keep))
         walked.entered[index], walked.hidden[index], walked.position[index] = tokens, hidden, position.tolist()
+        keys = keys_of(language, layer, hidden, position)
         mixed, previous = attend(language, layer, hidden, position)
         hidden = hidden + mixed
         hidden = hidden + layer.mlp(layer.post_attention_layernorm(hidden))
@@ -84,6 +91,14 @@ def attend(
         layer.input_layernorm(hidden)[None], position_embeddings=tables, attention_mask=future
     )
     return out[0], weights[0].mean(0)
+
+
+def keys_of(language: torch.nn.Module, layer: torch.nn.Module, hidden: Tensor, position: Tensor) -> Tensor:
+    """[T, Hkv, d] a layer's keys, rotated."""
+    attention = layer.self_attn
+    keys = attention.k_proj(layer.input_layernorm(hidden)).unflatten(-1, (-1, attention.head_dim))[None].transpose(1, 2)
+    cos, sin = language.rotary_emb(hidden[None], position[None])
+    return apply_rotary_pos_emb(keys, keys, cos, sin)[1][0].transpose(0, 1)
 
 
 def best(scores: list[float], count: int) -> list[int]:

@@ -54,7 +54,7 @@ READS: dict[str, str | None] = {
     "cls_query_keys": "a CLS token",
     "probe_query_keys": "an attention pooling head",
     "question": "a CLIP text tower",
-    **dict.fromkeys(("hidden", "keys", "query_tokens", "closing_token")),
+    **dict.fromkeys(("hidden", "normed", "keys", "query_tokens", "closing_token")),
     **dict.fromkeys(("features", "feature_rank")),
 }
 """What components may read: fields of `VisionView`, parts of `LanguageView`, the tokens' features and their effective
@@ -81,7 +81,12 @@ KINDS = {
     "budget": Kind("budget", ("curve", "lengths"), ("features", "feature_rank")),
     "selection": Kind("selection", ("scores", "counts", "features"), ("known", "projected", "words"), ("features",)),
     "merge": Kind("stage-1 merge", ("features", "kept", "scores", "keys"), ("text", "heads", "grid")),
-    "language_merge": Kind("stage-2 merge", ("hidden", "places", "row", "dropped", "scores")),
+    "language_selection": Kind(
+        "stage-2 selection",
+        ("scores", "counts", "view", "places", "row"),
+        assumed=("hidden", "normed", "keys", "query_tokens", "closing_token"),
+    ),
+    "language_merge": Kind("stage-2 merge", ("hidden", "places", "row", "dropped", "scores"), ("picture",)),
 }
 KEYS = {
     "pruner.vision.score": "vision_score",
@@ -89,6 +94,7 @@ KEYS = {
     "pruner.vision.selection": "selection",
     "pruner.vision.merge": "merge",
     "pruner.language.score": "language_score",
+    "pruner.language.selection": "language_selection",
     "pruner.language.merge": "language_merge",
     "knee.method": "budget",
 }
@@ -150,6 +156,7 @@ language_score = partial(Declaration, "language_score")
 budget = partial(Declaration, "budget")
 selection = partial(Declaration, "selection")
 merge = partial(Declaration, "merge")
+language_selection = partial(Declaration, "language_selection")
 language_merge = partial(Declaration, "language_merge")
 
 

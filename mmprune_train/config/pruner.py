@@ -62,6 +62,7 @@ def running(pruner: PrunerConfig) -> Iterator[tuple[str, Component, dict[str, An
             parts.append(("pruner.vision.recover.score", vision.recover.score, vision.recover.score_args))
     if language.enabled:
         parts.append(("pruner.language.score", language.score, language.score_args))
+        parts.append(("pruner.language.selection", language.selection, language.selection_args))
         parts.append(("pruner.language.merge", language.merge, language.merge_args))
     for key, name, given in parts:
         if name != "none":
@@ -104,6 +105,7 @@ def _check_part(key: str, name: str, given: dict[str, Any]) -> None:
 def _check_language_stage(stage: LanguageStageConfig) -> None:
     key = "pruner.language"
     _check_part(f"{key}.score", stage.score, stage.score_args)
+    _check_part(f"{key}.selection", stage.selection, stage.selection_args)
     _check_part(f"{key}.merge", stage.merge, stage.merge_args)
     check_knee(f"{key}.knee", stage.knee)
     layers = _listed(stage.layer)
@@ -200,8 +202,19 @@ def projects(stage: VisionStageConfig) -> bool:
     return "projected" in selection.takes or (stage.space == "projected" and "features" in selection.reads)
 
 
+def merges_projected(stage: VisionStageConfig) -> bool:
+    """Whether stage 1 merges what the projector makes of all patches."""
+    return stage.enabled and stage.merge != "none" and stage.merge_space == "projected"
+
+
 def _check_vision_stage(stage: VisionStageConfig) -> None:
     key = "pruner.vision"
+    for name, layer in ((f"{key}.layer", stage.layer), (f"{key}.recover.layer", stage.recover.layer)):
+        if layer is not None and not (type(layer) is int or _is_layer(layer)):
+            raise UserError(
+                f"{name}={layer} must be a block's index (from 0, or negative from the end), a share of the depth "
+                "(between 0 and 1), or null"
+            )
     _check_part(f"{key}.score", stage.score, stage.score_args)
     _check_part(f"{key}.selection", stage.selection, stage.selection_args)
     _check_part(f"{key}.merge", stage.merge, stage.merge_args)
@@ -213,6 +226,11 @@ def _check_vision_stage(stage: VisionStageConfig) -> None:
     _check_division(key, stage.knee, stage.score)
     if stage.recover.enabled:
         _check_division(f"{key}.recover", stage.recover.knee, stage.recover.score)
+    if merges_projected(stage) and stage.keep_cls:
+        raise UserError(
+            f"{key}.keep_cls=true puts CLS among what enters the projector, and {key}.merge_space=projected merges "
+            f"behind it: set {key}.merge_space=features, or {key}.keep_cls=false"
+        )
     parts = [("selection", stage.selection), ("merge", stage.merge)]
     weighing = [(kind, name) for kind, name in parts if name != "none" and find(kind, name, f"{key}.{kind}").weighs]
     if weighing and find("vision_score", stage.score, f"{key}.score").signed:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from mmprune_train.components.declare import Component
 from mmprune_train.components.registry import declared
 from mmprune_train.config.pruner import (
+    merges_projected,
     projects,
     pruned_layers,
     reads_text,
@@ -52,11 +53,15 @@ def check_pruner_fits(config: Config) -> None:
             "pruner.vision.keep_cls=false"
         )
     blocks = config.encoder.arch.get("num_hidden_layers")
-    if vision.enabled and vision.layer is not None and blocks is not None and not -blocks <= vision.layer < blocks:
-        raise UserError(
-            f"pruner.vision.layer={vision.layer}: encoder {config.encoder.name} has {blocks} blocks, "
-            f"{-blocks}..{blocks - 1}; null takes the one that made the feature layer"
-        )
+    for key, layer, otherwise in (
+        ("pruner.vision.layer", vision.layer, "the one that made the feature layer"),
+        ("pruner.vision.recover.layer", vision.recover.layer, "that of pruner.vision.layer"),
+    ):
+        if vision.enabled and isinstance(layer, int) and blocks is not None and not -blocks <= layer < blocks:
+            raise UserError(
+                f"{key}={layer}: encoder {config.encoder.name} has {blocks} blocks, {-blocks}..{blocks - 1}; shares of "
+                f"the depth (0.25) fit any, null takes {otherwise}"
+            )
     depth = config.llm.arch.get("num_hidden_layers")
     if language.enabled and depth is not None:
         pruned_layers(language, depth)
@@ -82,6 +87,11 @@ def check_feature_cache(config: Config, name: str) -> None:
         raise UserError(
             f"{key}: pruner.schedule.name={schedule.name} changes from step to step which visual tokens "
             f"stage 1 keeps; {off}, or pruner.schedule.applies_to=[language]"
+        )
+    if merges_projected(vision):
+        raise UserError(
+            f"{key}: pruner.vision.merge_space=projected merges what the projector makes of the patches, and the cache "
+            f"keeps what comes before it; {off}, or pruner.vision.merge_space=features"
         )
     if projects(vision) and stage.train_projector:
         by_space = vision.space == "projected"

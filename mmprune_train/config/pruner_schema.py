@@ -66,6 +66,8 @@ class RecoverConfig:
     """Any stage-1 score."""
     score_args: dict[str, Any] = field(default_factory=dict)
     """Its parameters."""
+    layer: Any = None
+    """Encoder block that this pass looks at, written as `pruner.vision.layer`; null: the first pass's."""
     knee: KneeConfig = field(default_factory=_follow("knee"))
     """How many of the dropped patches come back; here `min_tokens` may be 0."""
     counted: str = choice("dropped", "dropped", "all")
@@ -82,9 +84,10 @@ class VisionStageConfig:
     """A stage-1 score of docs/scores.md (`--help` lists them), or a function of yours as `module:function`."""
     score_args: dict[str, Any] = field(default_factory=dict)
     """The score's parameters, by name."""
-    layer: int | None = number(None, -10_000, 10_000)
-    """Encoder block, from 0 or negative from the end, whose queries and keys give the CLS token's attention and the
-    keys of merges, and whose output the text scores read; null: the block that made the feature layer."""
+    layer: Any = None
+    """Encoder block, from 0, negative from the end, or a share of the depth (0.25), whose queries and keys give the CLS
+    token's attention and the keys of merges, and whose output the text scores read; null: the block that made the
+    feature layer."""
     knee: KneeConfig = field(default_factory=_follow("knee"))
     selection: str = default_of("pruner.vision.selection")
     """Which patches the budget keeps: a selection of docs/methods.md, or a function of yours as `module:function`."""
@@ -98,6 +101,9 @@ class VisionStageConfig:
     `module:function`."""
     merge_args: dict[str, Any] = field(default_factory=dict)
     """The merge's parameters, by name."""
+    merge_space: str = choice("features", "features", "projected")
+    """What a merge adds up: the encoder's `features` of the patches, or `projected`: these after the projector, which
+    then runs on all patches, with gradient."""
     keep_cls: bool = False
     """The encoder's CLS token enters the LLM, too, in front of the patches (VisionZip). It takes the place of a dropped
     patch: an image that is kept whole has none."""
@@ -133,6 +139,11 @@ class LanguageStageConfig:
     """`turns` of samples that end in a question, which is to be answered; null: as `turns`. There `last` leaks nothing
     (FastV, PyramidDrop); a further question of a chat then ranks anew what an earlier one has, so that no cache can be
     gone on with."""
+    selection: str = default_of("pruner.language.selection")
+    """Which candidates the budget keeps: a stage-2 selection of docs/methods.md, or a function of yours as
+    `module:function`."""
+    selection_args: dict[str, Any] = field(default_factory=dict)
+    """The selection's parameters, by name."""
     query_tokens: str = choice("all", "all", "relevant")
     """Which question tokens score the others: `all`, or `relevant`: those that the visual tokens attend to more than to
     the average one where they enter the LLM (SparseVLM)."""

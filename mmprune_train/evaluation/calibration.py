@@ -187,7 +187,9 @@ class SamplePasses:
 
     @torch.inference_mode()
     def kept_features(self, images: int) -> Tensor:
-        """[K, Dv] visual tokens of the first images kept by vision-side pruning, before the projector."""
+        """[K, Dv] features of the first images that enter the projector: kept by vision-side pruning, or all."""
+        if self.model.pruner.merges_projected:
+            return given(self.images.features)[:images].flatten(0, 1).to(self.model.hf.lm_head.weight.device)
         return torch.cat([self._cut(row).chosen for row in range(min(images, len(self.images.names)))])
 
     def _cut(self, row: int) -> Patches:

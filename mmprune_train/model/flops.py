@@ -121,7 +121,8 @@ class StepFlops:
         read = shape.question_length
         asked = self.per_question + read * self.per_question_token + read**2 * self.per_question_pair
         vision = self.vision if checkpointing else self.vision.once
-        total = vision * shape.images + self.per_kept_patch * shape.kept_patches
+        projected = shape.images * self.patches if self.pruner.merges_projected else shape.kept_patches
+        total = vision * shape.images + self.per_projected_patch * projected
         total += Flops(shape.questions * asked)
         tokens, pairs = shape.lengths.sum(1).tolist(), shape.lengths.square().sum(1).tolist()
         for index, cost in enumerate(self.per_token):
@@ -158,7 +159,8 @@ class StepFlops:
             text = clip.config.text_config
             self.per_question_pair = 2 * text.hidden_size * text.num_hidden_layers
         first, second = projector.linear_1, projector.linear_2
-        self.per_kept_patch = _linear(first, trained) + _linear(second, trained or any_trained(first))
+        self.patches = patches
+        self.per_projected_patch = _linear(first, trained) + _linear(second, trained or any_trained(first))
 
     def _attended(self, forward: float, flows: bool) -> Flops:
         return Flops(forward, forward * self.attention_backward * flows)
@@ -232,13 +234,13 @@ def _key_weights(attention: Any) -> int:
 
 def _blocks_run(model: PackedLlava, depth: int, blocks: int) -> int:
     """How many of the encoder's blocks run: the features' own `depth`, and those that stage 1's scores or merge ask."""
-    layer, reads = model.pruner.settings.vision.layer, model.pruner.vision_reads
-    if "probe_query_keys" in reads:
-        return blocks
-    block = scored_block(layer, depth, blocks)
     run = depth
-    if model.pruner.merges or reads & {"cls_query_keys", "patch_keys"}:
-        run = max(run, block)  # what enters it
-    if layer is not None and reads & {"question", "block_output"}:
-        run = max(run, block + 1)  # what leaves it
+    for number, (layer, reads) in enumerate(model.pruner.vision_passes):
+        if "probe_query_keys" in reads:
+            return blocks
+        block = scored_block(layer, depth, blocks)
+        if (model.pruner.merges and number == 0) or reads & {"cls_query_keys", "patch_keys"}:
+            run = max(run, block)  # what enters it
+        if layer is not None and reads & {"question", "block_output"}:
+            run = max(run, block + 1)  # what leaves it
     return run

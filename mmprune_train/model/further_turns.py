@@ -7,6 +7,7 @@ from collections.abc import Iterable
 import torch
 from torch import Tensor
 
+from mmprune_train.components.declare import KEYS
 from mmprune_train.components.registry import find
 from mmprune_train.config.pruner_schema import LanguageStageConfig
 from mmprune_train.errors import UserError
@@ -82,13 +83,12 @@ def check_turn(cache: PrunedCache, whole: Parts, pruner: Pruner) -> None:
     if not stage.enabled:
         return
     (could, queried), (can, queries) = _choice(before, stage), _choice(after, stage)
-    score = find("language_score", stage.score, "pruner.language.score")
-    if len(could) and (score.own or score.package):
-        raise UserError(
-            f"pruner.language.score={stage.score} may look at the new turn when it scores the earlier ones; {READ_ANEW}"
-        )
+    for key, chosen in (("pruner.language.score", stage.score), ("pruner.language.selection", stage.selection)):
+        part = find(KEYS[key], chosen, key)
+        if len(could) and (part.own or part.package):
+            raise UserError(f"{key}={chosen} may look at the new turn when it judges the earlier ones; {READ_ANEW}")
     if torch.equal(could, can) and (
-        not {"query_tokens", "closing_token"} & {*score.reads} or torch.equal(queried, queries)
+        not {"query_tokens", "closing_token"} & pruner.language_reads or torch.equal(queried, queries)
     ):
         return
     turns_of = after.turn[torch.isin(_named(after, after.slot), can)]

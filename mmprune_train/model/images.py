@@ -18,6 +18,7 @@ from mmprune_train.model.content_words import Spell, content_words
 from mmprune_train.model.execution import Execution
 from mmprune_train.model.language import looking
 from mmprune_train.model.question import ImageQuestions, QuestionEncoder, TextFeatures, show
+from mmprune_train.model.rows import by_rows
 from mmprune_train.model.vision import encode, features_of
 from mmprune_train.packed.host import fetch, upload
 from mmprune_train.packed.padding import pad
@@ -99,7 +100,7 @@ class ImageSide:
             pixel_values.to(tower.dtype),
             self.config.vision_feature_layer,
             drop_cls=self.config.vision_feature_select_strategy == "default",
-            layer=self.pruner.settings.vision.layer,
+            layers=self.pruner.blocks,
         )
 
     def cut_images(
@@ -138,6 +139,8 @@ class ImageSide:
         if not self.pruner.settings.vision.enabled:
             return Patches.whole(states)
         kept, scores = self.pruner.keep_patches(view, projected, scores)
+        if self.pruner.merges_projected:
+            states = self.project(states.flatten(0, 1)).unflatten(0, kept.shape)
         features, places = self.pruner.merge_patches(states, kept, scores, view)
         features, cls = self.pruner.place_cls(features, places, view)
         order = fetch(self.pruner.entry_order(kept, places, scores, cls))
@@ -164,6 +167,14 @@ class ImageSide:
         flat = upload(torch.tensor(list(chain.from_iterable(ids)), dtype=torch.long), self.device)
         return pad(self.hf.model.language_model.embed_tokens(flat), row, len(ids))[0]
 
+    def project(self, features: Tensor) -> Tensor:
+        """[R, D] features [R, Dv] after the projector."""
+        return by_rows(self.hf.model.multi_modal_projector, features)
+
+    def visual_tokens(self, patches: Patches) -> Tensor:
+        """[K, D] what enters the LLM of the patches that stay."""
+        return patches.chosen if self.pruner.merges_projected else self.project(patches.chosen)
+
     @torch.no_grad()
     def _project_to_look(self, features: Tensor, rows: Tensor | None = None) -> Tensor:
         """[I, N, D] features after the projector, for stage 1 to look at; of the images `rows`, where given."""
@@ -172,8 +183,11 @@ class ImageSide:
         return projected if rows is None else projected[rows]
 
     def kept_features(self, pixel_values: Tensor) -> Tensor:
-        """[K, Dv] features of images [I, 3, H, W] kept by vision-side pruning, before the projector."""
-        return self.select_patches(pixel_values.to(self.device)).chosen
+        """[K, Dv] features of images [I, 3, H, W] that enter the projector: kept by vision-side pruning, or all."""
+        pixel_values = pixel_values.to(self.device)
+        if self.pruner.merges_projected:
+            return self.encode_images(pixel_values)[0].flatten(0, 1)
+        return self.select_patches(pixel_values).chosen
 
     def absent_image(self, least_passes: int = 0) -> Tensor | None:
         """In training, a text-only batch runs the vision path on a blank image with zero weight, so that every rank
@@ -182,4 +196,4 @@ class ImageSide:
             return None
         blank = self._blank()  # ZeRO-3 gathers a weight that is named
         asked = self.ask(ImageQuestions.unasked(1)) if self.pruner.reads_text else None  # first, as with images
-        return self.hf.model.multi_modal_projector(self.select_patches(blank, asked, least_passes).chosen)
+        return self.visual_tokens(self.select_patches(blank, asked, least_passes))

@@ -90,7 +90,8 @@ class PackedLlava(Generating, PackedPass, PreTrainedModel, GenerationMixin):
         blocks = len(family_of(tower.config.model_type).layers(tower))
         pruner.layers(len(language.layers))  # refuses those that this LLM does not have
         if pruner.settings.vision.enabled:
-            scored_block(pruner.settings.vision.layer, deepest_feature(hf.config.vision_feature_layer, blocks), blocks)
+            for layer, _ in pruner.vision_passes:
+                scored_block(layer, deepest_feature(hf.config.vision_feature_layer, blocks), blocks)
         if pruner.reads_tower:
             if question is None:
                 raise UserError("stage 1 reads the question: pass `question` and `words` (load_model does)")

@@ -13,10 +13,10 @@ from mmprune_train.errors import UserError
 from mmprune_train.model.attention import Borders, backend_for
 from mmprune_train.model.cache import PrunedCache
 from mmprune_train.model.images import ImageSide
-from mmprune_train.model.language import ScoringKeys, gathered, rotary
+from mmprune_train.model.language import ScoringKeys, gathered, looking, rotary
 from mmprune_train.model.loss import cross_entropy_sum
 from mmprune_train.model.question import Words, image_questions
-from mmprune_train.model.rows import by_rows, rounded_up
+from mmprune_train.model.rows import rounded_up
 from mmprune_train.packed.host import take, upload
 from mmprune_train.packed.patches import Patches
 from mmprune_train.pruning import IGNORE, PackedSequence, PruningTrace
@@ -101,7 +101,7 @@ class PackedPass(ImageSide):
             sequence = _in_order(sequence.keep(mask), kept, patches.order)
             if self.pruner.settings.vision.positions == "contiguous":
                 sequence = replace(sequence, position=sequence.within())
-            projected: Tensor | None = by_rows(self.hf.model.multi_modal_projector, patches.chosen)  # [K, D]
+            projected: Tensor | None = self.visual_tokens(patches)
             row_of = (kept.flatten().cumsum(0) - 1).view_as(kept)  # [I, N]
         else:
             projected, row_of = self.absent_image(least_passes), None
@@ -154,8 +154,13 @@ class PackedPass(ImageSide):
                 before = self.pruner.scores_previous_layer
                 scoring, seen = (language.layers[index - 1], entered) if before else (layer, hidden)
                 keys = ScoringKeys(scoring, seen[tokens].detach(), rotation[0][0, tokens], rotation[1][0, tokens])
+                normed = None
+                if "normed" in self.pruner.language_reads:
+                    with torch.no_grad(), looking(states.device):
+                        normed = language.norm(states.detach())
                 with self.execution.timed("selection"), gathered(scoring):
-                    pruned = self.pruner.prune_tokens(sequence, states, keys, prune_before[index], self.training)
+                    place = prune_before[index]
+                    pruned = self.pruner.prune_tokens(sequence, states, keys, place, self.training, normed)
                     if self.training and not keys.ran:  # other ranks score: under ZeRO-3 all must run the same modules
                         keys(torch.zeros(1, dtype=torch.long))
                 if pruned is not None:

@@ -26,7 +26,7 @@ from mmprune_train.model.weights.places import base_folder
 from mmprune_train.packed.host import take, upload
 from mmprune_train.pruning import PackedSequence
 from mmprune_train.pruning.turns import question_text
-from mmprune_train.pruning.views import VisionView, full_precision
+from mmprune_train.pruning.views import VisionView, full_precision, given
 from mmprune_train.storage.user_files import reason_of
 
 FOLDER = "question"
@@ -169,20 +169,21 @@ def show(view: VisionView, asked: TextFeatures, start: int, tower: QuestionEncod
     part = slice(bisect_left(asked.image, start), bisect_left(asked.image, start + len(view.patches)))
     rows = upload(torch.tensor(asked.image[part]) - start, view.patches.device)
 
-    @cache
-    def question(normed: bool) -> tuple[Tensor, Tensor]:
-        assert view.block_output is not None and tower is not None
-        return tower.project(view.block_output(), normed)[rows], asked.text[part]
+    def shown(view: VisionView) -> VisionView:
+        @cache
+        def question(normed: bool) -> tuple[Tensor, Tensor]:
+            assert tower is not None
+            return tower.project(given(view.block_output)(), normed)[rows], asked.text[part]
 
-    return (
-        replace(
+        return replace(
             view.at(rows),
             question=None if tower is None else question,
             words=None if asked.words is None else asked.words[part],
             asked=asked.known[part],
-        ),
-        rows,
-    )
+            block=view.block and (lambda layer: shown(given(view.block)(layer))),
+        )
+
+    return shown(view), rows
 
 
 def new_question_encoder(cfg: EncoderConfig, folder: Path | None, dtype: torch.dtype) -> QuestionEncoder:

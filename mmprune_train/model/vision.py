@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from functools import cache
 from typing import Any
@@ -113,25 +113,34 @@ def deepest_feature(feature_layer: int | list[int], blocks: int) -> int:
     return max(feature_indices(feature_layer, blocks))
 
 
-def scored_block(layer: int | None, deepest: int, blocks: int) -> int:
-    """Index of the block whose queries and keys stage 1 reads; None: the one that made hidden state `deepest`."""
+def scored_block(layer: int | float | None, deepest: int, blocks: int) -> int:
+    """Index of the block whose queries and keys stage 1 reads: given as such, negative from the end or, not whole, as a
+    share of the depth; None: the one that made hidden state `deepest`."""
     if layer is None:
         return max(deepest - 1, 0)
+    if isinstance(layer, float):
+        return int(layer * blocks + 1e-9)
     if not -blocks <= layer < blocks:
         raise UserError(f"pruner.vision.layer={layer}: this encoder has blocks {-blocks}..{blocks - 1}")
-    return layer % blocks
+    return int(layer) % blocks
 
 
-def states_read(feature_layer: int | list[int], layer: int | None, blocks: int) -> set[int]:
-    """Hidden states, 0 = embeddings, that the features and the view of `encode` are made of."""
+def states_read(feature_layer: int | list[int], layers: Iterable[int | float | None], blocks: int) -> set[int]:
+    """Hidden states, 0 = embeddings, that the features and the views of `encode` are made of."""
     deepest = deepest_feature(feature_layer, blocks)
-    block = scored_block(layer, deepest, blocks)
-    made = deepest if layer is None else min(block + 1, deepest)
-    return {*feature_indices(feature_layer, blocks), min(block, deepest), made}
+    read = {*feature_indices(feature_layer, blocks), deepest}
+    for layer in layers:
+        block = scored_block(layer, deepest, blocks)
+        read |= {min(block, deepest), deepest if layer is None else min(block + 1, deepest)}
+    return read
 
 
 def encode(
-    tower: Any, pixels: Tensor, feature_layer: int | list[int], drop_cls: bool, layer: int | None = None
+    tower: Any,
+    pixels: Tensor,
+    feature_layer: int | list[int],
+    drop_cls: bool,
+    layers: Sequence[int | float | None] = (None,),
 ) -> tuple[Tensor, VisionView]:
     """Run the tower up to the feature layer.
 
@@ -140,20 +149,20 @@ def encode(
         pixels: [I, 3, H, W].
         feature_layer: index (or several, concatenated) into the hidden states, 0 = embeddings, negative from the end.
         drop_cls: features are the patches alone (LLaVA's "default" selection).
-        layer: block whose queries, keys and output the view shows; None: the one that made the last feature layer.
+        layers: blocks whose queries, keys and output can be looked at; None: the one that made the last feature layer.
+            The view shows the first of them, its `block` the others.
     Returns:
         features [I, N, D * number of feature layers] for the projector, and the view stage 1 scores.
     """
     family = family_of(tower.config.model_type)
-    layers = family.layers(tower)
-    indices = feature_indices(feature_layer, len(layers))
-    deepest = deepest_feature(feature_layer, len(layers))
-    block = scored_block(layer, deepest, len(layers))
+    blocks = family.layers(tower)
+    indices = feature_indices(feature_layer, len(blocks))
+    deepest = deepest_feature(feature_layer, len(blocks))
     states = family.embed(tower, pixels)
-    wanted = states_read(feature_layer, layer, len(layers))
+    wanted = states_read(feature_layer, layers, len(blocks))
     kept = {0: states}
     for index in range(deepest):
-        states = layers[index](states, None)
+        states = blocks[index](states, None)
         kept = {number: held for number, held in kept.items() if number in wanted} | {index + 1: states}
     first = 1 if family.has_cls else 0
     features = torch.cat([kept[index] for index in indices], dim=-1)
@@ -163,50 +172,54 @@ def encode(
     patches = states.shape[1] - first
     rows = round((patches * pixels.shape[-2] / pixels.shape[-1]) ** 0.5)
 
-    nearest = min(block, deepest)
-    entering = kept[nearest].detach()
-    attention: Any = getattr(layers[block], family.attention)
-
-    @cache
-    @torch.no_grad()
-    def normed() -> Tensor:
-        """[I, (1 +) N, D] what the chosen block's projections read."""
-        return getattr(layers[block], family.norm)(_run(layers[nearest:block], entering, layers[block]))
-
-    @cache
-    @torch.no_grad()
-    def block_output() -> Tensor:
-        """[I, N, D] the patches as the chosen block puts them out."""
-        made = deepest if layer is None else block + 1
-        out = kept[made] if made <= deepest else _run(layers[deepest:made], states.detach(), layers[block])
-        return out[:, first:].detach()
-
-    @cache
-    @torch.no_grad()
-    def keys() -> Tensor:
-        return attention.k_proj(normed())
-
-    @torch.no_grad()
-    def cls_query_keys() -> tuple[Tensor, Tensor]:
-        return attention.q_proj(normed()[:, 0]), keys()
-
     @torch.no_grad()
     def probe_query_keys() -> tuple[Tensor, Tensor]:
-        return _pooling_projections(tower, _run(layers[deepest:], states, tower.head))
+        return _pooling_projections(tower, _run(blocks[deepest:], states, tower.head))
 
-    view = VisionView(
-        patches=states[:, first:].detach(),
-        grid=(rows, patches // rows),
-        patch_keys=lambda: keys()[:, first:],
-        cls=states[:, 0].detach() if family.has_cls else None,
-        cls_feature=cls_feature,
-        cls_query_keys=cls_query_keys if family.has_cls else None,
-        probe_query_keys=probe_query_keys if getattr(tower, "use_head", False) else None,
-        block_output=block_output,
-        heads=tower.config.num_attention_heads,
-        encoder=tower.config.model_type,
-    )
-    return features, view
+    def shown(layer: int | float | None) -> VisionView:
+        block = scored_block(layer, deepest, len(blocks))
+        nearest = min(block, deepest)
+        attention: Any = getattr(blocks[block], family.attention)
+
+        @cache
+        @torch.no_grad()
+        def normed() -> Tensor:
+            """[I, (1 +) N, D] what the chosen block's projections read."""
+            entering = _run(blocks[nearest:block], kept[nearest].detach(), blocks[block])
+            return getattr(blocks[block], family.norm)(entering)
+
+        @cache
+        @torch.no_grad()
+        def block_output() -> Tensor:
+            """[I, N, D] the patches as the chosen block puts them out."""
+            made = deepest if layer is None else block + 1
+            out = kept[made] if made <= deepest else _run(blocks[deepest:made], states.detach(), blocks[block])
+            return out[:, first:].detach()
+
+        @cache
+        @torch.no_grad()
+        def keys() -> Tensor:
+            return attention.k_proj(normed())
+
+        @torch.no_grad()
+        def cls_query_keys() -> tuple[Tensor, Tensor]:
+            return attention.q_proj(normed()[:, 0]), keys()
+
+        return VisionView(
+            patches=states[:, first:].detach(),
+            grid=(rows, patches // rows),
+            patch_keys=lambda: keys()[:, first:],
+            cls=states[:, 0].detach() if family.has_cls else None,
+            cls_feature=cls_feature,
+            cls_query_keys=cls_query_keys if family.has_cls else None,
+            probe_query_keys=probe_query_keys if getattr(tower, "use_head", False) else None,
+            block_output=block_output,
+            block=shown,
+            heads=tower.config.num_attention_heads,
+            encoder=tower.config.model_type,
+        )
+
+    return features, shown(layers[0])
 
 
 def _run(layers: Sequence[nn.Module], states: Tensor, reader: nn.Module) -> Tensor:

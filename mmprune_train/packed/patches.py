@@ -16,7 +16,8 @@ class Patches:
     """Stage 1 of `I` images with `N` patches each, `K` tokens in all staying."""
 
     chosen: Float[Tensor, "K D"]
-    """[K, D] features that enter the projector, image by image in raster order; what merging made is among them."""
+    """[K, D] features that enter the projector, image by image in raster order; what merging made is among them. Where
+    stage 1 merges behind the projector, what enters the LLM."""
     kept: Bool[Tensor, "I N"]
     """[I, N] their places, on the host; a made token has that of a dropped patch."""
     order: Int64[Tensor, "I N"]

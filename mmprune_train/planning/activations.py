@@ -58,7 +58,7 @@ class Activations:
         self.blocks = self.family.layers(tower)
         features = model.config.vision_feature_layer
         self.depth = deepest_feature(features, len(self.blocks))
-        self.held = len(states_read(features, model.pruner.settings.vision.layer, len(self.blocks)))
+        self.held = len(states_read(features, model.pruner.blocks, len(self.blocks)))
         """States of the vision tower that are there when a block runs."""
         self.tower_trained = any_trained(tower)
         self.width, self.bytes = language.config.hidden_size, how.compute.itemsize
@@ -75,7 +75,8 @@ class Activations:
         self.head = Probe(model.hf.lm_head, _loss, self.width, embeds, leaves, how)
         features = projector.linear_1.in_features
         self.projector = Probe(projector, call, features, how.compute, self.tower_trained, how)
-        self.side = int(model.config.image_seq_length) + self.family.has_cls
+        self.patches = int(model.config.image_seq_length)
+        self.side = self.patches + self.family.has_cls
         block: Any = self.blocks[0]
         towers = tower.config.hidden_size
         states = how.trained if self.tower_trained else how.compute
@@ -104,7 +105,8 @@ class Activations:
                 are counted here as they come.
         """
         inputs = shape.images * self.pixels + float(shape.stage1.sum()) * 9 * 8  # nine int64 fields a token
-        projector = self.projector(shape.kept_patches)
+        whole = self.model.pruner.merges_projected
+        projector = self.projector(shape.images * self.patches if whole else shape.kept_patches)
         tower = self._tower(shape.images, vision_chunk, checkpointing is not None)
         again = computed_again(self.model.pruner, len(shape.lengths), checkpointing)
         held = inputs + projector.saved + tower.saved

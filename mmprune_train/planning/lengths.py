@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from mmprune_train.components.registry import library
+from mmprune_train.components.registry import default_of, library
 from mmprune_train.config.knee import budget_of, own_budgets, with_method, with_value
 from mmprune_train.config.pruner_schema import KneeConfig, PrunerConfig
 from mmprune_train.data.batch import Sample, collate
@@ -109,7 +109,7 @@ def solve_share(pruner: PrunerConfig, samples: Sequence[Sample], patches: int, d
 
 
 def _blinded(pruner: PrunerConfig, share: float) -> PrunerConfig:
-    """The same pruner by scores that are drawn, every budget fixed."""
+    """The same pruner by scores that are drawn, every budget fixed; inside the LLM the best of them stay."""
     by_share = next(one for one in library()["budget"].values() if one.fixed and one.parameters[0].type == "float")
 
     def drawing(kind: str) -> dict[str, Any]:
@@ -119,11 +119,16 @@ def _blinded(pruner: PrunerConfig, share: float) -> PrunerConfig:
         return knee if budget_of(knee).fixed else with_value(with_method(knee, by_share.name), by_share.fixed, share)
 
     vision, language = pruner.vision, pruner.language
-    recover = replace(vision.recover, knee=fixed(vision.recover.knee), **drawing("vision_score"))
+    recover = replace(vision.recover, layer=None, knee=fixed(vision.recover.knee), **drawing("vision_score"))
+    plain: dict[str, Any] = {
+        "query_tokens": "all",
+        "selection": default_of("pruner.language.selection"),
+        "selection_args": {},
+    }
     return replace(
         pruner,
         vision=replace(vision, knee=fixed(vision.knee), recover=recover, **drawing("vision_score")),
-        language=replace(language, query_tokens="all", knee=fixed(language.knee), **drawing("language_score")),
+        language=replace(language, knee=fixed(language.knee), **plain, **drawing("language_score")),
     )
 
 

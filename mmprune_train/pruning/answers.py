@@ -109,6 +109,13 @@ def selected(told: str, answer: object, scores: Tensor, *_: Any) -> None:
         )
 
 
+def selected_tokens(
+    told: str, answer: object, scores: Tensor, counts: Tensor, view: Any, places: Tensor, *_: Any
+) -> None:
+    """[M] bool; a row of which nothing stays is found with what stays."""
+    _table(told, answer, "a bool mask [places], true at what stays,", places.shape, scores.device, torch.bool)
+
+
 def merged(told: str, answer: object, features: Tensor, kept: Tensor, *_: Any) -> None:
     """Finite features [I, N, D] of the same dtype, and the mask [I, N] with something of every image."""
     both = "the features and the kept mask"

@@ -21,7 +21,7 @@ from mmprune_train.pruning.query_tokens import relevant_query_tokens
 from mmprune_train.pruning.schedule import BudgetOverride
 from mmprune_train.pruning.selections import top_mask
 from mmprune_train.pruning.turns import candidates_and_queries
-from mmprune_train.pruning.views import LanguageView
+from mmprune_train.pruning.views import LanguageView, full_precision
 
 
 class LanguageStage:
@@ -34,9 +34,14 @@ class LanguageStage:
         """Find its components."""
         key, stage = "pruner.language", self.settings.language
         self._language_merge = None
+        self.language_reads: set[str] = set()
+        """What its score and its selection read."""
         if not stage.enabled:
             return
         self._language_score = load_part("language_score", stage.score, f"{key}.score", stage.score_args)
+        self._select_tokens = load_part("language_selection", stage.selection, f"{key}.selection", stage.selection_args)
+        for part in (self._language_score, self._select_tokens):
+            self.language_reads.update(part.component.reads)
         self._budgets = [Budget(knee, f"{key}.knee") for knee in per_layer(stage.knee, stage.per_layer_budgets)]
         if stage.merge != "none":
             self._language_merge = load_part("language_merge", stage.merge, f"{key}.merge", stage.merge_args)
@@ -50,8 +55,8 @@ class LanguageStage:
 
     @property
     def reads_keys(self) -> bool:
-        """Whether stage 2's score computes the keys of all tokens."""
-        return self.settings.language.enabled and "keys" in self._language_score.component.reads
+        """Whether stage 2 computes the keys of all tokens."""
+        return "keys" in self.language_reads
 
     @property
     def scores_previous_layer(self) -> bool:
@@ -73,6 +78,7 @@ class LanguageStage:
         query_keys: Callable[[Tensor], tuple[Tensor, Tensor]],
         place: int = 0,
         training: bool = False,
+        normed: Float[Tensor, "T D"] | None = None,
     ) -> tuple[Float[Tensor, "T D"], Bool[Tensor, " T"], Float[Tensor, " T"], Bool[Tensor, " T"]] | None:
         """Stage 2 before one LLM layer; None where no sample has anything to drop.
 
@@ -81,6 +87,7 @@ class LanguageStage:
             training: tokens whose scores are not finite all stay, as NaN: what diverges while it trains is not the
                 user's input, and every rank must come to know of it by the loss. Elsewhere that is a UserError, as are
                 scores of the user's own that are not finite where the states are.
+            normed: [T, D] the states after the LLM's last norm, where `language_reads` has them.
         Returns:
             the states with what each turn's dropped visual tokens leave in them, through which gradients flow; the kept
             tokens, those that merging made among them, on the host; the candidates' scores (NaN elsewhere); which
@@ -100,16 +107,20 @@ class LanguageStage:
         row, order = rows.unique(return_inverse=True)[1].sort(stable=True)
         places = places[order]
         with torch.no_grad():
-            scores = self._language_score(LanguageView(sequence, hidden.detach(), query_keys, groups))
+            view = LanguageView(sequence, hidden.detach(), query_keys, groups, normed)
+            scores = self._language_score(view)
             table, lengths = pad(take(scores, places), row, int(row[-1]) + 1)
             lengths = upload(lengths, hidden.device)
             budget, override = self._budgets[place % len(self._budgets)], self.override_of("language")
             counts = budget.counts(table, lengths, lambda: pad(take(hidden, places), row, len(table))[0], override)
-            ranked = table
+            ranked, first = scores, torch.zeros_like(places, dtype=torch.bool, device=scores.device)
             if stage.min_per_image:
-                first = pad(self._first_of_images(sequence, places, scores), row, len(table))[0]
-                ranked, counts = table.masked_fill(first, torch.inf), counts.maximum(first.sum(1))
-            kept = unpad(top_mask(ranked, counts, lengths), row)  # [M]
+                first = self._first_of_images(sequence, places, scores)
+                raised = take(scores, places).masked_fill(first, torch.inf)
+                ranked = scores.index_copy(0, upload(places, scores.device), raised)
+                counts = counts.maximum(pad(first, row, len(table))[0].sum(1))
+            with full_precision(scores):
+                kept = self._select_tokens(ranked, counts, view, places, row) | first  # [M]
             rule = budget.rule(override)
             sound = unpad(sound_rows(table, lengths, rule)[:, None].expand_as(table), row)
         before = kept
@@ -179,8 +190,11 @@ class LanguageStage:
         index = sequence.visual[places].nonzero().squeeze(1)  # of the visual tokens among the candidates
         row, order = _turn_rows(sequence)[places[index]].unique(return_inverse=True)[1].sort(stable=True)
         index = index[order]
-        visual_places, among = places[index], take(kept, index)
-        hidden, made = self._language_merge(hidden, visual_places, row, ~among, take(scores, visual_places))
+        visual_places, among, more = places[index], take(kept, index), {}
+        if "picture" in self._language_merge.component.takes:
+            assert sequence.picture is not None
+            more["picture"] = sequence.picture[visual_places]
+        hidden, made = self._language_merge(hidden, visual_places, row, ~among, take(scores, visual_places), **more)
         return hidden, kept.index_copy(0, upload(index, kept.device), among | made)
 
 

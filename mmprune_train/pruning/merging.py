@@ -39,10 +39,18 @@ def _sums(features: Features, home: Int64[Tensor, "I N"]) -> Float[Tensor, "I N 
 
 
 @merge(makes=0)
-def nearest(features: Features, kept: Mask, scores: Scores, keys: Keys) -> tuple[Features, Mask]:
-    """Every dropped patch joins the kept patch whose key is most similar; a kept patch becomes the mean of itself and
-    those that joined it (our choice, the plainest member of PruMerge's and ToMe's family)."""
-    home = _similarity(keys).masked_fill(~kept[:, None], -torch.inf).argmax(2)  # [I, N]
+def nearest(
+    features: Features, kept: Mask, scores: Scores, keys: Keys, *, by: Literal["keys", "features"] = "keys"
+) -> tuple[Features, Mask]:
+    """Every dropped patch joins the kept patch that it is most similar to; a kept patch becomes the mean of itself and
+    those that joined it (the plainest member of PruMerge's and ToMe's family; by features, VScan's: Zhang et al. 2025,
+    arXiv 2505.22654).
+
+    Args:
+        by: the cosine of which is the similarity: the patches' keys, or what is merged itself.
+    """
+    alike = _similarity(keys if by == "keys" else features.detach())
+    home = alike.masked_fill(~kept[:, None], -torch.inf).argmax(2)  # [I, N]
     own = torch.arange(kept.shape[1], device=kept.device)
     home = torch.where(kept, own, home)
     total = _sums(features, home)

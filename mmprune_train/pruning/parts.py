@@ -23,6 +23,7 @@ CHECKS: dict[str, answers.Check] = {
     "budget": answers.counts,
     "selection": answers.selected,
     "merge": answers.merged,
+    "language_selection": answers.selected_tokens,
     "language_merge": answers.merged_states,
 }
 

@@ -54,6 +54,8 @@ class VisionView:
     without a text tower."""
     words: Float[Tensor, "I W P"] | None = None
     """[I, W, P] the LLM's embeddings of the words of each image's question, zeros behind the last; None: not read."""
+    block: Callable[[int | float], VisionView] | None = None
+    """The same images with another block of the encoder as the chosen one; None: it is the only one there is."""
     asked: Bool[Tensor, " I"] | None = None
     """[I] which images have a question, where one is read."""
     heads: int = 1
@@ -69,8 +71,10 @@ class VisionView:
 
 
 def _rows_of(compute: Callable[..., Any], rows: Tensor, *arguments: Any) -> Any:
-    """Rows of the tensor, or of each tensor, that a view's callable gives."""
+    """Rows of the tensor, of each tensor, or of the view that a view's callable gives."""
     found = compute(*arguments)
+    if isinstance(found, VisionView):
+        return found.at(rows)
     return tuple(tensor[rows] for tensor in found) if isinstance(found, tuple) else found[rows]
 
 
@@ -93,3 +97,5 @@ class LanguageView:
     norm, projections (biases, q/k norms, adapters) and rotary embedding."""
     groups: QueryGroups
     """The query tokens, on the host."""
+    normed: Float[Tensor, "T D"] | None = None
+    """[T, D] the same states after the LLM's last norm, where something reads them."""

@@ -10,7 +10,7 @@ import torch
 from jaxtyping import Bool, Float, Int64
 from torch import Tensor
 
-from mmprune_train.config.pruner import projects, reads_tower, reads_words
+from mmprune_train.config.pruner import merges_projected, projects, reads_tower, reads_words
 from mmprune_train.config.pruner_schema import PrunerConfig
 from mmprune_train.errors import UserError
 from mmprune_train.packed.host import fetch
@@ -18,7 +18,7 @@ from mmprune_train.pruning.budgets import Budget, refuse_unsound, sound_rows, wh
 from mmprune_train.pruning.parts import load_part
 from mmprune_train.pruning.schedule import BudgetOverride
 from mmprune_train.pruning.selections import top_mask
-from mmprune_train.pruning.views import VisionView, full_precision
+from mmprune_train.pruning.views import VisionView, full_precision, given
 
 
 class VisionStage:
@@ -35,23 +35,35 @@ class VisionStage:
         """What its scores read."""
         self.asked_until = stage.question_ends
         """Texts of which the first one ends the question, as far as scores read it."""
+        self.vision_passes: list[tuple[int | float | None, set[str]]] = []
+        """For each pass over the patches the encoder's block that it looks at, as `pruner.vision.layer` names it, and
+        what its score reads."""
         self.projects = projects(stage)
         """Whether its selection looks at what the projector makes of all patches."""
         self.reads_tower, self.reads_words = reads_tower(stage), reads_words(stage)
         """Whether it reads the question by CLIP's text tower, and word by word."""
+        self.merges_projected = merges_projected(stage)
+        """Whether what it merges are the patches after the projector."""
         if not stage.enabled:
             return
         self._vision_score = load_part("vision_score", stage.score, f"{key}.score", stage.score_args)
-        self.vision_reads.update(self._vision_score.component.reads)
+        self.vision_passes.append((stage.layer, set(self._vision_score.component.reads)))
         self._vision_budget = Budget(stage.knee, f"{key}.knee")
         self._select = load_part("selection", stage.selection, f"{key}.selection", stage.selection_args)
         if stage.recover.enabled:
             recover = stage.recover
             self._recover_score = load_part("vision_score", recover.score, f"{key}.recover.score", recover.score_args)
-            self.vision_reads.update(self._recover_score.component.reads)
+            second = stage.layer if recover.layer is None else recover.layer
+            self.vision_passes.append((second, set(self._recover_score.component.reads)))
             self._recover_budget = Budget(recover.knee, f"{key}.recover.knee")
+        self.vision_reads.update(*(reads for _, reads in self.vision_passes))
         if stage.merge != "none":
             self._merge = load_part("merge", stage.merge, f"{key}.merge", stage.merge_args)
+
+    @property
+    def blocks(self) -> list[int | float | None]:
+        """The encoder's blocks that can be looked at, as in `pruner.vision.layer`: the first pass's comes first."""
+        return [layer for layer, _ in self.vision_passes] or [self.settings.vision.layer]
 
     @property
     def merges(self) -> bool:
@@ -126,7 +138,7 @@ class VisionStage:
     def _recover(self, view: VisionView, kept: Bool[Tensor, "I N"]) -> Bool[Tensor, "I N"]:
         """The second pass: dropped patches come back by its own score and budget, none for want of a question."""
         budget = self._recover_budget
-        scores = self._recover_score(view)
+        scores = self._recover_score(self._second_look(view))
         left = (~kept).sum(1)
         if self.settings.vision.recover.counted == "all":
             curve = torch.where(kept, scores.amin(1, keepdim=True), scores)
@@ -145,6 +157,11 @@ class VisionStage:
         sound = sound_rows(scores, whole_lengths(scores), budget.rule())[:, None] & kept.any(1, keepdim=True)
         return (kept | top_mask(scores.masked_fill(kept, -torch.inf), counts)) & sound
 
+    def _second_look(self, view: VisionView) -> VisionView:
+        """What the second pass looks at."""
+        layer = self.settings.vision.recover.layer
+        return view if layer is None else given(view.block)(layer)
+
     def merge_patches(
         self,
         features: Float[Tensor, "I N D"],
@@ -159,7 +176,7 @@ class VisionStage:
         more: dict[str, Any] = {"grid": view.grid} if "grid" in self._merge.component.takes else {}
         textual = self.settings.vision.recover.enabled and "question" in self._recover_score.component.reads
         if textual and "text" in self._merge.component.takes:
-            more["text"] = self._recover_score(view)
+            more["text"] = self._recover_score(self._second_look(view))
         if "heads" in self._merge.component.takes:
             more["heads"] = view.heads
         with full_precision(features):

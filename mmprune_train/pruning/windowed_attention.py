@@ -14,7 +14,9 @@ from mmprune_train.pruning.vision_scores import cls_attention
 
 
 @vision_score(reads=("cls_query_keys", "grid"))
-def windowed_attention(view: VisionView, *, window: Annotated[int, Range(1, 1024)] = 6) -> Float[Tensor, "I N"]:
+def windowed_attention(
+    view: VisionView, *, window: Annotated[int, Range(1, 1024)] = 6, with_cls: bool = False
+) -> Float[Tensor, "I N"]:
     """[I, N] window ** 2 - rank of a patch in its window of the grid by `cls_attention` + that attention.
 
     The local scan of VScan (Zhang et al. 2025, arXiv 2505.22654): the k largest of n windows are the k / n most
@@ -23,8 +25,9 @@ def windowed_attention(view: VisionView, *, window: Annotated[int, Range(1, 1024
 
     Args:
         window: side of a window, patches; the last row and column of windows may be smaller.
+        with_cls: as in `cls_attention`.
     """
-    attention = cls_attention(view)
+    attention = cls_attention(view, with_cls=with_cls)
     rows, columns = view.grid
     place = torch.arange(rows * columns, device=attention.device)
     home = (place // columns // window) * -(-columns // window) + place % columns // window  # [N]

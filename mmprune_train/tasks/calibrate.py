@@ -157,7 +157,7 @@ def load_subject(config: Config, pruner: PrunerConfig | None, found: Checkpoint 
                 tower,
                 feature_layer=config.encoder.feature_layer,
                 drop_cls=config.encoder.has_cls,
-                layer=pruner.vision.layer,
+                layers=Pruner(pruner).blocks,
             )
             return Subject(pruner, encoder, reader, device)
         model, processor = begin(config, start and replace(start, goes_on=False))

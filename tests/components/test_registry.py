@@ -146,7 +146,7 @@ def test_a_name_elsewhere_is_found(source: str) -> None:
 PAGES = {
     **dict.fromkeys(("vision_score", "language_score"), "scores.md"),
     "budget": "budgets.md",
-    **dict.fromkeys(("selection", "merge", "language_merge"), "methods.md"),
+    **dict.fromkeys(("selection", "merge", "language_selection", "language_merge"), "methods.md"),
 }
 
 

@@ -36,6 +36,8 @@ PRUNERS: dict[str, Any] = {
         "language": {"layer": [1, 3], "per_layer_budgets": [5, 3], "merge_args": {"size": 3}},
     },
     "key_norm": {"name": "language_only", "language": {**TWICE, "score": "key_norm", "turns": "mean"}},
+    "dart": {"name": "dart", "language": {"knee": {"count": 6}, "selection_args": {"pivots": 2, "text_pivots": 1}}},
+    "pool": "pool",
     "cdpruner": {"name": "cdpruner", "vision": {"knee": HALF}},
     "mmtok": {"name": "mmtok", "vision": {"knee": HALF}},
     "downsample": {"name": "downsample", "vision": {"knee": HALF}},
@@ -280,6 +282,10 @@ def whole(ids: Tensor) -> dict[str, Tensor]:
         ),
         ({"name": "pyramiddrop", "language": {"layer": [1, 3]}}, "pruner.language.turns=mean"),
         ({"name": "language_only", "language": {**TWICE, "score": "model.test_chat:looking"}}, "score=model.test_chat"),
+        (
+            {"name": "language_only", "language": {**TWICE, "selection": "model.test_chat:choosing"}},
+            "selection=model.test_chat",
+        ),
     ],
 )
 def test_a_turn_that_would_change_what_stays_is_refused(settings: Any, told: str) -> None:
@@ -298,6 +304,11 @@ def test_a_turn_that_would_change_what_stays_is_refused(settings: Any, told: str
 def looking(view: Any) -> Tensor:
     """A score of one's own."""
     return view.hidden.float().norm(dim=-1)
+
+
+def choosing(scores: Tensor, counts: Tensor, view: Any, places: Tensor, row: Tensor) -> Tensor:
+    """A selection of one's own: every second candidate."""
+    return torch.arange(len(places), device=scores.device) % 2 == 0
 
 
 def test_other_words_or_pictures_than_the_cache_holds_are_refused() -> None:

@@ -32,12 +32,13 @@ DRAWN = ("random",)
 def settings_of(name: str) -> dict:
     """The preset with budgets that bite on nine patches; PruMerge+ adds every third patch to one, all to more."""
     budget = {"method": "fixed_ratio", "ratio": 0.15 if name == "prumerge_plus" else 0.4}
-    merge = load_pruner(name).vision.merge
-    counts = merge != "none" and find("merge", merge, "pruner.vision.merge").parameter("count") is not None
-    merging = {"merge_args": {"count": 2}} if counts else {}
+    vision = load_pruner(name).vision
+    counted = vision.merge != "none" and find("merge", vision.merge, "pruner.vision.merge").parameter("count")
+    more = {"merge_args": {"count": 2}} if counted else {}
+    more |= {"recover": {"knee": {"count": 2}}} if vision.recover.knee.method == "fixed_count" else {}
     return {
         "name": name,
-        "vision": {"knee": budget, **merging},
+        "vision": {"knee": budget, **more},
         "language": {"knee": budget, "per_layer_budgets": None},
     }
 

@@ -7,6 +7,7 @@ from collections.abc import Callable
 
 import pytest
 import torch
+from loaded import LANGUAGE_SELECTIONS
 from plain import State, Walked, best, eager_copy, walk
 from tiny import PATCHES, annotate, labels_of, packed, rows_of, tiny_inputs, tiny_llava
 from torch import Tensor
@@ -26,6 +27,8 @@ SMALL: dict[str, dict] = {
     "fastv": {},
     "pyramiddrop": {},
     "sparsevlm": {"layer": [1, 2, 3], "per_layer_budgets": COUNTS, "merge_args": {"share": 0.6, "size": 3}},
+    "dart": {"knee": {"count": 6}, "selection_args": {"pivots": 2, "text_pivots": 1}},
+    "pool": {},
 }
 """The presets with budgets that bite on a few patches and four layers."""
 BATCHES = [([2], [9]), ([1, 0, 2, 3, 1], [8, 7, 6, 11, 5])]
@@ -113,6 +116,44 @@ class SparseVLM(Slow):
         return sorted([*keep, *made], key=lambda i: (end[image[i]] + 0.5 if i in made else i, i)), hidden
 
 
+class Dart(Slow):
+    renumber = False
+
+    def drop(self, state: State, everything: list[int], candidates: list[int]) -> tuple[list[int], Tensor]:
+        if state.layer != 2:
+            return everything, state.hidden
+        assert state.keys is not None
+        norm = [float(key.abs().sum()) for key in state.keys]
+        text = [i for i in everything if candidates[-1] < i and state.tokens[i] < self.end]
+        mine = sorted(candidates, key=lambda i: -norm[i])[:2]
+        pivots = list(set(mine + sorted(text, key=lambda i: -norm[i])[:1]))
+        kept = set(mine)
+        for number, pivot in enumerate(pivots):
+            left = [i for i in candidates if i not in kept]
+            left.sort(key=lambda i: float(torch.cosine_similarity(state.normed[pivot], state.normed[i], dim=0)))
+            kept.update(left[: 4 // len(pivots) + (number < 4 % len(pivots))])  # six are kept, two are pivots
+        return [i for i in everything if i in kept or i not in candidates], state.hidden
+
+
+class Pool(Slow):
+    renumber = False
+
+    def drop(self, state: State, everything: list[int], candidates: list[int]) -> tuple[list[int], Tensor]:
+        if state.layer != 2:
+            return everything, state.hidden
+        size = len(candidates)
+        count = math.floor(size / 4 + 0.5)
+        starts = {candidates[math.ceil(run * size / count)] for run in range(count)}
+        starts |= set(candidates[::PATCHES])  # every image's first
+        hidden, run = state.hidden.clone(), []
+        for i in reversed(candidates):
+            run.append(i)
+            if i in starts:
+                hidden[i] = state.hidden[run].mean(0)
+                run = []
+        return [i for i in everything if i in starts or i not in candidates], hidden
+
+
 def clusters(points: Tensor, count: int) -> dict[int, list[int]]:
     """DPC-KNN in plain loops: each centre with its members, the best centre first."""
     size = len(points)
@@ -127,7 +168,13 @@ def clusters(points: Tensor, count: int) -> dict[int, list[int]]:
     return {c: [i for i in range(size) if home[i] == c] for c in sorted(centres, key=lambda c: -peak[c])}
 
 
-SLOW: dict[str, Callable[[Tensor, int], Slow]] = {"fastv": FastV, "pyramiddrop": PyramidDrop, "sparsevlm": SparseVLM}
+SLOW: dict[str, Callable[[Tensor, int], Slow]] = {
+    "fastv": FastV,
+    "pyramiddrop": PyramidDrop,
+    "sparsevlm": SparseVLM,
+    "dart": Dart,
+    "pool": Pool,
+}
 
 
 def method(hf: LlavaForConditionalGeneration, name: str, **language: object) -> PackedLlava:
@@ -256,15 +303,17 @@ def entering(model: PackedLlava, layer: int, inputs: dict[str, Tensor], labels: 
 def test_supervised_and_protected_tokens_are_never_touched() -> None:
     """Neither dropped nor changed by a merge, however greedy the budget."""
     for name in SLOW:
-        greedy = {"sparsevlm": {"per_layer_budgets": [1, 1, 1], "merge_args": {"share": 1.0}}}.get(
-            name, {"knee": {"ratio": 0.01}}
-        )
+        few: dict[str, dict] = {
+            "sparsevlm": {"per_layer_budgets": [1, 1, 1], "merge_args": {"share": 1.0}},
+            "dart": {"knee": {"count": 1}},
+        }
+        greedy = few.get(name, {"knee": {"ratio": 0.01}})
         model = method(tiny_llava(), name, **greedy)
         inputs = tiny_inputs([2, 1], [9, 7])
         labels = inputs["input_ids"].masked_fill(inputs["attention_mask"] == 0, -100)  # patches supervised, too
         labels[:, :8] = -100
         supervised = int((labels[:, 1:] != -100).sum())
-        layer = 2 if name == "fastv" else 1
+        layer = 1 if name in ("pyramiddrop", "sparsevlm") else 2
         dense, pruned = (entering(one, layer, inputs, labels) for one in (packed(tiny_llava()), model))
         trace = model.last_pruning
         starts = [0, int(trace.stage1[0])]
@@ -338,3 +387,18 @@ def test_flops_count_the_keys_that_a_score_computes(score: str) -> None:
 
 def test_every_preset_of_stage_two_alone_is_tested() -> None:
     assert set(SLOW) == set(SMALL) <= set(options("pruner"))
+
+
+@pytest.mark.parametrize("name", LANGUAGE_SELECTIONS)
+def test_a_selection_meets_its_counts_and_the_floor_of_every_image(name: str) -> None:
+    language = {"selection": name, "score": "key_l1", "layer": [1, 3], "candidates": "visual"}
+    for least, budgets, left in ((0, [7, 4], [7, 4]), (2, [7, 1], [7, 4])):
+        knee = {"knee": {"method": "fixed_count"}, "per_layer_budgets": budgets, "min_per_image": least}
+        model = packed(tiny_llava(), {"name": "language_only", "language": {**language, **knee}})
+        with torch.no_grad():
+            model(**tiny_inputs([2], [9]))
+        seen = torch.stack(model.last_pruning.layers_visual)[:, 0].tolist()
+        assert seen[0] == 18 and seen[1] == seen[2] and seen[1] >= left[0] and seen[3] >= left[1]
+        assert least or seen[1:] == [7, 7, 4]
+        kept = model.last_pruning.language_kept[0] - 2
+        assert all(int(((kept >= first) & (kept < first + PATCHES)).sum()) >= least for first in (0, PATCHES))

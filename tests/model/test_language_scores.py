@@ -76,6 +76,8 @@ def test_stage_two_scores_are_what_transformers_computes(text: str) -> None:
         "text_cosine": torch.cosine_similarity(unit[asked].mean(0, keepdim=True), hidden),
         "last_token_attention": attention[-1],
         "key_norm": -full.cache.layers[2].keys[0].norm(dim=-1).mean(0),
+        "key_l1": full.cache.layers[2].keys[0].abs().sum((0, 2)),
+        "early_first": -torch.arange(len(hidden)).float(),
     }
     assert set(expected) == set(LANGUAGE_SCORES) - {"random"}
     for score, reference in expected.items():

@@ -139,8 +139,8 @@ def test_a_preset_runs_where_there_are_fewer_patches_than_it_keeps(name: str) ->
 
 
 def test_every_preset_of_stage_one_alone_is_tested() -> None:
-    language = {"fastv", "pyramiddrop", "sparsevlm"}
-    both = {"none", "random", "twostage", "encoder_only", "language_only"} | language
+    language = {"fastv", "pyramiddrop", "sparsevlm", "dart", "pool"}
+    both = {"none", "random", "twostage", "encoder_only", "language_only", "vscan"} | language
     assert set(options("pruner")) - both == set(SLOW) == set(SMALL)
 
 
@@ -186,7 +186,7 @@ def test_attention_of_any_block_is_what_transformers_computes(layer: int) -> Non
     for feature in (-3, -2, -1):
         with torch.no_grad():
             row = eager(pixels, output_attentions=True).attentions[layer][:, :, 0, 1:]
-            _, view = encode(tower, pixels, feature, drop_cls=True, layer=layer)
+            _, view = encode(tower, pixels, feature, drop_cls=True, layers=[layer])
         expected = (row / row.sum(-1, keepdim=True)).mean(1)
         torch.testing.assert_close(VISION_SCORES["cls_attention"](view), expected, rtol=1e-5, atol=1e-6)
 
@@ -196,7 +196,7 @@ def test_blocks_behind_the_features_run_when_they_are_looked_at() -> None:
     ran: list[int] = []
     for index, block in enumerate(tower.encoder.layers):
         block.register_forward_hook(lambda *_, index=index: ran.append(index))
-    _, view = encode(tower, torch.randn(1, 3, 24, 24), -3, drop_cls=True, layer=-1)
+    _, view = encode(tower, torch.randn(1, 3, 24, 24), -3, drop_cls=True, layers=[-1])
     VISION_SCORES["cls_cosine"](view)
     assert ran == [0]
     scores = VISION_SCORES["cls_attention_wide"](view)

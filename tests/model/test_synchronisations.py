@@ -25,6 +25,7 @@ from mmprune_train.training.module import MultimodalModule
 MORE = {
     "recoverable": 3,  # its budget, its second pass and its merge each run scikit-learn's LOF on the host
     "sparsevlm": 1,  # which question tokens vote, before the layers
+    "dart": 1,  # its pivots, whose order is that of a Python set
 }
 """Fetches of a preset beyond one for each stage-1 pass and each layer that stage 2 prunes before."""
 CONVERSATIONS = [[(1, 5, 3)], [(2, 4, 2), (0, 3, 1)], [(0, 3, 2)], [(1, 0, 2)]]

@@ -36,6 +36,9 @@ FIXED = {"method": "fixed_ratio", "ratio": 0.5}
         {"name": "mmtok", "vision": {"knee": {"count": 5}}},
         {"name": "twostage", "vision": {"knee": FIXED}, "language": {"knee": FIXED}},
         {"name": "sparsevlm", "language": {"per_layer_budgets": [6, 3, 2]}},
+        {"name": "dart", "language": {"knee": {"count": 6}}},
+        {"name": "pool", "language": {"knee": {"ratio": 0.34}}},
+        {"name": "vscan", "vision": {"knee": {"count": 3}, "recover": {"knee": {"count": 2}}}},
     ],
     ids=str,
 )

@@ -37,7 +37,7 @@ KEYS = [
 
 KEEPS_ALL = (
     "knee=fixed_count", "pruner=visionzip", "pruner=fastervlm", "pruner=vispruner", "pruner=dpp",
-    "knee=attention_entropy", "pruner=sparsevlm", "pruner=cdpruner", "pruner=windowed",
+    "knee=attention_entropy", "pruner=sparsevlm", "pruner=cdpruner", "pruner=windowed", "pruner=dart", "pruner=vscan",
     "pruner=scope", "pruner=mmtok", "pruner=holov", "pruner=downsample",
 )  # fmt: skip
 """Overrides that keep more patches than a tiny image has, or as many as a random encoder attends to: all."""
