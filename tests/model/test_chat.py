@@ -29,8 +29,11 @@ PRUNERS: dict[str, Any] = {
         "vision": {"knee": HALF, "positions": "original"},
         "language": {**TWICE, "positions": "contiguous"},
     },
-    "fastv": {"name": "fastv", "language": {"knee": HALF}},
-    "pyramid_of_the_first": {"name": "pyramiddrop", "language": {"turns": "first", "layer": [1, 2]}},
+    "fastv": {"name": "fastv", "language": {"knee": HALF, "turns_in_generation": None}},
+    "pyramid_of_the_first": {
+        "name": "pyramiddrop",
+        "language": {"turns": "mean", "turns_in_generation": "first", "layer": [1, 2]},
+    },
     "sparsevlm": {
         "name": "sparsevlm",
         "language": {"layer": [1, 3], "per_layer_budgets": [5, 3], "merge_args": {"size": 3}},
@@ -280,7 +283,11 @@ def whole(ids: Tensor) -> dict[str, Tensor]:
             {"name": "language_only", "language": {**TWICE, "turns": "max"}},
             "pruner.language.turns=max: .*read the conv",
         ),
-        ({"name": "pyramiddrop", "language": {"layer": [1, 3]}}, "pruner.language.turns=mean"),
+        (
+            {"name": "pyramiddrop", "language": {"layer": [1, 3]}},
+            "language.turns_in_generation=last: .*_generation=first",
+        ),
+        ("fastv", "pruner.language.turns_in_generation=last"),
         ({"name": "language_only", "language": {**TWICE, "score": "model.test_chat:looking"}}, "score=model.test_chat"),
         (
             {"name": "language_only", "language": {**TWICE, "selection": "model.test_chat:choosing"}},
