@@ -18,9 +18,32 @@ PRUNERS: list[dict[str, Any]] = json.loads((RECORDED / "pruners.json").read_text
 NAMES = [" ".join(case["overrides"]) for case in PRUNERS]
 
 
+ORDER, WHOLE = "pruner.vision.order=raster", "pruner.vision.question_ends=[]"
+PATCHES_ALONE = "pruner.vision.score_args.with_cls=false"
+OWN_TURN = "pruner.language.turns_in_generation=null"
+FORMER_PRESETS = {
+    "cdpruner": [WHOLE],
+    "fastervlm": [PATCHES_ALONE],
+    "fastv": [OWN_TURN],
+    "pyramiddrop": [OWN_TURN],
+    "recoverable": [
+        ORDER, WHOLE, "pruner.vision.recover.counted=dropped", "pruner.vision.merge_args.share_of=kept",
+        "pruner.vision.merge_args.keys_of=own",
+    ],
+    "sparsevlm": ["pruner.language.order=in_place", "pruner.language.merge_args.ranked=false"],
+    "visionzip": [ORDER, PATCHES_ALONE, "pruner.vision.keep_cls=false", "pruner.vision.knee.count=54"],
+    "vispruner": [PATCHES_ALONE],
+}  # fmt: skip
+"""Presets that say something else since, and what they said."""
+
+
 def config_now(case: dict[str, Any]) -> Any:
-    """What the overrides compose to today, under the keys of today."""
-    return compose_config(["+experiment=smoke", *(present_override(one) or one for one in case["overrides"])])
+    """What the overrides compose to today, under the keys of today and with the presets of then."""
+    given = [present_override(one) or one for one in case["overrides"]]
+    (name, *_) = [one.removeprefix("pruner=") for one in given if one.startswith("pruner=")] or [""]
+    typed = {one.partition("=")[0] for one in given}
+    former = [one for one in FORMER_PRESETS.get(name, []) if one.partition("=")[0] not in typed]
+    return compose_config(["+experiment=smoke", *former, *given])
 
 
 def text_of(name: str, data: Path, runs: Path) -> str:

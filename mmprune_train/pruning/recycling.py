@@ -1,8 +1,7 @@
 """Recycling: what tokens dropped inside the LLM leave behind. Gradients flow through the states alone.
 
 SparseVLM (Zhang et al. 2024, arXiv 2410.04417): the best of the dropped tokens are clustered by their states, and each
-cluster's mean joins the sequence. The means take the places of the clusters' centres, which are dropped tokens: the
-first of these places holds the mean around the best centre.
+cluster's mean joins the sequence. The means take the places of the clusters' centres, which are dropped tokens.
 """
 
 from __future__ import annotations
@@ -30,6 +29,7 @@ def recycle(
     *,
     share: Annotated[float, Range(SMALL, 1, says=": a share of the dropped tokens")] = 0.3,
     size: Annotated[int, Range(1)] = 10,
+    ranked: bool = False,
 ) -> tuple[Float[Tensor, "T D"], Bool[Tensor, " M"]]:
     """Cluster the best dropped tokens of each row and put the clusters' means in the places of the centres.
 
@@ -44,6 +44,8 @@ def recycle(
         scores: [M]; the best are recycled.
         share: part of a row's dropped tokens that is recycled, best score first; at least one.
         size: tokens a cluster has on average.
+        ranked: of the centres' places the first holds the mean around the best centre, and so on, as the means stand in
+            the authors' code; else each has its own centre's.
     Returns:
         hidden with the means in place, and [M] which tokens became one.
     """
@@ -65,7 +67,8 @@ def recycle(
         means = members.float() @ points / members.sum(2, keepdim=True).clamp(min=1)
     centre = (home == column) & real
     outside = len(hidden)  # a row that is cut off again, for what is no centre
-    target = torch.where(centre, place, outside).sort(1).values.gather(1, rank).flatten()
+    target = torch.where(centre, place, outside)
+    target = (target.sort(1).values.gather(1, rank) if ranked else target).flatten()
     longer = torch.cat([hidden, hidden.new_zeros(1, hidden.shape[1])])
     hidden = longer.index_copy(0, target, means.flatten(0, 1).to(hidden.dtype))[:-1]
     return hidden, unpad(torch.zeros_like(gone).scatter(1, best, centre), row)

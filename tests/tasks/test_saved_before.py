@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import yaml
 from PIL import Image
-from recorded import NAMES, PRUNERS, RECORDED, config_now, put_pruner, put_run, put_settings, put_sweep
+from recorded import FORMER_PRESETS, NAMES, PRUNERS, RECORDED, config_now, put_pruner, put_run, put_settings, put_sweep
 from tasks.conftest import Command
 from training.killed import killed_after
 from training.synthetic import overrides, write_dataset
@@ -26,7 +26,7 @@ from mmprune_train.tasks import train
 
 COMMAND = (
     "stage.pretrain.max_steps=2", "stage.instruct.max_steps=4", "evaluate.limit=4", "trainer.precision=fp32",
-    "pruner=sparsevlm", "pruner.language.per_layer_budgets=[12,8,4]",
+    "pruner=sparsevlm", "pruner.language.per_layer_budgets=[12,8,4]", *FORMER_PRESETS["sparsevlm"],
 )  # fmt: skip
 """Of the recorded run, under the keys of now."""
 
@@ -79,7 +79,7 @@ def test_a_run_is_asked_and_shown_by_every_task(continued: tuple[Config, Path], 
     assert (code, err) == (0, "") and (run / "evaluate.old1").is_dir() and "keep ratio" in out
     again, before = (read_json(run / name / "result.json") for name in ("evaluate", "evaluate.old1"))
     assert again == before
-    code, _, err = mmprune("task=evaluate", f"ckpt={run}", *COMMAND[-2:])
+    code, _, err = mmprune("task=evaluate", f"ckpt={run}", *COMMAND[4:])
     assert code == 0 and (run / "evaluate.old2").is_dir(), "the run's own pruner is no other one"
     code, _, err = mmprune("task=generate", f"ckpt={run}", f"generate.images=[{image}]", "generate.max_new_tokens=2")
     assert (code, err) == (0, "")
