@@ -110,7 +110,7 @@ def test_typos_are_answered_with_the_nearest_valid_word(override, words):
             ["pruner.language.layer=0", "pruner.language.score_layer=previous"],
             "previous: no layer comes before",
         ),
-        (["pruner.language.turns=last"], "pruner.language.turns"),
+        (["pruner.language.turns=latest"], "pruner.language.turns=latest.*did you mean last"),
         (["pruner.language.score_layer=prev"], "did you mean previous"),
         (["pruner.language.merge=recicle"], "did you mean recycle"),
         (
