@@ -55,8 +55,8 @@ def recycle(
     count = gone.sum(1)  # [G]
     taken = ((count * share).floor().long() + 1).minimum(count)
     counts = (taken // size + 1).minimum(taken)
-    ranked = pad(scores, row, groups)[0].masked_fill(~gone, -torch.inf)
-    best = ranked.sort(dim=1, descending=True, stable=True).indices[:, :most]  # [G, m]
+    worth = pad(scores, row, groups)[0].masked_fill(~gone, -torch.inf)
+    best = worth.sort(dim=1, descending=True, stable=True).indices[:, :most]  # [G, m]
     place = upload(pad(places, row, groups)[0], device).gather(1, best)
     points = hidden.index_select(0, place.flatten()).float().view(*place.shape, -1)  # [G, m, D]
     column = torch.arange(best.shape[1], device=device)
