@@ -25,8 +25,10 @@ from mmprune_train.workers import Ranks
 DOWN = {"name": "downsample", "vision": {"knee": {"count": 5}}}
 RANKED = {"name": "x", "vision": {"order": "rank", "knee": {"method": "fixed_count", "count": 4}}}
 
+WITH_CLS = {"name": "visionzip", "vision": {"knee": {"count": 3}, "merge_args": {"count": 2}}}
 
-@pytest.mark.parametrize("pruner", ["none", "twostage", "prumerge", "visionzip", DOWN, RANKED], ids=str)
+
+@pytest.mark.parametrize("pruner", ["none", "twostage", "prumerge", WITH_CLS, DOWN, RANKED], ids=str)
 def test_the_cache_holds_what_stage_1_left(pruner: object, images: dict[Path, str], tmp_path: Path) -> None:
     counted = Counted(pruner)
     features, report = counted.fill(tmp_path / "cache", images)
