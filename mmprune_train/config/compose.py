@@ -164,16 +164,21 @@ def to_yaml(config: Config | PrunerConfig) -> str:
 
 
 def saved_pruner(saved: Mapping[str, Any]) -> PrunerConfig:
-    """The settings of the pruner that a model was saved with. Raises as `load_pruner`."""
-    return load_pruner(as_now({"pruner": saved})["pruner"])
+    """The settings of the pruner that a model was saved with. Raises as `load_pruner`.
+
+    They were saved whole: a key that came later takes the schema's default, whatever the preset of that name says now.
+    """
+    now = as_now({"pruner": saved})["pruner"]
+    return load_pruner(now, from_preset=not {"vision", "language"} <= now.keys())
 
 
-def load_pruner(spec: str | Mapping[str, Any] | None) -> PrunerConfig:
+def load_pruner(spec: str | Mapping[str, Any] | None, from_preset: bool = True) -> PrunerConfig:
     """A pruner's settings without a whole run's config.
 
     spec: a name from `conf/pruner`; a mapping shaped like PrunerConfig, whose unset keys come from the preset of its
     `name` (or from the schema's defaults); or None for the dense model. Budgets that follow the `knee` group get
-    the default budget. Raises UserError for an unknown name, key or value.
+    the default budget. `from_preset=False`: a mapping's unset keys are the schema's defaults. Raises UserError for an
+    unknown name, key or value.
     """
     given: dict[str, Any] = {"name": "none" if spec is None else spec} if not isinstance(spec, Mapping) else dict(spec)
     name = given.get("name", PrunerConfig.name)
@@ -186,7 +191,9 @@ def load_pruner(spec: str | Mapping[str, Any] | None) -> PrunerConfig:
             {"knee": OmegaConf.structured(KneeConfig), "pruner": OmegaConf.structured(PrunerConfig)}
         )
         tree.knee = OmegaConf.merge(tree.knee, OmegaConf.load(conf_dir() / f"knee/{default_of('knee.method')}.yaml"))
-        preset: Any = OmegaConf.load(conf_dir() / f"pruner/{name}.yaml") if name in known else OmegaConf.create()
+        preset: Any = OmegaConf.create()
+        if from_preset and name in known:
+            preset = OmegaConf.load(conf_dir() / f"pruner/{name}.yaml")
         tree.pruner = OmegaConf.merge(tree.pruner, _without_replaced(preset, given), literal(given))
         pruner = OmegaConf.to_object(tree.pruner)
     except (OmegaConfBaseException, OverflowError) as error:
