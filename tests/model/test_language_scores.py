@@ -34,7 +34,7 @@ def test_no_stage_two_score_holds_tokens_times_tokens(score: str, text: str) -> 
     with torch.no_grad():
         cos, sin = rotary(language, hidden[None], place[None])
         keys = ScoringKeys(language.layers[2], hidden, cos[0], sin[0])
-        groups = QueryGroups("first", zeros[:1], zeros[:1] + 1, place[-9:-1], zeros[:8], place[-1:])
+        groups = QueryGroups("first", zeros[:1] == 0, zeros[:1], zeros[:1] + 1, place[-9:-1], zeros[:8], place[-1:])
         view = LanguageView(sequence, hidden, keys, groups)
         with Largest() as largest:
             LANGUAGE_SCORES[score](view)
