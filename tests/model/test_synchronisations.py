@@ -86,12 +86,15 @@ def test_budgets_count_on_the_device(name: str) -> None:
     assert len(device.waits) == spectrum, device.waits
 
 
+LOOPING = ("max_min", "dpp", "top_and_distinct", "weighed_coverage", "question_coverage")
+
+
 @pytest.mark.parametrize("knee", ["kneedle", "fixed_ratio", "fixed_count"])
 @pytest.mark.parametrize("name", SELECTIONS)
 def test_selections_that_loop_wait_for_counts_that_the_budget_does_not_know(name: str, knee: str) -> None:
     budget = {"method": knee, "count": 4, "ratio": 0.4}
     device, model = step({"name": "encoder_only", "vision": {"selection": name, "knee": budget}}, batch())
-    loops = knee == "kneedle" and name in ("max_min", "dpp", "top_and_distinct")
+    loops = knee == "kneedle" and name in LOOPING
     assert not device.waits and len(device.fetches) == stages(model) + loops, device.fetches
 
 
