@@ -117,11 +117,17 @@ class Declaration:
     """Of a score: may be negative."""
     draws: bool = False
     """Of a score: is another one at each call, from torch's generator."""
+    weights: str = ""
+    """Of a stage-1 score: what in its module makes its weights, a torch module that training trains and the view shows
+    as `weights`; called with those of `width` (of the patches), `question_width` (of the question's embedding, None
+    where none is read) and the score's own parameters that it has arguments for."""
     divides_sum: bool = False
     """Of a budget: needs scores that are not negative."""
     fixed: str = ""
     """Of a budget: the parameter that alone decides the counts, which are known before the scores: a share of the
     tokens (a float) or a number of them (an int)."""
+    positive: bool = False
+    """Of a budget: keeps the scores above 0, so that each score says for itself whether its token stays."""
     whole: tuple[str, Callable[[Any, int], bool]] | None = None
     """Of a budget: a parameter, and whether a value of it keeps every row of a length whole."""
     calibrated: tuple[str, Callable[[int], tuple[float, float]]] | None = None
@@ -141,6 +147,11 @@ class Declaration:
         reads: Any = self.reads
         if isinstance(reads, str):
             raise UserError(f"@{self.kind}(reads={self.reads!r}) must be a tuple: reads=({self.reads!r},)")
+        weights: Any = self.weights
+        if not isinstance(weights, str):
+            raise UserError(f"@{self.kind}(weights=...) is the name of what makes them, a text")
+        if weights and self.kind != "vision_score":
+            raise UserError(f"@{self.kind}(weights={weights!r}): stage-1 scores alone have weights that are trained")
         for name in self.reads:
             if name not in READS:
                 raise UserError(f"@{self.kind}(reads=...): there is no {name} to read{nearest(name, READS)}")

@@ -14,7 +14,7 @@ from keyword import iskeyword
 from mmprune_train.components.registry import names
 from mmprune_train.config.knee import check_knee
 from mmprune_train.config.networks import check_encoder, check_llm
-from mmprune_train.config.pruner import check_pruner
+from mmprune_train.config.pruner import check_pruner, has_weights
 from mmprune_train.config.pruner_fits import check_calibrated, check_feature_cache, check_pruner_fits
 from mmprune_train.config.ranges import check_values
 from mmprune_train.config.schema import STRATEGIES, Config, DataConfig, StageConfig, WandbConfig
@@ -79,7 +79,8 @@ def _check_stages(config: Config) -> None:
 
 def _check_stage(config: Config, name: str, stage: StageConfig) -> None:
     key = f"stage.{name}"
-    if not (stage.train_projector or stage.train_llm or stage.train_vision):
+    scores = stage.train_scorer and has_weights(config.pruner.vision)
+    if not (stage.train_projector or stage.train_llm or stage.train_vision or scores):
         raise UserError(f"{key} trains nothing: set one of train_projector, train_llm, train_vision to true")
     if config.trainer.feature_cache and config.task in CACHING_TASKS:
         check_feature_cache(config, name)

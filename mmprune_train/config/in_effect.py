@@ -19,6 +19,9 @@ from mmprune_train.errors import UserError
 
 KNEES = ("knee", "pruner.vision.knee", "pruner.vision.recover.knee", "pruner.language.knee")
 
+OF_WEIGHTS = ("train_scorer", "scorer_lr", "noise", "target", "target_weight")
+"""Keys of a training stage, and of `pruner.vision`, that say nothing where no score has weights."""
+
 NONE = "none"
 """A merge that there is not."""
 
@@ -33,20 +36,33 @@ def as_now(saved: Mapping[str, Any]) -> dict[str, Any]:
 def in_effect(settings: Mapping[str, Any]) -> dict[str, Any]:
     """Settings in which each component has the parameters that it takes, all of them and no others.
 
-    A function of the user's own that cannot be read has what it is given.
+    A function of the user's own that cannot be read has what it is given. Keys for scores with weights are left out
+    where there is no such score.
 
     Args:
         settings: of a run, or a mapping with its `pruner` alone.
     """
     new = deepcopy(dict(settings))
+    weighted = False
     for section, args, short, component in _components(new):
+        weighted |= bool(component.weights) and section.get("enabled") is not False
         given = {name: section[name] for name in short if section.get(name) is not None} | dict(section.get(args) or {})
         if component.readable:
             taken = {one.name: given.get(one.name, one.default) for one in component.parameters}
             given = {name: value for name, value in taken.items() if value not in (REQUIRED, UNREAD)}
         section |= {name: given.pop(name, None) for name in short}
         section[args] = given
+    if not weighted:
+        stages, pruner = new.get("stage"), new.get("pruner")
+        for stage in stages.values() if isinstance(stages, dict) else ():
+            _without(stage, OF_WEIGHTS)
+        _without(pruner.get("vision") if isinstance(pruner, dict) else None, OF_WEIGHTS)
     return new
+
+
+def _without(section: Any, keys: tuple[str, ...]) -> None:
+    for key in keys if isinstance(section, dict) else ():
+        section.pop(key, None)
 
 
 def same_pruner(one: PrunerConfig, other: PrunerConfig) -> bool:

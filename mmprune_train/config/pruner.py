@@ -226,6 +226,12 @@ def _check_vision_stage(stage: VisionStageConfig) -> None:
     _check_division(key, stage.knee, stage.score)
     if stage.recover.enabled:
         _check_division(f"{key}.recover", stage.recover.knee, stage.recover.score)
+        if find("vision_score", stage.recover.score, f"{key}.recover.score").weights:
+            raise UserError(
+                f"{key}.recover.score={stage.recover.score} has weights, which the first pass alone trains: set "
+                f"{key}.score={stage.recover.score}, and another {key}.recover.score"
+            )
+    _check_target(stage)
     if merges_projected(stage) and stage.keep_cls:
         raise UserError(
             f"{key}.keep_cls=true puts CLS among what enters the projector, and {key}.merge_space=projected merges "
@@ -246,6 +252,24 @@ def _check_vision_stage(stage: VisionStageConfig) -> None:
         raise UserError(
             f"{key}.{moved} moves patches, so {key}.positions=original would give them each other's places: "
             f"set {key}.positions=contiguous, or {key}.order=raster and {key}.keep_cls=false"
+        )
+
+
+def _check_target(stage: VisionStageConfig) -> None:
+    key = f"pruner.vision.target={stage.target}"
+    if stage.target is None:
+        return
+    if not find("vision_score", stage.score, "pruner.vision.score").weights:
+        able = [one.name for one in declared()["vision_score"].values() if one.weights]
+        raise UserError(
+            f"{key} is for a score that is trained, and pruner.vision.score={stage.score} is none: set it to "
+            f"{' or '.join(able)}, or pruner.vision.target=null"
+        )
+    if not budget_of(stage.knee, "pruner.vision.knee").positive:
+        able = [one.name for one in declared()["budget"].values() if one.positive]
+        raise UserError(
+            f"{key} goes with a budget that keeps the scores above 0: set "
+            f"pruner.vision.knee.method={' or '.join(able)}, or pruner.vision.target=null"
         )
 
 
@@ -270,6 +294,11 @@ def reads_tower(stage: VisionStageConfig) -> bool:
 def reads_words(stage: VisionStageConfig) -> bool:
     """Whether it reads it word by word, as the LLM embeds it."""
     return stage.enabled and "words" in selection_of(stage).takes
+
+
+def has_weights(stage: VisionStageConfig) -> bool:
+    """Whether stage 1 scores by weights that are trained."""
+    return any(score.weights for _, score in stage_one_scores(stage))
 
 
 def _unsigned(kind: str) -> str:

@@ -78,6 +78,10 @@ def check_feature_cache(config: Config, name: str) -> None:
             raise UserError(f"{key}: {where}={score.name} must draw anew each time; {off}")
         if "question" in score.reads:
             raise UserError(f"{key}: {where}={score.name} cuts an image anew for each question; {off}")
+        if score.weights and stage.train_scorer:
+            raise UserError(
+                f"{key}: stage.{name}.train_scorer=true changes which visual tokens {where}={score.name} keeps; {off}"
+            )
     if reads_words(vision):
         raise UserError(
             f"{key}: pruner.vision.selection={vision.selection} cuts an image anew for each question; {off}"

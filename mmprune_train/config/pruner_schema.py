@@ -96,6 +96,14 @@ class VisionStageConfig:
     space: str = choice("features", "features", "projected")
     """What selections see of the patches: the encoder's `features`, or `projected`: these after the projector."""
     recover: RecoverConfig = field(default_factory=RecoverConfig)
+    noise: float = number(1.0, 0, 1000)
+    """Of a score with weights, while they are trained: scale of the logistic noise on the scores by which patches are
+    chosen, so that dropped ones come to be tried; 0: none."""
+    target: float | None = share(None, "the patches")
+    """Of a score with weights, with a budget that keeps the scores above 0: share of the patches that it is to keep in
+    the mean over a micro-batch's images; what is above or below adds its square to the loss. null: no such term."""
+    target_weight: float = positive(1.0, COUNT)
+    """Factor of that term."""
     merge: str = "none"
     """What dropped patches leave behind: `none`, a merge of docs/methods.md, or a function of yours as
     `module:function`."""

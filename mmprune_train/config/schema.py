@@ -167,6 +167,8 @@ class StageConfig:
     train_llm: bool = False
     """Train the LLM: its adapters when `peft` is on and `use_peft` is true, else all its weights."""
     train_vision: bool = False
+    train_scorer: bool = True
+    """Train the weights of the stage-1 score, where it has some (pruner=learned)."""
     use_peft: bool = False
     """Put the chosen PEFT adapters on the LLM in this stage."""
     lr: float = positive(2e-5, says=FREEZE)
@@ -175,6 +177,8 @@ class StageConfig:
     """Peak learning rate of the projector; null: `lr`."""
     vision_lr: float | None = positive(None, says=FREEZE)
     """Peak learning rate of the vision tower; null: `lr`."""
+    scorer_lr: float = positive(1e-3, says=FREEZE)
+    """Peak learning rate of the stage-1 score's weights, which begin anew. Our choice."""
     batch_size: int = number(16, 1, 10**6)
     """Samples per device and forward pass, where `token_budget` is null."""
     global_batch_size: int = number(128, 1, 10**7)

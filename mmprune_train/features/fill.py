@@ -205,6 +205,7 @@ def encoder_of(model: ImageSide, dtype: torch.dtype, device: torch.device) -> It
     """Pixels [I, 3, H, W] -> what stage 1 keeps of them in `dtype`; what runs for it is on `device` meanwhile."""
     inner = model.hf.model
     parts = [inner.vision_tower, *([inner.multi_modal_projector] if model.pruner.projects else [])]
+    parts += [] if model.scorer is None else [model.scorer]
     places = [next(part.parameters()).device for part in parts]
 
     @torch.inference_mode()

@@ -48,7 +48,9 @@ def feature_settings(model: ImageSide, preparation: Mapping[str, Any], dtype: to
     tower: Any = model.hf.model.vision_tower
     stage = model.pruner.settings.vision
     decides = {key: value for key, value in asdict(stage).items() if key != "positions"}  # which are given later
+    scorer = {} if model.scorer is None else {"scorer_weights_sha256": weights_hash(model.scorer)}
     return {
+        **scorer,
         "format": FORMAT,
         "encoder": _plain(tower.config.to_dict()),
         "encoder_weights_sha256": weights_hash(tower),

@@ -21,6 +21,7 @@ from mmprune_train.model.build import (
 from mmprune_train.model.execution import Execution
 from mmprune_train.model.llava import PackedLlava
 from mmprune_train.model.question import QuestionEncoder, find_question_encoder, new_question_encoder
+from mmprune_train.model.scorer import has_scorer, load_scorer
 from mmprune_train.model.tokenizer import IMAGE_TOKEN, load_tokenizer
 from mmprune_train.model.weights.adapters import merge_folder, projector_beside
 from mmprune_train.model.weights.auto import config_of
@@ -60,9 +61,14 @@ def begin(
             empty=empty,
             template=template,
             execution=Execution.of(config.trainer),
+            new_scorer=True,
         )
     hf, tokenizer = _network(config, start, dtype, empty)
-    return packed(config, hf, tokenizer, _question(config, start, dtype), template)
+    model, processor = packed(config, hf, tokenizer, _question(config, start, dtype), template)
+    whole = start and start.whole
+    if model.scorer is not None and whole and has_scorer(whole.path):
+        load_scorer(model, whole.key, whole.path)
+    return model, processor
 
 
 def _question(config: Config, start: Start | None, dtype: torch.dtype) -> QuestionEncoder | None:

@@ -35,6 +35,7 @@ from mmprune_train.model.llava import PackedLlava
 from mmprune_train.model.processor import load_processor
 from mmprune_train.model.projector import new_projector
 from mmprune_train.model.question import QuestionEncoder, find_question_encoder, new_question_encoder
+from mmprune_train.model.scorer import has_scorer, load_scorer
 from mmprune_train.model.tokenizer import IMAGE_TOKEN
 from mmprune_train.model.vision import check_patches, family_of
 from mmprune_train.model.weights.auto import config_of, retold
@@ -225,6 +226,7 @@ def load_model(
     named: Mapping[str, str] = MappingProxyType({}),
     template: str | None = None,
     execution: Execution | None = None,
+    new_scorer: bool = False,
 ) -> tuple[PackedLlava, LlavaProcessor]:
     """A trained model and its processor, ready to call and to generate.
 
@@ -240,6 +242,7 @@ def load_model(
         named: those that may run anyway, by key: the user names them, too.
         template: of the samples it is trained on; None: that it was saved with.
         execution: how to compute.
+        new_scorer: where the pruner's score has weights and the folder has none, let them begin anew.
     Raises:
         UserError: no such folder, one of another kind, its weights do not match its config key for key, or its settings
             name components that are not trusted.
@@ -268,4 +271,6 @@ def load_model(
     template = template or before
     annotate = converse(hf, processor, template, before)
     model = PackedLlava(hf, chosen, annotate, template, question, annotate.words, execution, annotate.spell)
+    if model.scorer is not None and not (new_scorer and not has_scorer(Path(folder))):
+        load_scorer(model, path, Path(folder))
     return (model if empty else model.to(device)).eval(), processor

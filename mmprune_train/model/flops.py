@@ -78,7 +78,8 @@ class StepFlops:
     more where it is trained. Attention over L tokens of width D costs 4 L^2 D forward, half of it where causal, and
     twice that backward. Stage 2 computes the keys of all tokens once more before each layer that it prunes before,
     where its score reads them; the few rows of queries are not counted, nor is what stage 1 computes beside the
-    encoder's blocks, nor norms, activations and other work without matrix products.
+    encoder's blocks (but for the matrices of a score's own weights, once a patch), nor norms, activations and other
+    work without matrix products.
 
     Args:
         model: the network, frozen as it will be trained; its weights are counted here, once.
@@ -94,7 +95,7 @@ class StepFlops:
         self._count_vision(model)
         language: Any = model.hf.model.language_model
         projector, tower = model.hf.model.multi_modal_projector, model.hf.model.vision_tower
-        flows = any_trained(tower) or any_trained(projector) or any_trained(language.embed_tokens)
+        flows = self.scores_train or any_trained(tower) or any_trained(projector) or any_trained(language.embed_tokens)
         width = language.config.num_attention_heads * language.layers[0].self_attn.head_dim
         per_token, per_pair = [], []
         for layer in language.layers:
@@ -140,6 +141,7 @@ class StepFlops:
         patches = model.config.image_seq_length
         length = patches + family.has_cls
         trained = any_trained(tower)
+        self.scores_train = model.scorer is not None and any_trained(model.scorer)
         attention = 4 * length**2 * tower.config.hidden_size  # of one block
         self.vision = _linears(_matrices(tower.embeddings), False) * patches
         for block in blocks[:depth]:
@@ -148,6 +150,8 @@ class StepFlops:
             self.vision += _recomputed(cost, length * size_of(matrices[-1].weight)) if trained else cost
         more = blocks[depth : _blocks_run(model, depth, len(blocks))]
         self.vision += Flops(forward=sum(2 * length * _weights(block) + attention for block in more))
+        if model.scorer is not None:
+            self.vision += _linears(_matrices(model.scorer), self.scores_train) * patches
         if model.pruner.projects:
             self.vision += Flops(forward=2 * patches * _weights(projector))
         self.per_question_token = self.per_question = self.per_question_pair = 0

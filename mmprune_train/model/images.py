@@ -49,6 +49,7 @@ class ImageSide:
     pruner: Pruner
     question: QuestionEncoder | None
     spell: Spell | None
+    scorer: nn.Module | None
     execution: Execution
     training: bool
     device: torch.device
@@ -82,6 +83,8 @@ class ImageSide:
                     states, view = self.encode_images(self._blank())
                 idle = self.cut_images(states, view, nothing)
                 patches = replace(patches, chosen=patches.chosen + 0.0 * idle.chosen.sum())
+                if patches.gates is not None and idle.gates is not None:
+                    patches = replace(patches, gates=patches.gates + 0.0 * idle.gates.sum())
         return patches
 
     def _blank(self) -> Tensor:
@@ -95,13 +98,14 @@ class ImageSide:
     def encode_images(self, pixel_values: Tensor) -> tuple[Tensor, VisionView]:
         """Features [I, N, D] of images [I, 3, H, W] for the projector, and what stage 1 looks at."""
         tower: Any = self.hf.model.vision_tower
-        return encode(
+        features, view = encode(
             tower,
             pixel_values.to(tower.dtype),
             self.config.vision_feature_layer,
             drop_cls=self.config.vision_feature_select_strategy == "default",
             layers=self.pruner.blocks,
         )
+        return features, replace(view, weights=self.scorer)
 
     def cut_images(
         self,
@@ -138,7 +142,9 @@ class ImageSide:
             states = states[rows]
         if not self.pruner.settings.vision.enabled:
             return Patches.whole(states)
-        kept, scores = self.pruner.keep_patches(view, projected, scores)
+        scores = self.pruner.score_patches(view) if scores is None else scores
+        weighed, scores = scores, self.pruner.tried(scores, self.training)
+        kept, _ = self.pruner.keep_patches(view, projected, scores)
         if self.pruner.merges_projected:
             states = self.project(states.flatten(0, 1)).unflatten(0, kept.shape)
         features, places = self.pruner.merge_patches(states, kept, scores, view)
@@ -146,11 +152,11 @@ class ImageSide:
         order = fetch(self.pruner.entry_order(kept, places, scores, cls))
         lost = order[:, 0] < 0
         if bool(lost.any()):
-            assert scores is not None
             self.pruner.refuse_patches(scores, lost, self.training)
             order = torch.where(lost[:, None], torch.arange(order.shape[1]), order)
             features = features * upload(poison(lost), features.device)[:, None, None].to(features.dtype)
-        return Patches.cut(features, order, scores)
+        patches = Patches.cut(features, order, scores, self.pruner.gates(weighed, scores, kept))
+        return replace(patches, excess=self.pruner.excess(weighed))
 
     def ask(self, pairs: ImageQuestions) -> TextFeatures:
         """What stage 1 reads of the questions; the same modules run whatever they are, as under ZeRO-3 every rank must
@@ -173,7 +179,7 @@ class ImageSide:
 
     def visual_tokens(self, patches: Patches) -> Tensor:
         """[K, D] what enters the LLM of the patches that stay."""
-        return patches.chosen if self.pruner.merges_projected else self.project(patches.chosen)
+        return patches.gated(patches.chosen if self.pruner.merges_projected else self.project(patches.chosen))
 
     @torch.no_grad()
     def _project_to_look(self, features: Tensor, rows: Tensor | None = None) -> Tensor:

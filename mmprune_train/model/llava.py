@@ -28,6 +28,7 @@ from mmprune_train.model.inputs import Annotate, first_of_equal, pack
 from mmprune_train.model.language import check_language_model
 from mmprune_train.model.packed_pass import PackedOutput, PackedPass
 from mmprune_train.model.question import FOLDER, QuestionEncoder, Words
+from mmprune_train.model.scorer import new_scorer, save_scorer
 from mmprune_train.model.vision import deepest_feature, family_of, scored_block
 from mmprune_train.packed.host import fetch, take, upload
 from mmprune_train.pruning import PackedSequence, Pruner, PruningTrace
@@ -79,6 +80,7 @@ class PackedLlava(Generating, PackedPass, PreTrainedModel, GenerationMixin):
         self.annotate = annotate
         self.template = template
         self.question = question if pruner.reads_tower else None
+        self.scorer = new_scorer(pruner, hf, self.question)
         self.words = words
         self.spell = spell
         self.execution = execution or Execution()
@@ -110,7 +112,13 @@ class PackedLlava(Generating, PackedPass, PreTrainedModel, GenerationMixin):
     def pruned_by(self, settings: PrunerConfig) -> AbstractContextManager[None]:
         """The same network with another pruner, as long as the context lasts; with the text tower where that reads."""
         pruner = Pruner(settings)
-        return swapped(self, pruner=pruner, question=self.question if pruner.reads_tower else None)
+        if pruner.weighted is not None and self.scorer is None:
+            raise UserError(
+                f"pruner={settings.name}: pruner.vision.score={settings.vision.score} has weights of its own, and this "
+                "network was made without"
+            )
+        scorer = None if pruner.weighted is None else self.scorer
+        return swapped(self, pruner=pruner, question=self.question if pruner.reads_tower else None, scorer=scorer)
 
     def executed(self, **changes: Any) -> AbstractContextManager[None]:
         """The same network computed in another way, as long as the context lasts; the fields of `Execution`."""
@@ -281,3 +289,5 @@ class PackedLlava(Generating, PackedPass, PreTrainedModel, GenerationMixin):
         processor.save_pretrained(folder)
         if self.question is not None:
             self.question.save(Path(folder) / FOLDER)
+        if self.scorer is not None:
+            save_scorer(self.scorer, Path(folder))

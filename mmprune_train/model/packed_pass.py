@@ -38,6 +38,8 @@ class PackedOutput:
     """Scalar, float32: sum of the cross-entropies at supervised tokens."""
     supervised: Tensor
     """Scalar, int64: how many those are; on the host."""
+    penalty: Tensor | None = None
+    """Scalar, float32: what the pruner adds to their mean; None: nothing."""
 
 
 def _in_order(sequence: PackedSequence, kept: Tensor, order: Tensor) -> PackedSequence:
@@ -119,7 +121,8 @@ class PackedPass(ImageSide):
         supervised = (sequence.target != IGNORE).nonzero().squeeze(1)
         targets = upload(sequence.target[supervised], hidden.device)
         loss_sum = cross_entropy_sum(self.hf.lm_head, take(hidden, supervised), targets, self.execution.logits_chunk)
-        return PackedOutput(hidden, sequence, row, trace, loss_sum, torch.tensor(len(supervised)))
+        penalty = None if patches is None else self.pruner.penalty(patches.excess)
+        return PackedOutput(hidden, sequence, row, trace, loss_sum, torch.tensor(len(supervised)), penalty)
 
     @staticmethod
     def _count(sequence: PackedSequence) -> tuple[Tensor, Tensor]:

@@ -24,6 +24,10 @@ class Patches:
     """[I, N] patches in the order in which they enter the LLM, and -1 behind the last; on the host."""
     scores: Float[Tensor, "I N"] | None
     """[I, N], None where stage 1 is off, and where the features come from the feature cache."""
+    gates: Float[Tensor, " K"] | None = None
+    """[K] 1 each, with a gradient where the scores are trained; None: they are not."""
+    excess: Float[Tensor, " I"] | None = None
+    """[I] share of each image's patches that a score which is trained keeps beyond its target; None: it has none."""
 
     @classmethod
     def whole(cls, features: Float[Tensor, "I N D"]) -> Patches:
@@ -34,37 +38,64 @@ class Patches:
 
     @classmethod
     def cut(
-        cls, features: Float[Tensor, "I N D"], order: Int64[Tensor, "I N"], scores: Float[Tensor, "I N"] | None
+        cls,
+        features: Float[Tensor, "I N D"],
+        order: Int64[Tensor, "I N"],
+        scores: Float[Tensor, "I N"] | None,
+        gates: Float[Tensor, "I N"] | None = None,
     ) -> Patches:
-        """Of dense features, those of the patches in `order`."""
+        """Of dense features, those of the patches in `order`.
+
+        Args:
+            gates: of all patches.
+        """
         images, size = order.shape
         kept = torch.zeros((images, size + 1), dtype=torch.bool)
         kept = kept.scatter(1, torch.where(order < 0, size, order), True)[:, :size]
         image, patch = (upload(index, features.device) for index in kept.nonzero().unbind(1))
-        return cls(features[image, patch], kept, order, scores)
+        return cls(features[image, patch], kept, order, scores, None if gates is None else gates[image, patch])
 
     @classmethod
     def cat(cls, parts: list[Patches]) -> Patches:
         """The images of all parts, one after the other."""
         scores = [part.scores for part in parts if part.scores is not None]
+        gates = [part.gates for part in parts if part.gates is not None]
+        excess = [part.excess for part in parts if part.excess is not None]
         return cls(
             torch.cat([part.chosen for part in parts]),
             torch.cat([part.kept for part in parts]),
             torch.cat([part.order for part in parts]),
             torch.cat(scores) if scores else None,
+            torch.cat(gates) if gates else None,
+            torch.cat(excess) if excess else None,
         )
 
     def take(self, images: list[int]) -> Patches:
         """Some of the images, in this order; of no image where there is none."""
         if images == list(range(len(self.kept))):
             return self
-        chosen = self.chosen.split(self.kept.sum(1).tolist())
+        counts = self.kept.sum(1).tolist()
+        chosen, gates = self.chosen.split(counts), None if self.gates is None else self.gates.split(counts)
         return Patches(
             torch.cat([self.chosen[:0], *(chosen[image] for image in images)]),
             self.kept[images],
             self.order[images],
             None if self.scores is None else self.scores[images],
+            None if gates is None else torch.cat([gates[image] for image in images]),
+            None if self.excess is None else self.excess[images],
         )
+
+    def gated(self, tokens: Float[Tensor, "K E"]) -> Float[Tensor, "K E"]:
+        """What the projector makes of `chosen`, as it is; a gate's gradient is that of how much of what tells its token
+        from the mean of its image's tokens goes on."""
+        if self.gates is None:
+            return tokens
+        image = upload(self.kept.nonzero()[:, 0], tokens.device)
+        with torch.no_grad():
+            states = tokens.float()
+            total = states.new_zeros((len(self.kept), states.shape[1])).index_add(0, image, states)
+            own = states - (total / upload(self.kept.sum(1), tokens.device)[:, None])[image]
+        return tokens + ((self.gates - 1)[:, None] * own).to(tokens.dtype)
 
     @property
     def indices(self) -> list[Tensor]:

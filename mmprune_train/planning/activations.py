@@ -65,7 +65,11 @@ class Activations:
         embeds = how.trained if any_trained(language.embed_tokens) else how.compute
         self.stream = embeds.itemsize
         """Bytes of a state's number on its way through the layers."""
-        enters = self.tower_trained or any_trained(projector) or any_trained(language.embed_tokens)
+        scored = model.scorer is not None and any_trained(model.scorer)
+        self.per_scored_image = 2 * 4 * int(model.config.image_seq_length) * tower.config.hidden_size * scored
+        """Bytes that a score which is trained keeps of an image: its patches in fp32, and the same normalised. An
+        assumption, where the score is the user's own."""
+        enters = self.tower_trained or any_trained(projector) or any_trained(language.embed_tokens) or scored
         leaves = enters or any_trained(language)
         layer = partial(_decoder_layer, language.config)
         first = language.layers[0]
@@ -109,7 +113,7 @@ class Activations:
         projector = self.projector(shape.images * self.patches if whole else shape.kept_patches)
         tower = self._tower(shape.images, vision_chunk, checkpointing is not None)
         again = computed_again(self.model.pruner, len(shape.lengths), checkpointing)
-        held = inputs + projector.saved + tower.saved
+        held = inputs + projector.saved + tower.saved + shape.images * self.per_scored_image
         rows = shape.lengths.sum(1).tolist()
         parts = [(self.layer if index else self.first)(count) for index, count in enumerate(rows)]
         states = [count * self.width * self.stream for count in rows]

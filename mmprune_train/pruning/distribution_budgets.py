@@ -32,6 +32,13 @@ def otsu(curve: Curve, lengths: Lengths) -> Lengths:
     return torch.where(constant, lengths, first_largest(variance.masked_fill(~threshold, 0)) + 1)
 
 
+@budget(positive=True)
+def above_zero(curve: Curve, lengths: Lengths) -> Lengths:
+    """Scores above 0: each says for itself whether its token stays, as those of a score that is trained may come to
+    (our choice). `pruner.vision.target` holds their mean share."""
+    return ((curve > 0) & valid_entries(curve, lengths)).sum(dim=1)
+
+
 def _quantile(curve: Curve, lengths: Lengths, place: float) -> Float[Tensor, "B 1"]:
     """Each row's quantile, linear between neighbours as `numpy.quantile`'s default."""
     at = (lengths - 1).to(curve.dtype) * place  # counted from the smallest score

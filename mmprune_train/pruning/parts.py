@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import importlib
+import inspect
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
+
+from torch import nn
 
 from mmprune_train.components.declare import READS, Component
 from mmprune_train.components.registry import declared, find, of_kind
@@ -36,6 +39,8 @@ class Part:
     key: str
     """That names it, e.g. `pruner.vision.score`."""
     function: Callable[..., Any]
+    given: Mapping[str, Any] = field(default_factory=dict)
+    """Its parameters, without those that are left at their defaults."""
 
     def __call__(self, *inputs: Any, **offered: Any) -> Any:
         if self.component.kind == "vision_score":
@@ -50,6 +55,27 @@ class Part:
                     f"{self.key}={self.component.name} needs {READS[name]}, which {view.encoder} does not have; set "
                     f"{self.key} to one that it can give: {', '.join(possible_scores(view))}"
                 )
+
+
+def new_weights(part: Part, **widths: int | None) -> nn.Module:
+    """The weights that a component declares, as they begin.
+
+    Args:
+        widths: of what it will see, by the names that `Declaration.weights` gives.
+    Raises:
+        UserError: the component's module does not have what makes them, or that makes something else.
+    """
+    component, told = part.component, f"{part.key}={part.component.name}: weights={part.component.weights!r}"
+    module = importlib.import_module(component.place.partition(":")[0])
+    make = getattr(module, component.weights, None)
+    if not callable(make):
+        raise UserError(f"{told} names no class or function of {module.__name__}")
+    offered = {one.name: one.default for one in component.parameters} | dict(part.given) | widths
+    takes = inspect.signature(make).parameters
+    made = make(**{name: value for name, value in offered.items() if name in takes})
+    if not isinstance(made, nn.Module):
+        raise UserError(f"{told} made a {type(made).__name__}, where a torch.nn.Module is wanted")
+    return made
 
 
 def possible_scores(view: VisionView) -> list[str]:
@@ -76,10 +102,11 @@ def load_budget(knee: KneeConfig, key: str) -> Part:
 
 def _load(kind: str, name: str, key: str, arguments: Callable[[Component], dict[str, Any]]) -> Part:
     component, function = _imported(kind, name, key)
-    filled: Callable[..., Any] = partial(function, **arguments(component))
+    given = arguments(component)
+    filled: Callable[..., Any] = partial(function, **given)
     if component.own or component.package:
         filled = answers.checked(filled, f"{key}={component.name}", CHECKS[component.kind])
-    return Part(component, key, filled)
+    return Part(component, key, filled, given)
 
 
 def _imported(kind: str, name: str, key: str) -> tuple[Component, Callable[..., Any]]:

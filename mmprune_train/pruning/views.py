@@ -9,7 +9,7 @@ from typing import Any, TypeVar
 
 import torch
 from jaxtyping import Bool, Float, Int64
-from torch import Tensor
+from torch import Tensor, nn
 
 from mmprune_train.packed.sequence import PackedSequence
 from mmprune_train.pruning.turns import QueryGroups
@@ -58,6 +58,8 @@ class VisionView:
     """The same images with another block of the encoder as the chosen one; None: it is the only one there is."""
     asked: Bool[Tensor, " I"] | None = None
     """[I] which images have a question, where one is read."""
+    weights: nn.Module | None = None
+    """What the score's declaration makes, where it has weights; trained with the network."""
     heads: int = 1
     """H, of the encoder's attention."""
     encoder: str = "this encoder"
@@ -66,7 +68,8 @@ class VisionView:
     def at(self, rows: Int64[Tensor, " P"]) -> VisionView:
         """The view of images `rows`, each as often as it is named."""
         changed: dict[str, Any] = {name: part[rows] for name, part in vars(self).items() if isinstance(part, Tensor)}
-        changed |= {name: partial(_rows_of, part, rows) for name, part in vars(self).items() if callable(part)}
+        computed = {name: part for name, part in vars(self).items() if callable(part) and name != "weights"}
+        changed |= {name: partial(_rows_of, part, rows) for name, part in computed.items()}
         return replace(self, **changed)
 
 

@@ -15,7 +15,8 @@ from mmprune_train.config.pruner_schema import PrunerConfig
 from mmprune_train.errors import UserError
 from mmprune_train.packed.host import fetch
 from mmprune_train.pruning.budgets import Budget, refuse_unsound, sound_rows, whole_lengths
-from mmprune_train.pruning.parts import load_part
+from mmprune_train.pruning.gates import gates_among_kept, gates_of_each, share_above_zero
+from mmprune_train.pruning.parts import Part, load_part
 from mmprune_train.pruning.schedule import BudgetOverride
 from mmprune_train.pruning.selections import top_mask
 from mmprune_train.pruning.views import VisionView, full_precision, given
@@ -75,10 +76,46 @@ class VisionStage:
         """Whether stage 1 reads the question, so that an image is cut anew for each."""
         return self.reads_tower or self.reads_words
 
-    @torch.no_grad()
+    @property
+    def weighted(self) -> Part | None:
+        """The score that has weights of its own; None: there is none."""
+        scored = self.settings.vision.enabled and self._vision_score.component.weights
+        return self._vision_score if scored else None
+
     def score_patches(self, view: VisionView) -> Float[Tensor, "I N"]:
-        """[I, N] stage-1 scores."""
-        return self._vision_score(view)
+        """[I, N] stage-1 scores; with a gradient where they have weights that are trained."""
+        with torch.set_grad_enabled(torch.is_grad_enabled() and self.weighted is not None):
+            return self._vision_score(view)
+
+    @torch.no_grad()
+    def tried(self, scores: Float[Tensor, "I N"], training: bool) -> Float[Tensor, "I N"]:
+        """The scores by which patches are chosen: with logistic noise where they are being trained."""
+        if not (training and scores.requires_grad and self.settings.vision.noise):
+            return scores.detach()
+        chance = torch.rand_like(scores).clamp(1e-6, 1 - 1e-6)
+        return scores.detach() + self.settings.vision.noise * chance.logit()
+
+    def gates(
+        self, scores: Float[Tensor, "I N"], tried: Float[Tensor, "I N"], kept: Bool[Tensor, "I N"]
+    ) -> Float[Tensor, "I N"] | None:
+        """What lets a gradient through to the scores of kept patches; None: they have none."""
+        if not scores.requires_grad:
+            return None
+        rule, scale = self._vision_budget.rule(self.override_of("vision")), self.settings.vision.noise or 1.0
+        if rule is not None and rule.positive:
+            return gates_of_each(scores, kept, scale)
+        return gates_among_kept(scores, tried, kept, scale)
+
+    def excess(self, scores: Float[Tensor, "I N"]) -> Float[Tensor, " I"] | None:
+        """[I] the share of each image's patches that the scores keep by themselves, without noise, beyond
+        `pruner.vision.target`; None: there is none, or nothing to train."""
+        if self.settings.vision.target is None or not scores.requires_grad:
+            return None
+        return share_above_zero(scores, self.settings.vision.noise or 1.0) - self.settings.vision.target
+
+    def penalty(self, excess: Float[Tensor, " I"] | None) -> Float[Tensor, ""] | None:
+        """The square of the mean excess, weighted: what is added to the mean loss."""
+        return None if excess is None else self.settings.vision.target_weight * excess.mean().square()
 
     @torch.no_grad()
     def keep_patches(

@@ -19,7 +19,7 @@ from mmprune_train.benchmark.steps import BASELINE, PARTS, Shares, StepCost, Way
 from mmprune_train.config.command import Command
 from mmprune_train.config.compose import load_pruner
 from mmprune_train.config.identity import run_dir
-from mmprune_train.config.pruner import reads_text, reads_tower
+from mmprune_train.config.pruner import has_weights, reads_text, reads_tower
 from mmprune_train.config.pruner_fits import check_feature_cache, check_pruner_fits
 from mmprune_train.config.pruner_schema import PrunerConfig
 from mmprune_train.config.schema import Config
@@ -69,13 +69,14 @@ def run(config: Config, command: Command = Command()) -> dict[str, Any]:
         check_quantization(accelerator)
     pruners = chosen_pruners(config)
     prepare_data(config, stage)
-    reads = [pruner for pruner in pruners.values() if reads_tower(pruner.vision)]
+    needy = [one for one in pruners.values() if reads_tower(one.vision)]
+    needy += [one for one in pruners.values() if has_weights(one.vision)]
     with quiet():
         if found is None:
-            whole = replace(config, pruner=reads[0]) if reads else config
+            whole = replace(config, pruner=needy[0]) if needy else config
             model, processor, _ = load_stage(whole, stage, start_of(config, None, stage), precision, empty=False)
         else:
-            model, processor, _ = load(replace(found, pruner=reads[0]) if reads else found)
+            model, processor, _ = load(replace(found, pruner=needy[0]) if needy else found)
             make_trainable(model, config, stage, precision)
     if "generate" in config.bench.measure:
         check_room("bench.new_tokens", config.bench.new_tokens, model)

@@ -23,7 +23,8 @@ class Part:
     """One part of the network in one stage."""
 
     name: str
-    """`vision`, `projector`, `llm`, `llm adapters`, or `text tower` where stage 1 reads the question."""
+    """`vision`, `projector`, `llm` or `llm adapters`; `text tower` where stage 1 reads the question, `scorer` where its
+    score has weights."""
     parameters: int
     trainable: int
     lr: float | None
@@ -35,6 +36,7 @@ def parts_of(model: PackedLlava) -> dict[str, nn.ModuleList]:
     inner = model.hf.model
     modules = {
         "vision": [inner.vision_tower],
+        **({"scorer": [model.scorer]} if model.scorer is not None else {}),
         "projector": [inner.multi_modal_projector],
         "llm": [inner.language_model, model.hf.lm_head],
         **({"text tower": [model.question]} if model.question is not None else {}),
@@ -57,6 +59,7 @@ def freeze(model: PackedLlava, stage: StageConfig, adapters: bool) -> list[Part]
         "projector": (stage.train_projector, stage.projector_lr),
         "llm": (stage.train_llm, None),
         "text tower": (False, None),
+        "scorer": (stage.train_scorer, stage.scorer_lr),
     }
     report = []
     for part, modules in parts_of(model).items():
@@ -70,7 +73,7 @@ def freeze(model: PackedLlava, stage: StageConfig, adapters: bool) -> list[Part]
         if part == "vision":
             for parameter in _never_run(modules[0], model):
                 parameter.requires_grad_(False)
-        if part in ("vision", "text tower") and not wanted:
+        if part in ("vision", "text tower", "scorer") and not wanted:
             modules[0].eval()
         trainable = sum(size_of(p) for p in modules.parameters() if p.requires_grad)
         report.append(

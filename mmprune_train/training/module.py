@@ -158,7 +158,10 @@ class MultimodalModule(pl.LightningModule):
         poison = output.loss_sum.detach() * 0 + 1  # 1, or NaN
         # undone beforehand: Lightning will divide by the accumulation, data parallelism by the ranks
         split = self.trainer.accumulate_grad_batches * self.trainer.world_size
-        return output.loss_sum * (split / self.supervised) * poison
+        loss_sum = output.loss_sum
+        if output.penalty is not None:  # a mean over the step's supervised tokens, as the loss is
+            loss_sum = loss_sum + output.penalty * int(output.supervised)
+        return loss_sum * (split / self.supervised) * poison
 
     def predict_step(self, batch: Batch, batch_idx: int) -> Tensor:
         """A batch's summed loss. Every rank must call it at once, with a batch of its own."""

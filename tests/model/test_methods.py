@@ -140,7 +140,7 @@ def test_a_preset_runs_where_there_are_fewer_patches_than_it_keeps(name: str) ->
 
 def test_every_preset_of_stage_one_alone_is_tested() -> None:
     language = {"fastv", "pyramiddrop", "sparsevlm", "dart", "pool"}
-    both = {"none", "random", "twostage", "encoder_only", "language_only", "vscan"} | language
+    both = {"none", "random", "twostage", "encoder_only", "language_only", "vscan", "learned"} | language
     assert set(options("pruner")) - both == set(SLOW) == set(SMALL)
 
 

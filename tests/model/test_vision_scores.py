@@ -7,7 +7,7 @@ import copy
 import pytest
 import torch
 from largest import Largest
-from loaded import VISION_SCORES
+from loaded import VISION_SCORES, with_weights
 from tiny import PATCHES, VISION, packed, tiny_inputs, tiny_llava
 from transformers import (
     AutoModel,
@@ -90,7 +90,8 @@ def test_only_map_attention_runs_the_layers_after_the_feature_layer() -> None:
         pruned.kept_features(torch.randn(1, 3, 24, 24))
         more = score == "map_attention"
         assert ran == ([0, 1, 2] if more else [0, 1]), score
-        assert (StepFlops(pruned).vision.total > StepFlops(model).vision.total) == more
+        costs = more or pruned.scorer is not None
+        assert (StepFlops(pruned).vision.total > StepFlops(model).vision.total) == costs
 
 
 @pytest.mark.parametrize("trained", [False, True])
@@ -116,7 +117,8 @@ def test_every_encoder_gives_its_scores_or_says_which_it_can_give(vision: str, s
     view = view_of(tiny_llava(vision).model.vision_tower)
     possible = possible_scores(view)
     if score in possible:
-        scores = VISION_SCORES[score](view)
+        with torch.no_grad():
+            scores = VISION_SCORES[score](with_weights(view, score))
         assert scores.shape == (2, PATCHES) and scores.dtype == torch.float32 and scores.isfinite().all()
     else:
         words = f"score={score} needs .* which {view.encoder} does not have; .*: {', '.join(possible)}$"
@@ -207,6 +209,7 @@ def test_no_stage_one_score_holds_patches_times_patches(score: str) -> None:
     patches = view.patches.shape[1]
     joint = torch.nn.Linear(view.patches.shape[2], 16)
     view.question = lambda normed: (joint(view.block_output()), torch.randn(1, 16))
+    view = with_weights(view, score, question_width=16)
     even_order.cache_clear()
     with Largest() as largest, torch.no_grad():
         VISION_SCORES[score](view)

@@ -28,9 +28,10 @@ TRAINED = {
     "vision": {"train_vision": True},
 }
 PRUNED = {"name": "fastv", "language": {"knee": {"ratio": 0.2}}}
+SCORED = {"name": "learned", "vision": {"knee": {"ratio": 0.5}}}
 WAYS = [
     pytest.param(pruner, checkpointing, id=f"{name}-{checkpointing}")
-    for name, pruner, found in (("dense", "none", ()), ("pruned", PRUNED, ("before", "after")))
+    for name, pruner, found in (("dense", "none", ()), ("pruned", PRUNED, ("before", "after")), ("scored", SCORED, ()))
     for checkpointing in (None, "all", *found)
 ]
 """Without a pruning layer all layers are before it."""

@@ -99,6 +99,7 @@ REFERENCES: dict[str, Callable[[np.ndarray, np.ndarray], int | None]] = {
     "menger": by_circles,
     "second_difference": by_diff,
     "otsu": by_class_variances,
+    "above_zero": lambda curve, _: int((curve > 0).sum()),
     "iqr": by_quartiles,
     "lof": by_reachability,
     "cumulative_mass": by_prefixes,

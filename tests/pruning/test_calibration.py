@@ -91,7 +91,7 @@ def test_bounds_of_the_budget_bound_what_is_reachable() -> None:
 
 
 def test_budgets_without_a_parameter_have_none() -> None:
-    without = {"max_chord", "l_method", "menger", "second_difference", "otsu"}
+    without = {"max_chord", "l_method", "menger", "second_difference", "otsu", "above_zero"}
     assert {name for name in available_budgets() if searched(KneeConfig(method=name), SIZE) is None} == without
     assert SCORED.solve(KneeConfig(method="otsu"), 0.22) is None
 

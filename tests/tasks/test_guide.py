@@ -54,8 +54,10 @@ def test_the_guide_has_what_this_test_runs() -> None:
         "my_methods/pruner/attended.yaml",
         "my_parts.py",
         "my_methods/pruner/edges.yaml",
+        "my_scorer.py",
+        "my_methods/pruner/scored.yaml",
     ]
-    assert len(COMMANDS) == 5 and len(SNIPPETS) == 1
+    assert len(COMMANDS) == 6 and len(SNIPPETS) == 1
 
 
 @pytest.mark.slow

@@ -36,7 +36,7 @@ KEYS = [
 ]  # fmt: skip
 
 KEEPS_ALL = (
-    "knee=fixed_count", "pruner=visionzip", "pruner=fastervlm", "pruner=vispruner", "pruner=dpp",
+    "knee=fixed_count", "knee=above_zero", "pruner=visionzip", "pruner=fastervlm", "pruner=vispruner", "pruner=dpp",
     "knee=attention_entropy", "pruner=sparsevlm", "pruner=cdpruner", "pruner=windowed", "pruner=dart", "pruner=vscan",
     "pruner=scope", "pruner=mmtok", "pruner=holov", "pruner=downsample",
 )  # fmt: skip

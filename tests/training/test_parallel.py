@@ -58,6 +58,8 @@ def trained(root: Path, runs: Path, *more: str, steps: int) -> Trained:
         assert len(rows) == steps and any(row["keep_ratio"] < 1 for row in rows)
         found.losses[stage] = [row["loss"] for row in rows]
         found.weights[stage] = load_file(folder / "model" / "model.safetensors")
+        if (scorer := folder / "model" / "scorer.safetensors").is_file():
+            found.weights[stage] |= {f"scorer.{name}": weight for name, weight in load_file(scorer).items()}
     return found
 
 
@@ -87,6 +89,28 @@ def test_twenty_steps_of_two_processes_equal_those_of_one(
     """One by one: what is left over of text and of images is text alone for one rank, an image for the other."""
     more = ("trainer.devices=2", "trainer.logits_chunk=3", *both("batch_size=1"))  # unequal chunks on the ranks
     assert_equal(trained(root, tmp_path, f"strategy={strategy}", *more, steps=20), in_pairs)
+
+
+SCORED = ("pruner=learned", "pruner.vision.knee.ratio=0.4", "pruner.vision.noise=0")
+"""Noise is another one on each rank."""
+
+
+@pytest.fixture(scope="module")
+def scored(root: Path, tmp_path_factory: pytest.TempPathFactory) -> Trained:
+    return trained(root, tmp_path_factory.mktemp("scored"), *SCORED, *both("batch_size=2"), steps=6)
+
+
+@pytest.mark.parametrize("strategy", ["ddp", "fsdp2", "deepspeed_zero2", "deepspeed_zero3"])
+def test_a_score_is_trained_by_two_processes_as_by_one(
+    strategy: str, root: Path, tmp_path: Path, scored: Trained
+) -> None:
+    """Text alone for one rank, an image for the other, among it."""
+    more = (*SCORED, "trainer.devices=2", *both("batch_size=1"))
+    found = trained(root, tmp_path, f"strategy={strategy}", *more, steps=6)
+    assert_equal(found, scored)
+    before, after = (found.weights[stage] for stage in STAGES)
+    weights = [name for name in after if name.startswith("scorer.")]
+    assert len(weights) == 6 and not any(torch.equal(before[name], after[name]) for name in weights)
 
 
 @pytest.fixture(scope="module")

@@ -35,7 +35,7 @@ def config_of(root: Path, runs: Path, *more: str) -> Config:
         [
             *overrides(root, runs),
             "peft.dropout=0.3",
-            "pruner=random",
+            *([] if any(one.startswith("pruner=") for one in more) else ["pruner=random"]),
             "stage.instruct.batch_size=2",
             "stage.instruct.global_batch_size=4",
             "stage.instruct.max_steps=9",
@@ -58,8 +58,9 @@ def train(config: Config) -> tuple[list[dict[str, Any]], RunDirectory]:
         pytest.param(("pruner.schedule.name=anneal",), marks=pytest.mark.slow),
         ("pruner.schedule.name=random",),
         ("stage.instruct.token_budget=600", "stage.instruct.global_batch_size=6", "trainer.num_workers=1"),
+        ("pruner=learned", "pruner.vision.knee.ratio=0.4"),
     ],
-    ids=["constant", "anneal", "random", "token_budget"],
+    ids=["constant", "anneal", "random", "token_budget", "learned"],
 )
 def test_killed_at_any_step_the_losses_are_bit_equal(
     root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, changed: tuple[str, ...]
