@@ -76,7 +76,7 @@ def import_llava(
     projector = projector_tensors({name: entry for name, entry in tensors.items() if not inside or "mm_proj" in name})
     if not projector:
         raise UserError(
-            f"{key}: {found.path} holds no projector that is known: 0.weight, 0.bias, 2.weight and 2.bias (mlp2x_gelu), "
+            f"{key}: {found.path} holds no projector that is known: 0.weight, 0.bias, 2.weight, 2.bias (mlp2x_gelu), "
             f"or weight and bias (linear), perhaps behind model.mm_projector.; it has {_some(tensors)}"
         )
     folder = _folder_of("encoder", beside.encoder, own.get("mm_vision_tower"), found)

@@ -32,7 +32,7 @@ def text_config(key: str, config: dict[str, Any]) -> PreTrainedConfig:
             f"{key}: an original LLaVA checkpoint of type {model_type!r} is not supported; supported: "
             f"{', '.join(TEXT_TYPES)}"
         )
-    own = ("model_type", "architectures", "auto_map", "transformers_version", "torch_dtype", "dtype")
+    own = ("model_type", "architectures", "auto_map", "transformers_version", "torch_dtype", "dtype", "mmprune")
     foreign = ("mm_", "image_", "tune_mm", "freeze_mm", "unfreeze_mm", "use_mm", "tokenizer_")
     kept = {name: value for name, value in config.items() if name not in own and not name.startswith(foreign)}
     return AutoConfig.for_model(TEXT_TYPES[model_type], **kept)
