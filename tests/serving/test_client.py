@@ -1,0 +1,143 @@
+"""Stage 1 in the client and the LLM on a server answer as one model does here."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from PIL import Image
+from serving.stand_in import Dead, Engine, serving
+from transformers import LlavaForConditionalGeneration
+
+from mmprune_train import load_model
+from mmprune_train.config.compose import compose_config
+from mmprune_train.errors import UserError
+from mmprune_train.model.begin import begin
+from mmprune_train.model.export.hf import save_hf
+from mmprune_train.serving import Client, VisionSide
+
+QUESTION = "What color is the shape?"
+TOKENS = 6
+
+
+def picture(seed: int) -> Image.Image:
+    torch.manual_seed(seed)
+    small = torch.randint(0, 255, (5 + seed, 5, 3), dtype=torch.uint8)
+    return Image.fromarray(small.numpy()).resize((64, 64), Image.Resampling.NEAREST)
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A model with a dynamic stage 1, exported."""
+    model, processor = begin(compose_config(["+experiment=smoke", "pruner=encoder_only"]))
+    torch.manual_seed(0)
+    with torch.no_grad():
+        for parameter in model.hf.parameters():
+            if parameter.dim() > 1:
+                parameter.normal_(0, 0.15)
+    out = tmp_path_factory.mktemp("export")
+    save_hf(model, processor, out, torch.float32)
+    return out
+
+
+@pytest.fixture(scope="module")
+def vision(folder: Path) -> VisionSide:
+    return VisionSide.load(folder)
+
+
+def expected_of(folder: Path, images: list[Image.Image], **loaded: Any) -> tuple[str, list[int]]:
+    model, processor = load_model(folder, **loaded)
+    ask = [{"role": "user", "content": "<image>" * len(images) + QUESTION}]
+    text = processor.apply_chat_template(ask, add_generation_prompt=True)
+    inputs = processor(images=images, text=[text], return_tensors="pt")
+    out = model.generate(**inputs, max_new_tokens=TOKENS, do_sample=False)[0, inputs["input_ids"].shape[1] :]
+    return processor.decode(out, skip_special_tokens=True), [len(kept) for kept in model.last_pruning.vision_kept]
+
+
+def test_the_vision_side_is_loaded_without_the_llm(vision: VisionSide, folder: Path) -> None:
+    whole = LlavaForConditionalGeneration.from_pretrained(folder)
+    own = sum(parameter.numel() for parameter in vision.model.hf.parameters())
+    needed = sum(p.numel() for n, p in whole.named_parameters() if "vision" in n or "projector" in n)
+    assert own < needed + 2000 and len(vision.model.hf.model.language_model.layers) == 0
+    for name, value in vision.model.hf.model.vision_tower.state_dict().items():
+        assert torch.equal(value, whole.model.vision_tower.state_dict()[name]), name
+
+
+@pytest.mark.parametrize("images", [0, 1, 2])
+def test_a_server_around_plain_transformers_answers_as_the_model_here(
+    images: int, vision: VisionSide, folder: Path
+) -> None:
+    pictures = [picture(seed) for seed in range(images)]
+    if images:
+        text, kept = expected_of(folder, pictures)
+    else:
+        text, kept = None, []
+    engine = Engine(folder)
+    with serving(engine) as url:
+        answer = Client(vision, url, "m").ask(QUESTION, pictures, max_tokens=TOKENS, temperature=0)
+    assert answer.visual_tokens == kept
+    if images:
+        assert answer.text == text and len(set(kept)) == images, "each image is cut to its own length"
+        assert max(kept) < vision.model.config.image_seq_length
+    body, _ = Client(vision, "http://nowhere/v1", "m").request(
+        [{"role": "user", "content": [{"type": "image"}] * images + [{"type": "text", "text": QUESTION}]}], pictures
+    )
+    ids, _ = engine.read(body)
+    assert answer.prompt_tokens == len(ids)
+
+
+def test_images_of_different_lengths_end_the_engine_unless_they_come_in_pieces(
+    vision: VisionSide, folder: Path
+) -> None:
+    engine = Engine(folder)
+
+    def requests(piece: int | None) -> list[Any]:
+        client = Client(vision, "http://nowhere/v1", "m", piece=piece)
+        ask = [{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": QUESTION}]}]
+        return [engine.read(client.request(ask, [picture(seed)])[0]) for seed in range(2)]
+
+    whole, pieces = requests(None), requests(1)
+    assert [ids for ids, _ in whole] == [ids for ids, _ in pieces], "the same prompt either way"
+    for one, other in zip(engine.step(whole[:1]), engine.step(pieces[:1]), strict=True):
+        assert torch.equal(one, other)
+    with pytest.raises(Dead, match="inconsistent shapes"):
+        engine.step(whole)
+    assert len(engine.step(pieces)) == 2
+    with pytest.raises(UserError, match="piece=1000: stage 1 kept"):
+        requests(1000)
+
+
+def test_embeddings_are_those_of_the_whole_model(vision: VisionSide, folder: Path) -> None:
+    model, processor = load_model(folder)
+    images = [picture(seed) for seed in range(3)]
+    found = vision.embed(images)
+    pixels = processor.image_processor(images=images, return_tensors="pt")["pixel_values"]
+    with torch.no_grad():
+        patches = model.select_patches(pixels)
+        expected = model.hf.model.multi_modal_projector(patches.chosen)
+    torch.testing.assert_close(torch.cat(found), expected, atol=1e-6, rtol=1e-6)
+
+
+@pytest.mark.parametrize("pruner", ["visionzip", "prumerge"])
+def test_tokens_enter_in_the_order_of_the_pruner(pruner: str, folder: Path) -> None:
+    image = picture(2)
+    text, kept = expected_of(folder, [image], pruner=pruner)
+    with serving(Engine(folder)) as url:
+        answer = Client(VisionSide.load(folder, pruner), url, "m").ask(QUESTION, [image], max_tokens=TOKENS)
+    assert (answer.text, answer.visual_tokens) == (text, kept)
+
+
+def test_what_cannot_be_served_is_told(vision: VisionSide, folder: Path) -> None:
+    with pytest.raises(UserError, match="1 images are given, .* for 2 of them"):
+        parts = [{"type": "image"}, {"type": "image"}, {"type": "text", "text": "x"}]
+        Client(vision, "http://nowhere/v1", "m").chat([{"role": "user", "content": parts}], [picture(0)])
+    with pytest.raises(UserError, match="part of type 'video'"):
+        Client(vision, "http://nowhere/v1", "m").chat([{"role": "user", "content": [{"type": "video"}]}])
+    with pytest.raises(UserError, match=r"pruner.vision.positions=original: engines number"):
+        VisionSide.load(folder, {"name": "encoder_only", "vision": {"positions": "original"}})
+    with serving(Engine(folder, takes_embeds=False)) as url, pytest.raises(UserError, match="enable-mm-embeds"):
+        Client(vision, url, "m").ask(QUESTION, [picture(0)], max_tokens=1)
+    with pytest.raises(UserError, match="127.0.0.1:9/v1 does not answer"):
+        Client(vision, "http://127.0.0.1:9/v1", "m").ask(QUESTION, max_tokens=1)
