@@ -35,6 +35,7 @@ def write_shards(tensors: Mapping[str, Tensor], folder: Path, dtype: torch.dtype
         outline, max_shard_size=shard_bytes, filename_pattern="model{suffix}.safetensors"
     )
     size = sum(value.numel() * value.element_size() for value in outline.values())
+    folder.mkdir(parents=True, exist_ok=True)
     check_room(folder, size)
     for file, names in progress(plan.filename_to_tensors.items(), "writing", "files"):
         part = {}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 from dataclasses import asdict
 from pathlib import Path
@@ -87,7 +88,7 @@ def test_a_llava_hf_folder_comes_out_as_it_went_in(smoke: Path, shard_bytes: int
 )
 def test_weights_of_every_family_carry_published_names(vision: str, text: str, tmp_path: Path) -> None:
     hf = tiny_llava(vision, text)
-    model = PackedLlava(hf, load_pruner_of("none"))
+    model = PackedLlava(copy.deepcopy(hf), load_pruner_of("none"))
     save_hf(model, FakeProcessor(), tmp_path, torch.float32)
     names = set(weights_in(tmp_path))
     parts = {name.split(".")[0] for name in names}
@@ -131,7 +132,7 @@ def test_an_original_checkpoint_is_read_and_comes_out_as_a_whole_llava(
     hf = tiny_llava()
     tower = tower_folder(tmp_path / "clip", hf)
     tokenizer = tiny_tokenizer()
-    hf.resize_token_embeddings(len(tokenizer))
+    hf.resize_token_embeddings(len(tokenizer) - 8, mean_resizing=False)  # as LLaVA-1.5's LLM has no row for `<image>`
     more = {"mm_vision_tower": str(tower), "mmprune": {"template": "v1"}}
     original = write_original(tmp_path / "original", hf, tokenizer, tower=inside, bins=bins, **more)
     model, processor = load_model(original)
@@ -139,10 +140,9 @@ def test_an_original_checkpoint_is_read_and_comes_out_as_a_whole_llava(
     plain = LlavaForConditionalGeneration.from_pretrained(tmp_path / "out")
     inputs = inputs_of(AutoProcessor.from_pretrained(tmp_path / "out"))
     vocabulary = hf.config.text_config.vocab_size
+    assert int(inputs["input_ids"].max()) < vocabulary < plain.config.text_config.vocab_size
     hf.config.image_token_id = plain.config.image_token_id
-    hf.resize_token_embeddings(plain.config.text_config.vocab_size)  # rows that the image token made
-    expected = logits_of(hf, inputs)[..., :vocabulary]
-    found = logits_of(plain, inputs)
+    expected, found = logits_of(hf, inputs), logits_of(plain, inputs)
     torch.testing.assert_close(found[..., :vocabulary], expected, atol=1e-6, rtol=1e-6)
     assert bool((found[..., vocabulary:].amax(-1) < expected.amax(-1)).all()), "nobody trained these rows"
     assert processor.image_processor.do_pad, "image_aspect_ratio=pad"
