@@ -135,8 +135,9 @@ def load_model(
         named: those that may run anyway, by key: the user names them, too.
         template: of the samples it is trained on; None: that it was saved with.
         execution: how to compute.
-        encoder, llm: folders of the parts that a checkpoint of LLaVA's own code does not hold, in place of those that
-            it names.
+        encoder: folder of the vision tower that a checkpoint of LLaVA's own code does not hold, in place of the one
+            that it names.
+        llm: the same of the language model that its projector belongs to.
     Raises:
         UserError: no such folder, one of another kind, its weights do not match its config key for key, or its settings
             name components that are not trusted.

@@ -98,7 +98,8 @@ def _write_adapters(source: Source, part: Path) -> Written:
         base = {n: {"sha256": hash_of(weight_files(f)), "source": f.name} for n, f in parts.items()}
     model = adapters.resolve().parent / "model"
     settings = record_of("ckpt", adapters).get("mmprune") or saved_settings("ckpt", model)
-    processor = processor_of(model if (model / "processor_config.json").is_file() else adapters)
+    prepared = next((place for place in (model, adapters) if (place / "processor_config.json").is_file()), None)
+    processor = None if prepared is None else processor_of(prepared)
     dtype = DTYPES.get(source.config.export.dtype)
     size = save_adapter(adapters, part, dtype, base, settings, processor)
     pruner = settings.get("pruner") or {"name": "none"}

@@ -124,7 +124,7 @@ def _unmerged(source: Source) -> Tensor | None:
     """The probe of a run's base with its adapters beside it; None where that cannot be had, with a note why."""
     if source.adapters is None or source.found is None or source.found.trained is None:
         return None
-    config = replace(source.found.trained, trainer=source.config.trainer)
+    config = replace(source.found.trained, trainer=source.config.trainer, pruner=load_pruner("none"))
     try:
         if config.peft.name == "qlora":
             raise UserError("their base was in 4 bits, which the merged weights are not")

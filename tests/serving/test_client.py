@@ -109,6 +109,25 @@ def test_images_of_different_lengths_end_the_engine_unless_they_come_in_pieces(
         requests(1000)
 
 
+def test_pieces_of_several_turns_stay_with_their_images(vision: VisionSide, folder: Path) -> None:
+    engine = Engine(folder)
+    image = {"type": "image"}
+    messages = [
+        {"role": "user", "content": [image, image, {"type": "text", "text": "Which?"}]},
+        {"role": "assistant", "content": "red"},
+        {"role": "user", "content": [{"type": "text", "text": "And this?"}, image]},
+    ]
+    pictures = [picture(seed) for seed in range(3)]
+    whole, pieces = (
+        engine.read(Client(vision, "http://nowhere/v1", "m", piece=piece).request(messages, pictures)[0])
+        for piece in (None, 1)
+    )
+    assert whole[0] == pieces[0] and torch.equal(torch.cat(whole[1]), torch.cat(pieces[1]))
+    text = engine.processor.apply_chat_template(messages, add_generation_prompt=True)
+    ids = engine.processor(images=pictures, text=[text])["input_ids"][0]
+    assert [one for one in ids if one != engine.token] == [one for one in pieces[0] if one != engine.token]
+
+
 def test_embeddings_are_those_of_the_whole_model(vision: VisionSide, folder: Path) -> None:
     model, processor = load_model(folder)
     images = [picture(seed) for seed in range(3)]

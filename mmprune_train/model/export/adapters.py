@@ -33,6 +33,7 @@ def save_adapter(
         dtype: None: as they are.
         base: recorded beside them, by content.
         settings: what a model's config.json has for `load_model`.
+        processor: of the model that they made; None: not known.
     """
     size = 0
     for name in (ADAPTER_FILE, PROJECTOR_FILE):
@@ -43,7 +44,8 @@ def save_adapter(
     (folder / ADAPTER_CONFIG).write_bytes((source / ADAPTER_CONFIG).read_bytes())
     record = json.dumps({"base": base, "mmprune": settings}, indent=2) + "\n"
     (folder / RECORD).write_text(record, encoding="utf-8")
-    processor.save_pretrained(folder)
+    if processor is not None:
+        processor.save_pretrained(folder)
     return size
 
 

@@ -102,6 +102,7 @@ def _config(model: PackedLlava, processor: Any, dtype: torch.dtype, tower: str, 
         "mm_vision_select_feature": "patch",
         "mm_use_im_start_end": False,
         "mm_use_im_patch_token": False,
+        "image_token_index": hf.image_token_id,  # SGLang's; LLaVA's own code has none
         "image_aspect_ratio": "pad" if processor.image_processor.do_pad else "square",
         "use_mm_proj": True,
         "tune_mm_mlp_adapter": False,

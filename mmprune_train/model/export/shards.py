@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import errno
 import json
+import os
 import shutil
 from collections.abc import Mapping
 from pathlib import Path
 
 import torch
 from huggingface_hub import split_torch_state_dict_into_shards
+from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
 
@@ -16,6 +19,7 @@ from mmprune_train.errors import UserError
 from mmprune_train.progress import progress
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+ROOM = "make room there, name another place, or give export.dtype=bf16"
 BESIDE = 64 << 20
 """Bytes for what lies beside the weights: tokenizer, configs, the model card."""
 
@@ -44,7 +48,12 @@ def write_shards(tensors: Mapping[str, Tensor], folder: Path, dtype: torch.dtype
             if dtype == torch.float16 and not bool(value.isfinite().all()) and bool(tensors[name].isfinite().all()):
                 raise UserError(f"export.dtype=fp16: {name} has values that fp16 does not hold; take bf16 or fp32")
             part[name] = value
-        save_file(part, folder / file, {"format": "pt"})
+        try:
+            save_file(part, folder / file, {"format": "pt"})
+        except (OSError, SafetensorError) as error:
+            if os.strerror(errno.ENOSPC) not in str(error):
+                raise
+            raise UserError(f"export.out: the disk is full ({file} of {size / 1e9:.1f} GB); {ROOM}") from error
     if plan.is_sharded:
         index = {"metadata": {"total_size": size}, "weight_map": plan.tensor_to_filename}
         text = json.dumps(index, indent=2, sort_keys=True) + "\n"
@@ -61,6 +70,5 @@ def check_room(folder: Path, size: int) -> None:
     free = shutil.disk_usage(folder).free
     if free < size + BESIDE:
         raise UserError(
-            f"export.out: the disk has {free / 1e9:.1f} GB free, {(size + BESIDE) / 1e9:.1f} GB are needed; make room "
-            "there, name another place, or give export.dtype=bf16"
+            f"export.out: the disk has {free / 1e9:.1f} GB free, {(size + BESIDE) / 1e9:.1f} GB are needed; {ROOM}"
         )

@@ -6,6 +6,7 @@ import copy
 import json
 from dataclasses import asdict
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import jinja2
@@ -13,7 +14,8 @@ import pytest
 import torch
 from originals import projector_of, write_original
 from PIL import Image
-from safetensors.torch import load_file
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
 from tiny import tiny_inputs, tiny_llava
 from transformers import (
     AutoModelForCausalLM,
@@ -27,11 +29,13 @@ from mmprune_train import load_model
 from mmprune_train.config.compose import compose_config, load_pruner
 from mmprune_train.errors import UserError
 from mmprune_train.model.begin import begin
+from mmprune_train.model.export import shards
 from mmprune_train.model.export.hf import save_hf
 from mmprune_train.model.export.llava import save_llava
 from mmprune_train.model.export.shards import write_shards
 from mmprune_train.model.llava import PackedLlava
 from mmprune_train.model.tokenizer import tiny_tokenizer
+from mmprune_train.pruning import Pruner
 from mmprune_train.storage.atomic import new_folder
 
 PROMPT = "USER: <image>\nWhat color is the shape? ASSISTANT:"
@@ -111,8 +115,6 @@ class FakeProcessor:
 
 
 def load_pruner_of(name: str) -> Any:
-    from mmprune_train.pruning import Pruner
-
     return Pruner(load_pruner(name))
 
 
@@ -158,8 +160,6 @@ def test_what_the_original_layout_lost_is_named(tmp_path: Path) -> None:
         folder = write_original(tmp_path / name, hf, tokenizer, mm_vision_tower=str(tower))
         weights = load_file(folder / "model.safetensors")
         harm(weights)
-        from safetensors.torch import save_file
-
         save_file(weights, folder / "model.safetensors", {"format": "pt"})
         return folder
 
@@ -289,12 +289,19 @@ def test_values_that_half_precision_does_not_hold_are_named(tmp_path: Path) -> N
 
 
 def test_a_disk_without_room_is_told_before_anything_is_written(tmp_path: Path, monkeypatch: Any) -> None:
-    import shutil
-    from types import SimpleNamespace
-
-    monkeypatch.setattr(shutil, "disk_usage", lambda place: SimpleNamespace(free=1000))
+    monkeypatch.setattr(shards.shutil, "disk_usage", lambda place: SimpleNamespace(free=1000))
     with pytest.raises(UserError, match=r"export.out: the disk has 0.0 GB free, 0.1 GB are needed"):
         write_shards({"w": torch.ones(8)}, tmp_path, torch.float32, 1 << 30)
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_disk_that_is_full_half_way_is_told_and_nothing_is_left(tmp_path: Path, monkeypatch: Any) -> None:
+    def full(*_: Any) -> None:
+        raise SafetensorError("Error while serializing: I/O error: No space left on device (os error 28)")
+
+    monkeypatch.setattr(shards, "save_file", full)
+    with pytest.raises(UserError, match="export.out: the disk is full"), new_folder(tmp_path / "out", "x") as part:
+        write_shards({"w": torch.ones(8)}, part, torch.float32, 1 << 30)
     assert not list(tmp_path.iterdir())
 
 
