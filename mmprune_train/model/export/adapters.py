@@ -55,9 +55,8 @@ def probe(model: PackedLlava) -> Tensor:
     config, generator = model.config, torch.Generator().manual_seed(0)
     side = getattr(config.vision_config, "image_size", 0)
     pixels = torch.randn((1, 3, side, side), generator=generator)
-    words = torch.randint(
-        3, min(config.text_config.vocab_size, config.image_token_id) or 4, (TOKENS,), generator=generator
-    )
+    words = torch.randint(1, config.text_config.vocab_size, (TOKENS,), generator=generator)
+    words[words == config.image_token_id] -= 1
     image = torch.full((model.features_of(pixels),), config.image_token_id)
     ids = torch.cat([words[:2], image, words[2:]])[None]
     with model.pruned_by(load_pruner("none")):
