@@ -19,7 +19,7 @@ from mmprune_train.errors import UserError
 from mmprune_train.model.build import saved_settings
 from mmprune_train.model.llava import PackedLlava
 from mmprune_train.model.processor import load_processor
-from mmprune_train.model.question import ImageQuestions, find_question_encoder
+from mmprune_train.model.question import ImageQuestions, cut_question, find_question_encoder
 from mmprune_train.model.rows import by_rows
 from mmprune_train.model.weights.auto import config_of
 from mmprune_train.model.weights.files import read_tensors
@@ -100,7 +100,8 @@ class VisionSide:
         model = self.model
         asked = None
         if model.question is not None:
-            texts = [question.strip() for question in questions or [""] * len(images)]
+            ends = model.pruner.asked_until
+            texts = [cut_question(question.strip(), ends) for question in questions or [""] * len(images)]
             rows = ImageQuestions(list(range(len(images))), texts, torch.empty(0, dtype=torch.long))
             asked = model.question.ask(rows)
         patches = model.select_patches(pixels.to(model.device), asked)

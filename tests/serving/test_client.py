@@ -31,13 +31,16 @@ def picture(seed: int) -> Image.Image:
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A model with a dynamic stage 1, exported."""
-    model, processor = begin(compose_config(["+experiment=smoke", "pruner=encoder_only"]))
+    return saved(tmp_path_factory.mktemp("export"), "encoder_only")
+
+
+def saved(out: Path, pruner: str, *more: str) -> Path:
+    model, processor = begin(compose_config(["+experiment=smoke", f"pruner={pruner}", *more]))
     torch.manual_seed(0)
     with torch.no_grad():
         for parameter in model.hf.parameters():
             if parameter.dim() > 1:
                 parameter.normal_(0, 0.15)
-    out = tmp_path_factory.mktemp("export")
     save_hf(model, processor, out, torch.float32)
     return out
 
@@ -146,6 +149,30 @@ def test_tokens_enter_in_the_order_of_the_pruner(pruner: str, folder: Path) -> N
     with serving(Engine(folder)) as url:
         answer = Client(VisionSide.load(folder, pruner), url, "m").ask(QUESTION, [image], max_tokens=TOKENS)
     assert (answer.text, answer.visual_tokens) == (text, kept)
+
+
+def test_a_stage_1_that_reads_the_question_is_shown_it(tmp_path: Path) -> None:
+    out = saved(tmp_path, "cdpruner", "pruner.vision.knee.count=7")
+    images, counts = [picture(seed) for seed in range(3)], set()
+    vision = VisionSide.load(out)
+    model, processor = load_model(out)
+    for question in (
+        "What color?",
+        "Is the round one on the left?\nAnswer the question using a single word or phrase.",
+    ):
+        ask = [{"role": "user", "content": f"<image>\n{question}"}]
+        text = processor.apply_chat_template(ask, add_generation_prompt=True)
+        model(**processor(images=images, text=[text] * 3, padding=True, return_tensors="pt"))
+        found = vision.embed(images, [question] * 3)
+        with torch.no_grad():
+            states, _ = model.encode_images(
+                processor.image_processor(images=images, return_tensors="pt")["pixel_values"]
+            )
+            projected = model.hf.model.multi_modal_projector(states)
+        for one, all_of, order in zip(found, projected, model.last_pruning.vision_order, strict=True):
+            torch.testing.assert_close(one, all_of[order], atol=1e-6, rtol=1e-6)
+        counts.add(tuple(map(tuple, (order.tolist() for order in model.last_pruning.vision_order))))
+    assert len(counts) == 2, "another question keeps other tokens"
 
 
 def test_what_cannot_be_served_is_told(vision: VisionSide, folder: Path) -> None:
