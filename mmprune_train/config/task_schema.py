@@ -50,7 +50,7 @@ class ExportConfig:
     """`hf`: plain transformers and vLLM load it, adapters merged; `adapter`: PEFT's, unmerged; `llava`: the layout of
     LLaVA's own code, which SGLang loads, too. See docs/export.md."""
     dtype: str = choice("auto", "auto", "fp32", "bf16", "fp16")
-    """Of the weights; `auto`: as they are saved, the widest of them where they differ."""
+    """Of the weights; `auto`: as they are saved, fp32 where they differ."""
     shard_gb: float = positive(5.0)
     """Most GB of a file of weights; more go into several files with an index."""
     vision_tower: str | None = None

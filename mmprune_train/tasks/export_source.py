@@ -62,7 +62,7 @@ class Loaded:
     model: PackedLlava
     processor: Any
     stored: torch.dtype
-    """What its weights were saved in, the widest where they differ."""
+    """What its weights were saved in; fp32 where they differ."""
     parity: dict[str, float] | None
     """How far its logits are from those of its adapters beside their base; None: it has none, or they are not here."""
 
