@@ -87,7 +87,8 @@ def model_card(card: Card) -> str:
     parts += ["## Pruner\n", _rows(card.pruner, "key", "value")]
     parts += ["## Metrics\n", f"```\n{card.metrics}\n```\n" if card.metrics else "This run has no evaluation.\n"]
     licences = {"these weights": card.license or UNKNOWN}
-    licences |= {f"{part} ({base})": "as its publisher states" for part, base in card.bases.items()}
+    published = {part: base for part, base in card.bases.items() if ": random, seed" not in base}
+    licences |= {f"{part} ({base})": "as its publisher states" for part, base in published.items()}
     licences |= {f"data of {stage} ({name})": "as its publisher states" for stage, name in card.datasets.items()}
     told = "Weights carry the terms of what they were made from; this card has checked none of them."
     parts += ["## Licences\n", _rows(licences, "of", "licence"), f"{told}\n"]

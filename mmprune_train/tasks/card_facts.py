@@ -42,7 +42,10 @@ def card_facts(source: Any, written: Mapping[str, Any], settings: Mapping[str, A
     run, config = source.run, source.config
     trained: Config | None = None if run is None else (source.found.trained if source.found else config)
     manifest = (read_manifest(run) if run else None) or {}
-    made = {"dtype": written["dtype"], "parity with the adapters unmerged": written.get("parity")}
+    made: dict[str, Any] = {"dtype": written["dtype"]}
+    if parity := written.get("parity"):
+        largest = f"{parity['largest_difference']:.1e} of {parity['largest_logit']:.2g}"
+        made["largest difference of logits to the adapters unmerged"] = largest
     made |= {"seed": manifest.get("seed"), "git commit": manifest.get("git_commit"), **manifest.get("versions", {})}
     title = source.path.name if run is None else f"{manifest.get('experiment', run.parent.name)} {run.name}"
     return Card(
