@@ -20,7 +20,6 @@ from mmprune_train.model.build import saved_settings
 from mmprune_train.model.llava import PackedLlava
 from mmprune_train.model.processor import load_processor
 from mmprune_train.model.question import ImageQuestions, cut_question, find_question_encoder
-from mmprune_train.model.rows import by_rows
 from mmprune_train.model.weights.auto import config_of
 from mmprune_train.model.weights.files import read_tensors
 from mmprune_train.model.weights.folders import check_folder, model_folder
@@ -65,7 +64,12 @@ class VisionSide:
         found = model_folder(path)
         folder = local_or_hub("path", found) if isinstance(found, str) else found
         tensors = check_folder("path", folder, "llava", trains=False)
-        settings = _settings(folder, pruner, trust_components)
+        chosen = Pruner(_settings(folder, pruner, trust_components))
+        if chosen.reads_words:
+            raise UserError(
+                f"pruner={chosen.settings.name} reads the question by the LLM's own embeddings, which the client "
+                "does not have; take one that reads it by the text tower, or not at all"
+            )
         config: Any = config_of(folder)
         config.text_config.num_hidden_layers, config.text_config.vocab_size = 0, 1
         if getattr(config.text_config, "layer_types", None):
@@ -81,8 +85,7 @@ class VisionSide:
             state_dict=read_tensors(vision),
             dtype=dtype,
         )
-        chosen = Pruner(settings)
-        question = find_question_encoder(folder, None, dtype) if chosen.reads_text else None
+        question = find_question_encoder(folder, None, dtype) if chosen.reads_tower else None
         model = PackedLlava(hf, chosen, question=question, words=_no_words if question else None)
         return cls(model.to(device).eval(), load_processor(folder, hf))
 
@@ -99,14 +102,13 @@ class VisionSide:
         pixels = self.processor.image_processor(images=list(images), return_tensors="pt")["pixel_values"]
         model = self.model
         asked = None
-        if model.question is not None:
+        if model.pruner.reads_text:
             ends = model.pruner.asked_until
             texts = [cut_question(question.strip(), ends) for question in questions or [""] * len(images)]
             rows = ImageQuestions(list(range(len(images))), texts, torch.empty(0, dtype=torch.long))
-            asked = model.question.ask(rows)
+            asked = model.ask(rows)
         patches = model.select_patches(pixels.to(model.device), asked)
-        projected = by_rows(model.hf.model.multi_modal_projector, patches.chosen)
-        parts = projected.split(patches.kept.sum(1).tolist())
+        parts = model.visual_tokens(patches).split(patches.kept.sum(1).tolist())
         ranks = patches.kept.cumsum(1) - 1
         return [
             part[ranks[image, entering].to(part.device)]

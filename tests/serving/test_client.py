@@ -50,6 +50,11 @@ def vision(folder: Path) -> VisionSide:
     return VisionSide.load(folder)
 
 
+def vision_tokens(folder: Path) -> int:
+    """Of an image, dense."""
+    return int(LlavaForConditionalGeneration.from_pretrained(folder).config.image_seq_length)
+
+
 def expected_of(folder: Path, images: list[Image.Image], **loaded: Any) -> tuple[str, list[int]]:
     model, processor = load_model(folder, **loaded)
     ask = [{"role": "user", "content": "<image>" * len(images) + QUESTION}]
@@ -142,13 +147,14 @@ def test_embeddings_are_those_of_the_whole_model(vision: VisionSide, folder: Pat
     torch.testing.assert_close(torch.cat(found), expected, atol=1e-6, rtol=1e-6)
 
 
-@pytest.mark.parametrize("pruner", ["visionzip", "prumerge"])
-def test_tokens_enter_in_the_order_of_the_pruner(pruner: str, folder: Path) -> None:
+@pytest.mark.parametrize("name", ["visionzip", "downsample", "scope", "holov"])
+def test_tokens_enter_as_the_pruner_makes_and_orders_them(name: str, folder: Path) -> None:
     image = picture(2)
+    pruner = {"name": name, "vision": {"knee": {"method": "fixed_count", "count": 16}}}
     text, kept = expected_of(folder, [image], pruner=pruner)
     with serving(Engine(folder)) as url:
         answer = Client(VisionSide.load(folder, pruner), url, "m").ask(QUESTION, [image], max_tokens=TOKENS)
-    assert (answer.text, answer.visual_tokens) == (text, kept)
+    assert (answer.text, answer.visual_tokens) == (text, kept) and kept[0] < vision_tokens(folder)
 
 
 def test_a_stage_1_that_reads_the_question_is_shown_it(tmp_path: Path) -> None:
@@ -183,6 +189,8 @@ def test_what_cannot_be_served_is_told(vision: VisionSide, folder: Path) -> None
         Client(vision, "http://nowhere/v1", "m").chat([{"role": "user", "content": [{"type": "video"}]}])
     with pytest.raises(UserError, match=r"pruner.vision.positions=original: engines number"):
         VisionSide.load(folder, {"name": "encoder_only", "vision": {"positions": "original"}})
+    with pytest.raises(UserError, match="mmtok reads the question by the LLM's own embeddings"):
+        VisionSide.load(folder, "mmtok")
     with serving(Engine(folder, takes_embeds=False)) as url, pytest.raises(UserError, match="enable-mm-embeds"):
         Client(vision, url, "m").ask(QUESTION, [picture(0)], max_tokens=1)
     with pytest.raises(UserError, match="127.0.0.1:9/v1 does not answer"):
