@@ -94,7 +94,7 @@ def _indented(text: str, width: int, by: int = 0) -> list[str]:
     return textwrap.wrap(text, width, initial_indent=" " * by, subsequent_indent=" " * by, break_on_hyphens=False)
 
 
-OWN = ("evaluate", "generate", "bench", "calibrate", "plan", "report", "sweep")
+OWN = ("evaluate", "generate", "export", "bench", "calibrate", "plan", "report", "sweep")
 """Sections whose keys are told one by one."""
 
 

@@ -18,6 +18,7 @@ from mmprune_train.config.task_schema import (
     BenchConfig,
     CalibrateConfig,
     EvaluateConfig,
+    ExportConfig,
     GenerateConfig,
     PlanConfig,
     ReportConfig,
@@ -328,8 +329,10 @@ class Config:
     stages: list[str] = field(default_factory=list)
     """Training stages to run, in the order of `stage`; all of them where the command does not say."""
     ckpt: str | None = None
-    """For evaluate, generate, inspect, calibrate and bench: a run directory, an exported folder or a llava-hf folder.
-    Of a run directory the last finished stage's model, or that of the last of `stages`, where they are named."""
+    """For evaluate, generate, inspect, calibrate, bench and export: a run directory, an exported folder, a llava-hf
+    folder, an original LLaVA checkpoint or its `mm_projector.bin` (`encoder.path` and `llm.path` win over what it
+    names); export takes adapters, too. Of a run directory the last finished stage's model, or that of the last of
+    `stages`, where they are named."""
     init_from: str | None = None
     """Weights that the first trained stage starts from: a llava-hf folder (or hub id), a run directory, an exported
     folder, a stage's `adapters/`, an original LLaVA checkpoint, or a `mm_projector.bin` beside the chosen encoder and
@@ -359,6 +362,7 @@ class Config:
     trainer: TrainerConfig = field(default_factory=TrainerConfig)
     evaluate: EvaluateConfig = field(default_factory=EvaluateConfig)
     generate: GenerateConfig = field(default_factory=GenerateConfig)
+    export: ExportConfig = field(default_factory=ExportConfig)
     bench: BenchConfig = field(default_factory=BenchConfig)
     calibrate: CalibrateConfig = field(default_factory=CalibrateConfig)
     plan: PlanConfig = field(default_factory=PlanConfig)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
-from mmprune_train.config.ranges import choice, folder_name, number, share
+from mmprune_train.config.ranges import choice, folder_name, number, positive, share
 from mmprune_train.devices import CPU, DEVICES
 
 BENCHED = ("train", "generate", "selection", "lengths")
@@ -38,6 +38,26 @@ class GenerateConfig:
     question_file: str | None = None
     """Text file with the question, in place of `question`."""
     max_new_tokens: int = number(64, 1, 10**6)
+
+
+@dataclass
+class ExportConfig:
+    """What `task=export` makes of the model that `ckpt=` names."""
+
+    out: str | None = None
+    """Folder to write; it may not be there yet, or is empty."""
+    format: str = choice("hf", "hf", "adapter", "llava")
+    """`hf`: plain transformers and vLLM load it, adapters merged; `adapter`: PEFT's, unmerged; `llava`: the layout of
+    LLaVA's own code, which SGLang loads, too. See docs/export.md."""
+    dtype: str = choice("auto", "auto", "fp32", "bf16", "fp16")
+    """Of the weights; `auto`: as they are saved, fp32 where they differ."""
+    shard_gb: float = positive(5.0)
+    """Most GB of a file of weights; more go into several files with an index."""
+    vision_tower: str | None = None
+    """llava: hub id or folder of the vision tower, by which LLaVA's code finds it; null: the run's `encoder.path`, or
+    what the original checkpoint names."""
+    license: str | None = None
+    """Licence that the model card states, such as `apache-2.0`; null: none is stated, and the card says so."""
 
 
 @dataclass

@@ -16,7 +16,7 @@ FILES = ("generate.images", "report.runs")
 PATHS = frozenset(
     {
         "ckpt", "init_from", "runs_dir", "root", "annotations", "images", "blind", "path", "output", "question_file",
-        "feature_cache_dir",
+        "feature_cache_dir", "out", "vision_tower",
     }
 )  # fmt: skip
 """Last parts of the keys that take one path."""

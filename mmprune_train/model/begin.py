@@ -9,15 +9,8 @@ from transformers import LlavaForConditionalGeneration, LlavaProcessor, PreTrain
 
 from mmprune_train.config.pruner import reads_tower
 from mmprune_train.config.schema import Config
-from mmprune_train.model.build import (
-    assemble,
-    language_model,
-    llava_config,
-    load_llava,
-    load_model,
-    packed,
-    vision_tower,
-)
+from mmprune_train.model.assemble import assemble, language_model, llava_config, vision_tower
+from mmprune_train.model.build import load_llava, load_model, packed
 from mmprune_train.model.execution import Execution
 from mmprune_train.model.llava import PackedLlava
 from mmprune_train.model.question import QuestionEncoder, find_question_encoder, new_question_encoder

@@ -96,11 +96,16 @@ def image_questions(sequence: PackedSequence, words: Words, ends: Sequence[str] 
     row_of = []
     for one, sample, number in meetings.T.tolist():
         asked = words(ids[prompt & (segment == sample) & (turn == number)])
-        asked = min((asked.partition(end)[0].rstrip() for end in ends), key=len, default=asked)
+        asked = cut_question(asked, ends)
         row_of.append(rows.setdefault((one, asked), len(rows)))
     row = torch.full_like(ids, -1)
     row[visual] = torch.tensor(row_of, dtype=torch.long)[torch.from_numpy(which.reshape(-1))]
     return ImageQuestions([one for one, _ in rows], [asked for _, asked in rows], row)
+
+
+def cut_question(asked: str, ends: Sequence[str]) -> str:
+    """A question up to the first of some texts that end one."""
+    return min((asked.partition(end)[0].rstrip() for end in ends), key=len, default=asked)
 
 
 class QuestionEncoder(nn.Module):

@@ -118,6 +118,31 @@ def finished_folder(target: Path) -> Iterator[Path]:
 
 
 @contextmanager
+def new_folder(target: Path, key: str) -> Iterator[Path]:
+    """The same for a folder that the user has named by `key`, and of which all is brought to disk first.
+
+    Raises:
+        UserError: something is there, at the begin or at the end. It is left alone.
+    """
+    other = f"{key}: {target} holds something else, which is never written over; name another folder, or move it away"
+    if target.is_symlink() or (target.exists() and (not target.is_dir() or any(target.iterdir()))):
+        raise UserError(other)
+    target.parent.mkdir(parents=True, exist_ok=True)
+    delete_leftovers(target.parent, target.name)
+    with temporary_folder(target.parent, target.name) as part:
+        yield part
+        _share_alike(part)
+        for path in (*part.rglob("*"), part):
+            sync(path)
+        try:
+            publish(part, target)
+        except OSError as error:
+            if target.exists():
+                raise UserError(other) from error
+            raise
+
+
+@contextmanager
 def temporary_folder(parent: Path, name: str) -> Iterator[Path]:
     """A folder that others leave alone while this process lives, and that is deleted at the end, if it is there.
 

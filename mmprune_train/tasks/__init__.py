@@ -27,7 +27,7 @@ DATA_KEYS = {item.name for item in fields(DataConfig)}
 ORIENTATION = "data.exif_orientation"
 """Of the images that any task reads; no option of the group sets it."""
 DATA = ("data.name", "data.root", "data.source", "data.how_to_get", "data.outside_images", "data.instruct")
-LOADED = ("ckpt", "stages", "pruner", "knee", "encoder.text", ORIENTATION)
+LOADED = ("ckpt", "stages", "pruner", "knee", "encoder.text", "encoder.path", "llm.path", ORIENTATION)
 ASKED = (*LOADED, *COMPUTED)
 STEPS = (*COMPUTED, "trainer.logits_chunk", "trainer.compile", "trainer.num_workers")
 HERE = "in the run directory that ckpt= names, else in this config's"
@@ -86,6 +86,12 @@ TASKS = {
         (*QUESTION, "generate.max_new_tokens", *ASKED),
         example="mmprune task=generate ckpt=runs/demo/RUN_ID generate.images=[photo.png] "
         'generate.question="what\'s in it, a (red) shape?"',
+    ),
+    "export": Task(
+        "write a model for others (ckpt=FOLDER export.out=FOLDER): Hugging Face, PEFT or LLaVA's own layout",
+        f"export.out (weights, configs, tokenizer, a model card), and export/ (result.json), {HERE}",
+        ("export", *LOADED, "encoder", "llm", "projector"),
+        example="mmprune task=export ckpt=runs/demo/RUN_ID export.out=my_model export.dtype=bf16",
     ),
     "bench": Task(
         "seconds, memory, FLOPs of a step, beside Hugging Face (bench.pruners=[NAME,...])",

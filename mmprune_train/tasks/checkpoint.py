@@ -25,7 +25,9 @@ from mmprune_train.config.typed import group_of
 from mmprune_train.errors import UserError
 from mmprune_train.model.build import load_model, saved_settings
 from mmprune_train.model.execution import Execution
+from mmprune_train.model.imported import Beside, original_in
 from mmprune_train.model.weights.folders import model_folder
+from mmprune_train.model.weights.places import base_folder
 from mmprune_train.quiet import quiet
 from mmprune_train.storage.locks import publishing
 from mmprune_train.training.precision import Precision, choose_accelerator, choose_precision
@@ -142,6 +144,7 @@ def load(found: Checkpoint) -> tuple[Any, Any, Precision]:
     trainer = found.config.trainer
     accelerator = choose_accelerator(trainer.accelerator)
     precision = choose_precision(trainer.precision, accelerator)
+    parts = beside(found)
     with quiet():
         model, processor = load_model(
             found.model,
@@ -152,6 +155,8 @@ def load(found: Checkpoint) -> tuple[Any, Any, Precision]:
             trust_components=found.config.trust_components,
             named=components(found.config.pruner),
             execution=Execution.of(trainer),
+            encoder=parts.encoder,
+            llm=parts.llm,
         )
     if found.trained is not None:
         stage = Path(found.model).parent.name
@@ -161,6 +166,15 @@ def load(found: Checkpoint) -> tuple[Any, Any, Precision]:
     named = "data.exif_orientation" in found.command.keys
     choose_orientation(processor.image_processor, found.config.data.exif_orientation, named)
     return model, processor, precision
+
+
+def beside(found: Checkpoint) -> Beside:
+    """The encoder and the LLM that the command names, where the checkpoint is one that may be without them."""
+    place, config = Path(found.model), found.config
+    if found.trained is not None or not place.exists() or original_in("ckpt", place) is None:
+        return Beside()
+    encoder = base_folder(config.encoder) if found.command.names("encoder") else None
+    return Beside(encoder, base_folder(config.llm) if found.command.names("llm") else None)
 
 
 def choose_orientation(image_processor: Any, configured: bool, named: bool) -> None:

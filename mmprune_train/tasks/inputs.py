@@ -166,7 +166,7 @@ def _fitting_tower(config: Config, fetch: bool) -> Path | None:
     """The encoder's folder; UserError also where its keys describe another one."""
     import torch
 
-    from mmprune_train.model.build import vision_tower
+    from mmprune_train.model.assemble import vision_tower
     from mmprune_train.model.weights.places import base_folder
 
     folder = base_folder(config.encoder, fetch)

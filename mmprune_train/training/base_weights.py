@@ -3,17 +3,16 @@ run must find the same."""
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Callable, Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from mmprune_train.config.schema import Config
 from mmprune_train.errors import UserError
+from mmprune_train.model.weights.base import hash_of, weight_files
 from mmprune_train.model.weights.places import base_folder
 from mmprune_train.storage.files import stamp_of
 
-WEIGHTS = ("*.safetensors", "*.bin")
 LONG = 4 << 30
 """Bytes whose hashing takes long enough for a line on the terminal."""
 
@@ -75,17 +74,3 @@ def unchanged(
             "alone: put those back, or start a new run with run_id= or restart=true"
         )
     return {"source": folder.name, "sha256": found, "stamps": stamps}
-
-
-def weight_files(folder: Path) -> list[Path]:
-    """Of a Hugging Face folder, by name."""
-    return sorted(path for pattern in WEIGHTS for path in folder.glob(pattern))
-
-
-def hash_of(files: Sequence[Path]) -> str:
-    """SHA-256 over files one after the other."""
-    digest = hashlib.sha256()
-    for file in files:
-        with file.open("rb") as stream:
-            hashlib.file_digest(stream, lambda: digest)
-    return digest.hexdigest()

@@ -14,7 +14,7 @@ from tiny import tiny_inputs, tiny_llava
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM
 
 from mmprune_train.config.compose import compose_config
-from mmprune_train.model.build import assemble, llava_config
+from mmprune_train.model.assemble import assemble, llava_config
 from mmprune_train.model.peft import merge_adapters, save_adapters
 
 

@@ -18,8 +18,9 @@ from mmprune_train import load_model
 from mmprune_train.config.compose import compose_config, load_pruner
 from mmprune_train.config.schema import EncoderConfig, PeftConfig
 from mmprune_train.errors import UserError
+from mmprune_train.model.assemble import vision_tower
 from mmprune_train.model.begin import begin
-from mmprune_train.model.build import build_on_meta, vision_tower
+from mmprune_train.model.build import build_on_meta
 from mmprune_train.model.llava import PackedLlava
 from mmprune_train.model.peft import add_adapters, merge_adapters
 from mmprune_train.model.projector import match_features

@@ -18,8 +18,9 @@ from mmprune_train import load_model
 from mmprune_train.config.compose import compose_config
 from mmprune_train.config.schema import EncoderConfig
 from mmprune_train.errors import UserError
+from mmprune_train.model.assemble import vision_tower
 from mmprune_train.model.begin import begin
-from mmprune_train.model.build import build_on_meta, vision_tower
+from mmprune_train.model.build import build_on_meta
 from mmprune_train.model.inputs import pack
 from mmprune_train.model.vision import check_patches, features_of
 

@@ -15,7 +15,7 @@ from mmprune_train.config.compose import compose_config, load_pruner
 from mmprune_train.config.schema import PeftConfig, StageConfig
 from mmprune_train.data.batch import Batch, Sample, collate
 from mmprune_train.data.encode import Example
-from mmprune_train.model.build import llava_config
+from mmprune_train.model.assemble import llava_config
 from mmprune_train.model.flops import StepFlops
 from mmprune_train.model.llava import PackedLlava
 from mmprune_train.model.peft import add_adapters

@@ -9,9 +9,10 @@ from pathlib import Path
 import pytest
 
 from mmprune_train.errors import UserError
+from mmprune_train.model.weights.base import hash_of, weight_files
 from mmprune_train.model.weights.start import Start
 from mmprune_train.training import base_weights
-from mmprune_train.training.base_weights import hash_of, unchanged, weight_files
+from mmprune_train.training.base_weights import unchanged
 from mmprune_train.training.rundir import RunDirectory
 from mmprune_train.training.starts import note_start
 

@@ -116,6 +116,12 @@ def load_adapters(hf: LlavaForConditionalGeneration, key: str, folder: Path) -> 
 
 def merge_folder(hf: LlavaForConditionalGeneration, key: str, folder: Path) -> None:
     """Fold the adapters of a folder into the LLM's weights, in place."""
+    put_on(hf, key, folder)
+    merge_adapters(hf)
+
+
+def put_on(hf: LlavaForConditionalGeneration, key: str, folder: Path) -> None:
+    """Put the adapters of a folder on the LLM, in place, its weights left as they are."""
     settings: dict[str, Any] = read_config(key, folder / ADAPTER_CONFIG)
     places = sorted({name.rsplit(".", 1)[0] for name in adapter_tensors(key, folder)})
     kept = ("r", "lora_alpha", "use_dora", "use_rslora", "rank_pattern", "alpha_pattern", "fan_in_fan_out")
@@ -129,4 +135,3 @@ def merge_folder(hf: LlavaForConditionalGeneration, key: str, folder: Path) -> N
     except ValueError as error:
         raise UserError(f"{key}: {folder} adapts layers that this LLM does not have ({str(error)[:120]})") from None
     load_adapters(hf, key, folder)
-    merge_adapters(hf)

@@ -52,7 +52,7 @@ WANTED = {
     "llm": ((LANGUAGE,), "a language model (config.json of a causal LM, weights, tokenizer)"),
     "encoder": ((ENCODER, CLIP), "a vision encoder (CLIP, SigLIP, DINOv2, ViT)"),
     "text": ((CLIP,), "the whole CLIP checkpoint, with both towers"),
-    "llava": ((LLAVA,), "a run directory, an exported folder or a llava-hf folder"),
+    "llava": ((LLAVA,), "a run directory, an exported folder, a llava-hf folder or an original LLaVA checkpoint"),
 }
 """What a key may want: the kinds that are it, and the words for them."""
 KEYS_OF = {LANGUAGE: "llm.path", ENCODER: "encoder.path", CLIP: "encoder.path"}
@@ -149,11 +149,6 @@ def unfit(found: Folder) -> str:
 
 
 def _instead(found: Folder, wanted: str) -> str:
-    if found.kind == ORIGINAL and wanted == "llava":
-        return (
-            "; take its llava-hf version (llava-hf/llava-1.5-7b-hf of liuhaotian/llava-v1.5-7b), or start a training "
-            f"from it with init_from={found.path}"
-        )
     if found.kind in (LLAVA, ORIGINAL, ADAPTERS, PROJECTOR, RUN):
         what = {"llm": "the LLM alone", "encoder": "the encoder alone", "text": "the CLIP that the encoder comes from"}
         return f"; to start a training from it give init_from={found.path}, or give {what.get(wanted, 'its model/')}"
@@ -286,8 +281,10 @@ def is_hub_id(path: str) -> bool:
 
 
 def model_folder(path: str | Path, key: str = "") -> Path | str:
-    """The Hugging Face folder behind a run directory, an exported folder or a hub id that `key` gave."""
+    """The folder behind a run directory, an exported folder or a hub id that `key` gave; a projector's file itself."""
     folder, named = Path(path).expanduser(), f"{key}: {path}" if key else f"{path}"
+    if folder.is_file() and folder.suffix == ".bin":  # a projector alone
+        return folder
     if (manifest := read_manifest(folder)) is not None:
         for name in reversed(manifest.get("stages", {})):
             if (folder / name / "model" / "config.json").is_file():

@@ -32,7 +32,7 @@ def text_config(key: str, config: dict[str, Any]) -> PreTrainedConfig:
             f"{key}: an original LLaVA checkpoint of type {model_type!r} is not supported; supported: "
             f"{', '.join(TEXT_TYPES)}"
         )
-    own = ("model_type", "architectures", "auto_map", "transformers_version", "torch_dtype", "dtype")
+    own = ("model_type", "architectures", "auto_map", "transformers_version", "torch_dtype", "dtype", "mmprune")
     foreign = ("mm_", "image_", "tune_mm", "freeze_mm", "unfreeze_mm", "use_mm", "tokenizer_")
     kept = {name: value for name, value in config.items() if name not in own and not name.startswith(foreign)}
     return AutoConfig.for_model(TEXT_TYPES[model_type], **kept)
@@ -51,7 +51,7 @@ def unsupported(config: dict[str, Any], tensors: Tensors) -> list[str]:
 
 
 def projector_tensors(tensors: Tensors) -> Tensors:
-    """The projector's weights among these by transformers' names; empty where there is none of a kind that is known."""
+    """The projector's weights among these by transformers' names; empty where there is none of a known kind, whole."""
     inside = {name: entry for name, entry in tensors.items() if "mm_projector" in name} or tensors
     found: dict[tuple[str, str], Entry] = {}
     for name, entry in inside.items():
@@ -59,8 +59,8 @@ def projector_tensors(tensors: Tensors) -> Tensors:
         if match is None:
             return {}
         found[match.group(1) or "", match.group(2)] = entry
-    there = {layer for layer, _ in found}
-    layers: dict[str, str] = next((names for names in LAYERS.values() if there == set(names)), {})
+    whole = {kind: {(layer, what) for layer in names for what in ("weight", "bias")} for kind, names in LAYERS.items()}
+    layers: dict[str, str] = next((LAYERS[kind] for kind, parts in whole.items() if found.keys() == parts), {})
     return {f"{layers[layer]}.{what}": entry for (layer, what), entry in found.items()} if layers else {}
 
 

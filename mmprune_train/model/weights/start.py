@@ -10,6 +10,7 @@ from mmprune_train.config.schema import Config
 from mmprune_train.errors import UserError
 from mmprune_train.model.tokenizer import load_tokenizer
 from mmprune_train.model.weights.adapters import adapter_tensors, check_adapters, differs, projector_beside
+from mmprune_train.model.weights.base import base_of, check_base
 from mmprune_train.model.weights.files import tensors_of, weights_of
 from mmprune_train.model.weights.fit import check_fit, chosen_config
 from mmprune_train.model.weights.folders import (
@@ -29,7 +30,7 @@ from mmprune_train.model.weights.folders import (
     unfit,
 )
 from mmprune_train.model.weights.original import tower_tensors
-from mmprune_train.model.weights.places import local_or_hub
+from mmprune_train.model.weights.places import base_folder, local_or_hub
 
 SOURCES = (
     "a llava-hf folder, a run directory, an exported folder, a stage's adapters/, an original LLaVA checkpoint or a "
@@ -209,3 +210,12 @@ def _check(config: Config, start: Start) -> None:
         check_fit(config, start.key, Folder(start.path, ADAPTERS, {}), adapter_tensors(start.key, start.path))
         if start.base is not None:
             _check(config, start.base)
+        if recorded := base_of(start.key, start.path):
+            check_base(start.key, start.path, recorded, base_parts(config, start))
+
+
+def base_parts(config: Config, adapters: Start) -> dict[str, Path | None]:
+    """Folders of what adapters belong to, as `check_base` takes them."""
+    if adapters.base is not None:
+        return {"model": adapters.base.path}
+    return {"encoder": base_folder(config.encoder), "llm": base_folder(config.llm)}

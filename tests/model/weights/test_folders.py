@@ -93,7 +93,6 @@ def nothing_is_loaded(monkeypatch: pytest.MonkeyPatch) -> None:
         (given_as_encoder, "llm", "encoder.path: .*a plain language model, .*give this folder as llm.path"),
         (given_as_encoder, "llava", "encoder.path: .*init_from=.*, or give the encoder alone"),
         (given_as_text, "encoder", "encoder.text.path: .*a vision encoder, where the whole CLIP"),
-        (load_model, "original", "original holds .*original LLaVA format.*llava-hf/llava-1.5-7b-hf.*init_from="),
         (load_model, "llm", "llm holds a plain language model, where a run directory, an exported folder"),
         (load_model, "adapters", "adapters without the model.*init_from="),
         (load_model, "encoder", "holds a vision encoder"),

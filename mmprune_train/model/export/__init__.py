@@ -1,0 +1,1 @@
+"""Trained models as others read them: Hugging Face's layout, that of LLaVA's own code, and PEFT's adapters."""
