@@ -12,7 +12,7 @@ from mmprune_train.data.images import unreadable
 from mmprune_train.data.records import IMAGE_PLACEHOLDER, Record, Turn, read_annotations
 from mmprune_train.data.templates import Template
 from mmprune_train.errors import UserError
-from mmprune_train.evaluation.metrics import normalise
+from mmprune_train.evaluation.metrics.exact import normalise
 from mmprune_train.storage.user_files import file_status, short
 
 FIRST_KINDS = ("open", "yes_no")
