@@ -22,6 +22,7 @@ from mmprune_train.config.pruner_fits import check_pruner_fits
 from mmprune_train.config.pruner_schema import PrunerConfig
 from mmprune_train.config.schema import Config
 from mmprune_train.config.typed import group_of
+from mmprune_train.data.templates import Template, get_template, template_name
 from mmprune_train.errors import UserError
 from mmprune_train.model.build import load_model, saved_settings
 from mmprune_train.model.execution import Execution
@@ -161,6 +162,11 @@ def load(found: Checkpoint) -> tuple[Any, Any, Precision]:
     named = "data.exif_orientation" in found.command.keys
     choose_orientation(processor.image_processor, found.config.data.exif_orientation, named)
     return model, processor, precision
+
+
+def prompt_template(processor: Any) -> Template:
+    """The template that a loaded model converses in; `plain` asks nothing, so after it that is its LLM's own."""
+    return get_template(template_name(processor.chat_template), processor.tokenizer)
 
 
 def choose_orientation(image_processor: Any, configured: bool, named: bool) -> None:

@@ -13,7 +13,7 @@ RIGHT = 0.5
 
 
 def read_box(answer: str) -> Box | None:
-    """The first `[a, b, c, d]` of an answer, as lmms-eval's RefCOCO reads it; None: there is none (an empty box there)."""
+    """The first `[a, b, c, d]` of an answer, as lmms-eval's RefCOCO reads it; None: there is none."""
     found = BOX.search(answer)
     if found is None:
         return None
