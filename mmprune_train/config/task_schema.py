@@ -13,6 +13,8 @@ BENCHMARKS = (
     "refcoco",
 )  # fmt: skip
 """Public benchmarks, as docs/evaluation.md tells."""
+OF_BENCHMARKS = frozenset({"benchmarks", "root", "splits", "prompts", "ocr_tokens", "box_frame"})
+"""Keys of `evaluate` that are of these alone."""
 
 
 @dataclass
