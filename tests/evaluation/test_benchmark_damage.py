@@ -146,6 +146,15 @@ def test_what_is_there_is_asked_without_the_rest(tmp_path: Path) -> None:
         load("pope", tmp_path)
 
 
+@pytest.mark.parametrize("name", ["/etc/passwd", "../../secret.png"])
+def test_no_image_leads_out_of_the_folder(name: str, tmp_path: Path) -> None:
+    WRITERS["pope"](tmp_path)
+    path = tmp_path / "pope/coco/coco_pope_random.json"
+    path.write_text(path.read_text().replace("COCO_val2014_1.jpg", name, 1))
+    with pytest.raises(UserError, match="random.json, line 3: image .* leads out of"):
+        load("pope", tmp_path)
+
+
 def test_mme_without_a_task_has_no_total(tmp_path: Path) -> None:
     WRITERS["mme"](tmp_path)
     shutil.rmtree(tmp_path / "MME/MME_Benchmark_release_version/OCR")

@@ -56,6 +56,10 @@ def test_pictures_of_a_table_by_path_and_several_in_a_row(tmp_path: Path) -> Non
     asked = {"question": "What?", "answer": "red"}
     put_table(tmp_path / "gqa.tsv", [{"index": 0, "image_path": "a.png", **asked}])
     assert load("gqa", tmp_path).items[0].images == (tmp_path / "images/gqa/a.png",)
+    first = {"index": 0, "image": in_base64("red"), "image_path": "x/a.png", **asked}
+    put_table(tmp_path / "gqa.tsv", [first, {**first, "index": 1, "image": "0"}])
+    items = load("gqa", tmp_path).items
+    assert items[0].images == items[1].images, "as in MME.tsv"
     both = str([in_base64("red"), in_base64("blue")])
     put_table(tmp_path / "gqa.tsv", [{"index": 0, "image": both, **asked}])
     (item,) = load("gqa", tmp_path).items

@@ -52,7 +52,16 @@ def load(
                 f"{benchmark.title}: {table} has no question{f' of split {split}' if split else ''}"
             ) from None
         found = Loaded(items, [table])
+    _check_places(found, root)
     return _with_images(found, benchmark.title, benchmark.get)
+
+
+def _check_places(found: Loaded, root: Path) -> None:
+    """Raise UserError for a name in a file, which may come from anyone, that leads out of the folder."""
+    for item in found.items:
+        for image in item.images:
+            if isinstance(image, Path) and (".." in image.parts or not image.is_relative_to(root)):
+                raise UserError(f"{item.where}: image {short(str(image), 500)} leads out of {root}; correct the file")
 
 
 def _with_images(found: Loaded, title: str, get: str) -> Loaded:

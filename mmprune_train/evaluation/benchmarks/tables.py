@@ -76,10 +76,10 @@ def read_rows(path: Path) -> list[Row]:
             column, parts = list(_header(path)).index(IMAGE), encoded_parts(image)
             held[index] = tuple(TablePicture(path, start, stop, column, line, part) for part in range(len(parts)))
             images, picture = held[index], index
-        elif named := cells.get("image_path", "").strip():
-            images, picture = tuple(_beside(path, one) for one in encoded_parts(named)), named
         elif image in held:
             images, picture = held[image], image
+        elif named := cells.get("image_path", "").strip():
+            images, picture = tuple(_beside(path, one) for one in encoded_parts(named)), named
         elif image:
             raise UserError(f"{where}: image {image} is neither a picture nor the index of an earlier row; {AGAIN}")
         else:
