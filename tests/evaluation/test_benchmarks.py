@@ -95,6 +95,10 @@ def test_server_scored_splits_have_no_answers(root: Path) -> None:
         load("vqav2", root, split="test-std")
 
 
+def test_the_folder_may_be_named_from_elsewhere(root: Path) -> None:
+    assert load("pope", root / "gqa" / "..").items[0].answers == ("yes",)
+
+
 def test_textvqa_without_ocr_tokens(root: Path) -> None:
     assert load("textvqa", root, ocr_tokens=False).items[0].prompt == f"What is the brand of this camera 0?{SHORT}"
 

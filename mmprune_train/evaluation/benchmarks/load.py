@@ -59,8 +59,8 @@ def load(
 def _check_places(found: Loaded, root: Path) -> None:
     """Raise UserError for a name in a file, which may come from anyone, that leads out of the folder."""
     for item in found.items:
-        for image in item.images:
-            if isinstance(image, Path) and (".." in image.parts or not image.is_relative_to(root)):
+        for image in (one for one in item.images if isinstance(one, Path)):
+            if not image.is_relative_to(root) or ".." in image.relative_to(root).parts:
                 raise UserError(f"{item.where}: image {short(str(image), 500)} leads out of {root}; correct the file")
 
 
