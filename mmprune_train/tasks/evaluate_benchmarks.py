@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -45,7 +45,7 @@ class BenchmarkSet:
 
 def run(found: Checkpoint) -> dict[str, Any]:
     """Ask a model all benchmarks that are there; those that are not are told."""
-    settings = found.config.evaluate
+    settings = asked_settings(found)
     sets, missing = read_benchmarks(settings)
     results = Results(found.home / folder_name(found))
     model, processor, precision = load_checkpoint(found)
@@ -59,7 +59,7 @@ def run(found: Checkpoint) -> dict[str, Any]:
     for one in sets:
         limited = partial(ask, max_new_tokens=tokens[one.name], title=one.name)
         answered = answers(one.items, one.benchmark.metric, limited)
-        result = {"pruner": model.pruner.settings.name, **benchmark_result(one, answered, found)}
+        result = {"pruner": model.pruner.settings.name, **benchmark_result(one, answered, settings, str(found.model))}
         with results.writing() as folder:
             write_benchmark(folder / one.name, one, answered, result)
         told[one.name] = result
@@ -68,6 +68,15 @@ def run(found: Checkpoint) -> dict[str, Any]:
         write_json(folder / "result.json", whole, checked=True)
     print(f"\n{benchmarks_table(whole)}\n\n{results.place}", flush=True)
     return whole
+
+
+def asked_settings(found: Checkpoint) -> EvaluateConfig:
+    """Without the limits that a run has for its own questions, unless the command asks for them."""
+    settings = found.config.evaluate
+    if found.trained is None:
+        return settings
+    limit = settings.limit if "evaluate.limit" in found.command.keys else None
+    return replace(settings, limit=limit, kinds=settings.kinds if "evaluate.kinds" in found.command.keys else [])
 
 
 def read_benchmarks(settings: EvaluateConfig) -> tuple[list[BenchmarkSet], dict[str, str]]:
@@ -109,12 +118,14 @@ def folder_name(found: Checkpoint) -> str:
     return "-".join(part for part in parts if part)
 
 
-def benchmark_result(one: BenchmarkSet, answered: Sequence[Answer], found: Checkpoint) -> dict[str, Any]:
+def benchmark_result(
+    one: BenchmarkSet, answered: Sequence[Answer], settings: EvaluateConfig, ckpt: str
+) -> dict[str, Any]:
     """For result.json: what was asked, the score that papers print, and all other numbers."""
-    settings, benchmark, metric = found.config.evaluate, one.benchmark, one.benchmark.metric
+    benchmark, metric = one.benchmark, one.benchmark.metric
     scores = numbers(answered, metric)
     asked: dict[str, Any] = {
-        "ckpt": str(found.model),
+        "ckpt": ckpt,
         "split": ", ".join(dict.fromkeys(item.split for item in one.items if item.split)),
         "prompt": settings.prompts.get(one.name) or benchmark.prompt,
         "files": {str(file): sha256_of(file) for file in one.loaded.files[:MOST_CHECKSUMS]},

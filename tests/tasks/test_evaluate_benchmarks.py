@@ -43,6 +43,7 @@ def test_all_benchmarks_are_asked_and_written(run: Path, root: Path, mmprune: Co
         result = read_json(home / name / "result.json")
         rows = list(rows_of(home / name / "predictions.jsonl"))
         assert result is not None and result["questions"] == len(rows) >= 5, name
+        assert result["asked"]["limit"] is None, "the run's own limit is for its own questions"
         assert len(result["asked"]["files"]) >= 1 and all(len(sha) == 64 for sha in result["asked"]["files"].values())
         assert result["asked"]["prompt"].count("{question}") == 1 and 0 < result["keep_ratio"] <= 1
         scored = [row for row in rows if "score" in row]
