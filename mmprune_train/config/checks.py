@@ -112,6 +112,11 @@ def _check_stage(config: Config, name: str, stage: StageConfig) -> None:
         raise UserError(
             f"{key}.max_length={stage.max_length} is longer than llm {config.llm.name} can read: at most {context}"
         )
+    if config.task == "train" and config.evaluate.after_train and config.evaluate.benchmarks:
+        raise UserError(
+            "evaluate.benchmarks: after training data.evaluate alone is asked; leave it out, and ask the run with "
+            "task=evaluate ckpt=RUN"
+        )
     room = (context or math.inf) - tokens
     if config.task == "train" and config.evaluate.after_train and config.evaluate.max_new_tokens >= room:
         raise UserError(

@@ -51,9 +51,11 @@ def register_schema() -> None:
 
 
 def schema() -> DictConfig:
-    """The typed tree. Parameters of components may have any name, and so may parts of `data`, of which `_typed` lets
-    those of the training stages stay."""
+    """The typed tree. Parameters of components and what is said of single benchmarks may have any name, and so may
+    parts of `data`, of which `_typed` lets those of the training stages stay."""
     tree = OmegaConf.structured(Config)
+    for named in (tree.evaluate.splits, tree.evaluate.prompts):
+        named._set_flag("struct", False)
     OmegaConf.set_struct(tree.data, False)
     pruner = tree.pruner
     for stage in (pruner.vision, pruner.vision.recover, pruner.language):
@@ -107,7 +109,8 @@ def _refuse_extra_keys(cfg: DictConfig, stages: tuple[str, ...], prefix: str = "
         name = prefix + key
         if name not in known:
             raise UserError(unknown_key(name, stages))
-        if not name.endswith((".arch", "args")) and not OmegaConf.is_missing(cfg, key) and OmegaConf.is_dict(cfg[key]):
+        named = name.endswith((".arch", "args", ".splits", ".prompts"))
+        if not named and not OmegaConf.is_missing(cfg, key) and OmegaConf.is_dict(cfg[key]):
             _refuse_extra_keys(cfg[key], stages, f"{name}.")
 
 

@@ -8,6 +8,13 @@ from mmprune_train.config.ranges import choice, folder_name, number, positive, s
 from mmprune_train.devices import CPU, DEVICES
 
 BENCHED = ("train", "generate", "selection", "lengths")
+BENCHMARKS = (
+    "vqav2", "gqa", "vizwiz", "scienceqa", "textvqa", "pope", "mme", "mmbench", "mmbench_cn", "seed", "mmvet",
+    "refcoco",
+)  # fmt: skip
+"""Public benchmarks, as docs/evaluation.md tells."""
+OF_BENCHMARKS = frozenset({"benchmarks", "root", "splits", "prompts", "ocr_tokens", "box_frame"})
+"""Keys of `evaluate` that are of these alone."""
 
 
 @dataclass
@@ -27,6 +34,19 @@ class EvaluateConfig:
     """Also measure with the image blanked (the mean colour), which shows what the text alone gives away."""
     kinds: list[str] = field(default_factory=list)
     """Kinds of questions to ask, by which accuracy is told; empty: every kind that the file has."""
+    benchmarks: list[str] = choice([], *BENCHMARKS)
+    """Public benchmarks to ask in place of `data.evaluate`, `[pope,textvqa]`; a line says which are not there, the
+    others are scored."""
+    root: str | None = None
+    """Folder of the benchmarks, as LLaVA's `playground/data/eval`: a folder each, or their TSV files."""
+    splits: dict[str, str] = field(default_factory=dict)
+    """Benchmark -> split, `{vqav2: test-dev}`; without one, the first that is there whose answers are known."""
+    prompts: dict[str, str] = field(default_factory=dict)
+    """Benchmark -> prompt in place of LLaVA-1.5's, with `{question}` in it."""
+    ocr_tokens: bool = True
+    """textvqa: with the OCR tokens that LLaVA adds to the questions."""
+    box_frame: str = choice("padded", "padded", "image")
+    """refcoco: boxes are shares of the `padded` square, as LLaVA learns them, or of the `image`'s width and height."""
 
 
 @dataclass

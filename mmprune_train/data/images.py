@@ -7,6 +7,7 @@ import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
+from io import BytesIO
 from pathlib import Path
 
 import torch
@@ -85,6 +86,7 @@ def read_image(
     asked_by: str = "",
     orientation: bool = True,
     check: Callable[[int, int], None] | None = None,
+    content: bytes | None = None,
 ) -> Image.Image:
     """The picture in a file, RGB: the first where there are several, the way a viewer shows it.
 
@@ -92,6 +94,7 @@ def read_image(
         asked_by: who wants it (a sample, a question, a key), for errors.
         orientation: turn it as its EXIF orientation says.
         check: raises ValueError for a width and height, as stored, that are not wanted.
+        content: the image file's bytes, where `path` is a larger file that holds them.
     Raises:
         UserError: the file is missing, broken, too large, no image, or its values say no brightness.
     """
@@ -99,10 +102,10 @@ def read_image(
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # Pillow's do not name the file; what matters ends in an error
-            size = file_status(path).st_size
+            size = file_status(path).st_size if content is None else len(content)
             if size > MOST_BYTES:
                 raise ValueError(f"the file has {size:,} bytes, at most {MOST_BYTES:,} are read")
-            with Image.open(path, formats=list(FORMATS)) as file:
+            with Image.open(path if content is None else BytesIO(content), formats=list(FORMATS)) as file:
                 _check_memory(file, size)
                 if check is not None:
                     check(*file.size)
@@ -155,13 +158,14 @@ class ImageReader:
     folder: ImageFolder | None = None
     """That images must lie in, links followed; None: anywhere."""
 
-    def open(self, path: Path, asked_by: str = "") -> Image.Image:
+    def open(self, path: Path, asked_by: str = "", content: bytes | None = None) -> Image.Image:
         """The picture, RGB, as the processor is to get it: upright where its own `exif_orientation` says so, and at the
-        size that it would be given."""
+        size that it would be given. `content` as in `read_image`."""
         if self.folder is not None:
             self.folder.check(path, asked_by)
         upright = getattr(self.processor, "exif_orientation", True)
-        return fit(self.processor, read_image(path, asked_by, upright, partial(check_size, self.processor)))
+        image = read_image(path, asked_by, upright, partial(check_size, self.processor), content)
+        return fit(self.processor, image)
 
     def __call__(self, path: Path, asked_by: str = "") -> Tensor:
         """[3, H, W] float32."""

@@ -45,9 +45,17 @@ class FiniteLogits(LogitsProcessor):
         return scores
 
 
-def load_images(question: Question, read: Callable[[Path, str], Image.Image] = read_image) -> list[Image.Image]:
-    """The question's images, RGB; UserError for one that is missing or broken."""
-    return [read(path, question.where or f"question {short(question.id, 80)}") for path in question.images]
+def load_images(question: Question, read: Callable[..., Image.Image] = read_image) -> list[Image.Image]:
+    """The question's images, RGB; UserError for one that is missing or broken.
+
+    Args:
+        read: as `read_image`.
+    """
+    who = question.where or f"question {short(question.id, 80)}"
+    return [
+        read(picture, who) if isinstance(picture, Path) else read(picture.file, who, content=picture.content())
+        for picture in question.images
+    ]
 
 
 def blank_images(mean: Sequence[float], side: int) -> Callable[[Question], list[Image.Image]]:

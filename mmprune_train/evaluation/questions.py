@@ -12,7 +12,8 @@ from mmprune_train.data.images import unreadable
 from mmprune_train.data.records import IMAGE_PLACEHOLDER, Record, Turn, read_annotations
 from mmprune_train.data.templates import Template
 from mmprune_train.errors import UserError
-from mmprune_train.evaluation.metrics import normalise
+from mmprune_train.evaluation.metrics.exact import normalise
+from mmprune_train.evaluation.pictures import Picture
 from mmprune_train.storage.user_files import file_status, short
 
 FIRST_KINDS = ("open", "yes_no")
@@ -24,7 +25,7 @@ class Question:
     """A turn of a record, with what was said before it."""
 
     id: str
-    images: list[Path]
+    images: Sequence[Picture]
     """Those of the turns before it, then its own, in the order of the placeholders."""
     text: str
     """With its `<image>` placeholders."""
@@ -108,6 +109,7 @@ def check_images(questions: Sequence[Question], folder: ImageFolder) -> None:
     first: dict[Path, Question] = {}
     for question in questions:
         for path in question.images:
+            assert isinstance(path, Path)
             first.setdefault(path, question)
     for path, question in first.items():
         who = f"question {short(question.id, 80)}"

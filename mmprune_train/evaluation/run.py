@@ -13,7 +13,7 @@ import torch
 from mmprune_train.config.task_schema import EvaluateConfig
 from mmprune_train.data.templates import Template
 from mmprune_train.evaluation.generate import Prediction, answer, blank_images
-from mmprune_train.evaluation.metrics import accuracy_by_kind, blind_majority
+from mmprune_train.evaluation.metrics.exact import accuracy_by_kind, blind_majority
 from mmprune_train.evaluation.questions import Question
 from mmprune_train.storage.atomic import write_atomically
 from mmprune_train.storage.files import json_text

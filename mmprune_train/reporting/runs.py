@@ -126,7 +126,9 @@ def read_run(path: Path) -> Run:
     run.numbers = numbers(run.result)
     for found in sorted(path.glob("evaluate*/result.json")):
         evaluation = _whole(run, partial(read_result, found, _usable_evaluation), None)
-        if evaluation and ".old" not in found.parent.name and evaluation != run.result.get("evaluate"):
+        if not evaluation or "benchmarks" in evaluation:  # numbers of other kinds, told where they are made
+            continue
+        if ".old" not in found.parent.name and evaluation != run.result.get("evaluate"):
             run.evaluations[found.parent.name] = evaluation
     stages = run.manifest.get("stages", {})
     for name in stages:
@@ -182,6 +184,8 @@ def _usable(result: dict[str, Any]) -> None:
 
 def _usable_evaluation(result: dict[str, Any]) -> None:
     numbers(result)
+    if "benchmarks" in result:
+        return
     for name in ("accuracy", "blind_majority", "accuracy_blank"):
         result.get(name, {}).get("")
     if "asked" in result:

@@ -75,7 +75,7 @@ TASKS = {
     "evaluate": Task(
         "generate answers and score them (ckpt=FOLDER)",
         "evaluate/ (result.json, predictions.jsonl; with evaluate.name=NAME evaluate-NAME/, with another pruner "
-        f"evaluate-PRUNER/), {HERE}",
+        f"evaluate-PRUNER/, with evaluate.benchmarks=[NAME,...] evaluate-benchmarks/), {HERE}",
         ("evaluate", *ASKED, *DATA, "data.evaluate", "data.blind"),
         (*BUILT, "strategy", "optim", "trainer"),
         "mmprune task=evaluate ckpt=runs/demo/RUN_ID data.evaluate.annotations=held_out.json evaluate.name=held_out",

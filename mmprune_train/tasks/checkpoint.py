@@ -22,6 +22,7 @@ from mmprune_train.config.pruner_fits import check_pruner_fits
 from mmprune_train.config.pruner_schema import PrunerConfig
 from mmprune_train.config.schema import Config
 from mmprune_train.config.typed import group_of
+from mmprune_train.data.templates import Template, get_template, template_name
 from mmprune_train.errors import UserError
 from mmprune_train.model.build import load_model, saved_settings
 from mmprune_train.model.execution import Execution
@@ -175,6 +176,11 @@ def beside(found: Checkpoint) -> Beside:
         return Beside()
     encoder = base_folder(config.encoder) if found.command.names("encoder") else None
     return Beside(encoder, base_folder(config.llm) if found.command.names("llm") else None)
+
+
+def prompt_template(processor: Any) -> Template:
+    """The template that a loaded model converses in; `plain` asks nothing, so after it that is its LLM's own."""
+    return get_template(template_name(processor.chat_template), processor.tokenizer)
 
 
 def choose_orientation(image_processor: Any, configured: bool, named: bool) -> None:

@@ -11,7 +11,6 @@ from mmprune_train.config.command import Command
 from mmprune_train.config.schema import Config
 from mmprune_train.data.records import IMAGE_PLACEHOLDER, read_annotations
 from mmprune_train.data.sources import data_root, split_files
-from mmprune_train.data.templates import Template, get_template, template_name
 from mmprune_train.errors import UserError
 from mmprune_train.evaluation.generate import check_room
 from mmprune_train.evaluation.questions import Question, check_images, choose, counts_by_kind, read_questions
@@ -20,7 +19,8 @@ from mmprune_train.reporting.text import result_table
 from mmprune_train.storage.assets import sha256_of
 from mmprune_train.storage.files import write_json
 from mmprune_train.storage.run_files import read_result
-from mmprune_train.tasks.checkpoint import Checkpoint, Results, find_checkpoint, load
+from mmprune_train.tasks import evaluate_benchmarks
+from mmprune_train.tasks.checkpoint import Checkpoint, Results, find_checkpoint, load, prompt_template
 from mmprune_train.tasks.prepare import prepare_data
 
 FOLDER = "evaluate"
@@ -39,6 +39,8 @@ class QuestionSet:
 def run(config: Config, command: Command = Command()) -> dict[str, Any]:
     """Evaluate `ckpt=` (a run directory, an exported or a llava-hf folder), by default this config's own run."""
     found = find_checkpoint(config, command)
+    if found.config.evaluate.benchmarks:
+        return evaluate_benchmarks.run(found)
     questions = question_set(found.config)
     results = Results(found.home / folder_name(found, questions.asked["annotations"]))
     result = evaluate_checkpoint(found, questions, results)
@@ -115,11 +117,6 @@ def evaluate_checkpoint(found: Checkpoint, questions: QuestionSet, results: Resu
     with results.writing() as folder:
         write_json(folder / "result.json", result, checked=True)
     return result
-
-
-def prompt_template(processor: Any) -> Template:
-    """The template that a loaded model converses in; `plain` asks nothing, so after it that is its LLM's own."""
-    return get_template(template_name(processor.chat_template), processor.tokenizer)
 
 
 def training_answers(config: Config, command: Command) -> list[tuple[str, str]]:

@@ -13,8 +13,7 @@ from mmprune_train.reporting.tables import table
 from mmprune_train.storage.files import json_text, write_json
 from mmprune_train.storage.locks import publishing
 from mmprune_train.storage.secrets import masked_texts
-from mmprune_train.tasks.checkpoint import find_checkpoint, load
-from mmprune_train.tasks.evaluate import prompt_template
+from mmprune_train.tasks.checkpoint import find_checkpoint, load, prompt_template
 from mmprune_train.tasks.question import typed_question
 
 

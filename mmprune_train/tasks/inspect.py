@@ -16,8 +16,7 @@ from mmprune_train.evaluation.generate import load_images
 from mmprune_train.reporting.figures import PrunedImage, Word, draw
 from mmprune_train.reporting.tables import table
 from mmprune_train.storage.files import write_json
-from mmprune_train.tasks.checkpoint import Results, find_checkpoint, load
-from mmprune_train.tasks.evaluate import prompt_template
+from mmprune_train.tasks.checkpoint import Results, find_checkpoint, load, prompt_template
 from mmprune_train.tasks.question import typed_question
 
 

@@ -12,6 +12,7 @@ from mmprune_train.config.command import Command
 from mmprune_train.config.compose import config_from_file
 from mmprune_train.config.identity import run_dir, without_effect
 from mmprune_train.config.schema import Config
+from mmprune_train.config.task_schema import OF_BENCHMARKS
 from mmprune_train.data.sources import data_root
 from mmprune_train.errors import NotFinite, UserError
 from mmprune_train.reporting.text import result_text
@@ -61,7 +62,8 @@ def _questions(config: Config, main: bool) -> dict[str, Any] | None:
         if main:
             print("data.evaluate.annotations is not set: nothing will be evaluated after training", flush=True)
         return None
-    return {"evaluate": asdict(config.evaluate), "data": asdict(config.data.evaluate)}
+    own = {key: value for key, value in asdict(config.evaluate).items() if key not in OF_BENCHMARKS}
+    return {"evaluate": own, "data": asdict(config.data.evaluate)}
 
 
 def _asked_otherwise(config: Config, asked: dict[str, Any], result: dict[str, Any]) -> bool:

@@ -8,7 +8,7 @@ import pytest
 
 from mmprune_train.errors import UserError
 from mmprune_train.evaluation.generate import Prediction
-from mmprune_train.evaluation.metrics import accuracy_by_kind, blind_majority, normalise
+from mmprune_train.evaluation.metrics.exact import accuracy_by_kind, blind_majority, normalise
 from mmprune_train.evaluation.questions import Question, choose
 from mmprune_train.evaluation.run import token_counts
 

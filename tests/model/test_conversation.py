@@ -18,7 +18,7 @@ from mmprune_train.config.compose import compose_config
 from mmprune_train.data.templates import get_template
 from mmprune_train.model.begin import begin
 from mmprune_train.pruning import Kind
-from mmprune_train.tasks.evaluate import prompt_template
+from mmprune_train.tasks.checkpoint import prompt_template
 
 IMAGE = Image.new("RGB", (48, 48), "red")
 ASK: list[dict[str, Any]] = [{"role": "user", "content": "<image>\nwhat color?"}]

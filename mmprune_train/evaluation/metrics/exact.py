@@ -1,4 +1,4 @@
-"""Scores of short answers."""
+"""Scores of short answers that must be equal to the reference."""
 
 from __future__ import annotations
 
@@ -9,6 +9,12 @@ from collections.abc import Iterable, Sequence
 def normalise(answer: str) -> str:
     """Lower case, one space between words, no punctuation at either end."""
     return " ".join(answer.lower().split()).strip(" .,;:!?\"'")
+
+
+def gqa_match(prediction: str, answer: str) -> bool:
+    """Whether a prediction is GQA's answer: full stops at its end and its case do not count, anything else does, as
+    with LLaVA's conversion followed by GQA's own `eval.py`."""
+    return prediction.rstrip(".").lower() == answer
 
 
 def accuracy_by_kind(rows: Iterable[tuple[str, str, str]]) -> dict[str, float]:

@@ -1,0 +1,82 @@
+"""A benchmark's items asked, and what becomes of the answers."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from mmprune_train.evaluation.benchmarks.item import Item
+from mmprune_train.evaluation.benchmarks.scoring import Metric, Numbers, Score
+from mmprune_train.evaluation.generate import Prediction
+from mmprune_train.evaluation.questions import Question
+from mmprune_train.storage.files import json_text
+
+Ask = Callable[[Sequence[Question]], list[Prediction]]
+"""A model's answers to questions, in their order."""
+
+
+@dataclass(frozen=True)
+class Answer:
+    item: Item
+    prediction: Prediction
+    score: Score | None
+    """None: the right answer is not known here."""
+
+    @property
+    def row(self) -> dict[str, Any]:
+        """Of predictions.jsonl."""
+        item, counts = self.item, self.prediction.counts
+        row: dict[str, Any] = {
+            "id": item.id,
+            "kind": item.kind,
+            "question": item.prompt,
+            "prediction": self.prediction.text,
+        }
+        if item.answers:
+            row["answer"] = item.answers[0] if len(item.answers) == 1 else list(item.answers)
+        return (
+            row
+            | (self.score or {})
+            | {f"visual_tokens_{s}": int(counts[f"visual_{s}"]) for s in ("dense", "stage1", "stage2")}
+        )
+
+
+def answers(items: Sequence[Item], metric: Metric | None, ask: Ask) -> list[Answer]:
+    """Ask the items, those that are the same to a model once, and score each answer that can be."""
+    first: dict[Any, Item] = {}
+    for item in items:
+        first.setdefault((item.images, item.prompt), item)
+    told = dict(zip(first, ask([item.question for item in first.values()]), strict=True))
+    found = []
+    for item in items:
+        prediction = told[item.images, item.prompt]
+        score = metric.score(item, prediction.text) if metric is not None and item.answers else None
+        found.append(Answer(item, prediction, score))
+    return found
+
+
+def numbers(found: Sequence[Answer], metric: Metric | None) -> Numbers:
+    """The metric over the answers that are scored; empty where none is."""
+    scored = [(answer.item, answer.score) for answer in found if answer.score is not None]
+    if metric is None or not scored:
+        return {}
+    return metric.aggregate([item for item, _ in scored], [score for _, score in scored])
+
+
+def main_number(scores: Numbers, metric: Metric | None) -> float | None:
+    """What papers print of it; None where it cannot be told."""
+    return None if metric is None else scores.get(metric.main)
+
+
+def counts(available: Sequence[Item], asked: Sequence[Item]) -> dict[str, dict[str, int]]:
+    """For every kind, how many questions were asked, are there, and of those asked have no known answer."""
+    there, taken = Counter(i.kind for i in available), Counter(i.kind for i in asked)
+    unknown = Counter(i.kind for i in asked if not i.answers)
+    return {kind: {"asked": taken[kind], "available": there[kind], "without_answer": unknown[kind]} for kind in there}
+
+
+def prediction_lines(found: Sequence[Answer]) -> bytes:
+    """predictions.jsonl, one object a question."""
+    return "".join(json_text(answer.row) + "\n" for answer in found).encode()
