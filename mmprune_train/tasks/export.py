@@ -16,6 +16,7 @@ from mmprune_train.model.export.adapters import save_adapter
 from mmprune_train.model.export.hf import save_hf, settings_of
 from mmprune_train.model.export.llava import save_llava
 from mmprune_train.model.export.shards import DTYPES
+from mmprune_train.model.scorer import has_scorer
 from mmprune_train.model.weights.adapters import check_adapters
 from mmprune_train.model.weights.auto import processor_of
 from mmprune_train.model.weights.base import base_of, hash_of, record_of, weight_files
@@ -98,6 +99,11 @@ def _write_adapters(source: Source, part: Path) -> Written:
         base = {n: {"sha256": hash_of(weight_files(f)), "source": f.name} for n, f in parts.items()}
     model = adapters.resolve().parent / "model"
     settings = record_of("ckpt", adapters).get("mmprune") or saved_settings("ckpt", model)
+    if has_scorer(model):
+        raise UserError(
+            f"export.format=adapter: the pruner of {source.path} scores by weights that were trained, and adapters have "
+            "no place for them; take export.format=hf"
+        )
     prepared = next((place for place in (model, adapters) if (place / "processor_config.json").is_file()), None)
     processor = None if prepared is None else processor_of(prepared)
     dtype = DTYPES.get(source.config.export.dtype)

@@ -19,6 +19,7 @@ from mmprune_train.data.batch import collate
 from mmprune_train.errors import UserError
 from mmprune_train.model.begin import begin
 from mmprune_train.model.build import load_model
+from mmprune_train.model.export.hf import save_hf
 from mmprune_train.model.flops import StepFlops
 from mmprune_train.model.llava import PackedLlava
 from mmprune_train.model.scorer import FILE
@@ -167,8 +168,12 @@ def saved(tmp_path_factory: pytest.TempPathFactory) -> tuple[PackedLlava, Path]:
     return model, folder
 
 
-def test_a_saved_model_has_its_scorer(saved: tuple[PackedLlava, Path]) -> None:
+@pytest.mark.parametrize("exported", [False, True])
+def test_a_saved_model_has_its_scorer(exported: bool, saved: tuple[PackedLlava, Path], tmp_path: Path) -> None:
     model, folder = saved
+    if exported:
+        save_hf(*load_model(folder), tmp_path, torch.float32)
+        folder = tmp_path
     loaded, _ = load_model(folder)
     assert loaded.scorer.state_dict().keys() == model.scorer.state_dict().keys()
     for name, weight in loaded.scorer.state_dict().items():

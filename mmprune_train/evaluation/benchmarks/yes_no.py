@@ -10,7 +10,7 @@ from mmprune_train.evaluation.benchmarks.item import Asked, Item, Loaded
 from mmprune_train.evaluation.benchmarks.tables import Row
 from mmprune_train.evaluation.metrics.mme import COGNITION, PERCEPTION
 
-POPE_SPLITS = ("random", "popular", "adversarial")
+POPE_SPLITS = tuple("random popular adversarial".split())
 PICTURES = (".jpg", ".png", ".jpeg")
 REQUEST = "Please answer yes or no."
 """Ends every question of MME, and is not among those that LLaVA asks."""

@@ -17,6 +17,7 @@ from mmprune_train.errors import UserError
 from mmprune_train.model.export.shards import write_shards
 from mmprune_train.model.llava import PackedLlava
 from mmprune_train.model.question import FOLDER
+from mmprune_train.model.scorer import save_scorer
 from mmprune_train.storage.secrets import masked
 
 TOWER = "vision_tower."
@@ -89,8 +90,10 @@ def write_config(folder: Path, config: dict[str, Any]) -> None:
 
 
 def save_beside(model: PackedLlava, processor: ProcessorMixin, folder: Path) -> None:
-    """How it generates, its tokenizer, chat template and image processor, and the text tower that its pruner reads."""
+    """How it generates, its tokenizer, chat template and image processor, its pruner's text tower and weights."""
     model.hf.generation_config.save_pretrained(folder)
     processor.save_pretrained(folder)
     if model.question is not None:
         model.question.save(folder / FOLDER)
+    if model.scorer is not None:
+        save_scorer(model.scorer, folder)
