@@ -17,6 +17,7 @@ from mmprune_train.errors import UserError
 from mmprune_train.model.export.shards import write_shards
 from mmprune_train.model.llava import PackedLlava
 from mmprune_train.model.question import FOLDER
+from mmprune_train.model.scorer import save_scorer
 from mmprune_train.storage.secrets import masked
 
 TOWER = "vision_tower."
@@ -94,3 +95,5 @@ def save_beside(model: PackedLlava, processor: ProcessorMixin, folder: Path) -> 
     processor.save_pretrained(folder)
     if model.question is not None:
         model.question.save(folder / FOLDER)
+    if model.scorer is not None:
+        save_scorer(model.scorer, folder)
