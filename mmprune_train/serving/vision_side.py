@@ -20,6 +20,7 @@ from mmprune_train.model.build import saved_settings
 from mmprune_train.model.llava import PackedLlava
 from mmprune_train.model.processor import load_processor
 from mmprune_train.model.question import ImageQuestions, cut_question, find_question_encoder
+from mmprune_train.model.scorer import load_scorer
 from mmprune_train.model.weights.auto import config_of
 from mmprune_train.model.weights.files import read_tensors
 from mmprune_train.model.weights.folders import check_folder, model_folder
@@ -87,6 +88,8 @@ class VisionSide:
         )
         question = find_question_encoder(folder, None, dtype) if chosen.reads_tower else None
         model = PackedLlava(hf, chosen, question=question, words=_no_words if question else None)
+        if model.scorer is not None:
+            load_scorer(model, "path", folder)
         return cls(model.to(device).eval(), load_processor(folder, hf))
 
     @torch.no_grad()

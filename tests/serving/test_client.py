@@ -195,3 +195,19 @@ def test_what_cannot_be_served_is_told(vision: VisionSide, folder: Path) -> None
         Client(vision, url, "m").ask(QUESTION, [picture(0)], max_tokens=1)
     with pytest.raises(UserError, match="127.0.0.1:9/v1 does not answer"):
         Client(vision, "http://127.0.0.1:9/v1", "m").ask(QUESTION, max_tokens=1)
+
+
+def test_weights_of_a_trained_score_go_along(tmp_path: Path) -> None:
+    model, processor = begin(compose_config(["+experiment=smoke", "pruner=learned"]))
+    with torch.no_grad():
+        for parameter in model.scorer.parameters():
+            parameter.normal_(0, 1)
+    save_hf(model, processor, tmp_path, torch.float32)
+    again, _ = load_model(tmp_path)
+    assert all(torch.equal(value, again.scorer.state_dict()[name]) for name, value in model.scorer.state_dict().items())
+    images = [picture(seed) for seed in range(2)]
+    pixels = processor.image_processor(images=images, return_tensors="pt")["pixel_values"]
+    with torch.no_grad():
+        expected = again.visual_tokens(again.select_patches(pixels))
+    found = torch.cat(VisionSide.load(tmp_path).embed(images))
+    torch.testing.assert_close(found, expected, atol=1e-6, rtol=1e-6)
