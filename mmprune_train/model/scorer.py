@@ -19,8 +19,8 @@ from mmprune_train.pruning.parts import new_weights
 if TYPE_CHECKING:
     from mmprune_train.model.llava import PackedLlava
 
-FILE = "scorer.safetensors"
-"""Beside the model's weights, which transformers reads without it."""
+FILE = "scorer/weights.safetensors"
+"""In a folder of its own: engines take every file of weights beside the model's for a part of it."""
 
 
 def new_scorer(pruner: Pruner, hf: LlavaForConditionalGeneration, question: QuestionEncoder | None) -> nn.Module | None:
@@ -36,6 +36,7 @@ def new_scorer(pruner: Pruner, hf: LlavaForConditionalGeneration, question: Ques
 def save_scorer(scorer: nn.Module, folder: Path) -> None:
     """Write its weights where `load_scorer` finds them."""
     weights = {name: weight.detach().cpu().contiguous() for name, weight in scorer.state_dict().items()}
+    (folder / FILE).parent.mkdir(exist_ok=True)
     save_file(weights, folder / FILE, {"format": "pt"})
 
 

@@ -101,7 +101,7 @@ def _write_adapters(source: Source, part: Path) -> Written:
     settings = record_of("ckpt", adapters).get("mmprune") or saved_settings("ckpt", model)
     if has_scorer(model):
         raise UserError(
-            f"export.format=adapter: the pruner of {source.path} scores by weights that were trained, and adapters have "
+            f"export.format=adapter: the pruner of {source.path} scores by trained weights, and adapters have "
             "no place for them; take export.format=hf"
         )
     prepared = next((place for place in (model, adapters) if (place / "processor_config.json").is_file()), None)

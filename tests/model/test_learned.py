@@ -209,7 +209,7 @@ def test_a_model_without_one_is_trained_but_not_asked(tmp_path: Path) -> None:
 def test_weights_of_another_shape_are_refused(saved: tuple[PackedLlava, Path], tmp_path: Path) -> None:
     _, folder = saved
     narrow = load_pruner({"name": "learned", "vision": {"score_args": {"hidden": 8}}})
-    with pytest.raises(UserError, match=r"scorer.safetensors does not fit pruner.vision.score=learned \(outer"):
+    with pytest.raises(UserError, match=r"scorer/weights.safetensors does not fit pruner.vision.score=learned \(outer"):
         load_model(folder, pruner=narrow)
     weights = load_file(folder / FILE)
     weights.pop("outer")

@@ -58,7 +58,7 @@ def trained(root: Path, runs: Path, *more: str, steps: int) -> Trained:
         assert len(rows) == steps and any(row["keep_ratio"] < 1 for row in rows)
         found.losses[stage] = [row["loss"] for row in rows]
         found.weights[stage] = load_file(folder / "model" / "model.safetensors")
-        if (scorer := folder / "model" / "scorer.safetensors").is_file():
+        if (scorer := folder / "model" / "scorer" / "weights.safetensors").is_file():
             found.weights[stage] |= {f"scorer.{name}": weight for name, weight in load_file(scorer).items()}
     return found
 

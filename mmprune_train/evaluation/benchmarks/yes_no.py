@@ -10,7 +10,7 @@ from mmprune_train.evaluation.benchmarks.item import Asked, Item, Loaded
 from mmprune_train.evaluation.benchmarks.tables import Row
 from mmprune_train.evaluation.metrics.mme import COGNITION, PERCEPTION
 
-POPE_SPLITS = tuple("random popular adversarial".split())
+POPE_SPLITS = tuple("random popular adversarial".split())  # noqa: SIM905  (a list names a component)
 PICTURES = (".jpg", ".png", ".jpeg")
 REQUEST = "Please answer yes or no."
 """Ends every question of MME, and is not among those that LLaVA asks."""
