@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from dataclasses import replace
 from pathlib import Path
 
@@ -213,10 +214,7 @@ def test_weights_of_another_shape_are_refused(saved: tuple[PackedLlava, Path], t
         load_model(folder, pruner=narrow)
     weights = load_file(folder / FILE)
     weights.pop("outer")
-    broken = tmp_path / "broken"
-    broken.mkdir()
-    for file in folder.iterdir():
-        (broken / file.name).write_bytes(file.read_bytes())
+    broken = Path(shutil.copytree(folder, tmp_path / "broken"))
     save_file(weights, broken / FILE)
     with pytest.raises(UserError, match=r"does not fit .* \(outer"):
         load_model(broken)
