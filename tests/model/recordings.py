@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -48,16 +48,24 @@ class Recording:
 
     def images(self) -> tuple[Tensor, VisionView]:
         """What the vision tower would have given: features [I, N, D], and the view."""
-        parts = {name: part for name, part in self.tensors.items() if name.startswith("view.")}
-        given: dict[str, Any] = {"heads": self.told.get("heads", 1), "grid": tuple(self.told["grid"])}
+        given = self._fields("view")
+        if "patch_keys" not in given:
+            given["patch_keys"] = lambda: given["cls_query_keys"]()[1][:, 1:]
+        features = self.tensors.get("features", given.get("patches"))
+        told = {"heads": self.told.get("heads", 1), "grid": tuple(self.told["grid"])}
+        view = VisionView(**{"patches": features, **told, **given})
+        second = self._fields("block")
+        return features, replace(view, block=lambda _: replace(view, **second)) if second else view
+
+    def _fields(self, prefix: str) -> dict[str, Any]:
+        """Of a view, those that the file has."""
+        parts = {name: part for name, part in self.tensors.items() if name.startswith(f"{prefix}.")}
+        given: dict[str, Any] = {}
         for field in fields(VisionView):
             found = [parts[name] for name in sorted(parts) if name.split(".")[1] == field.name]
             if found:
                 given[field.name] = _giving(found) if "Callable" in str(field.type) else found[0]
-        if "patch_keys" not in given:
-            given["patch_keys"] = lambda: given["cls_query_keys"]()[1][:, 1:]
-        features = self.tensors.get("features", given.get("patches"))
-        return features, VisionView(**{"patches": features, **given})
+        return given
 
     def sequence(self) -> PackedSequence:
         """What enters the LLM, by the kind and turn of each token."""
@@ -98,3 +106,6 @@ class RecordedImages(ImageSide):
     def _project_to_look(self, features: Tensor, rows: Tensor | None = None) -> Tensor:
         assert self._projected is not None, "the file has no `projected`"
         return self._projected
+
+    def project(self, features: Tensor) -> Tensor:
+        return self._project_to_look(features).flatten(0, 1)

@@ -38,7 +38,7 @@ def test_stage_one_is_theirs(file: Path) -> None:
         entering = patches.entering[image]
         found = torch.where(kept[image, entering], entering, MADE).tolist()
         states = mine[image][torch.searchsorted(patches.indices[image], entering)]
-        theirs = recording.tensors.get("chosen", features.new_zeros(len(kept), 0, features.shape[2]))[image]
+        theirs = recording.tensors.get("chosen", torch.empty(len(kept), 0, 0))[image]
         ours, order = in_plain_order(found), in_plain_order(expected)
         assert [found[i] for i in ours] == [expected[i] for i in order]
         if recording.told.get("ordered", True):
@@ -62,7 +62,8 @@ def test_stage_two_is_theirs(file: Path) -> None:
             return query[rows], keys
 
         entered = replace(sequence, ids=torch.arange(len(sequence)))
-        pruned = pruner.prune_tokens(entered, hidden, query_keys, place)
+        normed = recording.tensors.get(f"{place}.normed")
+        pruned = pruner.prune_tokens(entered, hidden, query_keys, place, normed=normed)
         assert pruned is not None
         states, mask, _, made = pruned
         sequence, states = pruner.shortened(entered, states, mask, made)
