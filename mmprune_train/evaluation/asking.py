@@ -97,7 +97,7 @@ class Asker:
         return self.model.pruner.settings.name
 
     def kept_share(self, questions: Sequence[Question], pruner: PrunerConfig) -> float:
-        """Share of visual tokens that enter an LLM layer, averaged over layers, of questions with images under a pruner."""
+        """As `visual_share` of questions with images, under a pruner."""
         with self.model.pruned_by(pruner):
             found = [
                 prediction
