@@ -45,8 +45,8 @@ def processes_asked(trainer: TrainerConfig, command: Command) -> tuple[int, int]
     typed = not {"trainer", "trainer.devices", "trainer.num_nodes"}.isdisjoint(map(key_of, command.overrides))
     devices, nodes = (trainer.devices, trainer.num_nodes) if typed else (1, 1)
     found = launch(devices)
-    if found is None or found.by == "Lightning":
-        if nodes > 1 and found is None:
+    if found is None or found.by == "Lightning" or (found.by == "srun" and found.processes == 1):
+        if nodes > 1 and (found is None or found.by == "srun"):
             raise UserError(f"trainer.num_nodes={nodes}: start torchrun --nnodes={nodes} on every node, or srun")
         return devices, nodes
     per_node = found.per_node or devices
