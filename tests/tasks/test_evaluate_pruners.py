@@ -175,8 +175,8 @@ def test_a_single_pruner_ends_with_the_table_as_well(run: Path, mmprune: Command
     ("more", "words"),
     [
         (["evaluate.pruners=[nine]"], "evaluate.pruners: pruner=nine"),
-        (["evaluate.pruners=[twostage]", "evaluate.budgets=[2]"], "evaluate.budgets=2 must be"),
-        (["evaluate.pruners=[cdpruner]"], "needs a CLIP text tower"),
+        (["evaluate.pruners=[twostage]", "evaluate.budgets=[2]"], "evaluate.budgets=2.0 must be"),
+        (["evaluate.pruners=[cdpruner]"], "this pruner reads the question, and there is no text tower"),
     ],
 )
 def test_what_cannot_be_compared_is_refused(more: list[str], words: str, run: Path, mmprune: Command) -> None:
