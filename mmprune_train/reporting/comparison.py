@@ -116,7 +116,8 @@ def markdown(found: Mapping[str, Any]) -> str:
     header, rows = columns(found)
     lines = [header, ["---"] * len(header), *rows]
     text = "\n".join(f"| {' | '.join(one.replace('|', chr(92) + '|') for one in line)} |" for line in lines)
-    return "\n".join([text, *(f"\n{note}" for note in notes(found))]) + "\n"
+    told = [f"- {note}" for note in notes(found)]
+    return "\n".join([text, *([""] if told else []), *told]) + "\n"
 
 
 def latex(found: Mapping[str, Any]) -> str:
