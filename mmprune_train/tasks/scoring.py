@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+from collections import ChainMap
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from mmprune_train.config.compose import load_pruner, saved_pruner
-from mmprune_train.config.pruner import reads_text
+from mmprune_train.config.pruner import components, reads_text, refuse_foreign
 from mmprune_train.config.pruner_fits import check_pruner_fits
 from mmprune_train.config.pruner_schema import PrunerConfig
 from mmprune_train.config.task_schema import EvaluateConfig
@@ -122,16 +123,21 @@ def _own_pruner(found: Checkpoint) -> PrunerConfig | None:
         return found.pruner
     if found.trained is not None:
         return found.trained.pruner
-    folder = Path(found.model)
-    saved = saved_settings("ckpt", folder).get("pruner") if (folder / "config.json").is_file() else None
-    return None if saved is None else saved_pruner(saved)
+    file = Path(found.model) / "config.json"
+    saved = saved_settings("ckpt", file.parent).get("pruner") if file.is_file() else None
+    if saved is None:
+        return None
+    own = saved_pruner(saved)
+    if not found.config.trust_components:
+        refuse_foreign(file, components(own), components(found.config.pruner))
+    return own
 
 
 def open_asker(found: Checkpoint, ranks: Ranks = ALONE, pruners: Sequence[PrunerConfig] = ()) -> Asker:
     """The checkpoint, loaded; with its text tower where one of the pruners reads questions."""
     reads = next((pruner for pruner in pruners if reads_text(pruner.vision)), None)
     model, processor, precision = load(replace(found, pruner=reads) if reads else found)
-    components = {name: component_hashes(pruner) for name, pruner in enumerate([model.pruner.settings, *pruners])}
+    hashes = [component_hashes(pruner) for pruner in (model.pruner.settings, *pruners)]
     return Asker(
         model,
         processor,
@@ -139,7 +145,7 @@ def open_asker(found: Checkpoint, ranks: Ranks = ALONE, pruners: Sequence[Pruner
         precision.dtype,
         found.config.evaluate.batch_size,
         found.home / KEPT,
-        {"weights": stamps(found.model), "components": components},
+        {"weights": stamps(found.model), "components": dict(ChainMap(*hashes))},
         found.config.seed,
         ranks,
     )
