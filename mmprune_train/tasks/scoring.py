@@ -122,12 +122,13 @@ def _own_pruner(found: Checkpoint) -> PrunerConfig | None:
     if found.pruner is not None:
         return found.pruner
     if found.trained is not None:
-        return found.trained.pruner
-    file = Path(found.model) / "config.json"
-    saved = saved_settings("ckpt", file.parent).get("pruner") if file.is_file() else None
-    if saved is None:
-        return None
-    own = saved_pruner(saved)
+        file, own = found.home / "config.yaml", found.trained.pruner
+    else:
+        file = Path(found.model) / "config.json"
+        saved = saved_settings("ckpt", file.parent).get("pruner") if file.is_file() else None
+        if saved is None:
+            return None
+        own = saved_pruner(saved)
     if not found.config.trust_components:
         refuse_foreign(file, components(own), components(found.config.pruner))
     return own
@@ -170,12 +171,16 @@ def ask_under(
         made = bring(pruner, target, lambda settings: ask.kept_share(sample, settings), patches, key)
         return ask.ranks.exchange(made)[0]
 
+    todo = list[tuple[str, PrunerConfig, Brought | None]]()
     for name, pruner in pruners.items():
-        if name != DOWNSAMPLE:
-            for budget in budgets if prunes(pruner) and budgets else [None]:
-                made = None if budget is None else brought(pruner, budget, "evaluate.budgets")
-                label = name if budget is None else f"{name}@{budget:g}"
-                rows.append(_row(ask, questions, label, pruner, made, blank=not rows))
+        if name == DOWNSAMPLE:
+            continue
+        if budgets and prunes(pruner):
+            todo += [(f"{name}@{each:g}", pruner, brought(pruner, each, "evaluate.budgets")) for each in budgets]
+        else:
+            todo.append((name, pruner, None))
+    for label, pruner, made in todo:
+        rows.append(_row(ask, questions, label, pruner, made, blank=not rows))
     small = pruners.get(DOWNSAMPLE)
     if small is None and downsample and DOWNSAMPLE in options("pruner"):
         small = load_pruner(DOWNSAMPLE)
