@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from evaluation.miniatures import write_all
 from training.synthetic import overrides, write_dataset
 
 from mmprune_train.config.command import Command
@@ -183,6 +184,27 @@ def test_a_single_pruner_ends_with_the_table_as_well(run: Path, mmprune: Typed) 
     assert found is not None and [told["pruner"] for told in found["comparison"]["table"]] == ["none"]
     assert (run / "evaluate-single-none/table.md").is_file() and "Scores [95 % interval]" in out
     json.dumps(found)
+
+
+def test_benchmarks_are_columns(run: Path, tmp_path: Path, mmprune: Typed) -> None:
+    asked = ("evaluate.pruners=[none,twostage]", "evaluate.benchmarks=[pope,gqa,mmvet]", "evaluate.downsample=false")
+    root = write_all(tmp_path / "eval")
+    code, out, err = mmprune("task=evaluate", f"ckpt={run}", *asked, f"evaluate.root={root}", "trainer.precision=fp32")
+    assert code == 0, err
+    home = run / "evaluate-benchmarks-pruners"
+    found = read_json(home / "result.json")
+    assert found is not None and list(found["pruners"]) == ["none", "twostage"]
+    for row in found["comparison"]["table"]:
+        assert list(row["columns"]) == ["POPE", "GQA"], "MM-Vet is scored elsewhere"
+        for name, title in (("pope", "POPE"), ("gqa", "GQA")):
+            one = read_json(home / row["pruner"] / name / "result.json")
+            assert one == found["pruners"][row["pruner"]]["benchmarks"][name]
+            assert one is not None and one["score"] == row["columns"][title]["score"]
+            assert one["intervals"][one["metric"]] == row["columns"][title]["interval"]
+            assert ("score_blank" in one) == (row["pruner"] == "none") and 0 <= one["score_blind"] <= 1
+        assert (home / row["pruner"] / "mmvet/mmvet_results.json").is_file()
+    names = [baseline["name"] for baseline in found["comparison"]["baselines"]]
+    assert names == ["blind majority (question alone)", "none, image blanked"] and "twostage - none, GQA" in out
 
 
 @pytest.mark.parametrize(
