@@ -132,9 +132,9 @@ def _run(arguments: list[str]) -> None:
 
 
 def _what_follows(arguments: list[str]) -> str:
-    """An interruption: training and sweeps go on where they were, other tasks begin anew."""
+    """An interruption: training, evaluations and sweeps go on where they were, other tasks begin anew."""
     tasks = [argument.partition("=")[2] for argument in arguments if argument.startswith("task=")]
-    goes_on = tasks[-1:] in ([], ["train"]) or "-m" in arguments or "--multirun" in arguments
+    goes_on = tasks[-1:] in ([], ["train"], ["evaluate"]) or "-m" in arguments or "--multirun" in arguments
     return f"{AGAIN} continues it" if goes_on else f"{SAME} starts it again"
 
 

@@ -84,7 +84,7 @@ def _check_stage(config: Config, name: str, stage: StageConfig) -> None:
         raise UserError(f"{key} trains nothing: set one of train_projector, train_llm, train_vision to true")
     if config.trainer.feature_cache and config.task in CACHING_TASKS:
         check_feature_cache(config, name)
-    processes = config.trainer.devices * config.trainer.num_nodes
+    processes = 1 if config.task == "evaluate" else config.trainer.devices * config.trainer.num_nodes
     if (stage.strategy or config.strategy.name) == "single" and processes > 1:
         where = f"{key}.strategy" if stage.strategy else "strategy.name"
         raise UserError(

@@ -34,6 +34,16 @@ class EvaluateConfig:
     """Also measure with the image blanked (the mean colour), which shows what the text alone gives away."""
     kinds: list[str] = field(default_factory=list)
     """Kinds of questions to ask, by which accuracy is told; empty: every kind that the file has."""
+    pruners: list[str] = field(default_factory=list)
+    """Pruners to ask one checkpoint under, in one table, `[none,twostage,fastv]`; its own by name has its own settings;
+    empty: its own alone."""
+    budgets: list[float] = share([], "the visual tokens")
+    """Shares of visual tokens, averaged over the LLM's layers, `[0.22,0.1]`: each pruner that prunes is asked once for
+    each, with the parameter of its stage 1's budget that meets it (stage 2's where that runs alone); empty: as they are
+    set."""
+    downsample: bool = True
+    """With `pruners` or `budgets`: ask also the image averaged down to as many tokens as each pruner keeps, where there
+    is a pruner of that name."""
     benchmarks: list[str] = choice([], *BENCHMARKS)
     """Public benchmarks to ask in place of `data.evaluate`, `[pope,textvqa]`; a line says which are not there, the
     others are scored."""

@@ -21,7 +21,9 @@ from mmprune_train.progress import progress
 from mmprune_train.storage.user_files import short
 
 Item = TypeVar("Item")
-COUNTS = ("dense", "stage1", "stage2", "layer_mean", "visual_dense", "visual_stage1", "visual_stage2")
+COUNTS = (
+    "dense", "stage1", "stage2", "layer_mean", "visual_dense", "visual_stage1", "visual_stage2", "visual_layer_mean",
+)  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -30,6 +32,10 @@ class Prediction:
     text: str
     counts: dict[str, float]
     """Tokens of the prompt after each stage, the trace's per-sample names."""
+    seconds: float = 0.0
+    """Of its batch, divided by the batch's questions."""
+    peak_bytes: int | None = None
+    """Most memory above the weights while its batch was answered; None: not measured."""
 
 
 class FiniteLogits(LogitsProcessor):
@@ -80,7 +86,7 @@ def answer(
     batch_size: int,
     max_new_tokens: int,
     images_of: Callable[[Question], list[Image.Image]] | None = None,
-    title: str = "evaluate",
+    title: str | None = "evaluate",
     dtype: torch.dtype = torch.float32,
 ) -> list[Prediction]:
     """Greedy answers, in the order of the questions.
@@ -90,6 +96,7 @@ def answer(
         processor: as `load_model` returns it.
         template: puts a question into the conversation format.
         images_of: a question's images; None: those in its files, read as the processor asks for.
+        title: stands before the progress; None: none is shown.
         dtype: bfloat16 computes under autocast.
     Raises:
         NotFinite: logits are NaN or infinite, so that an answer would be of no meaning.
@@ -100,7 +107,8 @@ def answer(
     processor.tokenizer.padding_side = "left"
     device = next(model.parameters()).device
     predictions = []
-    for batch in progress(list(batches(questions, batch_size)), title):
+    parts = list(batches(questions, batch_size))
+    for batch in parts if title is None else progress(parts, title):
         images = [image for question in batch for image in images_of(question)]
         texts = [question.prompt(template) for question in batch]
         inputs = processor(images=images or None, text=texts, return_tensors="pt", padding=True).to(device)

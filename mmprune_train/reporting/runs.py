@@ -126,7 +126,7 @@ def read_run(path: Path) -> Run:
     run.numbers = numbers(run.result)
     for found in sorted(path.glob("evaluate*/result.json")):
         evaluation = _whole(run, partial(read_result, found, _usable_evaluation), None)
-        if not evaluation or "benchmarks" in evaluation:  # numbers of other kinds, told where they are made
+        if not evaluation or not {"benchmarks", "pruners"}.isdisjoint(evaluation):  # told where they are made
             continue
         if ".old" not in found.parent.name and evaluation != run.result.get("evaluate"):
             run.evaluations[found.parent.name] = evaluation

@@ -59,7 +59,7 @@ def accuracies(result: Mapping[str, Any]) -> tuple[list[str], list[list[Any]]]:
     return [KIND_NAMES.get(kind, kind) for kind in kinds], rows
 
 
-def result_table(result: dict[str, Any]) -> str:
+def result_table(result: Mapping[str, Any]) -> str:
     """Accuracies by kind, then tokens."""
     kinds, rows = accuracies(result)
     scores = table(rows, ["", *kinds], f"Evaluation: {asked_text(result)}")

@@ -74,9 +74,10 @@ TASKS = {
     ),
     "evaluate": Task(
         "generate answers and score them (ckpt=FOLDER)",
-        "evaluate/ (result.json, predictions.jsonl; with evaluate.name=NAME evaluate-NAME/, with another pruner "
-        f"evaluate-PRUNER/, with evaluate.benchmarks=[NAME,...] evaluate-benchmarks/), {HERE}",
-        ("evaluate", *ASKED, *DATA, "data.evaluate", "data.blind"),
+        "evaluate/ (result.json, predictions.jsonl, table.md, table.tex; with evaluate.name=NAME evaluate-NAME/, with "
+        "another pruner evaluate-PRUNER/, with several evaluate-pruners/, with evaluate.benchmarks=[NAME,...] "
+        f"evaluate-benchmarks/), {HERE}",
+        ("evaluate", *ASKED, "trainer.devices", "trainer.num_nodes", *DATA, "data.evaluate", "data.blind"),
         (*BUILT, "strategy", "optim", "trainer"),
         "mmprune task=evaluate ckpt=runs/demo/RUN_ID data.evaluate.annotations=held_out.json evaluate.name=held_out",
     ),

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import os
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager, redirect_stderr, redirect_stdout
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -12,16 +15,19 @@ from mmprune_train.config.schema import Config
 from mmprune_train.data.records import IMAGE_PLACEHOLDER, read_annotations
 from mmprune_train.data.sources import data_root, split_files
 from mmprune_train.errors import UserError
-from mmprune_train.evaluation.generate import check_room
+from mmprune_train.evaluation.asking import Asker
 from mmprune_train.evaluation.questions import Question, check_images, choose, counts_by_kind, read_questions
-from mmprune_train.evaluation.run import evaluate, write_predictions
+from mmprune_train.evaluation.run import Measured, evaluate
 from mmprune_train.reporting.text import result_table
 from mmprune_train.storage.assets import sha256_of
-from mmprune_train.storage.files import write_json
 from mmprune_train.storage.run_files import read_result
 from mmprune_train.tasks import evaluate_benchmarks
-from mmprune_train.tasks.checkpoint import Checkpoint, Results, find_checkpoint, load, prompt_template
+from mmprune_train.tasks.checkpoint import Checkpoint, Results, find_checkpoint
 from mmprune_train.tasks.prepare import prepare_data
+from mmprune_train.tasks.scoring import Questions, score, text_of, which_pruners
+from mmprune_train.training.cluster import rank_here
+from mmprune_train.training.precision import choose_accelerator
+from mmprune_train.training.processes import processes_asked, start_ranks
 
 FOLDER = "evaluate"
 """Of an evaluation in its run directory; what is not the run's own case adds to the name."""
@@ -37,15 +43,34 @@ class QuestionSet:
 
 
 def run(config: Config, command: Command = Command()) -> dict[str, Any]:
-    """Evaluate `ckpt=` (a run directory, an exported or a llava-hf folder), by default this config's own run."""
-    found = find_checkpoint(config, command)
-    if found.config.evaluate.benchmarks:
-        return evaluate_benchmarks.run(found)
-    questions = question_set(found.config)
-    results = Results(found.home / folder_name(found, questions.asked["annotations"]))
-    result = evaluate_checkpoint(found, questions, results)
-    print(f"\n{result_table(result)}\n\n{results.place}", flush=True)
+    """Evaluate `ckpt=` (a run directory, an exported or a llava-hf folder), by default this config's own run. Of
+    several processes each answers its share; the first prints, writes and returns what was found."""
+    devices, nodes = processes_asked(config.trainer, command)
+    with heard(rank_here(devices) == 0):
+        found = find_checkpoint(config, command)
+        answers = training_answers(found.config, command)
+        if found.config.evaluate.benchmarks:
+            questions = evaluate_benchmarks.questions(found, answers)
+            name = evaluate_benchmarks.folder_name(found)
+        else:
+            own = question_set(found.config)
+            questions, name = own_questions(found, own, answers), folder_name(found, own.asked["annotations"])
+        results = Results(found.home / name)
+        ranks = start_ranks(devices, nodes, choose_accelerator(config.trainer.accelerator))
+        result = score(found, questions, results, ranks)
+        if ranks.rank == 0:
+            print(f"\n{text_of(result, questions)}\n\n{results.place}", flush=True)
     return result
+
+
+@contextmanager
+def heard(aloud: bool) -> Iterator[None]:
+    """Let what is printed be heard, or not: of several processes one tells it all."""
+    if aloud:
+        yield
+        return
+    with Path(os.devnull).open("w") as nowhere, redirect_stdout(nowhere), redirect_stderr(nowhere):
+        yield
 
 
 def question_set(config: Config) -> QuestionSet:
@@ -69,9 +94,8 @@ def question_set(config: Config) -> QuestionSet:
 
 def folder_name(found: Checkpoint, annotations: str) -> str:
     """`evaluate`, with what makes this another evaluation than the run's own: its name, else that of another file, the
-    training stage, the pruner."""
-    parts = [FOLDER, found.config.evaluate.name or _other_case(found, annotations), found.stage]
-    parts.append(None if found.pruner is None else found.pruner.name)
+    training stage, the pruner or `pruners`."""
+    parts = [FOLDER, found.config.evaluate.name or _other_case(found, annotations), found.stage, which_pruners(found)]
     return "-".join(part for part in parts if part)
 
 
@@ -99,24 +123,19 @@ def _asked(result: dict[str, Any]) -> list[str]:
 
 
 def evaluate_checkpoint(found: Checkpoint, questions: QuestionSet, results: Results) -> dict[str, Any]:
-    """Ask a model the questions. predictions.jsonl and result.json go to `results`; an earlier evaluation there is
-    moved aside when the answers are there, not before."""
-    config = found.config
-    answers = training_answers(config, found.command)
-    model, processor, precision = load(found)
-    check_room("evaluate.max_new_tokens", config.evaluate.max_new_tokens, model)
+    """Ask a model the questions of a run, after its training. predictions.jsonl and result.json go to `results`."""
+    return score(found, own_questions(found, questions, training_answers(found.config, found.command)), results)
 
-    def save(predictions: Any) -> None:
-        with results.writing() as folder:
-            write_predictions(folder / "predictions.jsonl", predictions)
 
-    template = prompt_template(processor)
-    scores = evaluate(model, processor, template, questions.chosen, answers, config.evaluate, save, precision.dtype)
-    asked = {"ckpt": str(found.model), **questions.asked}
-    result = {"pruner": model.pruner.settings.name, "asked": asked, **scores}
-    with results.writing() as folder:
-        write_json(folder / "result.json", result, checked=True)
-    return result
+def own_questions(found: Checkpoint, questions: QuestionSet, training: list[tuple[str, str]]) -> Questions:
+    """A run's own questions, with the answers of its training data for the blind majority."""
+    settings = found.config.evaluate
+
+    def measure(ask: Asker, blank: bool) -> Measured:
+        measured = evaluate(ask, questions.chosen, training, settings, blank)
+        return replace(measured, result={"asked": {"ckpt": str(found.model), **questions.asked}, **measured.result})
+
+    return Questions(questions.chosen, settings.max_new_tokens, measure, result_table)
 
 
 def training_answers(config: Config, command: Command) -> list[tuple[str, str]]:

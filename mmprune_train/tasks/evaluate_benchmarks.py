@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -11,18 +11,30 @@ from typing import Any
 
 from mmprune_train.config.task_schema import EvaluateConfig
 from mmprune_train.errors import NotHere, UserError, unknown_name
+from mmprune_train.evaluation.asking import Asker, costs
 from mmprune_train.evaluation.benchmarks.declared import BENCHMARKS, Benchmark
 from mmprune_train.evaluation.benchmarks.item import Item, Loaded
 from mmprune_train.evaluation.benchmarks.load import choose, load
-from mmprune_train.evaluation.benchmarks.run import Answer, answers, counts, main_number, numbers, prediction_lines
-from mmprune_train.evaluation.generate import answer, check_room
-from mmprune_train.evaluation.run import token_counts
+from mmprune_train.evaluation.benchmarks.run import (
+    Answer,
+    answers,
+    counts,
+    judged,
+    main_number,
+    numbers,
+    prediction_lines,
+    scored,
+)
+from mmprune_train.evaluation.generate import Prediction
+from mmprune_train.evaluation.metrics.exact import blind_guess
+from mmprune_train.evaluation.run import BLANKED, BLIND, Measured, ask_blank, token_counts
+from mmprune_train.evaluation.significance import Scored
 from mmprune_train.reporting.benchmarks import benchmarks_table
 from mmprune_train.storage.assets import sha256_of
 from mmprune_train.storage.atomic import write_atomically
 from mmprune_train.storage.files import write_json
-from mmprune_train.tasks.checkpoint import Checkpoint, Results, prompt_template
-from mmprune_train.tasks.checkpoint import load as load_checkpoint
+from mmprune_train.tasks.checkpoint import Checkpoint
+from mmprune_train.tasks.scoring import Questions, which_pruners
 
 FOLDER = "evaluate"
 MOST_CHECKSUMS = 32
@@ -43,31 +55,63 @@ class BenchmarkSet:
         return BENCHMARKS[self.name]
 
 
-def run(found: Checkpoint) -> dict[str, Any]:
-    """Ask a model all benchmarks that are there; those that are not are told."""
+def questions(found: Checkpoint, training: Sequence[tuple[str, str]]) -> Questions:
+    """The questions of all benchmarks that are there; those that are not are told.
+
+    Args:
+        training: (question, answer) of the training data, for the blind majority; may be empty.
+    """
     settings = asked_settings(found)
     sets, missing = read_benchmarks(settings)
-    results = Results(found.home / folder_name(found))
-    model, processor, precision = load_checkpoint(found)
     given = "evaluate.max_new_tokens" in found.command.keys
     tokens = {s.name: settings.max_new_tokens if given else s.benchmark.new_tokens for s in sets}
-    check_room("evaluate.max_new_tokens", max(tokens.values()), model)
-    ask = partial(
-        answer, model, processor, prompt_template(processor), batch_size=settings.batch_size, dtype=precision.dtype
-    )
-    told: dict[str, Any] = {}
-    for one in sets:
-        limited = partial(ask, max_new_tokens=tokens[one.name], title=one.name)
-        answered = answers(one.items, one.benchmark.metric, limited)
-        result = {"pruner": model.pruner.settings.name, **benchmark_result(one, answered, settings, str(found.model))}
-        with results.writing() as folder:
-            write_benchmark(folder / one.name, one, answered, result)
-        told[one.name] = result
-    whole = {"pruner": model.pruner.settings.name, "ckpt": str(found.model), "benchmarks": told, "missing": missing}
-    with results.writing() as folder:
-        write_json(folder / "result.json", whole, checked=True)
-    print(f"\n{benchmarks_table(whole)}\n\n{results.place}", flush=True)
-    return whole
+    guess = blind_guess(training) if training else None
+
+    def measure(ask: Asker, blank: bool) -> Measured:
+        told, columns = dict[str, Any](), dict[str, Scored]()
+        baselines, seen = dict[str, dict[str, float]](), list[Answer]()
+        parts = list[tuple[BenchmarkSet, list[Answer]]]()
+        for one in sets:
+            title, metric = one.benchmark.title, one.benchmark.metric
+            answered = answers(one.items, metric, partial(ask, max_new_tokens=tokens[one.name], what=one.name))
+            result = {"pruner": ask.pruner, **benchmark_result(one, answered, settings, str(found.model))}
+            known = [answer.item for answer in answered if answer.score is not None]
+            if metric and (column := scored(answered, metric)) is not None:
+                columns[title] = column
+                result["intervals"] = column.intervals
+            if metric and known and guess:
+                told_blind = judged(known, metric, [_guessed(item, guess) for item in known])
+                _add(baselines, BLIND, title, result, "score_blind", main_number(numbers(told_blind, metric), metric))
+            if metric and known and blank and settings.blank:
+                unseen = ask_blank(ask, [item.question for item in known], tokens[one.name], one.name)
+                number = main_number(numbers(judged(known, metric, unseen), metric), metric)
+                _add(baselines, BLANKED.format(ask.pruner), title, result, "score_blank", number)
+            told[one.name] = result
+            seen += answered
+            parts.append((one, answered))
+
+        def write(folder: Path) -> None:
+            for one, answered in parts:
+                write_benchmark(folder / one.name, one, answered, told[one.name])
+
+        whole = {"ckpt": str(found.model), "benchmarks": told, "missing": missing}
+        return Measured(whole, columns, baselines, [answer.prediction for answer in seen], write)
+
+    chosen = [item.question for one in sets for item in one.items]
+    return Questions(chosen, max(tokens.values()), measure, benchmarks_table)
+
+
+def _guessed(item: Item, guess: Callable[[str], str]) -> Prediction:
+    """The answer of who never looks."""
+    return Prediction(item.question, guess(item.prompt), {})
+
+
+def _add(
+    baselines: dict[str, dict[str, float]], name: str, title: str, result: dict[str, Any], key: str, value: float | None
+) -> None:
+    result[key] = value
+    if value is not None:
+        baselines.setdefault(name, {})[title] = value
 
 
 def asked_settings(found: Checkpoint) -> EvaluateConfig:
@@ -113,8 +157,7 @@ def read_benchmarks(settings: EvaluateConfig) -> tuple[list[BenchmarkSet], dict[
 
 def folder_name(found: Checkpoint) -> str:
     """`evaluate-benchmarks`, or by `evaluate.name`, with the training stage and the pruner as for any evaluation."""
-    parts = [FOLDER, found.config.evaluate.name or "benchmarks", found.stage]
-    parts.append(None if found.pruner is None else found.pruner.name)
+    parts = [FOLDER, found.config.evaluate.name or "benchmarks", found.stage, which_pruners(found)]
     return "-".join(part for part in parts if part)
 
 
@@ -123,7 +166,7 @@ def benchmark_result(
 ) -> dict[str, Any]:
     """For result.json: what was asked, the score that papers print, and all other numbers."""
     benchmark, metric = one.benchmark, one.benchmark.metric
-    scores = numbers(answered, metric)
+    scores, seen = numbers(answered, metric), [one.prediction for one in answered]
     asked: dict[str, Any] = {
         "ckpt": ckpt,
         "split": ", ".join(dict.fromkeys(item.split for item in one.items if item.split)),
@@ -145,7 +188,8 @@ def benchmark_result(
         "score": main_number(scores, metric),
         "scores": scores,
         "questions": len(answered),
-        **token_counts([one.prediction for one in answered]),
+        **token_counts(seen),
+        **costs(seen),
     }
 
 

@@ -112,7 +112,8 @@ def _evaluated(
         from mmprune_train.tasks.checkpoint import Checkpoint, Results
         from mmprune_train.tasks.evaluate import evaluate_checkpoint, folder_name, question_set
 
-        trained = Checkpoint(directory.model(config.stages[-1]), directory.path, config, None, config, command=command)
+        alone = replace(config, evaluate=replace(config.evaluate, pruners=[], budgets=[]))
+        trained = Checkpoint(directory.model(config.stages[-1]), directory.path, alone, None, config, command=command)
         questions = question_set(config)
         results = Results(directory.path / folder_name(trained, questions.asked["annotations"]))
         result["evaluate"] = evaluate_checkpoint(trained, questions, results)

@@ -74,7 +74,8 @@ def _half_started(by: str, fault: str) -> UserError:
 
 
 def has_part(task: str, devices: int, nodes: int, sweeping: bool) -> bool:
-    """Whether this process has something to do: in training every one, in all other tasks the first.
+    """Whether this process has something to do: in training every one, in an evaluation that is no job of a sweep, too;
+    in all other tasks the first.
 
     Args:
         devices: processes a node.
@@ -83,6 +84,8 @@ def has_part(task: str, devices: int, nodes: int, sweeping: bool) -> bool:
         UserError: as many processes as training asks for were not started, or cannot be.
     """
     found = launch(devices)
+    if task == "evaluate" and not sweeping:
+        return True
     if task != "train":
         return found is None or found.rank == 0
     wanted = devices * nodes

@@ -10,7 +10,14 @@ from typing import Any
 
 import torch
 
-from mmprune_train.workers import Ranks
+from mmprune_train.config.command import Command
+from mmprune_train.config.schema import TrainerConfig
+from mmprune_train.config.typed import key_of
+from mmprune_train.errors import UserError
+from mmprune_train.quiet import quiet
+from mmprune_train.training.cluster import environment, join, launch
+from mmprune_train.training.strategies import build_strategy, start_processes
+from mmprune_train.workers import ALONE, Ranks
 
 PR_SET_PDEATHSIG = 1
 
@@ -27,6 +34,49 @@ def gather(value: Any) -> list[Any]:
     found = [None] * torch.distributed.get_world_size()
     torch.distributed.all_gather_object(found, value)
     return found
+
+
+def processes_asked(trainer: TrainerConfig, command: Command) -> tuple[int, int]:
+    """Processes a node, and nodes, that share a task which is no training: those that a launcher has started, else
+    `trainer.devices` where the command line gives it (what an experiment sets there is for training). One in a sweep.
+    """
+    if command.sweeping:
+        return 1, 1
+    typed = not {"trainer", "trainer.devices", "trainer.num_nodes"}.isdisjoint(map(key_of, command.overrides))
+    devices, nodes = (trainer.devices, trainer.num_nodes) if typed else (1, 1)
+    found = launch(devices)
+    if found is None or found.by == "Lightning" or (found.by == "srun" and found.processes == 1):
+        if nodes > 1 and (found is None or found.by == "srun"):
+            raise UserError(f"trainer.num_nodes={nodes}: start torchrun --nnodes={nodes} on every node, or srun")
+        return devices, nodes
+    per_node = found.per_node or devices
+    if found.processes % per_node:
+        raise UserError(f"{found.by} started {found.processes} processes: set trainer.devices to those of a node")
+    return per_node, found.processes // per_node
+
+
+def start_ranks(devices: int, nodes: int, accelerator: str) -> Ranks:
+    """Start, where no launcher has, and connect the processes that share a task; each has its device."""
+    if devices * nodes == 1:
+        return ALONE
+    import pytorch_lightning as pl
+
+    end_with_parent()
+    join(devices)
+    with quiet():
+        trainer = pl.Trainer(
+            accelerator=accelerator,
+            devices=devices,
+            num_nodes=nodes,
+            strategy=build_strategy("ddp", accelerator),
+            plugins=[environment(devices * nodes)],
+            logger=False,
+            enable_checkpointing=False,
+            enable_progress_bar=False,
+            enable_model_summary=False,
+        )
+    start_processes(trainer)
+    return ranks_of(trainer)
 
 
 def end_with_parent() -> None:

@@ -72,7 +72,7 @@ def test_the_list_of_exceptions_holds_no_stale_key():
         (["+experiment=smoke"], "the same command (without restart=true) continues it"),
         (["task=train"], "the same command (without restart=true) continues it"),
         (["-m", "task=evaluate"], "the same command (without restart=true) continues it"),
-        (["task=evaluate", "ckpt=x"], "the same command starts it again"),
+        (["task=evaluate", "ckpt=x"], "the same command (without restart=true) continues it"),
         (["task=plan"], "the same command starts it again"),
     ],
 )

@@ -80,22 +80,16 @@ def test_an_image_that_is_not_there_is_named_with_its_question(tmp_path: Path) -
         check_images([fine, Question("y", [tmp_path / "b.png"], "?", "", "open")], ImageFolder(tmp_path))
 
 
-def test_the_same_words_after_another_history_are_asked_again_without_their_images(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
+def test_the_same_words_after_another_history_are_asked_again_without_their_images() -> None:
     asked = []
 
-    def ask(questions: list[Question], **_: object) -> list:
+    def ask(questions: list[Question], tokens: int, what: str, blank: bool) -> list:
+        assert blank and tokens == 4
         asked.append(list(questions))
         return [Prediction(q, q.history[0].answer if q.history else "-", dict.fromkeys(COUNTS, 1.0)) for q in questions]
-
-    monkeypatch.setattr(run, "blank_images", lambda *_: None)
-
-    class ImageProcessor:
-        crop_size, image_mean = {"height": 4}, (0.5, 0.5, 0.5)
 
     again = [
         questions_of(record(["<image>\nwhich?", colour, "say it", colour], 1))[1] for colour in ("red", "blue", "red")
     ]
-    scores = run._blank(ask, ImageProcessor, again)
-    assert len(asked[0]) == 2 and scores == {"open": 1.0}
+    told = run.ask_blank(ask, again, 4)  # type: ignore[arg-type]
+    assert len(asked[0]) == 2 and [p.text for p in told] == [p.question.answer for p in told] == ["red", "blue", "red"]

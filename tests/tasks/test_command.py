@@ -49,7 +49,7 @@ def python(*typed: str) -> Any:
 def steady(result: Any) -> Any:
     """A result without what a clock has said."""
     if not isinstance(result, dict):
-        return result
+        return [steady(value) for value in result] if isinstance(result, list) else result
     return {k: steady(v) for k, v in result.items() if "second" not in k and k not in ("when", "phases")}
 
 

@@ -9,9 +9,12 @@ import pytest
 from lightning_fabric.plugins.environments import LightningEnvironment, SLURMEnvironment, TorchElasticEnvironment
 from pytorch_lightning.utilities.rank_zero import rank_zero_only
 
+from mmprune_train.config.command import Command
+from mmprune_train.config.schema import TrainerConfig
 from mmprune_train.errors import UserError
 from mmprune_train.training import cluster
 from mmprune_train.training.cluster import Launch, environment, has_part, join, launch, rank_here
+from mmprune_train.training.processes import processes_asked
 
 TORCHRUN = {"TORCHELASTIC_RUN_ID": "x", "RANK": "3", "WORLD_SIZE": "4", "LOCAL_RANK": "1", "LOCAL_WORLD_SIZE": "2"}
 SRUN = {
@@ -151,12 +154,31 @@ def test_what_a_launcher_has_half_set_is_told(
         has_part("train", 2, 1, sweeping=False)
 
 
-def test_training_takes_every_process_and_other_tasks_the_first(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_training_and_evaluation_take_every_process_and_other_tasks_the_first(monkeypatch: pytest.MonkeyPatch) -> None:
     assert has_part("train", 2, 1, sweeping=False) and has_part("train", 1, 1, sweeping=True)
     assert has_part("evaluate", 8, 1, sweeping=True)
     put(monkeypatch, SRUN)
-    assert has_part("train", 1, 2, sweeping=True)
-    assert not has_part("evaluate", 1, 2, sweeping=False)
+    assert has_part("train", 1, 2, sweeping=True) and has_part("evaluate", 1, 1, sweeping=False)
+    assert not has_part("evaluate", 1, 2, sweeping=True) and not has_part("generate", 1, 2, sweeping=False)
+
+
+@pytest.mark.parametrize(
+    ("variables", "typed", "asked"),
+    [
+        ({}, [], (1, 1)),
+        ({}, ["trainer.devices=2"], (2, 1)),
+        (TORCHRUN, [], (2, 2)),
+        (SRUN, [], (1, 2)),
+        (CHILD, ["trainer.devices=2"], (2, 1)),
+    ],
+    ids=["user", "typed", "torchrun", "srun", "Lightning"],
+)
+def test_an_evaluation_takes_what_was_started_or_typed(
+    variables: dict[str, str], typed: list[str], asked: tuple[int, int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    put(monkeypatch, variables)
+    assert processes_asked(TrainerConfig(devices=2), Command.of(["task=evaluate", *typed])) == asked
+    assert processes_asked(TrainerConfig(devices=2), Command.of(["task=evaluate", *typed], sweeping=True)) == (1, 1)
 
 
 def test_every_node_may_be_started_by_hand(monkeypatch: pytest.MonkeyPatch) -> None:

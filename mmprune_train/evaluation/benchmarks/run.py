@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
+import functools
 from collections import Counter
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
+import numpy as np
+
 from mmprune_train.evaluation.benchmarks.item import Item
-from mmprune_train.evaluation.benchmarks.scoring import Metric, Numbers, Score
+from mmprune_train.evaluation.benchmarks.scoring import Metric, Numbers, Score, mean
 from mmprune_train.evaluation.generate import Prediction
 from mmprune_train.evaluation.questions import Question
+from mmprune_train.evaluation.significance import Scored
+from mmprune_train.reporting.results import numbers as flat
 from mmprune_train.storage.files import json_text
 
 Ask = Callable[[Sequence[Question]], list[Prediction]]
@@ -49,12 +54,47 @@ def answers(items: Sequence[Item], metric: Metric | None, ask: Ask) -> list[Answ
     for item in items:
         first.setdefault((item.images, item.prompt), item)
     told = dict(zip(first, ask([item.question for item in first.values()]), strict=True))
+    return judged(items, metric, [told[item.images, item.prompt] for item in items])
+
+
+def judged(items: Sequence[Item], metric: Metric | None, predictions: Sequence[Prediction]) -> list[Answer]:
+    """Predictions for the items, each scored where it can be."""
     found = []
-    for item in items:
-        prediction = told[item.images, item.prompt]
+    for item, prediction in zip(items, predictions, strict=True):
         score = metric.score(item, prediction.text) if metric is not None and item.answers else None
         found.append(Answer(item, prediction, score))
     return found
+
+
+def scored(found: Sequence[Answer], metric: Metric) -> Scored | None:
+    """Scores of the answers that have one; None where none has, or the metric's main number cannot be told."""
+    pairs = [(answer.item, answer.score) for answer in found if answer.score is not None]
+    if not pairs:
+        return None
+    items, scores = [item for item, _ in pairs], [score for _, score in pairs]
+
+    @functools.cache
+    def copy_of(number: int, copy: int) -> Item:
+        """An item in the group of its own copy: a picture that is drawn twice is two pictures."""
+        item = items[number]
+        return replace(item, group=f"{copy}/{item.group}") if item.group else item
+
+    def numbers_of(drawn: Sequence[Sequence[int]]) -> dict[str, float]:
+        times = Counter[int]()
+        chosen = list[tuple[Item, Score]]()
+        for unit in drawn:
+            times[unit[0]] += 1
+            chosen += [(copy_of(number, times[unit[0]]), scores[number]) for number in unit]
+        return flat(metric.aggregate([item for item, _ in chosen], [score for _, score in chosen]))
+
+    result = Scored(
+        [item.kind for item in items],
+        [item.group for item in items],
+        np.array([score["score"] for score in scores], float),
+        metric.main,
+        None if metric.aggregate is mean else numbers_of,
+    )
+    return result if result.score is not None else None
 
 
 def numbers(found: Sequence[Answer], metric: Metric | None) -> Numbers:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter, defaultdict
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 
 
 def normalise(answer: str) -> str:
@@ -25,12 +25,12 @@ def accuracy_by_kind(rows: Iterable[tuple[str, str, str]]) -> dict[str, float]:
     return {kind: sum(found) / len(found) for kind, found in hits.items()}
 
 
-def blind_majority(training: Iterable[tuple[str, str]], test: Sequence[tuple[str, str, str]]) -> dict[str, float]:
-    """Accuracy by kind of who never looks: each question gets its most frequent answer in training.
+def blind_guess(training: Iterable[tuple[str, str]]) -> Callable[[str], str]:
+    """The guess of who never looks: a question's most frequent answer in training, normalised; of one never seen, the
+    most frequent answer of all.
 
     Args:
         training: (question, answer).
-        test: (kind, question, answer). A question never seen gets the most frequent answer of all.
     """
     per_question: dict[str, Counter[str]] = defaultdict(Counter)
     overall: Counter[str] = Counter()
@@ -43,4 +43,15 @@ def blind_majority(training: Iterable[tuple[str, str]], test: Sequence[tuple[str
         seen = per_question.get(normalise(question))
         return seen.most_common(1)[0][0] if seen else common
 
+    return guess
+
+
+def blind_majority(training: Iterable[tuple[str, str]], test: Sequence[tuple[str, str, str]]) -> dict[str, float]:
+    """Accuracy by kind of `blind_guess`.
+
+    Args:
+        training: (question, answer).
+        test: (kind, question, answer).
+    """
+    guess = blind_guess(training)
     return accuracy_by_kind((kind, guess(question), answer) for kind, question, answer in test)
