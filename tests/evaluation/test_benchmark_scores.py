@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 from evaluation.answered import saying, scores
 from evaluation.miniatures import write_all
+from openpyxl import load_workbook
 
 from mmprune_train.errors import UserError
 from mmprune_train.evaluation.benchmarks import submissions
@@ -124,8 +125,7 @@ def test_files_for_servers_and_judges(root: Path, tmp_path: Path) -> None:
 
 
 def test_the_upload_of_mmbench_as_a_workbook(root: Path, tmp_path: Path) -> None:
-    openpyxl = pytest.importorskip("openpyxl")
     found = load("mmbench", root)
     _, path = submissions.mmbench(tmp_path, [(item, "B") for item in found.items], found)
-    rows = list(openpyxl.load_workbook(path).active.values)
+    rows = list(load_workbook(path).active.values)
     assert rows[0][:2] == ("index", "question") and rows[1][0] == 0 and rows[1][6] == "B" and len(rows) == 10

@@ -57,7 +57,7 @@ def check(root: Path, runs: Path, *more: str) -> dict:
     return result
 
 
-@pytest.mark.parametrize("override", [*SINGLE, *KEYS])
+@pytest.mark.parametrize("override", [*SINGLE, *(pytest.param(one, marks=pytest.mark.slow) for one in KEYS)])
 def test_a_single_override_trains_and_evaluates(override: str, root: Path, tmp_path: Path) -> None:
     pruning = override.startswith(("pruner", "knee"))  # which the first stage does as the second
     more = ["stages=[instruct]"] if pruning else []

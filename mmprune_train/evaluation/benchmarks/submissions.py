@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import csv
-import importlib
 import io
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -55,7 +54,7 @@ def seed(folder: Path, answers: Answered, loaded: Loaded) -> list[Path]:
 
 
 def mmbench(folder: Path, answers: Answered, loaded: Loaded) -> list[Path]:
-    """The table with a column `prediction`: TSV, and the XLSX that the server takes where openpyxl is installed."""
+    """The table with a column `prediction`: TSV, and the XLSX that the server takes."""
     columns = [name for name in answers[0][0].extra["row"] if name not in NOT_SENT]
     columns.insert(min(PREDICTION_AT, len(columns)), "prediction")
     rows = [[{**item.extra["row"], "prediction": text}[name] for name in columns] for item, text in answers]
@@ -64,22 +63,20 @@ def mmbench(folder: Path, answers: Answered, loaded: Loaded) -> list[Path]:
     writer.writerows([columns, *rows])
     path = folder / "mmbench_upload.tsv"
     write_atomically(path, stream.getvalue().encode())
-    return [path, *_xlsx(path.with_suffix(".xlsx"), [columns, *rows])]
+    return [path, _xlsx(path.with_suffix(".xlsx"), [columns, *rows])]
 
 
-def _xlsx(path: Path, rows: Sequence[Sequence[str]]) -> list[Path]:
-    try:
-        openpyxl = importlib.import_module("openpyxl")
-    except ImportError:
-        return []
-    book = openpyxl.Workbook(write_only=True)
+def _xlsx(path: Path, rows: Sequence[Sequence[str]]) -> Path:
+    from openpyxl import Workbook
+
+    book = Workbook(write_only=True)
     sheet = book.create_sheet()
     for row in rows:
         sheet.append([int(cell) if cell.isdecimal() and at == 0 else cell for at, cell in enumerate(row)])
     stream = io.BytesIO()
     book.save(stream)
     write_atomically(path, stream.getvalue())
-    return [path]
+    return path
 
 
 def _json(path: Path, value: Any) -> Path:
