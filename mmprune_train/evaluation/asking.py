@@ -7,7 +7,6 @@ of processes changes an answer.
 from __future__ import annotations
 
 import hashlib
-import os
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
@@ -23,7 +22,7 @@ from mmprune_train.data.templates import Template
 from mmprune_train.evaluation.generate import Prediction, answer, batches, blank_images
 from mmprune_train.evaluation.questions import Question
 from mmprune_train.progress import progress
-from mmprune_train.storage.atomic import unused_name
+from mmprune_train.storage.atomic import append, unused_name
 from mmprune_train.storage.files import json_text, rows_of, stamp_of
 from mmprune_train.workers import ALONE, Ranks
 
@@ -79,7 +78,7 @@ class Asker:
                 asked = [questions[index] for index in parts[number]]
                 found = self._batch(asked, number, max_new_tokens, images_of)
                 rows = {index: _row(index, prediction) for index, prediction in zip(parts[number], found, strict=True)}
-                _append(file, list(rows.values()))
+                append(file, "".join(json_text(row) + "\n" for row in rows.values()))
                 known.update(rows)
             return {index: known[index] for n in self.ranks.share(range(len(parts))) for index in parts[n]}
 
@@ -176,15 +175,6 @@ def stamps(folder: Path | str) -> list[Any]:
 def _row(index: int, prediction: Prediction) -> Row:
     told = {"text": prediction.text, "counts": prediction.counts}
     return {"index": index, **told, "seconds": prediction.seconds, "peak_bytes": prediction.peak_bytes}
-
-
-def _append(file: Path, rows: Sequence[Row]) -> None:
-    """Add a batch's answers to a file and bring them to disk."""
-    file.parent.mkdir(parents=True, exist_ok=True)
-    with file.open("a", encoding="utf-8") as handle:
-        handle.write("".join(json_text(row) + "\n" for row in rows))
-        handle.flush()
-        os.fsync(handle.fileno())
 
 
 def visual_share(predictions: Sequence[Prediction]) -> float | None:

@@ -62,6 +62,14 @@ def publish(temporary: Path, path: Path) -> None:
     sync(path.parent)
 
 
+def append(path: Path, text: str) -> None:
+    """Add a text without secrets to a file and bring it to disk: what a stopped process leaves ends in a torn line."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("a", encoding="utf-8") as file:
+        file.write(masked(text))
+    sync(path)
+
+
 def write_atomically(path: Path, data: str | bytes, shared: bool = False) -> None:
     """Write a file, a text without secrets.
 

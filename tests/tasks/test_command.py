@@ -13,6 +13,7 @@ from types import ModuleType
 from typing import Any
 
 import pytest
+from tasks.conftest import steady
 from training.synthetic import overrides, write_dataset
 
 from mmprune_train.config.command import Command
@@ -44,13 +45,6 @@ def run(root: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 def python(*typed: str) -> Any:
     config = compose_config(list(typed))
     return find_task(config.task)(config, Command.of(typed))
-
-
-def steady(result: Any) -> Any:
-    """A result without what a clock has said."""
-    if not isinstance(result, dict):
-        return [steady(value) for value in result] if isinstance(result, list) else result
-    return {k: steady(v) for k, v in result.items() if "second" not in k and k not in ("when", "phases")}
 
 
 TYPED = {

@@ -8,12 +8,13 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 from evaluation.miniatures import write_all
+from tasks.conftest import steady
 from training.synthetic import overrides, write_dataset
 
 from mmprune_train.config.command import Command
@@ -32,7 +33,6 @@ ASK = (
     "trainer.precision=fp32",
     "trainer.accelerator=cpu",
 )
-TIMES = {"seconds", "s / question"}
 
 
 @pytest.fixture(scope="module")
@@ -50,7 +50,7 @@ def whole(run: Path) -> dict[str, Any]:
     asked = ["task=evaluate", f"ckpt={run}", *ASK, "evaluate.name=whole"]
     found = evaluate.run(compose_config(asked), Command.of(asked))
     assert found == read_json(run / "evaluate-whole-pruners/result.json")
-    return timeless(found)
+    return steady(found)
 
 
 def start(run: Path, *more: str) -> subprocess.Popen[str]:
@@ -58,13 +58,6 @@ def start(run: Path, *more: str) -> subprocess.Popen[str]:
     return subprocess.Popen(
         command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env={**os.environ, "PYTHONSAFEPATH": "1"}
     )
-
-
-def timeless(found: Any) -> Any:
-    """A result without what a clock says."""
-    if isinstance(found, Mapping):
-        return {key: timeless(value) for key, value in found.items() if key not in TIMES}
-    return [timeless(value) for value in found] if isinstance(found, list) else found
 
 
 def same(run: Path, name: str, whole: dict[str, Any]) -> bool:
@@ -75,7 +68,7 @@ def same(run: Path, name: str, whole: dict[str, Any]) -> bool:
         assert len(set(rows.splitlines())) == 16 and (other / label / "predictions.jsonl").read_text() == rows
     found = read_json(other / "result.json")
     assert found is not None and 0 < sum(found["pruners"]["none"]["accuracy"].values()) < 2
-    assert timeless(found) == whole
+    assert steady(found) == whole
     return True
 
 
@@ -85,7 +78,7 @@ def test_the_table_has_a_row_a_pruner_with_intervals_and_tests(run: Path, whole:
     assert labels[:3] == LABELS and ("downsample" in options("pruner")) == (len(labels) > 3)
     for label in labels:
         rows, one = list(rows_of(home / label / "predictions.jsonl")), read_json(home / label / "result.json")
-        assert one is not None and len(rows) == one["questions"] == 16 and timeless(one) == whole["pruners"][label]
+        assert one is not None and len(rows) == one["questions"] == 16 and steady(one) == whole["pruners"][label]
         for kind, (low, high) in one["intervals"].items():
             assert 0 <= low <= one["accuracy"][kind] <= high <= 1
         right = [
