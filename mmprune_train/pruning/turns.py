@@ -77,7 +77,8 @@ def candidates_and_queries(
         visual_only: text tokens are not candidates.
         lone_images: a turn without question text scores, too, by its closing token.
         turns: `first`, `mean`, `max` or `last`.
-        turns_in_generation: `first` or `last`, for samples whose last turn has no answer; None: as the others.
+        turns_in_generation: `first` or `last`, for samples without a target whose last turn has no answer; None: as the
+            others.
     Returns:
         candidate [T], and the query groups; no candidate where there is no group.
     """
@@ -113,7 +114,9 @@ def candidates_and_queries(
     able = (asked | lone_images) & (closing >= 0).view(-1, most)
     shown = some(visual & ~protected)
     final = torch.zeros(sequence.samples, dtype=torch.long).scatter_reduce(0, sequence.segment, turn, "amax")
-    open_ended = ~some(answer).gather(1, final[:, None])  # [B, 1]
+    trained = torch.zeros(sequence.samples, dtype=torch.bool)
+    trained = trained.index_fill_(0, sequence.segment[sequence.target != IGNORE], True)  # cut in a question, too
+    open_ended = ~some(answer).gather(1, final[:, None]) & ~trained[:, None]  # [B, 1]
 
     def ruled(name: str) -> Bool[Tensor, "B 1"]:
         """Of each sample, whether these are its turns."""

@@ -153,6 +153,23 @@ def test_the_last_question_votes_alone_where_it_is_to_be_answered(turns: str) ->
     assert not torch.allclose(mixed[1].nan_to_num(), last[1].nan_to_num(), rtol=1e-3)
 
 
+def test_a_cut_question_votes_on_no_earlier_image() -> None:
+    """A training sample that `max_length` ends inside its second question is not one to be answered."""
+    hf, pixels = tiny_llava(), torch.randn(1, 3, SIDE, SIDE)
+    model = chatty(hf, score="last_token_attention", turns="first", turns_in_generation="last", layer=[1, 2])
+    head = sample([(1, 4, 2)], 0)
+    found = []
+    for seed in range(3):
+        ids = torch.cat([head, sample([(0, 5, 0)], seed)[1:-1]])
+        labels = torch.full_like(ids, -100)
+        labels[len(head) - 2 : len(head)] = head[-2:]
+        with torch.no_grad():
+            model(input_ids=ids[None], pixel_values=pixels, labels=labels[None])
+        found.append(model.last_pruning.language_scores[: len(head)].nan_to_num())
+    alone = of_the_first_turn(chatty(hf, score="last_token_attention", layer=[1, 2]), head, pixels)[0]
+    torch.testing.assert_close(torch.stack(found), torch.tensor([alone] * 3))
+
+
 def of_the_first_turn(model: PackedLlava, ids: Tensor, pixels: Tensor) -> tuple[list[float], list[int]]:
     """Its scores, and what stays of it at every layer that drops."""
     with torch.no_grad():
