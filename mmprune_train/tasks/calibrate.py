@@ -14,6 +14,7 @@ from mmprune_train.components.registry import declared, find
 from mmprune_train.config.command import Command
 from mmprune_train.config.compose import to_yaml
 from mmprune_train.config.identity import run_dir
+from mmprune_train.config.pruner import has_weights
 from mmprune_train.config.pruner_schema import PrunerConfig
 from mmprune_train.config.schema import Config
 from mmprune_train.config.task_schema import CalibrateConfig
@@ -126,7 +127,7 @@ class Subject:
     reader: ImageReader
     device: torch.device
     model: PackedLlava | None = None
-    """None where stage 1 is measured on base weights: the LLM need not be there."""
+    """None where stage 1, without weights of its own, is measured on base weights: the LLM need not be there."""
     processor: Any = None
     fits: bool = False
     """Whether training would fit its new projector first (`projector.init=matched`)."""
@@ -148,8 +149,8 @@ def load_subject(config: Config, pruner: PrunerConfig | None, found: Checkpoint 
             reader = ImageReader(processor.image_processor, reader.folder)
             return Subject(model.pruner.settings, model.encode_images, reader, device, model, processor)
         start = start_of(config, None, asked.split)
-        if asked.measure == "vision":
-            assert pruner is not None
+        assert pruner is not None
+        if asked.measure == "vision" and not has_weights(pruner.vision):
             torch.manual_seed(config.seed)  # random weights are to be those of a run
             tower = tower_of(config, start).to(device).eval()
             encoder = partial(

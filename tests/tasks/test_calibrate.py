@@ -186,6 +186,12 @@ def test_what_cannot_be_calibrated_is_one_line(root: Path, tmp_path: Path, more:
     assert "\n" not in str(caught.value) and not list(tmp_path.iterdir())
 
 
+def test_a_score_with_weights_of_its_own_is_measured_by_them(root: Path, tmp_path: Path) -> None:
+    more = ["pruner=learned", "calibrate.budgets=[fixed_ratio]", "calibrate.target=0.5"]
+    result, _ = calibrated(root, tmp_path, *more)
+    assert result["budgets"]["fixed_ratio"]["target"]["reached"] == 0.5
+
+
 @pytest.mark.slow
 def test_a_trained_run_is_calibrated_in_its_own_folder_with_its_own_settings(root: Path, tmp_path: Path) -> None:
     short = ["stage.pretrain.max_steps=1", "stage.instruct.max_steps=1", "evaluate.after_train=false"]
