@@ -27,7 +27,9 @@ def new_scorer(pruner: Pruner, hf: LlavaForConditionalGeneration, question: Ques
     """What the pruner's score declares as its weights, on the network's device and in its type; None: it has none."""
     if pruner.weighted is None:
         return None
-    text = None if question is None else int(question.clip.config.projection_dim)
+    text = None
+    if question is not None and "question" in pruner.weighted.component.reads:
+        text = int(question.clip.config.projection_dim)
     with torch.device(hf.device):
         made = new_weights(pruner.weighted, width=int(hf.config.vision_config.hidden_size), question_width=text)
     return made.to(hf.dtype)

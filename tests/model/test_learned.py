@@ -142,6 +142,14 @@ def test_an_image_is_scored_by_its_question() -> None:
     assert scorer.question.weight.grad.any()
 
 
+def test_a_score_that_reads_no_question_has_no_weights_for_one() -> None:
+    """Though the second pass reads it."""
+    recover = {"enabled": True, "score": "text_similarity", "knee": {"method": "fixed_ratio", "ratio": 0.2}}
+    model = packed(tiny_llava(), {"name": "learned", "vision": {**LEARNED["vision"], "recover": recover}})
+    run(model)[0].backward()
+    assert model.question is not None and all(weight.grad is not None for weight in model.scorer.parameters())
+
+
 def test_flops_count_the_scorer() -> None:
     counts = {}
     for name, pruner in (("learned", LEARNED), ("plain", {"name": "x", "vision": {"score": "feature_norm"}})):
