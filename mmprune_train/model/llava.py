@@ -28,7 +28,7 @@ from mmprune_train.model.inputs import Annotate, first_of_equal, pack
 from mmprune_train.model.language import check_language_model
 from mmprune_train.model.packed_pass import PackedOutput, PackedPass
 from mmprune_train.model.question import FOLDER, QuestionEncoder, Words
-from mmprune_train.model.scorer import new_scorer, save_scorer
+from mmprune_train.model.scorer import new_scorer, refuse_other_scorer, save_scorer
 from mmprune_train.model.vision import deepest_feature, family_of, scored_block
 from mmprune_train.packed.host import fetch, take, upload
 from mmprune_train.pruning import PackedSequence, Pruner, PruningTrace
@@ -80,7 +80,7 @@ class PackedLlava(Generating, PackedPass, PreTrainedModel, GenerationMixin):
         self.annotate = annotate
         self.template = template
         self.question = question if pruner.reads_tower else None
-        self.scorer = new_scorer(pruner, hf, self.question)
+        self.scorer, self.scored_by = new_scorer(pruner, hf, self.question), pruner.weighted
         self.words = words
         self.spell = spell
         self.execution = execution or Execution()
@@ -110,13 +110,12 @@ class PackedLlava(Generating, PackedPass, PreTrainedModel, GenerationMixin):
         own._attn_implementation = attention.NAME
 
     def pruned_by(self, settings: PrunerConfig) -> AbstractContextManager[None]:
-        """The same network with another pruner, as long as the context lasts; with the text tower where that reads."""
+        """The same network with another pruner, as long as the context lasts; with the text tower where that reads.
+
+        Raises UserError where it scores by weights that are not here.
+        """
         pruner = Pruner(settings)
-        if pruner.weighted is not None and self.scorer is None:
-            raise UserError(
-                f"pruner={settings.name}: pruner.vision.score={settings.vision.score} has weights of its own, and this "
-                "network was made without"
-            )
+        refuse_other_scorer(pruner, None if self.scorer is None else self.scored_by)
         scorer = None if pruner.weighted is None else self.scorer
         return swapped(self, pruner=pruner, question=self.question if pruner.reads_tower else None, scorer=scorer)
 

@@ -14,7 +14,7 @@ from mmprune_train.errors import UserError
 from mmprune_train.model.question import QuestionEncoder
 from mmprune_train.model.weights.files import read_tensors, tensors_of
 from mmprune_train.pruning import Pruner
-from mmprune_train.pruning.parts import new_weights
+from mmprune_train.pruning.parts import Part, new_weights
 
 if TYPE_CHECKING:
     from mmprune_train.model.llava import PackedLlava
@@ -33,6 +33,26 @@ def new_scorer(pruner: Pruner, hf: LlavaForConditionalGeneration, question: Ques
     with torch.device(hf.device):
         made = new_weights(pruner.weighted, width=int(hf.config.vision_config.hidden_size), question_width=text)
     return made.to(hf.dtype)
+
+
+def refuse_other_scorer(pruner: Pruner, made: Part | None) -> None:
+    """Raise UserError where a pruner scores by weights that a network does not have.
+
+    Args:
+        made: the score that the network's own were made for; None: it has none.
+    """
+    asked = pruner.weighted
+    if asked is None or (made and (made.component.name, made.told) == (asked.component.name, asked.told)):
+        return
+    has = f"with those of {made.component.name}({_listed(made)})" if made else "without"
+    raise UserError(
+        f"pruner={pruner.settings.name}: pruner.vision.score={asked.component.name}({_listed(asked)}) has weights of "
+        f"its own, and this network was made {has}: take another pruner, or a model that was trained with this one"
+    )
+
+
+def _listed(part: Part) -> str:
+    return ", ".join(f"{name}={value}" for name, value in part.told.items())
 
 
 def save_scorer(scorer: nn.Module, folder: Path) -> None:

@@ -42,6 +42,11 @@ class Part:
     given: Mapping[str, Any] = field(default_factory=dict)
     """Its parameters, without those that are left at their defaults."""
 
+    @property
+    def told(self) -> dict[str, Any]:
+        """All its parameters, defaults too."""
+        return {one.name: one.default for one in self.component.parameters} | dict(self.given)
+
     def __call__(self, *inputs: Any, **offered: Any) -> Any:
         if self.component.kind == "vision_score":
             self._refuse(inputs[0])
@@ -70,7 +75,7 @@ def new_weights(part: Part, **widths: int | None) -> nn.Module:
     make = getattr(module, component.weights, None)
     if not callable(make):
         raise UserError(f"{told} names no class or function of {module.__name__}")
-    offered = {one.name: one.default for one in component.parameters} | dict(part.given) | widths
+    offered = part.told | widths
     takes = inspect.signature(make).parameters
     made = make(**{name: value for name, value in offered.items() if name in takes})
     if not isinstance(made, nn.Module):

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from mmprune_train.config.compose import load_pruner, saved_pruner
-from mmprune_train.config.pruner import components, reads_text, refuse_foreign
+from mmprune_train.config.pruner import components, has_weights, reads_tower, refuse_foreign
 from mmprune_train.config.pruner_fits import check_pruner_fits
 from mmprune_train.config.pruner_schema import PrunerConfig
 from mmprune_train.config.task_schema import EvaluateConfig
@@ -135,9 +135,19 @@ def _own_pruner(found: Checkpoint) -> PrunerConfig | None:
 
 
 def open_asker(found: Checkpoint, ranks: Ranks = ALONE, pruners: Sequence[PrunerConfig] = ()) -> Asker:
-    """The checkpoint, loaded; with its text tower where one of the pruners reads questions."""
-    reads = next((pruner for pruner in pruners if reads_text(pruner.vision)), None)
-    model, processor, precision = load(replace(found, pruner=reads) if reads else found)
+    """The checkpoint, loaded; with its text tower where one of the pruners reads questions, and with the weights of
+    their score.
+
+    Raises UserError for a pruner that scores by weights that it is not loaded with.
+    """
+    needy = [one for one in pruners if reads_tower(one.vision) or has_weights(one.vision)]
+    needy.sort(key=lambda one: (reads_tower(one.vision), has_weights(one.vision)), reverse=True)
+    model, processor, precision = load(replace(found, pruner=needy[0]) if needy else found)
+    for pruner in pruners:
+        try:
+            model.pruned_by(pruner)
+        except UserError as error:
+            raise UserError(f"evaluate.pruners: {error}; or ask it alone: [{pruner.name}]") from error
     hashes = [component_hashes(pruner) for pruner in (model.pruner.settings, *pruners)]
     return Asker(
         model,

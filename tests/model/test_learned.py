@@ -150,6 +150,19 @@ def test_a_score_that_reads_no_question_has_no_weights_for_one() -> None:
     assert model.question is not None and all(weight.grad is not None for weight in model.scorer.parameters())
 
 
+def test_another_pruner_must_score_by_the_weights_that_are_here() -> None:
+    model = packed(tiny_llava(), LEARNED)
+    with model.pruned_by(load_pruner({**LEARNED, "vision": {"knee": {"ratio": 0.2}}})):
+        assert {len(kept) for kept in run(model)[1]} == {round(0.2 * PATCHES)}
+    wide = load_pruner({**LEARNED, "vision": {"score_args": {"hidden": 8}}})
+    with pytest.raises(UserError, match=r"learned\(hidden=8\) has .* with those of learned\(hidden=64\): take"):
+        model.pruned_by(wide)
+    with pytest.raises(UserError, match=r"learned_with_question\(hidden=64\) has .* those of learned\(hidden=64\)"):
+        model.pruned_by(load_pruner(QUESTION))
+    with model.pruned_by(load_pruner("none")), pytest.raises(UserError, match="network was made without"):
+        model.pruned_by(load_pruner(LEARNED))
+
+
 def test_flops_count_the_scorer() -> None:
     counts = {}
     for name, pruner in (("learned", LEARNED), ("plain", {"name": "x", "vision": {"score": "feature_norm"}})):

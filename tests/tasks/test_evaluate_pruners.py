@@ -9,19 +9,24 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import pytest
 from evaluation.miniatures import write_all
 from tasks.conftest import steady
+from tiny import packed, tiny_llava
 from training.synthetic import overrides, write_dataset
 
 from mmprune_train.config.command import Command
-from mmprune_train.config.compose import compose_config
+from mmprune_train.config.compose import compose_config, load_pruner
+from mmprune_train.errors import UserError
+from mmprune_train.model.llava import PackedLlava
 from mmprune_train.storage.conf import options
 from mmprune_train.storage.files import read_json, rows_of
-from mmprune_train.tasks import evaluate, train
+from mmprune_train.tasks import evaluate, scoring, train
+from mmprune_train.tasks.checkpoint import Checkpoint
 
 Typed = Callable[..., tuple[int, str, str]]
 LABELS = ["none", "twostage", "random"]
@@ -205,9 +210,31 @@ def test_benchmarks_are_columns(run: Path, tmp_path: Path, mmprune: Typed) -> No
     [
         (["evaluate.pruners=[nine]"], "evaluate.pruners: pruner=nine"),
         (["evaluate.pruners=[twostage]", "evaluate.budgets=[2]"], "evaluate.budgets=2.0 must be"),
+        (
+            ["evaluate.pruners=[none,learned]"],
+            "pruner.vision.score=learned has weights that are trained, and there is no",
+        ),
         (["evaluate.pruners=[cdpruner]"], "this pruner reads the question, and there is no text tower"),
     ],
 )
 def test_what_cannot_be_compared_is_refused(more: list[str], words: str, run: Path, mmprune: Typed) -> None:
     code, _, err = mmprune("task=evaluate", f"ckpt={run}", *more)
     assert code == 2 and words in err and "Traceback" not in err, err
+
+
+def test_a_network_without_a_pruners_weights_is_not_asked(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """It is loaded with the text tower that one of two reads, and so without the scorer of the other."""
+    loaded = []
+
+    def load(found: Checkpoint) -> tuple[PackedLlava, None, None]:
+        loaded.append(found.pruner.name)
+        return packed(tiny_llava(), asdict(found.pruner)), None, None
+
+    monkeypatch.setattr(scoring, "load", load)
+    pruners = [load_pruner("learned"), load_pruner("cdpruner")]
+    found = Checkpoint(tmp_path, tmp_path, compose_config(["+experiment=smoke"]), None)
+    with pytest.raises(
+        UserError, match=r"evaluate.pruners: pruner=learned: .* made without: take .* alone: \[learned\]"
+    ):
+        scoring.open_asker(found, pruners=pruners)
+    assert loaded == ["cdpruner"]
