@@ -11,6 +11,10 @@ from model.recordings import FOLDER, MADE, NOTHING, RecordedImages, Recording
 from torch import Tensor
 
 FILES = sorted(FOLDER.glob("*.safetensors"))
+RECORDED = {
+    "cdpruner", "dart", "divprune", "fastervlm", "fastv", "holov", "mmtok", "prumerge", "prumerge_plus", "pyramiddrop",
+    "recoverable", "scope", "sparsevlm", "visionzip", "vispruner", "vscan",
+}  # fmt: skip
 CLOSE = {"rtol": 1e-4, "atol": 1e-4}
 
 
@@ -70,6 +74,10 @@ def test_stage_two_is_theirs(file: Path) -> None:
         assert torch.where(made[sequence.ids], MADE, sequence.ids).tolist() == stays.tolist()
         if f"{place}.states" in recording.tensors:
             torch.testing.assert_close(states, recording.tensors[f"{place}.states"], **CLOSE)
+
+
+def test_no_record_is_missing() -> None:
+    assert {file.stem for file in FILES} >= RECORDED
 
 
 def test_every_record_says_where_it_comes_from() -> None:
