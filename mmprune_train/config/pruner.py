@@ -120,7 +120,7 @@ def _check_language_stage(stage: LanguageStageConfig) -> None:
             raise UserError(f"{key}.layer={stage.layer} must rise: every layer sees a shorter sequence")
     if not stage.enabled:
         return
-    _check_division(key, stage.knee, stage.score)
+    _check_budget(key, stage.knee, stage.score)
     _check_per_layer(f"{key}.per_layer_budgets", stage)
     score = find("language_score", stage.score, f"{key}.score")
     if stage.query_tokens == "relevant" and "query_tokens" not in score.reads:
@@ -223,9 +223,9 @@ def _check_vision_stage(stage: VisionStageConfig) -> None:
     check_knee(f"{key}.recover.knee", stage.recover.knee, least=0)
     if not stage.enabled:
         return
-    _check_division(key, stage.knee, stage.score)
+    _check_budget(key, stage.knee, stage.score)
     if stage.recover.enabled:
-        _check_division(f"{key}.recover", stage.recover.knee, stage.recover.score)
+        _check_budget(f"{key}.recover", stage.recover.knee, stage.recover.score)
         if find("vision_score", stage.recover.score, f"{key}.recover.score").weights:
             raise UserError(
                 f"{key}.recover.score={stage.recover.score} has weights, which the first pass alone trains: set "
@@ -305,12 +305,19 @@ def _unsigned(kind: str) -> str:
     return next(one.name for one in library()[kind].values() if not one.signed)
 
 
-def _check_division(key: str, knee: Any, score: str) -> None:
-    kind = KEYS[f"{key}.score"]
-    if budget_of(knee, f"{key}.knee").divides_sum and find(kind, score, f"{key}.score").signed:
+def _check_budget(key: str, knee: Any, name: str) -> None:
+    kind, budget, told = KEYS[f"{key}.score"], budget_of(knee, f"{key}.knee"), f"{key}.knee.method={knee.method}"
+    score = find(kind, name, f"{key}.score")
+    if budget.divides_sum and score.signed:
         raise UserError(
-            f"{key}.knee.method={knee.method} needs scores >= 0, and {key}.score={score} can be negative: "
+            f"{told} needs scores >= 0, and {key}.score={name} can be negative: "
             f"set {key}.score={_unsigned(kind)}, or another {key}.knee.method"
+        )
+    if budget.positive and not (score.weights or score.own or score.package):
+        able = [one.name for one in declared()[kind].values() if one.weights and key == "pruner.vision"]
+        raise UserError(
+            f"{told} keeps scores above 0, so it is for scores that are trained, and {key}.score={name} is not: set "
+            f"{f'{key}.score=' + ' or '.join(able) + ', or ' if able else ''}another {key}.knee.method"
         )
 
 

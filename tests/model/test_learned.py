@@ -100,6 +100,14 @@ def test_a_penalty_is_the_weighed_square_of_the_mean_excess() -> None:
     [
         ({"target": 0.2}, "target=0.2 goes with a budget .*method=above_zero"),
         ({"target": 0.2, "score": "cls_attention"}, "target=0.2 is for a score that is trained, .*learned"),
+        (
+            {"score": "cls_attention", "knee": {"method": "above_zero"}},
+            "above 0, .*vision.score=cls_attention is not: set pruner.vision.score=learned or .*, or another",
+        ),
+        (
+            {"recover": {"enabled": True, "knee": {"method": "above_zero"}}},
+            "recover.score=.* is not: set another pruner.vision.recover.knee.method",
+        ),
         ({"recover": {"enabled": True, "score": "learned"}}, "the first pass alone trains"),
     ],
 )
