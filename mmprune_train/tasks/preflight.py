@@ -48,14 +48,16 @@ def _check_stages(config: Config, todo: Sequence[str], found: Found) -> None:
     from mmprune_train.quiet import quiet
     from mmprune_train.training.inputs import stage_annotations, stage_extent, stage_loader
     from mmprune_train.training.network import uses_adapters
-    from mmprune_train.training.starts import begins_anew, start_of
+    from mmprune_train.training.starts import begins_anew, check_scorer, start_of
 
     directory = None if config.restart else RunDirectory(run_dir(config), writable=False)
     processor: Any = None
     for name in todo:
         if begins_anew(config, todo, name):
+            start = start_of(config, directory, name, download=False)
+            check_scorer(config, name, start)
             with quiet():
-                model, processor = begin(config, start_of(config, directory, name, download=False), empty=True)
+                model, processor = begin(config, start, empty=True)
             _check_room(config, todo, model, found)
         if uses_adapters(config, name):
             adapter_targets(model.hf, config.peft)

@@ -7,10 +7,11 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from mmprune_train.config.pruner import reads_tower
+from mmprune_train.config.pruner import has_weights, reads_tower
 from mmprune_train.config.schema import Config
 from mmprune_train.errors import UserError
 from mmprune_train.model.question import FOLDER
+from mmprune_train.model.scorer import has_scorer
 from mmprune_train.model.weights.folders import ADAPTERS, LLAVA
 from mmprune_train.model.weights.start import Start, asked_start, find_start, first_start, locate
 from mmprune_train.storage.run_files import check_saved
@@ -43,6 +44,18 @@ def start_of(config: Config, directory: RunDirectory | None, stage: str, downloa
 def begins_anew(config: Config, todo: Sequence[str], stage: str) -> bool:
     """Whether a stage starts from something that is there before any stage of `todo` is trained."""
     return stage == todo[0] or asked_start(config, stage) is not None
+
+
+def check_scorer(config: Config, stage: str, start: Start | None) -> None:
+    """Raise UserError where the score's weights are new, and neither this stage nor a later one trains them."""
+    if not has_weights(config.pruner.vision) or (start and start.whole and has_scorer(start.whole.path)):
+        return
+    order = list(config.stage)
+    if not any(config.stage[name].train_scorer for name in order[order.index(stage) :]):
+        raise UserError(
+            f"stage.{stage}.train_scorer=false: pruner.vision.score={config.pruner.vision.score} begins with random "
+            f"weights, which no stage trains: set it to true, or init_from to a model that was trained with this score"
+        )
 
 
 def parts_of(config: Config, start: Start | None) -> set[str]:

@@ -12,6 +12,7 @@ from model.test_every_pruner import sample
 from safetensors.torch import load_file, save_file
 from tiny import PATCHES, packed, tiny_llava
 from torch import Tensor
+from training.synthetic import overrides, write_dataset
 from transformers import LlavaForConditionalGeneration
 
 from mmprune_train.config.compose import compose_config, load_pruner
@@ -25,6 +26,7 @@ from mmprune_train.model.flops import StepFlops
 from mmprune_train.model.llava import PackedLlava
 from mmprune_train.model.scorer import FILE
 from mmprune_train.storage.conf import options
+from mmprune_train.tasks.preflight import check_inputs
 from mmprune_train.training.freezing import freeze
 
 LEARNED = {"name": "learned", "vision": {"knee": {"ratio": 0.4}}}
@@ -213,6 +215,15 @@ def test_a_saved_model_has_its_scorer(exported: bool, saved: tuple[PackedLlava, 
     plain, report = LlavaForConditionalGeneration.from_pretrained(folder, output_loading_info=True)
     assert not report["missing_keys"] and not report["unexpected_keys"]
     assert torch.equal(plain.lm_head.weight, model.hf.lm_head.weight)
+
+
+def test_new_weights_that_no_stage_trains_are_refused(saved: tuple[PackedLlava, Path], tmp_path: Path) -> None:
+    frozen = [f"stage.{name}.train_scorer=false" for name in ("pretrain", "instruct")]
+    given = [*overrides(write_dataset(tmp_path / "squares"), tmp_path / "runs"), "pruner=learned"]
+    with pytest.raises(UserError, match=r"stage.pretrain.train_scorer=false: .*=learned begins with random weights"):
+        check_inputs(compose_config([*given, *frozen]), ["pretrain", "instruct"], False)
+    check_inputs(compose_config([*given, frozen[0]]), ["pretrain", "instruct"], False)
+    check_inputs(compose_config([*given, *frozen, f"init_from={saved[1]}"]), ["pretrain", "instruct"], False)
 
 
 def test_training_goes_on_from_it(saved: tuple[PackedLlava, Path]) -> None:
