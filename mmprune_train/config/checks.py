@@ -14,8 +14,9 @@ from keyword import iskeyword
 from mmprune_train.components.registry import names
 from mmprune_train.config.knee import check_knee
 from mmprune_train.config.networks import check_encoder, check_llm
-from mmprune_train.config.pruner import check_pruner, has_weights
+from mmprune_train.config.pruner import check_pruner
 from mmprune_train.config.pruner_fits import check_calibrated, check_feature_cache, check_pruner_fits
+from mmprune_train.config.pruner_vision import has_weights
 from mmprune_train.config.ranges import check_values
 from mmprune_train.config.schema import STRATEGIES, Config, DataConfig, StageConfig, WandbConfig
 from mmprune_train.config.task_schema import BENCHED, SweepConfig

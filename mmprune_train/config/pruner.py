@@ -15,6 +15,7 @@ from mmprune_train.config.pruner_schema import (
     ScheduleConfig,
     VisionStageConfig,
 )
+from mmprune_train.config.pruner_vision import merges_projected
 from mmprune_train.config.ranges import check_values
 from mmprune_train.config.tree import leaves
 from mmprune_train.errors import UserError
@@ -190,23 +191,6 @@ def pruned_layers(stage: LanguageStageConfig, depth: int) -> dict[int, int]:
     return {layer: place for place, layer in enumerate(layers)}
 
 
-def selection_of(stage: VisionStageConfig) -> Component:
-    return find("selection", stage.selection, "pruner.vision.selection")
-
-
-def projects(stage: VisionStageConfig) -> bool:
-    """Whether stage 1 selects by what the projector makes of all patches; a selection without a declaration may."""
-    if not stage.enabled:
-        return False
-    selection = selection_of(stage)
-    return "projected" in selection.takes or (stage.space == "projected" and "features" in selection.reads)
-
-
-def merges_projected(stage: VisionStageConfig) -> bool:
-    """Whether stage 1 merges what the projector makes of all patches."""
-    return stage.enabled and stage.merge != "none" and stage.merge_space == "projected"
-
-
 def _check_vision_stage(stage: VisionStageConfig) -> None:
     key = "pruner.vision"
     for name, layer in ((f"{key}.layer", stage.layer), (f"{key}.recover.layer", stage.recover.layer)):
@@ -271,34 +255,6 @@ def _check_target(stage: VisionStageConfig) -> None:
             f"{key} goes with a budget that keeps the scores above 0: set "
             f"pruner.vision.knee.method={' or '.join(able)}, or pruner.vision.target=null"
         )
-
-
-def stage_one_scores(stage: VisionStageConfig) -> list[tuple[str, Component]]:
-    """Key and score of each pass of stage 1 over the patches; empty where it is off."""
-    passes = [("pruner.vision.score", stage.score)] if stage.enabled else []
-    if passes and stage.recover.enabled:
-        passes.append(("pruner.vision.recover.score", stage.recover.score))
-    return [(key, find("vision_score", score, key)) for key, score in passes]
-
-
-def reads_text(stage: VisionStageConfig) -> bool:
-    """Whether stage 1 reads the question, so that an image is cut anew for each."""
-    return reads_tower(stage) or reads_words(stage)
-
-
-def reads_tower(stage: VisionStageConfig) -> bool:
-    """Whether it reads it by CLIP's text tower."""
-    return any("question" in score.reads for _, score in stage_one_scores(stage))
-
-
-def reads_words(stage: VisionStageConfig) -> bool:
-    """Whether it reads it word by word, as the LLM embeds it."""
-    return stage.enabled and "words" in selection_of(stage).takes
-
-
-def has_weights(stage: VisionStageConfig) -> bool:
-    """Whether stage 1 scores by weights that are trained."""
-    return any(score.weights for _, score in stage_one_scores(stage))
 
 
 def _unsigned(kind: str) -> str:

@@ -4,16 +4,9 @@ from __future__ import annotations
 
 from mmprune_train.components.declare import Component
 from mmprune_train.components.registry import declared
-from mmprune_train.config.pruner import (
-    merges_projected,
-    projects,
-    pruned_layers,
-    reads_text,
-    reads_words,
-    running,
-    stage_one_scores,
-)
+from mmprune_train.config.pruner import pruned_layers, running
 from mmprune_train.config.pruner_schema import PrunerConfig
+from mmprune_train.config.pruner_vision import merges_projected, projects, reads_text, reads_words, stage_one_scores
 from mmprune_train.config.schema import Config, EncoderConfig
 from mmprune_train.errors import UserError
 

@@ -14,7 +14,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from mmprune_train.config.pruner import places, projects
+from mmprune_train.config.pruner import places
+from mmprune_train.config.pruner_vision import projects
 from mmprune_train.errors import UserError
 from mmprune_train.model.images import ImageSide
 from mmprune_train.storage.assets import sha256_of

@@ -7,7 +7,7 @@ from contextlib import nullcontext
 import torch
 from transformers import LlavaForConditionalGeneration, LlavaProcessor, PreTrainedModel, PreTrainedTokenizerBase
 
-from mmprune_train.config.pruner import reads_tower
+from mmprune_train.config.pruner_vision import reads_tower
 from mmprune_train.config.schema import Config
 from mmprune_train.model.assemble import assemble, language_model, llava_config, vision_tower
 from mmprune_train.model.build import load_llava, load_model, packed

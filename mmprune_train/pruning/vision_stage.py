@@ -10,8 +10,8 @@ import torch
 from jaxtyping import Bool, Float, Int64
 from torch import Tensor
 
-from mmprune_train.config.pruner import merges_projected, projects, reads_tower, reads_words
 from mmprune_train.config.pruner_schema import PrunerConfig
+from mmprune_train.config.pruner_vision import merges_projected, projects, reads_tower, reads_words
 from mmprune_train.errors import UserError
 from mmprune_train.packed.host import fetch
 from mmprune_train.pruning.budgets import Budget, refuse_unsound, sound_rows, whole_lengths

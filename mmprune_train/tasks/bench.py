@@ -19,9 +19,9 @@ from mmprune_train.benchmark.steps import BASELINE, PARTS, Shares, StepCost, Way
 from mmprune_train.config.command import Command
 from mmprune_train.config.compose import load_pruner
 from mmprune_train.config.identity import run_dir
-from mmprune_train.config.pruner import has_weights, reads_text, reads_tower
 from mmprune_train.config.pruner_fits import check_feature_cache, check_pruner_fits
 from mmprune_train.config.pruner_schema import PrunerConfig
+from mmprune_train.config.pruner_vision import has_weights, reads_text, reads_tower
 from mmprune_train.config.schema import Config
 from mmprune_train.config.task_schema import BENCHED
 from mmprune_train.data.batch import Batch

@@ -14,8 +14,8 @@ from mmprune_train.components.registry import declared, find
 from mmprune_train.config.command import Command
 from mmprune_train.config.compose import to_yaml
 from mmprune_train.config.identity import run_dir
-from mmprune_train.config.pruner import has_weights
 from mmprune_train.config.pruner_schema import PrunerConfig
+from mmprune_train.config.pruner_vision import has_weights
 from mmprune_train.config.schema import Config
 from mmprune_train.config.task_schema import CalibrateConfig
 from mmprune_train.config.typed import group_of

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from mmprune_train.config.command import Command
 from mmprune_train.config.identity import run_dir
-from mmprune_train.config.pruner import projects
+from mmprune_train.config.pruner_vision import projects
 from mmprune_train.config.schema import Config
 from mmprune_train.data import sources
 from mmprune_train.reporting.tables import table

@@ -9,9 +9,10 @@ from pathlib import Path
 from typing import Any
 
 from mmprune_train.config.compose import load_pruner, saved_pruner
-from mmprune_train.config.pruner import components, has_weights, reads_tower, refuse_foreign
+from mmprune_train.config.pruner import components, refuse_foreign
 from mmprune_train.config.pruner_fits import check_pruner_fits
 from mmprune_train.config.pruner_schema import PrunerConfig
+from mmprune_train.config.pruner_vision import has_weights, reads_tower
 from mmprune_train.config.task_schema import EvaluateConfig
 from mmprune_train.errors import UserError
 from mmprune_train.evaluation.asking import Asker, costs, stamps

@@ -7,7 +7,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from mmprune_train.config.pruner import has_weights, reads_tower
+from mmprune_train.config.pruner_vision import has_weights, reads_tower
 from mmprune_train.config.schema import Config
 from mmprune_train.errors import UserError
 from mmprune_train.model.question import FOLDER
