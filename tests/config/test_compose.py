@@ -30,6 +30,7 @@ def _single_overrides():
     groups = [group for group in GROUPS if group not in ("experiment", "sweep")]
     for group, name in itertools.chain.from_iterable([(g, n) for n in options(g)] for g in groups):
         extra = ["pruner.vision.score=pooled_cosine"] if name.startswith("siglip") else []
+        extra += ["pruner=learned"] if name == "above_zero" else []
         extra += ["trainer.devices=2", "strategy=ddp"] if name == "eight_gpus" else []
         extra += [f"data.{part}.annotations=x.json" for part in ("pretrain", "instruct")] if name == "files" else []
         extra += ["data.midtrain.annotations=x.json"] if name == "llava_onevision" else []
