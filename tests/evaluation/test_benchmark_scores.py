@@ -19,6 +19,7 @@ from mmprune_train.evaluation.benchmarks.item import Item, Loaded
 from mmprune_train.evaluation.benchmarks.load import choose, load
 from mmprune_train.evaluation.benchmarks.run import answers, counts, main_number, numbers, prediction_lines
 from mmprune_train.evaluation.generate import Prediction
+from mmprune_train.evaluation.metrics.exact import blind_guess
 from mmprune_train.evaluation.questions import Question
 
 
@@ -39,6 +40,15 @@ def test_scores_of_right_wrong_and_half_right_answers(root: Path) -> None:
     assert seed["accuracy"] == 0.0 and seed["accuracy_first_letter"] == pytest.approx(2 / 6)
     boxes = scores("refcoco", root, lambda q: "[0.125, 0.375, 0.625, 0.6]" if "left" in q.text else "there")
     assert boxes["accuracy"] == 0.6 and boxes["without_a_box"] == 2 and boxes["iou"] == pytest.approx(0.6 * 0.9)
+
+
+@pytest.mark.parametrize("name", ["scienceqa", "mmbench", "mmbench_cn", "seed"])
+def test_the_blind_guess_of_a_letter_is_read_as_one(name: str, root: Path) -> None:
+    guess = blind_guess([("x?", "B"), ("y?", " B"), ("z?", "b"), ("w?", "A")])
+    assert guess("x?") == guess("new?") == "B" and guess("w?") == "A"
+    metric = BENCHMARKS[name].metric
+    found = [answer.score for answer in answers(load(name, root).items, metric, saying(lambda q: guess(q.plain)))]
+    assert sum(score["score"] for score in found if score) >= 1
 
 
 def test_pope_by_split_and_read_in_two_ways(root: Path) -> None:
