@@ -72,7 +72,7 @@ BENCHMARKS = {
         LETTER, scoring.SCIENCEQA, "data/scienceqa of https://github.com/lupantech/ScienceQA",
     ),
     "textvqa": Benchmark(
-        "TextVQA", ("textvqa",), short_answers.textvqa, short_answers.annotated_row, ("TextVQA_VAL.tsv", "textvqa.tsv"),
+        "TextVQA", ("textvqa",), short_answers.textvqa, short_answers.textvqa_row, ("TextVQA_VAL.tsv", "textvqa.tsv"),
         SHORT, scoring.EVALAI,
         "https://textvqa.org/dataset; OCR tokens: eval.zip of LLaVA's docs/Evaluation.md",
     ),
