@@ -81,6 +81,20 @@ def test_a_damaged_table_is_answered_by_its_line(cells: dict[str, str], told: st
         load("textvqa", tmp_path, ocr_tokens=False)
 
 
+def test_a_split_of_a_table(tmp_path: Path) -> None:
+    put_table(tmp_path / "pope.tsv", [{"index": 0, "image": in_base64("red"), **TABLES["pope"]}])
+    assert [item.id for item in load("pope", tmp_path, split="random").items] == ["random/0"]
+    with pytest.raises(UserError, match="evaluate.splits.pope=x: there is no such split .* it has popular, random"):
+        load("pope", tmp_path, split="x")
+
+
+def test_a_table_of_mme_whose_rows_have_a_picture_each_is_refused(tmp_path: Path) -> None:
+    """Accuracy+ would be the accuracy again."""
+    put_table(tmp_path / "MME.tsv", [{"index": n, "image": in_base64("red"), **TABLES["mme"]} for n in range(2)])
+    with pytest.raises(UserError, match="MME.tsv, line 2: 1 questions are about picture OCR/0, where 2 are scored"):
+        load("mme", tmp_path)
+
+
 def test_a_table_is_not_asked_in_place_of_a_prompt_with_ocr_tokens(tmp_path: Path) -> None:
     put_table(tmp_path / "textvqa.tsv", [{"index": 0, "image": in_base64("red"), **TABLES["textvqa"]}])
     with pytest.raises(NotHere, match="textvqa.tsv, line 2: .* OCR tokens, .* give evaluate.ocr_tokens=false"):

@@ -95,6 +95,17 @@ def test_server_scored_splits_have_no_answers(root: Path) -> None:
         load("vqav2", root, split="test-std")
 
 
+@pytest.mark.parametrize(
+    ("name", "split"),
+    [("gqa", "testdev_balanced"), ("textvqa", "val"), ("mme", "test"), ("seed", "image"), ("mmvet", "test")],
+)
+def test_a_split_that_is_not_there_is_refused(name: str, split: str, root: Path) -> None:
+    assert load(name, root, split=split).items == load(name, root).items
+    told = f"evaluate.splits.{name}=other: there is no such split in the files of {name}; it has {split}$"
+    with pytest.raises(UserError, match=told):
+        load(name, root, split="other")
+
+
 def test_the_folder_may_be_named_from_elsewhere(root: Path) -> None:
     assert load("pope", root / "gqa" / "..").items[0].answers == ("yes",)
 

@@ -158,6 +158,6 @@ def textvqa_row(cells: Row, asked: Asked) -> list[Item]:
     if asked.ocr_tokens:
         raise NotHere(
             f"{cells.where}: TextVQA is asked with OCR tokens, which a table does not have; give "
-            "evaluate.ocr_tokens=false to ask without, or get TextVQA_0.5.1_val.json and llava_textvqa_val_v051_ocr.jsonl"
+            "evaluate.ocr_tokens=false to ask without, or get TextVQA_0.5.1_val.json and LLaVA's question file"
         )
     return annotated_row(cells, asked)
