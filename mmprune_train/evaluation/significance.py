@@ -37,6 +37,8 @@ class Scored:
     """The number that tables show; `accuracy` is the mean of the scores."""
     numbers: Callable[[Sequence[Sequence[int]]], Numbers] | None = None
     """Numbers over groups of questions, some of them several times; None: means of the scores, of all and by kind."""
+    seen: Sequence[bool] | None = None
+    """Which questions have an image; None: all."""
 
     @cached_property
     def units(self) -> list[list[int]]:

@@ -6,6 +6,7 @@ import random
 from collections import Counter
 from collections.abc import Callable, Collection
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -18,6 +19,9 @@ from mmprune_train.evaluation.benchmarks.scoring import Metric
 from mmprune_train.evaluation.generate import Prediction
 from mmprune_train.evaluation.metrics.mme import COGNITION, PERCEPTION
 from mmprune_train.evaluation.significance import Scored, compare
+
+
+SEEN = (Path("a.png"),)
 
 
 @pytest.fixture(autouse=True)
@@ -107,7 +111,8 @@ def test_the_p_of_another_number_than_all_accuracy_is_no_mcnemar() -> None:
     """ScienceQA's questions without an image change nothing about the number of those with one."""
     kinds = ["image"] * 10 + ["text"] * 20
     items = [
-        Item(str(n), (), f"{n}?", ("A",), kind, "", "", options={"A": "", "B": ""}) for n, kind in enumerate(kinds)
+        Item(f"{n}", SEEN if kind == "image" else (), f"{n}?", ("A",), kind, "", "", options={"A": "", "B": ""})
+        for n, kind in enumerate(kinds)
     ]
 
     def column(said: str) -> Scored:
@@ -116,6 +121,7 @@ def test_the_p_of_another_number_than_all_accuracy_is_no_mcnemar() -> None:
         assert found is not None
         return found
 
+    assert column("A").seen == [True] * 10 + [False] * 20
     told = compare(column("A"), column("B"))
     assert told is not None and (told.difference, told.p, told.test) == (0, 1, "bootstrap")
 

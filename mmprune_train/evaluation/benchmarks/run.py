@@ -96,6 +96,7 @@ def scored(found: Sequence[Answer], metric: Metric) -> Scored | None:
         np.array([score["score"] for score in scores], float),
         metric.main,
         None if metric.aggregate is mean else numbers_of,
+        [bool(item.images) for item in items],
     )
     return result if result.score is not None else None
 
