@@ -126,6 +126,15 @@ def test_boxes_are_read_in_three_layouts_and_told_in_either_frame(root: Path) ->
     assert [item.kind for item in load("refcoco", root, split="testA").items] == ["refcoco+_testA"]
 
 
+def test_two_files_of_one_set_and_split_are_refused(tmp_path: Path) -> None:
+    WRITERS["refcoco"](tmp_path)
+    home = tmp_path / "refcoco"
+    (home / "REC_refcoco_unc_val.jsonl").write_bytes((home / "refcoco_val.jsonl").read_bytes())
+    with pytest.raises(UserError, match="refcoco_val.jsonl: REC_refcoco_unc_val.jsonl has refcoco_val, too; keep one"):
+        load("refcoco", tmp_path)
+    assert [item.kind for item in load("refcoco", tmp_path, split="testA").items] == ["refcoco+_testA"]
+
+
 def test_refcoco_as_it_is_published(tmp_path: Path) -> None:
     picture(tmp_path / "refcoco/images/COCO_train2014_7.jpg", size=(40, 80))
     home = tmp_path / "refcoco/refcoco"
