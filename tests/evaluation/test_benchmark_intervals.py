@@ -20,7 +20,6 @@ from mmprune_train.evaluation.generate import Prediction
 from mmprune_train.evaluation.metrics.mme import COGNITION, PERCEPTION
 from mmprune_train.evaluation.significance import Scored, compare
 
-
 SEEN = (Path("a.png"),)
 
 

@@ -53,6 +53,7 @@ def load(
         found = replace(found, items=_of_split(found.items, split, name))
     _check_groups(found.items, benchmark.together)
     _check_places(found, root)
+    found = replace(found, ids=tuple(item.id for item in found.items))
     return _with_images(found, benchmark.title, benchmark.get)
 
 
