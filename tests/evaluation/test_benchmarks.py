@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import pytest
@@ -104,6 +105,20 @@ def test_a_split_that_is_not_there_is_refused(name: str, split: str, root: Path)
     told = f"evaluate.splits.{name}=other: there is no such split in the files of {name}; it has {split}$"
     with pytest.raises(UserError, match=told):
         load(name, root, split="other")
+
+
+def test_a_line_ends_at_a_line_feed_alone(tmp_path: Path) -> None:
+    """JSON and plain text may hold what Unicode calls a line or paragraph separator."""
+    odd = "Is\u2028there\x85a\u2029hat?"
+    WRITERS["pope"](tmp_path)
+    WRITERS["mme"](tmp_path)
+    row = json.dumps({"question_id": 0, "image": "COCO_val2014_0.jpg", "text": odd, "label": "no"}, ensure_ascii=False)
+    (tmp_path / "pope/coco/coco_pope_random.json").write_text(f"{row}\r\n{row}", encoding="utf-8", newline="")
+    text = tmp_path / "MME/MME_Benchmark_release_version/OCR/0.txt"
+    text.write_text(f"{odd}\tYes\r\nIs it?\tNo\r\n", encoding="utf-8", newline="")
+    items = load("pope", tmp_path, split="random").items
+    assert [item.prompt for item in items] == [odd + SHORT] * 2 and items[1].where.endswith("line 2")
+    assert [i.prompt for i in load("mme", tmp_path).items if i.group == "OCR/0"] == [odd + SHORT, "Is it?" + SHORT]
 
 
 def test_the_folder_may_be_named_from_elsewhere(root: Path) -> None:
