@@ -157,6 +157,9 @@ def _check_wandb(wandb: WandbConfig | None) -> None:
 
 
 def _check_tasks(config: Config) -> None:
+    told = [f"{share:g}" for share in config.evaluate.budgets]
+    if len(set(told)) < len(told):
+        raise UserError(f"evaluate.budgets={config.evaluate.budgets}: two shares have one name; leave one out")
     if not config.bench.measure:
         raise UserError(f"bench.measure is empty: name some of {', '.join(BENCHED)}")
     if not config.bench.pruners:

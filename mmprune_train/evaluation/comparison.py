@@ -82,9 +82,9 @@ def _tests(one: Row, other: Row) -> list[dict[str, Any]]:
 
 
 def downsampling_wrong(rows: Sequence[Row]) -> dict[str, dict[str, Any]]:
-    """For each row of downsampling, the questions that it gets wrong (a score below 1/2), and every row's mean score on
-    them: many questions can be answered from a small image, and say nothing of what a pruner keeps (VTC-Bench, arXiv
-    2510.07143). None where it gets none wrong."""
+    """For each row of downsampling, the questions with an image that it gets wrong (a score below 1/2), and every row's
+    mean score on them: many questions can be answered from a small image, and say nothing of what a pruner keeps
+    (VTC-Bench, arXiv 2510.07143). None where it gets none wrong."""
     found = {}
     for label in dict.fromkeys(row.beside for row in rows if row.beside):
         wrong = _scores(next(row for row in rows if row.label == label)) < 0.5
@@ -94,5 +94,12 @@ def downsampling_wrong(rows: Sequence[Row]) -> dict[str, dict[str, Any]]:
 
 
 def _scores(row: Row) -> Any:
-    """[Q] of all columns."""
-    return np.concatenate([column.scores for column in row.measured.columns.values()] or [np.empty(0)])
+    """Of all columns' questions with an image; those that are drawn together (copies of one, its rotations, MME's pair)
+    are one, as right as the least of them."""
+    found = [
+        column.scores[unit].min()
+        for column in row.measured.columns.values()
+        for unit in column.units
+        if column.seen is None or column.seen[unit[0]]
+    ]
+    return np.array(found)

@@ -77,7 +77,8 @@ def evaluate(
 def scored(predictions: Sequence[Prediction]) -> Scored:
     """Exact matches, normalised, of predictions whose answers are known."""
     right = [normalise(p.text) == normalise(p.question.answer) for p in predictions]
-    return Scored([_kind(p) for p in predictions], [""] * len(predictions), np.array(right, float))
+    seen = [bool(p.question.images) for p in predictions]
+    return Scored([_kind(p) for p in predictions], [""] * len(predictions), np.array(right, float), seen=seen)
 
 
 def _kind(prediction: Prediction) -> str:

@@ -24,7 +24,8 @@ class Scored:
     """Scores of a set of questions whose answers are known, in their order.
 
     Questions are drawn anew within their kind, as many as there are, so that a benchmark's mix of tasks stays what it
-    is; those of one group (a picture of MME, the rotations of a question) are drawn together.
+    is; those of one group (a picture of MME, the rotations of a question, copies of one in several kinds) are drawn
+    together, within the groups that are of the same kinds.
     """
 
     kinds: Sequence[str]
@@ -36,13 +37,15 @@ class Scored:
     """The number that tables show; `accuracy` is the mean of the scores."""
     numbers: Callable[[Sequence[Sequence[int]]], Numbers] | None = None
     """Numbers over groups of questions, some of them several times; None: means of the scores, of all and by kind."""
+    seen: Sequence[bool] | None = None
+    """Which questions have an image; None: all."""
 
     @cached_property
     def units(self) -> list[list[int]]:
         """Questions that are drawn together."""
-        found: dict[tuple[str, str | int], list[int]] = {}
-        for number, (kind, group) in enumerate(zip(self.kinds, self.groups, strict=True)):
-            found.setdefault((kind, group or number), []).append(number)
+        found: dict[str | int, list[int]] = {}
+        for number, group in enumerate(self.groups):
+            found.setdefault(group or number, []).append(number)
         return list(found.values())
 
     @cached_property
@@ -58,9 +61,9 @@ class Scored:
     @cached_property
     def drawn(self) -> dict[str, NDArray[np.float64]]:
         """By name, [RESAMPLES] the numbers of as many sets drawn with replacement; NaN where one has no such number."""
-        kinds: dict[str, list[int]] = {}
+        kinds: dict[frozenset[str], list[int]] = {}
         for unit, questions in enumerate(self.units):
-            kinds.setdefault(self.kinds[questions[0]], []).append(unit)
+            kinds.setdefault(frozenset(self.kinds[question] for question in questions), []).append(unit)
         strata, draw = [np.array(units) for units in kinds.values()], np.random.default_rng(SEED)
         found = {name: np.full(RESAMPLES, np.nan) for name in self.values}
         for row in range(RESAMPLES):
@@ -76,21 +79,21 @@ class Scored:
         return {name: interval(drawn) for name, drawn in self.drawn.items()} if len(self.units) > 1 else {}
 
     @cached_property
-    def _sums(self) -> tuple[NDArray[np.float64], NDArray[np.int64], NDArray[np.int64]]:
-        """Of each unit the sum of its scores, its questions, and the number of its kind."""
-        number = {kind: place for place, kind in enumerate(dict.fromkeys(self.kinds))}
-        return (
-            np.array([self.scores[unit].sum() for unit in self.units]),
-            np.array([len(unit) for unit in self.units]),
-            np.array([number[self.kinds[unit[0]]] for unit in self.units]),
-        )
+    def _sums(self) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+        """[K, U] of each kind and unit the sum of its scores, and its questions."""
+        place = {kind: number for number, kind in enumerate(dict.fromkeys(self.kinds))}
+        sums, sizes = np.zeros((2, len(place), len(self.units)))
+        for unit, questions in enumerate(self.units):
+            for question in questions:
+                sums[place[self.kinds[question]], unit] += self.scores[question]
+                sizes[place[self.kinds[question]], unit] += 1
+        return sums, sizes
 
     def _numbers(self, units: NDArray[np.int64]) -> Numbers:
         if self.numbers is not None:
             return self.numbers([self.units[unit] for unit in units])
-        (sums, sizes, kind), kinds = (part[units] for part in self._sums), list(dict.fromkeys(self.kinds))
-        by_kind = np.bincount(kind, sums, len(kinds)) / np.bincount(kind, sizes, len(kinds))
-        named = {f"kinds.{name}": float(value) for name, value in zip(kinds, by_kind, strict=True)}
+        sums, sizes = (part[:, units].sum(axis=1) for part in self._sums)
+        named = {f"kinds.{k}": float(value) for k, value in zip(dict.fromkeys(self.kinds), sums / sizes, strict=True)}
         return {"accuracy": float(sums.sum() / sizes.sum()), **named}
 
 
@@ -110,8 +113,8 @@ class Difference:
     p: float
     """Two-sided, of such a difference or a larger one where both are as good."""
     test: str
-    """`mcnemar`: exact, on the questions that one of both has right; `bootstrap`: paired, for graded scores and for
-    questions in groups, which are not independent."""
+    """`mcnemar`: exact, on the questions that one of both has right; `bootstrap`: paired, for graded scores, for
+    questions in groups, which are not independent, and for numbers other than the accuracy of all of them."""
     only_first: int
     """Questions that the first alone has right (a score of 1/2 or more)."""
     only_second: int
@@ -125,7 +128,8 @@ def compare(first: Scored, second: Scored) -> Difference | None:
     right, also = first.scores >= 0.5, second.scores >= 0.5
     only = int((right & ~also).sum()), int((also & ~right).sum())
     drawn = first.drawn[first.main] - second.drawn[second.main]
-    plain = all(len(unit) == 1 for unit in first.units) and all(set(s.scores) <= {0.0, 1.0} for s in (first, second))
+    plain = first.main == "accuracy" and all(len(unit) == 1 for unit in first.units)
+    plain = plain and all(set(one.scores) <= {0.0, 1.0} for one in (first, second))
     return Difference(
         first.score - second.score,
         interval(drawn) if len(first.units) > 1 else None,

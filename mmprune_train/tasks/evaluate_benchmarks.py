@@ -147,9 +147,13 @@ def read_benchmarks(settings: EvaluateConfig) -> tuple[list[BenchmarkSet], dict[
             missing[name] = str(error)
             print(f"note: {error}", file=sys.stderr, flush=True)
             continue
+        chosen = choose(loaded.items, settings.kinds, settings.limit, name)
+        if BENCHMARKS[name].submit is not None and (left := len(loaded.ids) - len(chosen)):
+            note = f"{left:,} of {len(loaded.ids):,} questions have no answer in the file for a server or judge"
+            loaded = replace(loaded, notes=(*loaded.notes, note))
         for note in loaded.notes:
             print(f"note: {BENCHMARKS[name].title}: {note}", file=sys.stderr, flush=True)
-        sets.append(BenchmarkSet(name, loaded, choose(loaded.items, settings.kinds, settings.limit, name)))
+        sets.append(BenchmarkSet(name, loaded, chosen))
     if not sets:
         raise UserError("; ".join(missing.values()))
     return sets, missing

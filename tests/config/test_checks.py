@@ -46,6 +46,7 @@ def test_typos_are_answered_with_the_nearest_valid_word(override, words):
     [
         (["stages=[instruct,pretrain]"], "in order"),
         (["stages=[]"], "empty"),
+        (["evaluate.budgets=[0.22,0.2200001]"], r"evaluate.budgets=\[0.22, 0.2200001\]: two shares have one name"),
         (["stages=[pretran]"], "did you mean pretrain"),
         (["stage.instruct.global_batch_size=9"], "global_batch_size=8"),
         (["stage.instruct.batch_size=0"], "at least 1"),

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import random
-from collections import defaultdict
-from collections.abc import Callable
+from collections import Counter
+from collections.abc import Callable, Collection
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -17,7 +18,9 @@ from mmprune_train.evaluation.benchmarks.run import Answer, judged, numbers, sco
 from mmprune_train.evaluation.benchmarks.scoring import Metric
 from mmprune_train.evaluation.generate import Prediction
 from mmprune_train.evaluation.metrics.mme import COGNITION, PERCEPTION
-from mmprune_train.evaluation.significance import compare
+from mmprune_train.evaluation.significance import Scored, compare
+
+SEEN = (Path("a.png"),)
 
 
 @pytest.fixture(autouse=True)
@@ -28,7 +31,7 @@ def fewer(monkeypatch: pytest.MonkeyPatch) -> None:
 def answered(metric: Metric, kinds: list[str], groups: list[str], said: Callable[[int], str]) -> list[Answer]:
     """Questions whose answer is yes and no in turn."""
     items = [
-        Item(str(n), (), "Is it?", (("yes", "no")[n % 2],), kind, "", "", group)
+        Item(str(n), (), f"Is it {n}?", (("yes", "no")[n % 2],), kind, "", "", group)
         for n, (kind, group) in enumerate(zip(kinds, groups, strict=True))
     ]
     return judged(items, metric, [Prediction(item.question, said(n), {}) for n, item in enumerate(items)])
@@ -60,21 +63,66 @@ def test_a_picture_of_mme_that_is_drawn_twice_is_two_pictures() -> None:
     assert told.difference == pytest.approx((column.score or 0) - (other.score or 0))
 
 
-def test_f1_of_pope_is_drawn_split_by_split() -> None:
-    kinds = ["random"] * 20 + ["popular"] * 30
-    found = answered(scoring.POPE, kinds, [""] * 50, guesses(3))
-    column = scored(found, scoring.POPE)
-    assert column is not None
+def pope(size: int, shared: int, own: int, wrong: Collection[int]) -> list[Answer]:
+    """`size` questions of one split, of which the first `shared` are another's, too, which has `own` more."""
+    numbers = [*range(size), *range(shared), *range(size, size + own)]
+    kinds = ["random"] * size + ["popular"] * (shared + own)
+    items = [
+        Item(f"{kind}/{n}", (), f"Is it {n}?", (("yes", "no")[n % 2],), kind, kind, "")
+        for n, kind in zip(numbers, kinds, strict=True)
+    ]
+    said = [("yes", "no")[(n + (n in wrong)) % 2] for n in numbers]
+    told = [Prediction(item.question, text, {}) for item, text in zip(items, said, strict=True)]
+    return judged(items, scoring.POPE, told)
+
+
+def test_f1_of_pope_is_drawn_with_a_question_in_all_its_splits() -> None:
+    wrong = {0, 3, 4, 9, 12, 13, 17, 22, 25, 31}
+    column = scored(pope(20, 10, 20, wrong), scoring.POPE)
+    assert column is not None and len(column.units) == 40
     generator = np.random.default_rng(significance.SEED)
     for row in range(significance.RESAMPLES):
+        both, random_alone, popular_alone = (
+            [first + int(n) for n in generator.integers(size, size=size)]
+            for first, size in ((0, 10), (10, 10), (20, 20))
+        )
         each = []
-        for first, size in ((0, 20), (20, 30)):
-            counts = defaultdict(int)
-            for n in generator.integers(size, size=size):
-                counts[(int(n) + first) % 2 == 0, column.scores[int(n) + first] == 1] += 1
+        for split in (both + random_alone, both + popular_alone):
+            counts = Counter((n % 2 == 0, n not in wrong) for n in split)
             hit, missed, false = counts[True, True], counts[True, False], counts[False, False]
             each.append(2 * hit / (2 * hit + missed + false) if hit else 0.0)
         assert column.drawn["f1"][row] == pytest.approx(sum(each) / 2)
+
+
+def test_copies_of_a_question_make_no_test_surer() -> None:
+    """F1, and so no McNemar, which is of how many are right; in two splits as wide as in one."""
+    told = []
+    for shared in (0, 40):
+        right, worse = (scored(pope(40, shared, 0, wrong), scoring.POPE) for wrong in ((), (0, 2, 4, 6)))
+        assert right is not None and worse is not None
+        found = compare(right, worse)
+        assert found is not None and found.test == "bootstrap"
+        told.append((found.difference, found.interval, found.p))
+    assert told[0] == told[1]
+
+
+def test_the_p_of_another_number_than_all_accuracy_is_no_mcnemar() -> None:
+    """ScienceQA's questions without an image change nothing about the number of those with one."""
+    kinds = ["image"] * 10 + ["text"] * 20
+    items = [
+        Item(f"{n}", SEEN if kind == "image" else (), f"{n}?", ("A",), kind, "", "", options={"A": "", "B": ""})
+        for n, kind in enumerate(kinds)
+    ]
+
+    def column(said: str) -> Scored:
+        told = [Prediction(item.question, "A" if item.kind == "image" else said, {}) for item in items]
+        found = scored(judged(items, scoring.SCIENCEQA, told), scoring.SCIENCEQA)
+        assert found is not None
+        return found
+
+    assert column("A").seen == [True] * 10 + [False] * 20
+    told = compare(column("A"), column("B"))
+    assert told is not None and (told.difference, told.p, told.test) == (0, 1, "bootstrap")
 
 
 def test_means_are_the_same_by_the_short_way_and_the_long_one() -> None:

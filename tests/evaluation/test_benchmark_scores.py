@@ -9,9 +9,10 @@ from typing import Any
 
 import pytest
 from evaluation.answered import saying, scores
-from evaluation.miniatures import write_all
+from evaluation.miniatures import WRITERS, write_all
 from openpyxl import load_workbook
 
+from mmprune_train.config.task_schema import EvaluateConfig
 from mmprune_train.errors import UserError
 from mmprune_train.evaluation.benchmarks import submissions
 from mmprune_train.evaluation.benchmarks.declared import BENCHMARKS
@@ -19,7 +20,9 @@ from mmprune_train.evaluation.benchmarks.item import Item, Loaded
 from mmprune_train.evaluation.benchmarks.load import choose, load
 from mmprune_train.evaluation.benchmarks.run import answers, counts, main_number, numbers, prediction_lines
 from mmprune_train.evaluation.generate import Prediction
+from mmprune_train.evaluation.metrics.exact import blind_guess
 from mmprune_train.evaluation.questions import Question
+from mmprune_train.tasks.evaluate_benchmarks import read_benchmarks
 
 
 @pytest.fixture(scope="module")
@@ -39,6 +42,15 @@ def test_scores_of_right_wrong_and_half_right_answers(root: Path) -> None:
     assert seed["accuracy"] == 0.0 and seed["accuracy_first_letter"] == pytest.approx(2 / 6)
     boxes = scores("refcoco", root, lambda q: "[0.125, 0.375, 0.625, 0.6]" if "left" in q.text else "there")
     assert boxes["accuracy"] == 0.6 and boxes["without_a_box"] == 2 and boxes["iou"] == pytest.approx(0.6 * 0.9)
+
+
+@pytest.mark.parametrize("name", ["scienceqa", "mmbench", "mmbench_cn", "seed"])
+def test_the_blind_guess_of_a_letter_is_read_as_one(name: str, root: Path) -> None:
+    guess = blind_guess([("x?", "B"), ("y?", " B"), ("z?", "b"), ("w?", "A")])
+    assert guess("x?") == guess("new?") == "B" and guess("w?") == "A"
+    metric = BENCHMARKS[name].metric
+    found = [answer.score for answer in answers(load(name, root).items, metric, saying(lambda q: guess(q.plain)))]
+    assert sum(score["score"] for score in found if score) >= 1
 
 
 def test_pope_by_split_and_read_in_two_ways(root: Path) -> None:
@@ -122,6 +134,22 @@ def test_files_for_servers_and_judges(root: Path, tmp_path: Path) -> None:
     header, *lines = path.read_text().splitlines()
     assert header.split("\t") == ["index", "question", "A", "B", "C", "D", "prediction", "answer", "split"]
     assert lines[-1].split("\t")[6] == "A" and len(found.items) == 9
+
+
+def test_an_upload_with_questions_that_were_not_asked_says_so(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """One without its image and one beyond the limit: of three that are test-dev, of five that the server wants."""
+    WRITERS["vqav2"](tmp_path)
+    (tmp_path / "vqav2/test2015/COCO_test2015_000000000000.jpg").unlink()
+    settings = EvaluateConfig(benchmarks=["vqav2"], root=str(tmp_path), splits={"vqav2": "test-dev"}, limit=1)
+    ((one,), _) = read_benchmarks(settings)
+    (path,) = submissions.vqav2(tmp_path, [(item, "red") for item in one.items], one.loaded)
+    assert [(row["question_id"], row["answer"]) for row in json.loads(path.read_text())] == [
+        (11, "red"), (10, ""), (12, ""), (13, ""), (14, ""),
+    ]  # fmt: skip
+    told = "2 of 3 questions have no answer in the file for a server or judge"
+    assert one.loaded.notes[-1] == told and f"note: VQAv2: {told}\n" in capsys.readouterr().err
 
 
 def test_the_upload_of_mmbench_as_a_workbook(root: Path, tmp_path: Path) -> None:

@@ -12,7 +12,7 @@ from evaluation.miniatures import TEN, WRITERS, in_base64, picture, put_table
 
 from mmprune_train.config.task_schema import BENCHMARKS as NAMES
 from mmprune_train.data.images import read_image
-from mmprune_train.errors import UserError
+from mmprune_train.errors import NotHere, UserError
 from mmprune_train.evaluation.benchmarks.declared import BENCHMARKS
 from mmprune_train.evaluation.benchmarks.load import load
 from mmprune_train.evaluation.benchmarks.run import answers
@@ -38,7 +38,7 @@ TABLES: dict[str, dict[str, Any]] = {
 def test_every_benchmark_is_read_from_a_table_too(name: str, tmp_path: Path) -> None:
     rows = [{"index": 0, "image": in_base64("red"), **TABLES[name]}, {"index": 1, "image": "0", **TABLES[name]}]
     put_table(tmp_path / BENCHMARKS[name].tables[0], rows)
-    items = load(name, tmp_path).items
+    items = load(name, tmp_path, ocr_tokens=False).items
     assert len(items) == (4 if name == "pope" else 2) and items[0].images == items[1].images
     assert "Please answer" not in items[0].prompt
     (image,) = load_images(items[-1].question, read_image)
@@ -78,6 +78,26 @@ def test_a_damaged_table_is_answered_by_its_line(cells: dict[str, str], told: st
     rows = [{"index": n, "image": in_base64("red"), "question": "What?", "answer": str(TEN)} for n in range(2)]
     put_table(tmp_path / "textvqa.tsv", [rows[0], {**rows[1], **cells}])
     with pytest.raises(UserError, match=told):
+        load("textvqa", tmp_path, ocr_tokens=False)
+
+
+def test_a_split_of_a_table(tmp_path: Path) -> None:
+    put_table(tmp_path / "pope.tsv", [{"index": 0, "image": in_base64("red"), **TABLES["pope"]}])
+    assert [item.id for item in load("pope", tmp_path, split="random").items] == ["random/0"]
+    with pytest.raises(UserError, match="evaluate.splits.pope=x: there is no such split .* it has popular, random"):
+        load("pope", tmp_path, split="x")
+
+
+def test_a_table_of_mme_whose_rows_have_a_picture_each_is_refused(tmp_path: Path) -> None:
+    """Accuracy+ would be the accuracy again."""
+    put_table(tmp_path / "MME.tsv", [{"index": n, "image": in_base64("red"), **TABLES["mme"]} for n in range(2)])
+    with pytest.raises(UserError, match="MME.tsv, line 2: 1 questions are about picture OCR/0, where 2 are scored"):
+        load("mme", tmp_path)
+
+
+def test_a_table_is_not_asked_in_place_of_a_prompt_with_ocr_tokens(tmp_path: Path) -> None:
+    put_table(tmp_path / "textvqa.tsv", [{"index": 0, "image": in_base64("red"), **TABLES["textvqa"]}])
+    with pytest.raises(NotHere, match="textvqa.tsv, line 2: .* OCR tokens, .* give evaluate.ocr_tokens=false"):
         load("textvqa", tmp_path)
 
 

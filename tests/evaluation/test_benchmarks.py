@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import pytest
@@ -95,6 +96,31 @@ def test_server_scored_splits_have_no_answers(root: Path) -> None:
         load("vqav2", root, split="test-std")
 
 
+@pytest.mark.parametrize(
+    ("name", "split"),
+    [("gqa", "testdev_balanced"), ("textvqa", "val"), ("mme", "test"), ("seed", "image"), ("mmvet", "test")],
+)
+def test_a_split_that_is_not_there_is_refused(name: str, split: str, root: Path) -> None:
+    assert load(name, root, split=split).items == load(name, root).items
+    told = f"evaluate.splits.{name}=other: there is no such split in the files of {name}; it has {split}$"
+    with pytest.raises(UserError, match=told):
+        load(name, root, split="other")
+
+
+def test_a_line_ends_at_a_line_feed_alone(tmp_path: Path) -> None:
+    """JSON and plain text may hold what Unicode calls a line or paragraph separator."""
+    odd = "Is\u2028there\x85a\u2029hat?"
+    WRITERS["pope"](tmp_path)
+    WRITERS["mme"](tmp_path)
+    row = json.dumps({"question_id": 0, "image": "COCO_val2014_0.jpg", "text": odd, "label": "no"}, ensure_ascii=False)
+    (tmp_path / "pope/coco/coco_pope_random.json").write_text(f"{row}\r\n{row}", encoding="utf-8", newline="")
+    text = tmp_path / "MME/MME_Benchmark_release_version/OCR/0.txt"
+    text.write_text(f"{odd}\tYes\r\nIs it?\tNo\r\n", encoding="utf-8", newline="")
+    items = load("pope", tmp_path, split="random").items
+    assert [item.prompt for item in items] == [odd + SHORT] * 2 and items[1].where.endswith("line 2")
+    assert [i.prompt for i in load("mme", tmp_path).items if i.group == "OCR/0"] == [odd + SHORT, "Is it?" + SHORT]
+
+
 def test_the_folder_may_be_named_from_elsewhere(root: Path) -> None:
     assert load("pope", root / "gqa" / "..").items[0].answers == ("yes",)
 
@@ -113,6 +139,15 @@ def test_boxes_are_read_in_three_layouts_and_told_in_either_frame(root: Path) ->
     item = load("refcoco", root, box_frame="image").items[0]
     assert item.extra["box"] == (0.125, 0.25, 0.625, 0.75) and item.answers == ("[0.125, 0.250, 0.625, 0.750]",)
     assert [item.kind for item in load("refcoco", root, split="testA").items] == ["refcoco+_testA"]
+
+
+def test_two_files_of_one_set_and_split_are_refused(tmp_path: Path) -> None:
+    WRITERS["refcoco"](tmp_path)
+    home = tmp_path / "refcoco"
+    (home / "REC_refcoco_unc_val.jsonl").write_bytes((home / "refcoco_val.jsonl").read_bytes())
+    with pytest.raises(UserError, match="refcoco_val.jsonl: REC_refcoco_unc_val.jsonl has refcoco_val, too; keep one"):
+        load("refcoco", tmp_path)
+    assert [item.kind for item in load("refcoco", tmp_path, split="testA").items] == ["refcoco+_testA"]
 
 
 def test_refcoco_as_it_is_published(tmp_path: Path) -> None:

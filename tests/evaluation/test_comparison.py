@@ -64,6 +64,18 @@ def test_rows_are_told_apart_where_downsampling_is_wrong() -> None:
     assert wrong["scores"] == {"none": pytest.approx(2 / 3), "a_b": pytest.approx(1 / 3), "downsample@7": 0}
 
 
+def test_where_downsampling_is_wrong_copies_count_once_and_what_has_no_image_not_at_all() -> None:
+    def asked(label: str, scores: Sequence[float], beside: str | None = None) -> Row:
+        kinds, groups = ["a", "a", "b", "b", "b"], ["same", "", "same", "turned", "turned"]
+        column = Scored(kinds, groups, np.array(scores, float), seen=[True, False, True, True, True])
+        measured = Measured({}, {"x": column}, {}, [], lambda folder: None)
+        return Row(label, label, False, measured, dict.fromkeys(COSTS), beside=beside)
+
+    rows = [asked("a_b", [0, 1, 0, 1, 1], beside="small"), asked("small", [0, 0, 0, 1, 0])]
+    (wrong,) = comparison(rows)["downsampling_wrong"]
+    assert (wrong["questions"], wrong["of"]) == (2, 2) and wrong["scores"] == {"a_b": 0.5, "small": 0}
+
+
 def test_the_table_reads_the_same_in_all_three_forms(tmp_path: Path) -> None:
     found = comparison(ROWS)
     header, rows = columns(found)

@@ -51,6 +51,8 @@ class Benchmark:
     """Writes what a server or judge takes."""
     new_tokens: int = 16
     """That an answer has at most, where `evaluate.max_new_tokens` is not given."""
+    together: int | None = None
+    """Items that every group has."""
 
 
 BENCHMARKS = {
@@ -72,7 +74,7 @@ BENCHMARKS = {
         LETTER, scoring.SCIENCEQA, "data/scienceqa of https://github.com/lupantech/ScienceQA",
     ),
     "textvqa": Benchmark(
-        "TextVQA", ("textvqa",), short_answers.textvqa, short_answers.annotated_row, ("TextVQA_VAL.tsv", "textvqa.tsv"),
+        "TextVQA", ("textvqa",), short_answers.textvqa, short_answers.textvqa_row, ("TextVQA_VAL.tsv", "textvqa.tsv"),
         SHORT, scoring.EVALAI,
         "https://textvqa.org/dataset; OCR tokens: eval.zip of LLaVA's docs/Evaluation.md",
     ),
@@ -83,7 +85,7 @@ BENCHMARKS = {
     "mme": Benchmark(
         "MME", ("MME", "mme"), yes_no.mme, yes_no.mme_row, ("MME.tsv", "mme.tsv"),
         SHORT, scoring.MME,
-        "https://github.com/BradyFU/Awesome-Multimodal-Large-Language-Models/tree/Evaluation",
+        "https://github.com/BradyFU/Awesome-Multimodal-Large-Language-Models/tree/Evaluation", together=2,
     ),
     "mmbench": Benchmark(
         "MMBench", ("mmbench", "MMBench"), choices.mmbench, choices.mmbench_row, ("MMBench.tsv", "mmbench.tsv"),

@@ -96,7 +96,7 @@ def entries(path: Path) -> Iterator[Entry]:
             raise UserError(f"{path}: {error}; {AGAIN}") from None
         yield from (Entry(one, f"{path}[{number}]") for number, one in enumerate(found))
         return
-    for number, line in enumerate(text.splitlines(), 1):
+    for number, line in enumerate(text.split("\n"), 1):
         if line.strip():
             try:
                 yield Entry(parse_json(line), f"{path}, line {number}")
@@ -112,7 +112,8 @@ def by_key(path: Path) -> dict[str, Entry]:
 
 
 def lines(path: Path) -> list[str]:
-    return _text(path).splitlines()
+    """Without line breaks; other characters at which Unicode breaks lines (U+2028, U+0085) may stand in one."""
+    return _text(path).split("\n")
 
 
 def _text(path: Path) -> str:

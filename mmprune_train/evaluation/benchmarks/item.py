@@ -69,8 +69,10 @@ class Loaded:
     """Those that were read."""
     notes: tuple[str, ...] = ()
     """What is not there, with where to get it; the rest is asked all the same."""
+    ids: tuple[str, ...] = ()
+    """Of all its questions, also of those whose images are not there."""
     others: tuple[Any, ...] = ()
-    """Ids that a submission file must have beside the items'."""
+    """More ids that a submission file must have."""
 
 
 def with_options(question: str, options: Mapping[str, str], hint: str = "") -> str:

@@ -46,14 +46,36 @@ def load(
             told = f"{error}, and no {benchmark.tables[0]} either"
             raise NotHere(f"{benchmark.title}: {told}; get it from {benchmark.get}") from None
         items = [item for row in read_rows(table) for item in benchmark.row(row, asked)]
-        items = [item for item in items if split is None or item.split == split]
         if not items:
-            raise NotHere(
-                f"{benchmark.title}: {table} has no question{f' of split {split}' if split else ''}"
-            ) from None
+            raise NotHere(f"{benchmark.title}: {table} has no question") from None
         found = Loaded(items, [table])
+    if split is not None:
+        found = replace(found, items=_of_split(found.items, split, name))
+    _check_groups(found.items, benchmark.together)
     _check_places(found, root)
+    found = replace(found, ids=tuple(item.id for item in found.items))
     return _with_images(found, benchmark.title, benchmark.get)
+
+
+def _of_split(items: Sequence[Item], split: str, name: str) -> list[Item]:
+    if not (found := [item for item in items if item.split == split]):
+        there = ", ".join(dict.fromkeys(item.split or "without a name" for item in items))
+        raise UserError(
+            f"evaluate.splits.{name}={split}: there is no such split in the files of {name}; it has {there}"
+        )
+    return found
+
+
+def _check_groups(items: Sequence[Item], size: int | None) -> None:
+    """Raise UserError for a group of another size, where all are of one."""
+    groups: dict[str, list[Item]] = {}
+    for item in items if size else ():
+        groups.setdefault(item.group, []).append(item)
+    for name, group in groups.items():
+        if len(group) != size:
+            told = f"{len(group)} questions are about picture {name}, where {size} are scored together"
+            remedy = "in a table both have its image_path, or one in its column image the index of the other"
+            raise UserError(f"{group[-1].where}: {told}; {remedy}")
 
 
 def _check_places(found: Loaded, root: Path) -> None:

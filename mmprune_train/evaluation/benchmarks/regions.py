@@ -26,20 +26,25 @@ REMEDY = (
 def refcoco(folder: Folder, asked: Asked) -> Loaded:
     """Lists of one split each, or `SET/refs(unc).json` with `SET/instances.json`; training splits are left out."""
     images = folder.images(*PICTURES)
-    items, files = list[Item](), list[Path]()
+    parts, files = list[tuple[Path, list[Item]]](), list[Path]()
     for place in folder.places:
         for path in sorted(place.glob("*.json*")):
             if match := SPLIT_FILE.fullmatch(path.name):
                 files.append(path)
-                items += [_listed(one, images, asked, *match.groups()) for one in entries(path)]
-        if items:
+                parts.append((path, [_listed(one, images, asked, *match.groups()) for one in entries(path)]))
+        if parts:
             break
-    for name in () if items else SETS:
+    for name in () if parts else SETS:
         for refs in sorted(home.glob("refs(*).json")) if (home := folder.find(name)) else ():
             files += [refs, refs.with_name("instances.json")]
-            items += list(_official(refs, name, images, asked))
-    if asked.split is not None:
-        items = [item for item in items if item.split == asked.split]
+            parts.append((refs, list(_official(refs, name, images, asked))))
+    items, source = list[Item](), dict[str, Path]()
+    for path, found in parts:
+        mine = [item for item in found if asked.split in (None, item.split)]
+        for kind in {item.kind for item in mine}:
+            if (other := source.setdefault(kind, path)) != path:
+                raise UserError(f"{path}: {other.name} has {kind}, too; keep one of both in the folder")
+        items += mine
     if not items:
         pickles = [path for place in folder.places for path in (*place.glob(PICKLE), *place.glob(f"*/{PICKLE}"))]
         told = f"{pickles[0]}: {REMEDY}" if pickles else f"there is no refcoco_val.jsonl in {folder.places[0]}"

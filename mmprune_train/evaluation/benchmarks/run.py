@@ -72,6 +72,9 @@ def scored(found: Sequence[Answer], metric: Metric) -> Scored | None:
     if not pairs:
         return None
     items, scores = [item for item, _ in pairs], [score for _, score in pairs]
+    asked: dict[Any, int] = {}
+    for item in items:
+        asked.setdefault((item.images, item.prompt), len(asked))
 
     @functools.cache
     def copy_of(number: int, copy: int) -> Item:
@@ -89,10 +92,11 @@ def scored(found: Sequence[Answer], metric: Metric) -> Scored | None:
 
     result = Scored(
         [item.kind for item in items],
-        [item.group for item in items],
+        [f"{i.kind}/{i.group}" if i.group else f"same {asked[i.images, i.prompt]}" for i in items],
         np.array([score["score"] for score in scores], float),
         metric.main,
         None if metric.aggregate is mean else numbers_of,
+        [bool(item.images) for item in items],
     )
     return result if result.score is not None else None
 

@@ -151,3 +151,13 @@ def annotated_row(cells: Row, asked: Asked) -> list[Item]:
     if len(cells.answers) == 1:
         raise UserError(f"{cells.where}: answer is one text, where a list of all annotators' is scored; {AGAIN}")
     return row(cells, asked)
+
+
+def textvqa_row(cells: Row, asked: Asked) -> list[Item]:
+    """Without OCR tokens, which no table has."""
+    if asked.ocr_tokens:
+        raise NotHere(
+            f"{cells.where}: TextVQA is asked with OCR tokens, which a table does not have; give "
+            "evaluate.ocr_tokens=false to ask without, or get TextVQA_0.5.1_val.json and LLaVA's question file"
+        )
+    return annotated_row(cells, asked)

@@ -25,7 +25,9 @@ PREDICTION_AT = 6
 def vqav2(folder: Path, answers: Answered, loaded: Loaded) -> list[Path]:
     """For EvalAI; an empty answer to what was not asked, which it wants, too."""
     rows: list[Any] = [{"question_id": int(i.id), "answer": evalai_normalised(text)} for i, text in answers]
-    rows += [{"question_id": number, "answer": ""} for number in loaded.others]
+    told = {item.id for item, _ in answers}
+    others = [*(int(number) for number in loaded.ids if number not in told), *loaded.others]
+    rows += [{"question_id": number, "answer": ""} for number in others]
     return [_json(folder / "vqav2_upload.json", rows)]
 
 

@@ -90,7 +90,6 @@ def pope_row(row: Row, asked: Asked) -> list[Item]:
     return [
         Item(f"{split}/{row.need('index')}", row.images, prompt, (answer,), split, split, row.where)
         for split in (row.get("category") or "all").split(",")
-        if asked.split in (None, split)
     ]
 
 

@@ -26,22 +26,24 @@ def accuracy_by_kind(rows: Iterable[tuple[str, str, str]]) -> dict[str, float]:
 
 
 def blind_guess(training: Iterable[tuple[str, str]]) -> Callable[[str], str]:
-    """The guess of who never looks: a question's most frequent answer in training, normalised; of one never seen, the
-    most frequent answer of all.
+    """The guess of who never looks: a question's most frequent answer in training, as it is mostly spelled there (a
+    letter that is no capital is read by no benchmark); of one never seen, the most frequent answer of all.
 
     Args:
         training: (question, answer).
     """
     per_question: dict[str, Counter[str]] = defaultdict(Counter)
     overall: Counter[str] = Counter()
+    spelled: dict[str, Counter[str]] = defaultdict(Counter)
     for question, answer in training:
         per_question[normalise(question)][normalise(answer)] += 1
         overall[normalise(answer)] += 1
-    common = overall.most_common(1)[0][0] if overall else ""
+        spelled[normalise(answer)][answer.strip()] += 1
 
     def guess(question: str) -> str:
-        seen = per_question.get(normalise(question))
-        return seen.most_common(1)[0][0] if seen else common
+        if not (seen := per_question.get(normalise(question)) or overall):
+            return ""
+        return spelled[seen.most_common(1)[0][0]].most_common(1)[0][0]
 
     return guess
 
