@@ -10,6 +10,7 @@ import torch
 
 from mmprune_train.config.command import Command
 from mmprune_train.config.schema import Config
+from mmprune_train.config.typed import group_of, key_of
 from mmprune_train.errors import UserError
 from mmprune_train.model.build import saved_settings
 from mmprune_train.model.export.adapters import save_adapter
@@ -41,6 +42,7 @@ def run(config: Config, command: Command = Command()) -> dict[str, Any]:
     with new_folder(out, "export.out") as part:
         source = find_source(config, command)
         if config.export.format == "adapter":
+            _refuse_pruner(source, command)
             written, settings, tower = _write_adapters(source, part)
         else:
             written, settings, tower = _write_model(source, load_source(source, command), part)
@@ -82,6 +84,15 @@ def _write_model(source: Source, loaded: Loaded, part: Path) -> Written:
         "parity": loaded.parity,
     }
     return written, pruner, hf.config.vision_config.model_type
+
+
+def _refuse_pruner(source: Source, command: Command) -> None:
+    typed = {group_of(key_of(override)) for override in command.overrides}
+    if typed & {"pruner", "knee"} or (source.found is not None and source.found.pruner is not None):
+        raise UserError(
+            "export.format=adapter: adapters go out with the pruner that they were trained with, and the command asks "
+            "for another; leave pruner= and knee= (and +experiment=) out, or take export.format=hf"
+        )
 
 
 def _write_adapters(source: Source, part: Path) -> Written:

@@ -32,7 +32,16 @@ from mmprune_train.model.weights.folders import ADAPTER_CONFIG, LLAVA
 from mmprune_train.model.weights.places import local_or_hub
 from mmprune_train.model.weights.start import Start, base_parts, locate
 from mmprune_train.quiet import quiet
-from mmprune_train.tasks.checkpoint import Checkpoint, beside, check_writable, choose_orientation, find_checkpoint
+from mmprune_train.tasks.checkpoint import (
+    KEPT,
+    Checkpoint,
+    asked_pruner,
+    beside,
+    check_writable,
+    choose_orientation,
+    find_checkpoint,
+    settled_config,
+)
 
 HALF = {"F16": torch.float16, "BF16": torch.bfloat16, **{str(kind): kind for kind in (torch.float16, torch.bfloat16)}}
 """Dtypes as files name them; what is stored in others, or in several, is exported in fp32."""
@@ -47,7 +56,7 @@ class Source:
     home: Path
     """Where the task's result goes."""
     config: Config
-    """The command's; of adapters in a run, the run's with the command's `export`."""
+    """The command's; of adapters in a run, the run's with what the command asks for."""
     run: Path | None = None
     found: Checkpoint | None = None
     """None: adapters are given."""
@@ -76,7 +85,7 @@ def find_source(config: Config, command: Command) -> Source:
         home = run if inside else home_dir(config)
         check_writable(home)
         if inside:
-            config = replace(config_from_file(run / "config.yaml"), export=config.export, trainer=config.trainer)
+            config = _in_run(config_from_file(run / "config.yaml"), config, command)
         return Source(place, home, config, run if inside else None, adapters=place)
     found = find_checkpoint(config, command)
     path = found.model if isinstance(found.model, Path) else local_or_hub("ckpt", found.model)
@@ -84,6 +93,14 @@ def find_source(config: Config, command: Command) -> Source:
         return Source(path, found.home, found.config, found=found)
     adapters = path.parent / "adapters"
     return Source(path, found.home, found.config, found.home, found, adapters if adapters.is_dir() else None)
+
+
+def _in_run(trained: Config, config: Config, command: Command) -> Config:
+    """The run's config with what the command asks for; whom to trust, and the pruner, the command alone says."""
+    settled = settled_config(trained, config, command)
+    taken: dict[str, Any] = {name: getattr(settled, name) for name in KEPT}
+    taken |= {name: getattr(config, name) for name in ("export", "trainer", "pruner", "trust_components")}
+    return replace(trained, **taken)
 
 
 def load_source(source: Source, command: Command) -> Loaded:
@@ -163,11 +180,11 @@ def _merged(source: Source, command: Command) -> Loaded:
         folder for folder in (path.resolve().parent / "model", whole) if folder and (folder / "config.json").is_file()
     ]
     settings = record_of("ckpt", path).get("mmprune") or (saved_settings("ckpt", saved[0]) if saved else {})
-    if not command.names("pruner", "knee"):
-        own = settings.get("pruner")
-        if own is not None and not config.trust_components:
-            refuse_foreign(path / RECORD, components(own), {})
-        config = replace(config, pruner=load_pruner("none") if own is None else saved_pruner(own))
+    own = None if settings.get("pruner") is None else saved_pruner(settings["pruner"])
+    pruner = asked_pruner(own, path / RECORD, config, command)
+    if pruner is None and own is not None and not config.trust_components:
+        refuse_foreign(path / RECORD, components(own), {})
+    config = replace(config, pruner=pruner or own or load_pruner("none"))
     with quiet():
         model, processor = _beside_base(config, start, settings.get("template"))
         unmerged = probe(model)
@@ -177,4 +194,5 @@ def _merged(source: Source, command: Command) -> Loaded:
         if prepared:  # images as in training, which an encoder alone does not say
             processor = load_processor(prepared[0], model.hf)
             converse(model.hf, processor, model.template, config.llm.template)
+    choose_orientation(processor.image_processor, config.data.exif_orientation, "data.exif_orientation" in command.keys)
     return Loaded(model, processor, torch.float32, parity)

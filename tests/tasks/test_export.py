@@ -193,6 +193,27 @@ def test_what_cannot_be_exported_is_told(run: Path, tmp_path: Path) -> None:
     assert sorted(path.name for path in tmp_path.iterdir()) == ["taken"]
 
 
+def test_the_command_decides_over_the_config_of_the_run_that_adapters_lie_in(run: Path, tmp_path: Path) -> None:
+    theirs = shutil.copytree(run, tmp_path / "theirs")
+    config = (theirs / "config.yaml").read_text().splitlines()
+    changed = [line.replace("trust_components: false", "trust_components: true") for line in config]
+    (theirs / "config.yaml").write_text("\n".join(line for line in changed if not line.startswith("# checksum")))
+    adapters, out = theirs / "instruct" / "adapters", f"export.out={tmp_path}/out"
+    typed = ("task=export", f"ckpt={adapters}", out, "pruner=fastv", f"llm.path={tmp_path}", "encoder.path=owner/name")
+    found = find_source(compose_config(list(typed)), Command.of(typed)).config
+    assert changed != config and not found.trust_components
+    assert (found.llm.path, found.encoder.path, found.pruner.name) == (str(tmp_path), "owner/name", "fastv")
+    assert found.stage["instruct"].max_steps == 2, "all else is the run's"
+    exported(tmp_path / "out", f"ckpt={adapters}", "pruner=fastv")
+    assert load_model(tmp_path / "out")[0].pruner.settings.name == "fastv"
+
+
+@pytest.mark.parametrize("source", ["", "instruct/adapters"])
+def test_adapters_do_not_go_out_with_another_pruner(source: str, run: Path, tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"export.format=adapter: .*leave pruner= and knee="):
+        exported(tmp_path / "out", f"ckpt={run / source}", "export.format=adapter", "pruner=fastv")
+
+
 def test_merged_weights_that_answer_otherwise_are_refused(run: Path, tmp_path: Path) -> None:
     typed = ("task=export", f"ckpt={run}", f"export.out={tmp_path}/out")
     source = find_source(compose_config(list(typed)), Command.of(typed))
