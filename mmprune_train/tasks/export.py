@@ -30,7 +30,7 @@ from mmprune_train.storage.atomic import new_folder
 from mmprune_train.storage.files import write_json
 from mmprune_train.storage.run_files import read_manifest
 from mmprune_train.tasks.card_facts import card_facts
-from mmprune_train.tasks.checkpoint import Results
+from mmprune_train.tasks.checkpoint import Results, beside
 from mmprune_train.tasks.export_source import Loaded, Source, find_source, load_source
 
 
@@ -68,10 +68,10 @@ Written = tuple[dict[str, Any], dict[str, Any], str]
 
 def _write_model(source: Source, loaded: Loaded, part: Path) -> Written:
     settings = source.config.export
-    dtype = DTYPES.get(settings.dtype, loaded.stored)
     shard = int(settings.shard_gb * 1e9)
+    tower, inside = _tower(source) if settings.format == "llava" else ("", True)
+    dtype = DTYPES.get(settings.dtype, torch.float32 if loaded.tower_beside and inside else loaded.stored)
     if settings.format == "llava":
-        tower, inside = _tower(source)
         size = save_llava(loaded.model, loaded.processor, part, dtype, tower, inside, shard)
     else:
         size = save_hf(loaded.model, loaded.processor, part, dtype, shard)
@@ -141,7 +141,8 @@ def _tower(source: Source) -> tuple[str, bool]:
     if Path(tower).expanduser().is_dir():
         tower = str(Path(tower).expanduser().resolve())
     if own.get("mm_vision_tower"):
-        return tower, bool(named) or bool(tower_tensors(weights_of("ckpt", source.path)))
+        other = found is not None and beside(found).encoder is not None
+        return tower, bool(named) or other or bool(tower_tensors(weights_of("ckpt", source.path)))
     manifest = read_manifest(source.run) if source.run else None
     begun = [stage.get("start", {}) for stage in (manifest or {}).get("stages", {}).values()]
     untouched = manifest and "encoder" in manifest.get("base_weights", {}) and not any("key" in one for one in begun)

@@ -29,6 +29,7 @@ from mmprune_train.model.weights.adapters import check_adapters, put_on
 from mmprune_train.model.weights.base import RECORD, base_of, check_base, record_of
 from mmprune_train.model.weights.files import weights_of
 from mmprune_train.model.weights.folders import ADAPTER_CONFIG, LLAVA
+from mmprune_train.model.weights.original import tower_tensors
 from mmprune_train.model.weights.places import local_or_hub
 from mmprune_train.model.weights.start import Start, base_parts, locate
 from mmprune_train.quiet import quiet
@@ -71,7 +72,9 @@ class Loaded:
     model: PackedLlava
     processor: Any
     stored: torch.dtype
-    """What its weights were saved in; fp32 where they differ."""
+    """What the weights in its folder were saved in; fp32 where they differ."""
+    tower_beside: bool
+    """Its vision tower lies elsewhere, perhaps in another dtype: the model is in fp32, which holds both."""
     parity: dict[str, float] | None
     """How far its logits are from those of its adapters beside their base; None: it has none, or they are not here."""
 
@@ -109,12 +112,12 @@ def load_source(source: Source, command: Command) -> Loaded:
     if source.found is None:
         return _merged(source, command)
     found, unmerged = source.found, _unmerged(source)
-    stored, parts = _stored(source.path), beside(found)
+    stored, parts, tower_beside = _stored(source.path), beside(found), _tower_beside(source.path)
     with quiet():
         model, processor = load_model(
             source.path,
             pruner=found.pruner,
-            dtype=stored if unmerged is None else torch.float32,
+            dtype=torch.float32 if tower_beside or unmerged is not None else stored,
             text=found.config.encoder.text,
             key="ckpt",
             trust_components=found.config.trust_components,
@@ -124,7 +127,8 @@ def load_source(source: Source, command: Command) -> Loaded:
         )
     named = "data.exif_orientation" in command.keys
     choose_orientation(processor.image_processor, found.config.data.exif_orientation, named)
-    return Loaded(model, processor, stored, None if unmerged is None else check_parity(unmerged, probe(model), stored))
+    parity = None if unmerged is None else check_parity(unmerged, probe(model), stored)
+    return Loaded(model, processor, stored, tower_beside, parity)
 
 
 def _stored(path: Path) -> torch.dtype:
@@ -135,6 +139,11 @@ def _stored(path: Path) -> torch.dtype:
         return torch.float32
     kinds = {entry.dtype for entry in weights_of("ckpt", path).values()}
     return HALF.get(kinds.pop(), torch.float32) if len(kinds) == 1 else torch.float32
+
+
+def _tower_beside(path: Path) -> bool:
+    original = original_in("ckpt", path)
+    return original is not None and not (original.path.is_dir() and tower_tensors(weights_of("ckpt", original.path)))
 
 
 def _unmerged(source: Source) -> Tensor | None:
@@ -195,4 +204,4 @@ def _merged(source: Source, command: Command) -> Loaded:
             processor = load_processor(prepared[0], model.hf)
             converse(model.hf, processor, model.template, config.llm.template)
     choose_orientation(processor.image_processor, config.data.exif_orientation, "data.exif_orientation" in command.keys)
-    return Loaded(model, processor, torch.float32, parity)
+    return Loaded(model, processor, torch.float32, False, parity)

@@ -166,6 +166,29 @@ def test_an_original_checkpoint_is_asked_with_parts_of_the_command_line(
     assert re.search(r"^ +\d+ +\d+ +\d+$", out, re.MULTILINE), "tokens dense and after both stages"
 
 
+def test_a_tower_from_elsewhere_goes_out_as_it_is(run: Path, tmp_path: Path) -> None:
+    model, processor = load_model(run)
+    side, tower = model.config.vision_config.image_size, model.hf.model.vision_tower
+    CLIPImageProcessor(size={"shortest_edge": side}, crop_size=side).save_pretrained(tmp_path / "clip")
+    tower.save_pretrained(tmp_path / "clip")
+    expected = {name: value.clone() for name, value in tower.state_dict().items()}
+    assert any(not torch.equal(value, value.bfloat16().float()) for value in expected.values())
+    write_original(tmp_path / "original", model.hf.bfloat16(), processor.tokenizer, tower=False)
+    given = (f"ckpt={tmp_path}/original", f"encoder.path={tmp_path}/clip")
+    assert exported(tmp_path / "hf", *given)["dtype"] == "fp32"
+    assert exported(tmp_path / "llava", *given, "export.format=llava")["dtype"] == "fp32"
+    exported(tmp_path / "back", f"ckpt={tmp_path}/llava", f"encoder.path={tmp_path}/clip")
+    for folder in ("hf", "back"):
+        found = LlavaForConditionalGeneration.from_pretrained(tmp_path / folder).model.vision_tower.state_dict()
+        assert all(torch.equal(found[name], value) for name, value in expected.items()), folder
+    inside = load_file(tmp_path / "llava" / "model.safetensors")
+    assert any("vision_tower" in name for name in inside), "the tower that was used is not the one of that name"
+    config = json.loads((tmp_path / "original" / "config.json").read_text())
+    (tmp_path / "original" / "config.json").write_text(json.dumps({**config, "mm_vision_tower": f"{tmp_path}/clip"}))
+    assert exported(tmp_path / "by_name", given[0], "export.format=llava")["dtype"] == "bf16"
+    assert not any("vision_tower" in name for name in load_file(tmp_path / "by_name" / "model.safetensors"))
+
+
 @pytest.mark.parametrize("dtype", ["bf16", "fp16"])
 def test_another_dtype_and_small_files_with_an_index(dtype: str, run: Path, tmp_path: Path) -> None:
     result = exported(tmp_path / "out", f"ckpt={run}", f"export.dtype={dtype}", "export.shard_gb=0.0001")

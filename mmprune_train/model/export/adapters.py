@@ -75,7 +75,7 @@ def check_parity(unmerged: Tensor, merged: Tensor, dtype: torch.dtype) -> dict[s
     if not difference <= TOLERANCE[dtype] * max(largest, 1.0):
         raise UserError(
             f"ckpt: the merged weights answer otherwise than the adapters beside their base (logits differ by "
-            f"{difference:.2g} of {largest:.2g}); the base is not what they were trained on, or export.dtype is too "
-            "coarse for them: give export.format=adapter, or export.dtype=fp32"
+            f"{difference:.2g} of {largest:.2g}): the base, the adapters or the merged weights are not as they were "
+            "at the end of the training; put them back, or give export.format=adapter, which merges nothing"
         )
     return {"largest_difference": difference, "largest_logit": largest}
