@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from mmprune_train.config.schema import Config
+from mmprune_train.model.weights.folders import public_name
 from mmprune_train.reporting.model_card import Card
 from mmprune_train.reporting.text import result_table
 from mmprune_train.storage.files import read_json
@@ -71,8 +72,8 @@ def _bases(source: Any, manifest: Mapping[str, Any]) -> dict[str, str]:
     trained = source.found.trained if source.found else source.config
     for part in ("encoder", "llm"):
         path = getattr(trained, part).path
-        if part in found and path and not Path(path).is_absolute():
-            found[part] = path
+        if part in found and path and Path(path).name != manifest["base_weights"][part].get("source"):
+            found[part] = public_name(path)  # the folder of a hub id has another name
     for name, stage in manifest.get("stages", {}).items():
         start = stage.get("start", {})
         if "key" in start:

@@ -22,6 +22,7 @@ from mmprune_train.model.weights.adapters import check_adapters
 from mmprune_train.model.weights.auto import processor_of
 from mmprune_train.model.weights.base import base_of, hash_of, record_of, weight_files
 from mmprune_train.model.weights.files import read_config, weights_of
+from mmprune_train.model.weights.folders import public_name
 from mmprune_train.model.weights.original import tower_tensors
 from mmprune_train.model.weights.start import base_parts, locate
 from mmprune_train.reporting.model_card import model_card
@@ -107,7 +108,7 @@ def _write_adapters(source: Source, part: Path) -> Written:
     if not base:
         start = locate("ckpt", str(adapters))
         parts = {name: folder for name, folder in base_parts(source.config, start).items() if folder is not None}
-        base = {n: {"sha256": hash_of(weight_files(f)), "source": f.name} for n, f in parts.items()}
+        base = {n: {"sha256": hash_of(weight_files(f)), "source": public_name(str(f))} for n, f in parts.items()}
     model = adapters.resolve().parent / "model"
     settings = record_of("ckpt", adapters).get("mmprune") or saved_settings("ckpt", model)
     if has_scorer(model):
@@ -138,8 +139,7 @@ def _tower(source: Source) -> tuple[str, bool]:
             "export.format=llava: it is not known by which name LLaVA's code finds the vision tower; give "
             "export.vision_tower=NAME, a hub id such as openai/clip-vit-large-patch14-336, or a folder"
         )
-    if Path(tower).expanduser().is_dir():
-        tower = str(Path(tower).expanduser().resolve())
+    tower = public_name(tower)
     if own.get("mm_vision_tower"):
         other = found is not None and beside(found).encoder is not None
         return tower, bool(named) or other or bool(tower_tensors(weights_of("ckpt", source.path)))

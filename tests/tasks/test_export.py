@@ -7,6 +7,7 @@ import re
 import shutil
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -25,8 +26,11 @@ from mmprune_train.config.command import Command
 from mmprune_train.config.compose import compose_config
 from mmprune_train.errors import UserError
 from mmprune_train.model.weights.base import hash_of, weight_files
+from mmprune_train.model.weights.folders import public_name
+from mmprune_train.storage import secrets
 from mmprune_train.storage.files import read_json
 from mmprune_train.tasks import evaluate, export, train
+from mmprune_train.tasks.card_facts import _bases
 from mmprune_train.tasks.export_source import find_source, load_source
 
 SHORT = ("stage.pretrain.max_steps=1", "stage.instruct.max_steps=2", "evaluate.after_train=false",
@@ -102,6 +106,7 @@ def test_adapters_go_out_with_the_hash_of_their_base_and_come_back_merged(
     assert record["base"]["model"]["sha256"] == known == result["base"]["model"]["sha256"]
     front, _ = front_of(tmp_path / "adapter")
     assert front["library_name"] == "peft" and front["license"] == "unknown"
+    (tmp_path / "model").symlink_to(run / "pretrain" / "model")
     again = exported(tmp_path / "merged", f"ckpt={tmp_path}/adapter")
     assert again["parity"]["largest_difference"] < 1e-4
     model = LlavaForConditionalGeneration.from_pretrained(run / "instruct/model")
@@ -164,6 +169,54 @@ def test_an_original_checkpoint_is_asked_with_parts_of_the_command_line(
     code, out, err = mmprune(*ask, f"encoder.path={tower}")
     assert code == 0, err
     assert re.search(r"^ +\d+ +\d+ +\d+$", out, re.MULTILINE), "tokens dense and after both stages"
+
+
+def texts_of(folder: Path) -> dict[str, str]:
+    kinds = (".json", ".md", ".jinja", ".txt", ".yaml")
+    return {str(path): path.read_text() for path in folder.rglob("*") if path.suffix in kinds}
+
+
+def test_no_file_says_where_anything_lay_or_a_secret(
+    run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model, processor = load_model(run)
+    side = model.config.vision_config.image_size
+    model.hf.model.vision_tower.save_pretrained(tmp_path / "clip")
+    CLIPImageProcessor(size={"shortest_edge": side}, crop_size=side).save_pretrained(tmp_path / "clip")
+    write_original(tmp_path / "original", model.hf, processor.tokenizer, tower=False)
+    given = (f"ckpt={tmp_path}/original", f"encoder.path={tmp_path}/clip")
+    exported(tmp_path / "out" / "hf", *given)
+    exported(tmp_path / "out" / "llava", *given, "export.format=llava", f"export.vision_tower={tmp_path}/clip")
+    monkeypatch.setitem(secrets._values, model.pruner.settings.name, "***")
+    exported(tmp_path / "out" / "adapter", f"ckpt={run}", "export.format=adapter")
+    found = texts_of(tmp_path / "out")
+    assert len(found) > 15
+    for name, text in found.items():
+        assert not [word for word in (str(tmp_path), str(run.parent), '_name_or_path": "/') if word in text], name
+    assert json.loads(found[f"{tmp_path}/out/adapter/base.json"])["mmprune"]["pruner"]["name"] == "***"
+    assert json.loads(found[f"{tmp_path}/out/llava/config.json"])["mm_vision_tower"] == "clip"
+    assert json.loads(found[f"{tmp_path}/out/adapter/adapter_config.json"])["base_model_name_or_path"] == "model"
+
+
+def test_bases_are_called_as_others_call_them(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "models" / "clip").mkdir(parents=True)
+    snapshot = "/cache/hub/models--openai--clip-vit-large-patch14-336/snapshots/0a1b2c"
+    names = {
+        "models/clip": "clip",
+        "/models/clip/": "clip",
+        "owner/name": "owner/name",
+        snapshot: "openai/clip-vit-large-patch14-336",
+    }
+    assert {named: public_name(named) for named in names} == names
+    for path, source, told in (
+        ("models/clip", "clip", "c: clip"),
+        ("moved/clip", "clip", "c: clip"),
+        ("o/n", "0a1b", "o/n"),
+    ):
+        config = compose_config([f"encoder.path={path}"])
+        source_of = SimpleNamespace(run=tmp_path, found=None, config=config)
+        assert _bases(source_of, {"base_weights": {"encoder": {"name": "c", "source": source}}}) == {"encoder": told}
 
 
 def test_a_tower_from_elsewhere_goes_out_as_it_is(run: Path, tmp_path: Path) -> None:
