@@ -8,6 +8,7 @@ from typing import Any
 
 from mmprune_train.config.schema import Config
 from mmprune_train.model.weights.folders import public_name
+from mmprune_train.reporting.comparison import comparison_text
 from mmprune_train.reporting.model_card import Card
 from mmprune_train.reporting.text import result_table
 from mmprune_train.storage.files import read_json
@@ -57,7 +58,7 @@ def card_facts(source: Any, written: Mapping[str, Any], settings: Mapping[str, A
         datasets=_datasets(trained, manifest),
         stages=_recipe(trained, manifest),
         pruner=dict(_flat(masked_texts(settings))) or {"name": "none"},
-        metrics="\n\n".join(_evaluations(run)),
+        metrics="\n\n".join(_evaluations(run, source.path.resolve().parent.name)),
         made={name: value for name, value in made.items() if value is not None},
         notes=(ENGINES.get(vision_type, ONLY_EMBEDDED),),
     )
@@ -114,8 +115,16 @@ def _flat(tree: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]
             yield prefix + name, value
 
 
-def _evaluations(run: Path | None) -> Iterator[str]:
-    """The tables of a run's evaluations, by their folders' names; those that were moved aside are left out."""
+def _evaluations(run: Path | None, stage: str) -> Iterator[str]:
+    """The tables of the evaluations of a run's training stage, by their folders' names; those that were moved aside are
+    left out."""
     for file in sorted(run.glob("evaluate*/result.json")) if run else ():
-        if ".old" not in file.parent.name and (found := read_json(file)) and "accuracy" in found:
+        found = None if ".old" in file.parent.name else read_json(file)
+        model = found and {**found.get("asked", {}), **found}.get("ckpt")
+        if found is None or (model and Path(model).parent.name != stage):
+            continue
+        if "accuracy" in found:
             yield f"{file.parent.name} (pruner {found.get('pruner')})\n{result_table(found)}"
+        elif "comparison" in found:
+            pruner = f" (pruner {found['pruner']})" if "pruner" in found else ""
+            yield f"{file.parent.name}{pruner}\n{comparison_text(found['comparison'])}"

@@ -28,9 +28,9 @@ from mmprune_train.errors import UserError
 from mmprune_train.model.weights.base import hash_of, weight_files
 from mmprune_train.model.weights.folders import public_name
 from mmprune_train.storage import secrets
-from mmprune_train.storage.files import read_json
+from mmprune_train.storage.files import read_json, write_json
 from mmprune_train.tasks import evaluate, export, train
-from mmprune_train.tasks.card_facts import _bases
+from mmprune_train.tasks.card_facts import _bases, _evaluations
 from mmprune_train.tasks.export_source import find_source, load_source
 
 SHORT = ("stage.pretrain.max_steps=1", "stage.instruct.max_steps=2", "evaluate.after_train=false",
@@ -217,6 +217,21 @@ def test_bases_are_called_as_others_call_them(tmp_path: Path, monkeypatch: pytes
         config = compose_config([f"encoder.path={path}"])
         source_of = SimpleNamespace(run=tmp_path, found=None, config=config)
         assert _bases(source_of, {"base_weights": {"encoder": {"name": "c", "source": source}}}) == {"encoder": told}
+
+
+def test_the_card_has_all_evaluations_of_its_own_training_stage(run: Path, tmp_path: Path) -> None:
+    own = read_json(run / "evaluate" / "result.json")
+    assert own is not None
+    other = {"asked": {**own["asked"], "ckpt": "/gone/t/pretrain/model"}}
+    compared = {"ckpt": "/gone/t/instruct/model", "comparison": own["comparison"]}
+    results = {"": own, "-pretrain": own | other, "-benchmarks": compared, "-pruners.old-1": compared}
+    results |= {"-pruners": compared, "-pretrain-pruners": compared | {"ckpt": "/gone/t/pretrain/model"}}
+    for name, result in results.items():
+        (tmp_path / f"evaluate{name}").mkdir()
+        write_json(tmp_path / f"evaluate{name}" / "result.json", result, checked=True)
+    told = list(_evaluations(tmp_path, "instruct"))
+    assert [text.split()[0] for text in told] == ["evaluate", "evaluate-benchmarks", "evaluate-pruners"]
+    assert "accuracy" in told[0] and "Scores [95 % interval]" in told[1], told
 
 
 def test_a_tower_from_elsewhere_goes_out_as_it_is(run: Path, tmp_path: Path) -> None:
