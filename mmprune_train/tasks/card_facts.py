@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from mmprune_train.config.schema import Config
-from mmprune_train.model.weights.folders import public_name
+from mmprune_train.model.weights.places import public_name
 from mmprune_train.reporting.comparison import comparison_text
 from mmprune_train.reporting.model_card import Card
 from mmprune_train.reporting.text import result_table

@@ -22,8 +22,8 @@ from mmprune_train.model.weights.adapters import check_adapters
 from mmprune_train.model.weights.auto import processor_of
 from mmprune_train.model.weights.base import base_of, hash_of, record_of, weight_files
 from mmprune_train.model.weights.files import read_config, weights_of
-from mmprune_train.model.weights.folders import public_name
 from mmprune_train.model.weights.original import tower_tensors
+from mmprune_train.model.weights.places import public_name
 from mmprune_train.model.weights.start import base_parts, locate
 from mmprune_train.reporting.model_card import model_card
 from mmprune_train.reporting.tables import table

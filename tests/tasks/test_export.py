@@ -26,7 +26,7 @@ from mmprune_train.config.command import Command
 from mmprune_train.config.compose import compose_config
 from mmprune_train.errors import UserError
 from mmprune_train.model.weights.base import hash_of, weight_files
-from mmprune_train.model.weights.folders import public_name
+from mmprune_train.model.weights.places import public_name
 from mmprune_train.storage import secrets
 from mmprune_train.storage.files import read_json, write_json
 from mmprune_train.tasks import evaluate, export, train

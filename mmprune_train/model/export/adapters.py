@@ -16,7 +16,8 @@ from mmprune_train.errors import UserError
 from mmprune_train.model.llava import PackedLlava
 from mmprune_train.model.peft import ADAPTER_FILE, PROJECTOR_FILE
 from mmprune_train.model.weights.base import RECORD, Base
-from mmprune_train.model.weights.folders import ADAPTER_CONFIG, public_name
+from mmprune_train.model.weights.folders import ADAPTER_CONFIG
+from mmprune_train.model.weights.places import public_name
 from mmprune_train.storage.secrets import masked_texts
 
 TOLERANCE = {torch.float32: 1e-4, torch.float16: 1e-2, torch.bfloat16: 5e-2}

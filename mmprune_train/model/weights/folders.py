@@ -3,7 +3,6 @@ named with the key that gave it and what to do instead."""
 
 from __future__ import annotations
 
-import re
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
@@ -279,15 +278,6 @@ def _unread(settings: dict[str, Any]) -> str | None:
 def is_hub_id(path: str) -> bool:
     """Whether this may be `owner/name`, and is not written as a folder."""
     return path.count("/") == 1 and not path.startswith((".", "/", "~"))
-
-
-def public_name(named: str) -> str:
-    """What others call the model that a path or hub id names, without where it lies here: its hub id, of a snapshot in
-    the hub's cache, too, else the name of its folder."""
-    if snapshot := re.search(r"models--([^/]+?)--([^/]+)/snapshots/", named):
-        return "/".join(snapshot.groups())
-    place = Path(named).expanduser()
-    return named if is_hub_id(named) and not place.exists() else place.absolute().name
 
 
 def model_folder(path: str | Path, key: str = "") -> Path | str:
