@@ -43,7 +43,7 @@ class Asker:
     kept: Path
     """Folder for answers until `forget`."""
     identity: Mapping[str, Any] = field(default_factory=dict)
-    """What decides answers beside what is here: the weights, by `stamps`."""
+    """What decides answers beside what is here: the weights, by `stamps`, and versions."""
     seed: int = 0
     """For scores that draw."""
     ranks: Ranks = ALONE
@@ -147,7 +147,7 @@ class Asker:
         decided = {
             **self.identity,
             "pruner": asdict(self.model.pruner.settings),
-            "template": type(self.template).__name__,
+            "template": [type(self.template).__name__, self.processor.chat_template],
             "dtype": str(self.dtype),
             "exif_orientation": getattr(self.processor.image_processor, "exif_orientation", None),
             "batch_size": self.batch_size,
@@ -167,9 +167,11 @@ class Asker:
 
 
 def stamps(folder: Path | str) -> list[Any]:
-    """What tells a model folder's weights from others: its files with their sizes and times; of a hub id, itself."""
-    path = Path(folder)
-    return [stamp_of(file) for file in sorted(path.iterdir()) if file.is_file()] if path.is_dir() else [str(folder)]
+    """What tells weights from others: a model folder's files, those in folders below it, too, with their sizes and
+    times; of a projector's file itself and the config.json beside it; of a hub id, itself."""
+    path = Path(folder).expanduser()
+    files = [path, path.parent / "config.json"] if path.is_file() else sorted(path.rglob("*"))
+    return [stamp_of(file) for file in files if file.is_file()] or [str(folder)]
 
 
 def _row(index: int, prediction: Prediction) -> Row:

@@ -103,15 +103,17 @@ def import_llava(
 
 
 def _folder_of(part: str, given: str | Path | None, named: Any, found: Folder) -> Path:
-    """Where the encoder or the LLM lies: as given, else as the checkpoint names it, from its own folder or the hub."""
+    """Where the encoder or the LLM lies: as given, else as the checkpoint names it, in its own folder, beside that, or
+    on the hub."""
     place = given or named
     if not place:
         what = "vision tower" if part == "encoder" else "language model"
         raise UserError(
             f"{found.path} does not say which {what} it belongs to; give {part}.path=FOLDER (load_model: {part}=FOLDER)"
         )
-    near = (found.path if found.path.is_dir() else found.path.parent) / str(place)
-    return near if not given and near.is_dir() else local_or_hub(f"{part}.path", str(place))
+    own = (found.path if found.path.is_dir() else found.path.parent).resolve()
+    near = [folder / str(place) for folder in (own, own.parent) if not given and (folder / str(place)).is_dir()]
+    return near[0] if near else local_or_hub(f"{part}.path", str(place))
 
 
 def _encoder(key: str, folder: Path, own: dict[str, Any]) -> EncoderConfig:

@@ -77,8 +77,8 @@ class Client:
             images: files or pictures, in the order of their parts.
             options: of the request: `max_tokens`, `temperature`, `stop`, ...
         Raises:
-            UserError: images and their parts do not match; no server answers, or it refuses, or it counts other tokens
-                than were sent.
+            UserError: images and their parts do not match; no server answers, or it refuses, or its answer is no chat
+                completion, or it counts other tokens than were sent.
         """
         return self._post(*self.request(messages, images, **options))
 
@@ -127,19 +127,27 @@ class Client:
         request = urllib.request.Request(f"{self.url}/chat/completions", json.dumps(body).encode(), headers)
         try:
             with urllib.request.urlopen(request, timeout=self.timeout) as reply:
-                found = json.load(reply)
+                told = reply.read().decode(errors="replace")
         except urllib.error.HTTPError as error:
-            told = error.read().decode(errors="replace")[:300]
-            raise UserError(f"{self.url} refuses the request ({error.code}): {told}") from None
+            refused = error.read().decode(errors="replace")[:300]
+            raise UserError(f"{self.url} refuses the request ({error.code}): {refused}") from None
         except (urllib.error.URLError, TimeoutError) as error:
             raise UserError(f"{self.url} does not answer ({getattr(error, 'reason', error)}); serve it there") from None
-        counted = (found.get("usage") or {}).get("prompt_tokens")
+        try:
+            found = json.loads(told)
+            text = str(found["choices"][0]["message"]["content"] or "")
+            counted = (found.get("usage") or {}).get("prompt_tokens")
+        except (ValueError, LookupError, TypeError, AttributeError):
+            raise UserError(
+                f"{self.url} answers with something else than a chat completion: {told[:300]!r}; give the address of "
+                "an OpenAI-compatible server, up to and with /v1"
+            ) from None
         if counted is not None and counted <= sum(tokens):
             raise UserError(
                 f"{self.url} read a prompt of {counted} tokens, and {sum(tokens)} visual tokens were sent: it does not "
                 "take image_embeds; serve with --enable-mm-embeds"
             )
-        return Answer(found["choices"][0]["message"]["content"], tokens, counted)
+        return Answer(text, tokens, counted)
 
 
 def _parts(message: Mapping[str, Any]) -> list[Mapping[str, Any]]:

@@ -7,6 +7,8 @@ from pathlib import Path
 from typing import Any
 
 from mmprune_train.config.schema import Config
+from mmprune_train.model.weights.places import public_name
+from mmprune_train.reporting.comparison import comparison_text
 from mmprune_train.reporting.model_card import Card
 from mmprune_train.reporting.text import result_table
 from mmprune_train.storage.files import read_json
@@ -56,7 +58,7 @@ def card_facts(source: Any, written: Mapping[str, Any], settings: Mapping[str, A
         datasets=_datasets(trained, manifest),
         stages=_recipe(trained, manifest),
         pruner=dict(_flat(masked_texts(settings))) or {"name": "none"},
-        metrics="\n\n".join(_evaluations(run)),
+        metrics="\n\n".join(_evaluations(run, source.path.resolve().parent.name)),
         made={name: value for name, value in made.items() if value is not None},
         notes=(ENGINES.get(vision_type, ONLY_EMBEDDED),),
     )
@@ -71,8 +73,8 @@ def _bases(source: Any, manifest: Mapping[str, Any]) -> dict[str, str]:
     trained = source.found.trained if source.found else source.config
     for part in ("encoder", "llm"):
         path = getattr(trained, part).path
-        if part in found and path and not Path(path).is_absolute():
-            found[part] = path
+        if part in found and path and Path(path).name != manifest["base_weights"][part].get("source"):
+            found[part] = public_name(path)  # the folder of a hub id has another name
     for name, stage in manifest.get("stages", {}).items():
         start = stage.get("start", {})
         if "key" in start:
@@ -113,8 +115,16 @@ def _flat(tree: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]
             yield prefix + name, value
 
 
-def _evaluations(run: Path | None) -> Iterator[str]:
-    """The tables of a run's evaluations, by their folders' names; those that were moved aside are left out."""
+def _evaluations(run: Path | None, stage: str) -> Iterator[str]:
+    """The tables of the evaluations of a run's training stage, by their folders' names; those that were moved aside are
+    left out."""
     for file in sorted(run.glob("evaluate*/result.json")) if run else ():
-        if ".old" not in file.parent.name and (found := read_json(file)) and "accuracy" in found:
+        found = None if ".old" in file.parent.name else read_json(file)
+        model = found and {**found.get("asked", {}), **found}.get("ckpt")
+        if found is None or (model and Path(model).parent.name != stage):
+            continue
+        if "accuracy" in found:
             yield f"{file.parent.name} (pruner {found.get('pruner')})\n{result_table(found)}"
+        elif "comparison" in found:
+            pruner = f" (pruner {found['pruner']})" if "pruner" in found else ""
+            yield f"{file.parent.name}{pruner}\n{comparison_text(found['comparison'])}"

@@ -74,7 +74,7 @@ def find_checkpoint(config: Config, command: Command = Command()) -> Checkpoint:
         settings = Path(model) / "config.json"
         asked = command.names("pruner", "knee") and settings.is_file()
         saved = saved_settings("ckpt", Path(model)).get("pruner") if asked else None
-        pruner = _asked_pruner(None if saved is None else saved_pruner(saved), settings, config, command)
+        pruner = asked_pruner(None if saved is None else saved_pruner(saved), settings, config, command)
         return Checkpoint(model, home_dir(config), config, pruner, command=command)
     trained = config_from_file(run / "config.yaml")
     if "stages" in command.keys:
@@ -82,9 +82,9 @@ def find_checkpoint(config: Config, command: Command = Command()) -> Checkpoint:
         if not (model / "config.json").is_file():
             raise UserError(f"stages={config.stages}: {run} has no finished stage {config.stages[-1]}; leave it out")
     stage = None if Path(model).resolve() == Path(model_folder(run)).resolve() else Path(model).parent.name
-    settled = _settled(trained, config, command)
+    settled = settled_config(trained, config, command)
     check_stage_names(settled)
-    pruner = _asked_pruner(trained.pruner, run / "config.yaml", config, command)
+    pruner = asked_pruner(trained.pruner, run / "config.yaml", config, command)
     if pruner is not None and same_pruner(pruner, trained.pruner):
         pruner = None
     if pruner is not None:
@@ -106,13 +106,13 @@ def check_writable(home: Path) -> None:
         )
 
 
-def _settled(trained: Config, config: Config, command: Command) -> Config:
+def settled_config(trained: Config, config: Config, command: Command) -> Config:
     """The command's config with the run's own `KEPT`, in which keys that are asked for have the command's values."""
     settled = OmegaConf.to_object(_with_keys(trained, config, command, KEPT))
     return replace(config, **{name: getattr(settled, name) for name in KEPT})
 
 
-def _asked_pruner(own: PrunerConfig | None, where: Path, config: Config, command: Command) -> PrunerConfig | None:
+def asked_pruner(own: PrunerConfig | None, where: Path, config: Config, command: Command) -> PrunerConfig | None:
     """The pruner that the command asks for: by single keys the model's own with these, else the command's; None: it
     asks for none.
 

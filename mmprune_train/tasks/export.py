@@ -10,6 +10,7 @@ import torch
 
 from mmprune_train.config.command import Command
 from mmprune_train.config.schema import Config
+from mmprune_train.config.typed import group_of, key_of
 from mmprune_train.errors import UserError
 from mmprune_train.model.build import saved_settings
 from mmprune_train.model.export.adapters import save_adapter
@@ -22,6 +23,7 @@ from mmprune_train.model.weights.auto import processor_of
 from mmprune_train.model.weights.base import base_of, hash_of, record_of, weight_files
 from mmprune_train.model.weights.files import read_config, weights_of
 from mmprune_train.model.weights.original import tower_tensors
+from mmprune_train.model.weights.places import public_name
 from mmprune_train.model.weights.start import base_parts, locate
 from mmprune_train.reporting.model_card import model_card
 from mmprune_train.reporting.tables import table
@@ -29,7 +31,7 @@ from mmprune_train.storage.atomic import new_folder
 from mmprune_train.storage.files import write_json
 from mmprune_train.storage.run_files import read_manifest
 from mmprune_train.tasks.card_facts import card_facts
-from mmprune_train.tasks.checkpoint import Results
+from mmprune_train.tasks.checkpoint import Results, beside
 from mmprune_train.tasks.export_source import Loaded, Source, find_source, load_source
 
 
@@ -41,6 +43,7 @@ def run(config: Config, command: Command = Command()) -> dict[str, Any]:
     with new_folder(out, "export.out") as part:
         source = find_source(config, command)
         if config.export.format == "adapter":
+            _refuse_pruner(source, command)
             written, settings, tower = _write_adapters(source, part)
         else:
             written, settings, tower = _write_model(source, load_source(source, command), part)
@@ -66,10 +69,10 @@ Written = tuple[dict[str, Any], dict[str, Any], str]
 
 def _write_model(source: Source, loaded: Loaded, part: Path) -> Written:
     settings = source.config.export
-    dtype = DTYPES.get(settings.dtype, loaded.stored)
     shard = int(settings.shard_gb * 1e9)
+    tower, inside = _tower(source) if settings.format == "llava" else ("", True)
+    dtype = DTYPES.get(settings.dtype, torch.float32 if loaded.tower_beside and inside else loaded.stored)
     if settings.format == "llava":
-        tower, inside = _tower(source)
         size = save_llava(loaded.model, loaded.processor, part, dtype, tower, inside, shard)
     else:
         size = save_hf(loaded.model, loaded.processor, part, dtype, shard)
@@ -84,6 +87,15 @@ def _write_model(source: Source, loaded: Loaded, part: Path) -> Written:
     return written, pruner, hf.config.vision_config.model_type
 
 
+def _refuse_pruner(source: Source, command: Command) -> None:
+    typed = {group_of(key_of(override)) for override in command.overrides}
+    if typed & {"pruner", "knee"} or (source.found is not None and source.found.pruner is not None):
+        raise UserError(
+            "export.format=adapter: adapters go out with the pruner that they were trained with, and the command asks "
+            "for another; leave pruner= and knee= (and +experiment=) out, or take export.format=hf"
+        )
+
+
 def _write_adapters(source: Source, part: Path) -> Written:
     adapters = source.adapters
     if adapters is None:
@@ -96,7 +108,7 @@ def _write_adapters(source: Source, part: Path) -> Written:
     if not base:
         start = locate("ckpt", str(adapters))
         parts = {name: folder for name, folder in base_parts(source.config, start).items() if folder is not None}
-        base = {n: {"sha256": hash_of(weight_files(f)), "source": f.name} for n, f in parts.items()}
+        base = {n: {"sha256": hash_of(weight_files(f)), "source": public_name(str(f))} for n, f in parts.items()}
     model = adapters.resolve().parent / "model"
     settings = record_of("ckpt", adapters).get("mmprune") or saved_settings("ckpt", model)
     if has_scorer(model):
@@ -127,10 +139,10 @@ def _tower(source: Source) -> tuple[str, bool]:
             "export.format=llava: it is not known by which name LLaVA's code finds the vision tower; give "
             "export.vision_tower=NAME, a hub id such as openai/clip-vit-large-patch14-336, or a folder"
         )
-    if Path(tower).expanduser().is_dir():
-        tower = str(Path(tower).expanduser().resolve())
+    tower = public_name(tower)
     if own.get("mm_vision_tower"):
-        return tower, bool(named) or bool(tower_tensors(weights_of("ckpt", source.path)))
+        other = found is not None and beside(found).encoder is not None
+        return tower, bool(named) or other or bool(tower_tensors(weights_of("ckpt", source.path)))
     manifest = read_manifest(source.run) if source.run else None
     begun = [stage.get("start", {}) for stage in (manifest or {}).get("stages", {}).values()]
     untouched = manifest and "encoder" in manifest.get("base_weights", {}) and not any("key" in one for one in begun)

@@ -29,10 +29,20 @@ from mmprune_train.model.weights.adapters import check_adapters, put_on
 from mmprune_train.model.weights.base import RECORD, base_of, check_base, record_of
 from mmprune_train.model.weights.files import weights_of
 from mmprune_train.model.weights.folders import ADAPTER_CONFIG, LLAVA
+from mmprune_train.model.weights.original import tower_tensors
 from mmprune_train.model.weights.places import local_or_hub
 from mmprune_train.model.weights.start import Start, base_parts, locate
 from mmprune_train.quiet import quiet
-from mmprune_train.tasks.checkpoint import Checkpoint, beside, check_writable, choose_orientation, find_checkpoint
+from mmprune_train.tasks.checkpoint import (
+    KEPT,
+    Checkpoint,
+    asked_pruner,
+    beside,
+    check_writable,
+    choose_orientation,
+    find_checkpoint,
+    settled_config,
+)
 
 HALF = {"F16": torch.float16, "BF16": torch.bfloat16, **{str(kind): kind for kind in (torch.float16, torch.bfloat16)}}
 """Dtypes as files name them; what is stored in others, or in several, is exported in fp32."""
@@ -47,7 +57,7 @@ class Source:
     home: Path
     """Where the task's result goes."""
     config: Config
-    """The command's; of adapters in a run, the run's with the command's `export`."""
+    """The command's; of adapters in a run, the run's with what the command asks for."""
     run: Path | None = None
     found: Checkpoint | None = None
     """None: adapters are given."""
@@ -62,7 +72,9 @@ class Loaded:
     model: PackedLlava
     processor: Any
     stored: torch.dtype
-    """What its weights were saved in; fp32 where they differ."""
+    """What the weights in its folder were saved in; fp32 where they differ."""
+    tower_beside: bool
+    """Its vision tower lies elsewhere, perhaps in another dtype: the model is in fp32, which holds both."""
     parity: dict[str, float] | None
     """How far its logits are from those of its adapters beside their base; None: it has none, or they are not here."""
 
@@ -76,7 +88,7 @@ def find_source(config: Config, command: Command) -> Source:
         home = run if inside else home_dir(config)
         check_writable(home)
         if inside:
-            config = replace(config_from_file(run / "config.yaml"), export=config.export, trainer=config.trainer)
+            config = _in_run(config_from_file(run / "config.yaml"), config, command)
         return Source(place, home, config, run if inside else None, adapters=place)
     found = find_checkpoint(config, command)
     path = found.model if isinstance(found.model, Path) else local_or_hub("ckpt", found.model)
@@ -86,18 +98,26 @@ def find_source(config: Config, command: Command) -> Source:
     return Source(path, found.home, found.config, found.home, found, adapters if adapters.is_dir() else None)
 
 
+def _in_run(trained: Config, config: Config, command: Command) -> Config:
+    """The run's config with what the command asks for; whom to trust, and the pruner, the command alone says."""
+    settled = settled_config(trained, config, command)
+    taken: dict[str, Any] = {name: getattr(settled, name) for name in KEPT}
+    taken |= {name: getattr(config, name) for name in ("export", "trainer", "pruner", "trust_components")}
+    return replace(trained, **taken)
+
+
 def load_source(source: Source, command: Command) -> Loaded:
     """The model that `find_source` found, on the host. Raises as `load_model`, and where merged adapters answer
     otherwise than beside their base."""
     if source.found is None:
         return _merged(source, command)
     found, unmerged = source.found, _unmerged(source)
-    stored, parts = _stored(source.path), beside(found)
+    stored, parts, tower_beside = _stored(source.path), beside(found), _tower_beside(source.path)
     with quiet():
         model, processor = load_model(
             source.path,
             pruner=found.pruner,
-            dtype=stored if unmerged is None else torch.float32,
+            dtype=torch.float32 if tower_beside or unmerged is not None else stored,
             text=found.config.encoder.text,
             key="ckpt",
             trust_components=found.config.trust_components,
@@ -107,7 +127,8 @@ def load_source(source: Source, command: Command) -> Loaded:
         )
     named = "data.exif_orientation" in command.keys
     choose_orientation(processor.image_processor, found.config.data.exif_orientation, named)
-    return Loaded(model, processor, stored, None if unmerged is None else check_parity(unmerged, probe(model), stored))
+    parity = None if unmerged is None else check_parity(unmerged, probe(model), stored)
+    return Loaded(model, processor, stored, tower_beside, parity)
 
 
 def _stored(path: Path) -> torch.dtype:
@@ -118,6 +139,11 @@ def _stored(path: Path) -> torch.dtype:
         return torch.float32
     kinds = {entry.dtype for entry in weights_of("ckpt", path).values()}
     return HALF.get(kinds.pop(), torch.float32) if len(kinds) == 1 else torch.float32
+
+
+def _tower_beside(path: Path) -> bool:
+    original = original_in("ckpt", path)
+    return original is not None and not (original.path.is_dir() and tower_tensors(weights_of("ckpt", original.path)))
 
 
 def _unmerged(source: Source) -> Tensor | None:
@@ -163,11 +189,11 @@ def _merged(source: Source, command: Command) -> Loaded:
         folder for folder in (path.resolve().parent / "model", whole) if folder and (folder / "config.json").is_file()
     ]
     settings = record_of("ckpt", path).get("mmprune") or (saved_settings("ckpt", saved[0]) if saved else {})
-    if not command.names("pruner", "knee"):
-        own = settings.get("pruner")
-        if own is not None and not config.trust_components:
-            refuse_foreign(path / RECORD, components(own), {})
-        config = replace(config, pruner=load_pruner("none") if own is None else saved_pruner(own))
+    own = None if settings.get("pruner") is None else saved_pruner(settings["pruner"])
+    pruner = asked_pruner(own, path / RECORD, config, command)
+    if pruner is None and own is not None and not config.trust_components:
+        refuse_foreign(path / RECORD, components(own), {})
+    config = replace(config, pruner=pruner or own or load_pruner("none"))
     with quiet():
         model, processor = _beside_base(config, start, settings.get("template"))
         unmerged = probe(model)
@@ -177,4 +203,5 @@ def _merged(source: Source, command: Command) -> Loaded:
         if prepared:  # images as in training, which an encoder alone does not say
             processor = load_processor(prepared[0], model.hf)
             converse(model.hf, processor, model.template, config.llm.template)
-    return Loaded(model, processor, torch.float32, parity)
+    choose_orientation(processor.image_processor, config.data.exif_orientation, "data.exif_orientation" in command.keys)
+    return Loaded(model, processor, torch.float32, False, parity)

@@ -26,7 +26,8 @@ from mmprune_train.reporting.comparison import comparison_text, latex, markdown
 from mmprune_train.storage.atomic import write_atomically
 from mmprune_train.storage.conf import options
 from mmprune_train.storage.files import write_json
-from mmprune_train.tasks.checkpoint import Checkpoint, Results, load, prompt_template
+from mmprune_train.tasks.checkpoint import Checkpoint, Results, beside, load, prompt_template
+from mmprune_train.training.rundir import versions
 from mmprune_train.training.sources import component_hashes
 from mmprune_train.workers import ALONE, Ranks
 
@@ -157,10 +158,16 @@ def open_asker(found: Checkpoint, ranks: Ranks = ALONE, pruners: Sequence[Pruner
         precision.dtype,
         found.config.evaluate.batch_size,
         found.home / KEPT,
-        {"weights": stamps(found.model), "components": dict(ChainMap(*hashes))},
+        {"weights": weights(found), "components": dict(ChainMap(*hashes)), "versions": versions()},
         found.config.seed,
         ranks,
     )
+
+
+def weights(found: Checkpoint) -> list[list[Any]]:
+    """Stamps of all that a checkpoint is loaded from: itself, and the parts that the command or its run names."""
+    parts, text = beside(found), found.config.encoder.text
+    return [stamps(place) for place in (found.model, parts.encoder, parts.llm, text and text.path) if place]
 
 
 def ask_under(

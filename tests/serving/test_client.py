@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import io
+import re
 from pathlib import Path
 from typing import Any
 
@@ -195,6 +197,15 @@ def test_what_cannot_be_served_is_told(vision: VisionSide, folder: Path) -> None
         Client(vision, url, "m").ask(QUESTION, [picture(0)], max_tokens=1)
     with pytest.raises(UserError, match="127.0.0.1:9/v1 does not answer"):
         Client(vision, "http://127.0.0.1:9/v1", "m").ask(QUESTION, max_tokens=1)
+
+
+@pytest.mark.parametrize("reply", [b"<html>It works!</html>", b"[]", b'{"error": "no such model"}', b'{"choices": []}'])
+def test_an_answer_that_is_no_chat_completion_is_told(
+    reply: bytes, vision: VisionSide, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("urllib.request.urlopen", lambda *_, **__: io.BytesIO(reply))
+    with pytest.raises(UserError, match=rf"http://there/v1 answers with .*{re.escape(reply.decode())}.*up to and with"):
+        Client(vision, "http://there/v1", "m").ask(QUESTION, max_tokens=1)
 
 
 def test_weights_of_a_trained_score_go_along(tmp_path: Path) -> None:

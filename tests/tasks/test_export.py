@@ -7,6 +7,7 @@ import re
 import shutil
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -25,8 +26,11 @@ from mmprune_train.config.command import Command
 from mmprune_train.config.compose import compose_config
 from mmprune_train.errors import UserError
 from mmprune_train.model.weights.base import hash_of, weight_files
-from mmprune_train.storage.files import read_json
+from mmprune_train.model.weights.places import public_name
+from mmprune_train.storage import secrets
+from mmprune_train.storage.files import read_json, write_json
 from mmprune_train.tasks import evaluate, export, train
+from mmprune_train.tasks.card_facts import _bases, _evaluations
 from mmprune_train.tasks.export_source import find_source, load_source
 
 SHORT = ("stage.pretrain.max_steps=1", "stage.instruct.max_steps=2", "evaluate.after_train=false",
@@ -102,6 +106,7 @@ def test_adapters_go_out_with_the_hash_of_their_base_and_come_back_merged(
     assert record["base"]["model"]["sha256"] == known == result["base"]["model"]["sha256"]
     front, _ = front_of(tmp_path / "adapter")
     assert front["library_name"] == "peft" and front["license"] == "unknown"
+    (tmp_path / "model").symlink_to(run / "pretrain" / "model")
     again = exported(tmp_path / "merged", f"ckpt={tmp_path}/adapter")
     assert again["parity"]["largest_difference"] < 1e-4
     model = LlavaForConditionalGeneration.from_pretrained(run / "instruct/model")
@@ -166,6 +171,92 @@ def test_an_original_checkpoint_is_asked_with_parts_of_the_command_line(
     assert re.search(r"^ +\d+ +\d+ +\d+$", out, re.MULTILINE), "tokens dense and after both stages"
 
 
+def texts_of(folder: Path) -> dict[str, str]:
+    kinds = (".json", ".md", ".jinja", ".txt", ".yaml")
+    return {str(path): path.read_text() for path in folder.rglob("*") if path.suffix in kinds}
+
+
+def test_no_file_says_where_anything_lay_or_a_secret(
+    run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model, processor = load_model(run)
+    side = model.config.vision_config.image_size
+    model.hf.model.vision_tower.save_pretrained(tmp_path / "clip")
+    CLIPImageProcessor(size={"shortest_edge": side}, crop_size=side).save_pretrained(tmp_path / "clip")
+    write_original(tmp_path / "original", model.hf, processor.tokenizer, tower=False)
+    given = (f"ckpt={tmp_path}/original", f"encoder.path={tmp_path}/clip")
+    exported(tmp_path / "out" / "hf", *given)
+    exported(tmp_path / "out" / "llava", *given, "export.format=llava", f"export.vision_tower={tmp_path}/clip")
+    monkeypatch.setitem(secrets._values, model.pruner.settings.name, "***")
+    exported(tmp_path / "out" / "adapter", f"ckpt={run}", "export.format=adapter")
+    found = texts_of(tmp_path / "out")
+    assert len(found) > 15
+    for name, text in found.items():
+        assert not [word for word in (str(tmp_path), str(run.parent), '_name_or_path": "/') if word in text], name
+    assert json.loads(found[f"{tmp_path}/out/adapter/base.json"])["mmprune"]["pruner"]["name"] == "***"
+    assert json.loads(found[f"{tmp_path}/out/llava/config.json"])["mm_vision_tower"] == "clip"
+    assert json.loads(found[f"{tmp_path}/out/adapter/adapter_config.json"])["base_model_name_or_path"] == "model"
+
+
+def test_bases_are_called_as_others_call_them(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "models" / "clip").mkdir(parents=True)
+    snapshot = "/cache/hub/models--openai--clip-vit-large-patch14-336/snapshots/0a1b2c"
+    names = {
+        "models/clip": "clip",
+        "/models/clip/": "clip",
+        "owner/name": "owner/name",
+        snapshot: "openai/clip-vit-large-patch14-336",
+    }
+    assert {named: public_name(named) for named in names} == names
+    for path, source, told in (
+        ("models/clip", "clip", "c: clip"),
+        ("moved/clip", "clip", "c: clip"),
+        ("o/n", "0a1b", "o/n"),
+    ):
+        config = compose_config([f"encoder.path={path}"])
+        source_of = SimpleNamespace(run=tmp_path, found=None, config=config)
+        assert _bases(source_of, {"base_weights": {"encoder": {"name": "c", "source": source}}}) == {"encoder": told}
+
+
+def test_the_card_has_all_evaluations_of_its_own_training_stage(run: Path, tmp_path: Path) -> None:
+    own = read_json(run / "evaluate" / "result.json")
+    assert own is not None
+    other = {"asked": {**own["asked"], "ckpt": "/gone/t/pretrain/model"}}
+    compared = {"ckpt": "/gone/t/instruct/model", "comparison": own["comparison"]}
+    results = {"": own, "-pretrain": own | other, "-benchmarks": compared, "-pruners.old-1": compared}
+    results |= {"-pruners": compared, "-pretrain-pruners": compared | {"ckpt": "/gone/t/pretrain/model"}}
+    for name, result in results.items():
+        (tmp_path / f"evaluate{name}").mkdir()
+        write_json(tmp_path / f"evaluate{name}" / "result.json", result, checked=True)
+    told = list(_evaluations(tmp_path, "instruct"))
+    assert [text.split()[0] for text in told] == ["evaluate", "evaluate-benchmarks", "evaluate-pruners"]
+    assert "accuracy" in told[0] and "Scores [95 % interval]" in told[1], told
+
+
+def test_a_tower_from_elsewhere_goes_out_as_it_is(run: Path, tmp_path: Path) -> None:
+    model, processor = load_model(run)
+    side, tower = model.config.vision_config.image_size, model.hf.model.vision_tower
+    CLIPImageProcessor(size={"shortest_edge": side}, crop_size=side).save_pretrained(tmp_path / "clip")
+    tower.save_pretrained(tmp_path / "clip")
+    expected = {name: value.clone() for name, value in tower.state_dict().items()}
+    assert any(not torch.equal(value, value.bfloat16().float()) for value in expected.values())
+    write_original(tmp_path / "original", model.hf.bfloat16(), processor.tokenizer, tower=False)
+    given = (f"ckpt={tmp_path}/original", f"encoder.path={tmp_path}/clip")
+    assert exported(tmp_path / "hf", *given)["dtype"] == "fp32"
+    assert exported(tmp_path / "llava", *given, "export.format=llava")["dtype"] == "fp32"
+    exported(tmp_path / "back", f"ckpt={tmp_path}/llava", f"encoder.path={tmp_path}/clip")
+    for folder in ("hf", "back"):
+        found = LlavaForConditionalGeneration.from_pretrained(tmp_path / folder).model.vision_tower.state_dict()
+        assert all(torch.equal(found[name], value) for name, value in expected.items()), folder
+    inside = load_file(tmp_path / "llava" / "model.safetensors")
+    assert any("vision_tower" in name for name in inside), "the tower that was used is not the one of that name"
+    config = json.loads((tmp_path / "original" / "config.json").read_text())
+    (tmp_path / "original" / "config.json").write_text(json.dumps({**config, "mm_vision_tower": f"{tmp_path}/clip"}))
+    assert exported(tmp_path / "by_name", given[0], "export.format=llava")["dtype"] == "bf16"
+    assert not any("vision_tower" in name for name in load_file(tmp_path / "by_name" / "model.safetensors"))
+
+
 @pytest.mark.parametrize("dtype", ["bf16", "fp16"])
 def test_another_dtype_and_small_files_with_an_index(dtype: str, run: Path, tmp_path: Path) -> None:
     result = exported(tmp_path / "out", f"ckpt={run}", f"export.dtype={dtype}", "export.shard_gb=0.0001")
@@ -191,6 +282,27 @@ def test_what_cannot_be_exported_is_told(run: Path, tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"export.format: .*'gguf'|export.format=gguf|did you mean"):
         exported(tmp_path / "out", f"ckpt={run}", "export.format=gguf")
     assert sorted(path.name for path in tmp_path.iterdir()) == ["taken"]
+
+
+def test_the_command_decides_over_the_config_of_the_run_that_adapters_lie_in(run: Path, tmp_path: Path) -> None:
+    theirs = shutil.copytree(run, tmp_path / "theirs")
+    config = (theirs / "config.yaml").read_text().splitlines()
+    changed = [line.replace("trust_components: false", "trust_components: true") for line in config]
+    (theirs / "config.yaml").write_text("\n".join(line for line in changed if not line.startswith("# checksum")))
+    adapters, out = theirs / "instruct" / "adapters", f"export.out={tmp_path}/out"
+    typed = ("task=export", f"ckpt={adapters}", out, "pruner=fastv", f"llm.path={tmp_path}", "encoder.path=owner/name")
+    found = find_source(compose_config(list(typed)), Command.of(typed)).config
+    assert changed != config and not found.trust_components
+    assert (found.llm.path, found.encoder.path, found.pruner.name) == (str(tmp_path), "owner/name", "fastv")
+    assert found.stage["instruct"].max_steps == 2, "all else is the run's"
+    exported(tmp_path / "out", f"ckpt={adapters}", "pruner=fastv")
+    assert load_model(tmp_path / "out")[0].pruner.settings.name == "fastv"
+
+
+@pytest.mark.parametrize("source", ["", "instruct/adapters"])
+def test_adapters_do_not_go_out_with_another_pruner(source: str, run: Path, tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"export.format=adapter: .*leave pruner= and knee="):
+        exported(tmp_path / "out", f"ckpt={run / source}", "export.format=adapter", "pruner=fastv")
 
 
 def test_merged_weights_that_answer_otherwise_are_refused(run: Path, tmp_path: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import re
 from pathlib import Path
@@ -9,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from mmprune_train.errors import UserError
-from mmprune_train.model.weights.base import hash_of, weight_files
+from mmprune_train.model.weights.base import base_of, check_base, hash_of, weight_files
 from mmprune_train.model.weights.start import Start
 from mmprune_train.training import base_weights
 from mmprune_train.training.base_weights import unchanged
@@ -78,3 +79,26 @@ def test_a_stage_that_has_begun_keeps_what_it_started_from(folder: Path, tmp_pat
     for rank in (run, other):  # one that went on would wait for the other
         with pytest.raises(UserError, match=r"stage instruct: the weights in .*vicuna"):
             note_start(rank, "instruct", start)
+
+
+@pytest.mark.parametrize(
+    ("part", "remedy"), [("model", "name its folder as base_model_name"), ("encoder", "give encoder.path=FOLDER")]
+)
+def test_adapters_are_refused_where_a_part_of_their_base_has_no_counterpart(
+    part: str, remedy: str, folder: Path, tmp_path: Path
+) -> None:
+    known = {"sha256": hash_of(weight_files(folder)), "source": "vicuna"}
+    check_base("init_from", tmp_path, {part: known}, {part: folder})
+    for parts in ({part: None, "llm": folder}, {"llm": folder}):
+        with pytest.raises(UserError, match=rf"^init_from: .*trained on the {part} vicuna .*{remedy}"):
+            check_base("init_from", tmp_path, {part: known, "llm": known}, parts)
+
+
+def test_adapters_that_went_on_from_others_belong_to_the_base_weights(tmp_path: Path) -> None:
+    adapters = tmp_path / "run" / "instruct" / "adapters"
+    adapters.mkdir(parents=True)
+    start = {"kind": "adapters", "adapters": "continue", "sha256": "a" * 64, "source": "adapters"}
+    llm = {"name": "vicuna_7b", "sha256": "b" * 64, "source": "vicuna"}
+    manifest = {"stages": {"instruct": {"start": start}}, "base_weights": {"llm": llm}}
+    (tmp_path / "run" / "manifest.json").write_text(json.dumps(manifest))
+    assert base_of("ckpt", adapters) == {"llm": {"sha256": "b" * 64, "source": "vicuna"}}

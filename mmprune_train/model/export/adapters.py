@@ -17,6 +17,8 @@ from mmprune_train.model.llava import PackedLlava
 from mmprune_train.model.peft import ADAPTER_FILE, PROJECTOR_FILE
 from mmprune_train.model.weights.base import RECORD, Base
 from mmprune_train.model.weights.folders import ADAPTER_CONFIG
+from mmprune_train.model.weights.places import public_name
+from mmprune_train.storage.secrets import masked_texts
 
 TOLERANCE = {torch.float32: 1e-4, torch.float16: 1e-2, torch.bfloat16: 5e-2}
 """Dtype that merged weights were rounded to -> the largest difference of logits, of the largest logit. Our choice."""
@@ -41,9 +43,11 @@ def save_adapter(
             weights = {key: value.to(dtype or value.dtype) for key, value in load_file(source / name).items()}
             save_file(weights, folder / name, {"format": "pt"})
             size += sum(value.numel() * value.element_size() for value in weights.values())
-    (folder / ADAPTER_CONFIG).write_bytes((source / ADAPTER_CONFIG).read_bytes())
-    record = json.dumps({"base": base, "mmprune": settings}, indent=2) + "\n"
-    (folder / RECORD).write_text(record, encoding="utf-8")
+    config = json.loads((source / ADAPTER_CONFIG).read_text(encoding="utf-8"))
+    if named := config.get("base_model_name_or_path"):
+        config["base_model_name_or_path"] = public_name(named)
+    for name, value in ((ADAPTER_CONFIG, config), (RECORD, {"base": base, "mmprune": settings})):
+        (folder / name).write_text(json.dumps(masked_texts(value), indent=2) + "\n", encoding="utf-8")
     if processor is not None:
         processor.save_pretrained(folder)
     return size
@@ -75,7 +79,7 @@ def check_parity(unmerged: Tensor, merged: Tensor, dtype: torch.dtype) -> dict[s
     if not difference <= TOLERANCE[dtype] * max(largest, 1.0):
         raise UserError(
             f"ckpt: the merged weights answer otherwise than the adapters beside their base (logits differ by "
-            f"{difference:.2g} of {largest:.2g}); the base is not what they were trained on, or export.dtype is too "
-            "coarse for them: give export.format=adapter, or export.dtype=fp32"
+            f"{difference:.2g} of {largest:.2g}): the base, the adapters or the merged weights are not as they were "
+            "at the end of the training; put them back, or give export.format=adapter, which merges nothing"
         )
     return {"largest_difference": difference, "largest_logit": largest}

@@ -84,9 +84,15 @@ def flat_rope(text: PreTrainedConfig) -> dict[str, Any]:
 
 
 def write_config(folder: Path, config: dict[str, Any]) -> None:
-    """config.json, without secrets."""
-    text = json.dumps(config, indent=2, sort_keys=True) + "\n"
+    """config.json, without secrets and without where its parts were loaded from."""
+    text = json.dumps(_placeless(config), indent=2, sort_keys=True) + "\n"
     (folder / "config.json").write_text(masked(text), encoding="utf-8")
+
+
+def _placeless(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _placeless(part) for key, part in value.items() if key != "_name_or_path"}
+    return [_placeless(part) for part in value] if isinstance(value, list | tuple) else value
 
 
 def save_beside(model: PackedLlava, processor: ProcessorMixin, folder: Path) -> None:

@@ -42,7 +42,7 @@ def save_llava(
     of its weights.
 
     Args:
-        tower: name of the vision tower, a hub id or an absolute path.
+        tower: name of the vision tower, a hub id or a folder's name.
         tower_inside: its weights are not those of that name, and go into the checkpoint.
     Raises:
         UserError: that code has no such language model, vision tower or projector; and as `write_shards`.

@@ -10,6 +10,7 @@ from typing import Any
 
 from mmprune_train.errors import UserError
 from mmprune_train.model.weights.files import read_config
+from mmprune_train.model.weights.folders import ADAPTER_CONFIG
 from mmprune_train.storage.files import stamp_of
 from mmprune_train.storage.run_files import read_manifest
 
@@ -46,7 +47,7 @@ def base_of(key: str, folder: Path) -> Base:
         return dict(found)
     manifest = read_manifest(folder.parent.parent) or {}
     start = manifest.get("stages", {}).get(folder.parent.name, {}).get("start", {})
-    start = start.get("base", start) if start.get("adapters") == "continue" else start
+    start = start.get("base", {}) if start.get("adapters") == "continue" else start
     whole = start.get("sha256") and start.get("kind") != "projector"
     parts = {"model": start} if whole else manifest.get("base_weights", {})
     return {
@@ -57,7 +58,8 @@ def base_of(key: str, folder: Path) -> Base:
 
 
 def check_base(key: str, folder: Path, recorded: Base, parts: Mapping[str, Path | None]) -> None:
-    """Raise UserError where adapters are to go on other weights than those that they were trained on.
+    """Raise UserError where adapters are to go on other weights than those that they were trained on, or a part of
+    those is not here.
 
     Args:
         recorded: the base that `base_of` tells.
@@ -66,7 +68,12 @@ def check_base(key: str, folder: Path, recorded: Base, parts: Mapping[str, Path 
     for part, known in recorded.items():
         there = parts.get(part)
         if there is None:
-            continue
+            named = f"base_model_name_or_path in its {ADAPTER_CONFIG}"
+            remedy = f"name its folder as {named}" if part == "model" else f"give {part}.path=FOLDER ({named}: null)"
+            raise UserError(
+                f"{key}: the adapters in {folder} were trained on the {part} {known['source']} with SHA-256 "
+                f"{known['sha256'][:12]}..., and they would go on another without it: {remedy}"
+            )
         if (found := _hash_once(*map(_stamp, weight_files(there)))) != known["sha256"]:
             raise UserError(
                 f"{key}: the adapters in {folder} were trained on {known['source']} with SHA-256 "

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -89,6 +90,15 @@ def local_or_hub(key: str, path: str, download: bool = True) -> Path:
     except Exception as error:
         reason = f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else 'no reason given'}"
         raise NotHere(f"{key}: cannot get the weights {path} ({reason[:160]}): {remedy}") from error
+
+
+def public_name(named: str) -> str:
+    """What others call the model that a path or hub id names, without where it lies here: its hub id, of a snapshot in
+    the hub's cache, too, else the name of its folder."""
+    if snapshot := re.search(r"models--([^/]+?)--([^/]+)/snapshots/", named):
+        return "/".join(snapshot.groups())
+    place = Path(named).expanduser()
+    return named if is_hub_id(named) and not place.exists() else place.absolute().name
 
 
 def _complete(folder: Path) -> Path:

@@ -161,13 +161,14 @@ def _base(key: str, found: Folder, download: bool) -> Start | None:
         return None
     place = Path(named).expanduser()
     if not place.is_dir():
-        moved = found.path.resolve().parent.parent / Path(*place.parts[-2:])  # RUN/STAGE/adapters, RUN/STAGE/model
-        place = moved if moved.is_dir() else place
+        own = found.path.resolve()
+        moved = (own.parents[1] / Path(*place.parts[-2:]), own.parent / place.name)  # RUN/STAGE/model, or beside them
+        place = next((folder for folder in moved if folder.is_dir() and folder != own), place)
     if not place.is_dir():
         if not is_hub_id(named):
             raise UserError(
-                f"{key}: the adapters in {found.path} belong to {named}, which is not here: put it there, or correct "
-                f"base_model_name_or_path in its adapter_config.json (null: the chosen encoder= and llm=)"
+                f"{key}: the adapters in {found.path} belong to {named}, which is not here: put it beside them, or "
+                f"correct base_model_name_or_path in its adapter_config.json (null: the chosen encoder= and llm=)"
             )
         if "llava" not in named.lower():
             return None  # a plain LLM by its hub id, which llm= is
