@@ -133,20 +133,20 @@ class ImageSide:
                     f"which stage 1 cannot prune; use {'default' if full else 'full'!r}, or pruner=language_only"
                 )
             view.patches = states
-        projected = partial(self._project_to_look, states)
+        projected, features = partial(self._project_to_look, states), states
+        if self.pruner.merges_projected:
+            states = self.project(states.flatten(0, 1)).unflatten(0, states.shape[:2])
         if self.pruner.reads_text and view.question is None and view.words is None:
             if asked is None:
                 asked, first = self.ask(ImageQuestions.unasked(len(states))), 0
             view, rows = show(view, asked, first, self.question)
-            projected = partial(self._project_to_look, states, rows)
+            projected = partial(self._project_to_look, features, rows)
             states = states[rows]
         if not self.pruner.settings.vision.enabled:
             return Patches.whole(states)
         scores = self.pruner.score_patches(view) if scores is None else scores
         weighed, scores = scores, self.pruner.tried(scores, self.training)
         kept, _ = self.pruner.keep_patches(view, projected, scores)
-        if self.pruner.merges_projected:
-            states = self.project(states.flatten(0, 1)).unflatten(0, kept.shape)
         features, places = self.pruner.merge_patches(states, kept, scores, view)
         features, cls = self.pruner.place_cls(features, places, view)
         order = fetch(self.pruner.entry_order(kept, places, scores, cls))

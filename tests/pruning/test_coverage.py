@@ -4,21 +4,11 @@ from __future__ import annotations
 
 import pytest
 import torch
+from pruning.test_selections import case, kept
 from torch import Tensor
 
 from mmprune_train.pruning.coverage import question_coverage, weighed_coverage
 from mmprune_train.pruning.crops import crops
-
-
-def case(rows: int, size: int, seed: int, width: int = 6) -> tuple[Tensor, Tensor, Tensor]:
-    generator = torch.Generator().manual_seed(seed)
-    scores = torch.randn((rows, size), generator=generator).softmax(1)
-    counts = torch.randint(1, size + 1, (rows,), generator=generator)
-    return scores, counts, torch.randn((rows, size, width), generator=generator)
-
-
-def kept(mask: Tensor) -> list[set[int]]:
-    return [set(row.nonzero().squeeze(1).tolist()) for row in mask]
 
 
 def cosine(one: Tensor, other: Tensor) -> Tensor:

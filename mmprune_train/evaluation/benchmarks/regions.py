@@ -102,8 +102,11 @@ def _item(
     where: str,
 ) -> Item:
     box = in_frame((corners[0], corners[1], corners[2], corners[3]), size, asked.box_frame, where)
-    told = f"[{', '.join(f'{side:.3f}' for side in box)}]"
-    return Item(number, (image,), asked.prompted(sentence), (told,), kind, split, where, extra={"box": box})
+    return Item(number, (image,), asked.prompted(sentence), (_told(box),), kind, split, where, extra={"box": box})
+
+
+def _told(box: Box) -> str:
+    return f"[{', '.join(f'{side:.3f}' for side in box)}]"
 
 
 def in_frame(box: Box, size: tuple[float, float], frame: str, where: str) -> Box:
@@ -122,6 +125,6 @@ def refcoco_row(row: Row, asked: Asked) -> list[Item]:
     if corners is None or size is None:
         raise UserError(f"{row.where}: no box of four numbers, or no width and height; {AGAIN}")
     box = in_frame(corners, size[:2], asked.box_frame, row.where)
-    told, kind = f"[{', '.join(f'{side:.3f}' for side in box)}]", row.get("category") or row.get("split") or "all"
+    kind, split = row.get("category") or row.get("split") or "all", row.get("split")
     prompt, extra = asked.prompted(row.need("question")), {"box": box}
-    return [Item(row.need("index"), row.images, prompt, (told,), kind, row.get("split"), row.where, extra=extra)]
+    return [Item(row.need("index"), row.images, prompt, (_told(box),), kind, split, row.where, extra=extra)]

@@ -68,10 +68,9 @@ def judged(items: Sequence[Item], metric: Metric | None, predictions: Sequence[P
 
 def scored(found: Sequence[Answer], metric: Metric) -> Scored | None:
     """Scores of the answers that have one; None where none has, or the metric's main number cannot be told."""
-    pairs = [(answer.item, answer.score) for answer in found if answer.score is not None]
-    if not pairs:
+    items, scores = _with_scores(found)
+    if not items:
         return None
-    items, scores = [item for item, _ in pairs], [score for _, score in pairs]
     asked: dict[Any, int] = {}
     for item in items:
         asked.setdefault((item.images, item.prompt), len(asked))
@@ -103,10 +102,13 @@ def scored(found: Sequence[Answer], metric: Metric) -> Scored | None:
 
 def numbers(found: Sequence[Answer], metric: Metric | None) -> Numbers:
     """The metric over the answers that are scored; empty where none is."""
-    scored = [(answer.item, answer.score) for answer in found if answer.score is not None]
-    if metric is None or not scored:
-        return {}
-    return metric.aggregate([item for item, _ in scored], [score for _, score in scored])
+    items, scores = _with_scores(found)
+    return metric.aggregate(items, scores) if metric is not None and items else {}
+
+
+def _with_scores(found: Sequence[Answer]) -> tuple[list[Item], list[Score]]:
+    pairs = [(answer.item, answer.score) for answer in found if answer.score is not None]
+    return [item for item, _ in pairs], [score for _, score in pairs]
 
 
 def main_number(scores: Numbers, metric: Metric | None) -> float | None:
